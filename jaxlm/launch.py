@@ -1,0 +1,98 @@
+"""From a command line to a run: the config file, its flags, and what a person sees of an error."""
+
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import tyro
+
+from jaxlm.config import Config
+
+STOPPED = 75
+"""Exit code of a run that was asked to stop and saved (EX_TEMPFAIL): start it again to go on."""
+
+
+def parse_config(args: Sequence[str], prog: str) -> Config:
+    """The config of `--config FILE` with the flags that follow applied to it.
+
+    Exits with code 2 and a message if the flags do not fit; `--help` lists them all.
+    """
+    args = list(args)
+    path = None
+    for index, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name == "--config":
+            del args[index]
+            path = value if equals else (args.pop(index) if index < len(args) else None)
+            break
+    config = load_config(path) if path else Config()
+    if path is None and not {"-h", "--help"} & set(args):
+        found = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py"))) or "none here"
+        raise ValueError(f"--config: found nothing, expected a config file such as: {found}")
+    return tyro.cli(
+        Config,
+        prog=f"{prog} --config {path or 'FILE'}",
+        description="Train a language model. Defaults are those of the config file.",
+        default=config,
+        args=args,
+    )
+
+
+def load_config(path: str) -> Config:
+    """The `config` that a Python file defines; its run folder is named after the file.
+
+    Raises:
+      ValueError: there is no such file, or it defines no `config`.
+    """
+    if not Path(path).is_file():
+        there = ", ".join(sorted(str(p) for p in Path(path).parent.glob("*.py"))) or "none"
+        raise ValueError(f"--config: found no file {path}, expected one of: {there}")
+    config = runpy.run_path(path).get("config")
+    if not isinstance(config, Config):
+        raise ValueError(f"--config: {path} defines no `config = jaxlm.Config(…)`")
+    if config.run_dir == Config().run_dir:
+        config = replace(config, run_dir=f"runs/{Path(path).stem}")
+    return config
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Trains; returns the exit code: 0 at the end of the plan, 75 if stopped on the way."""
+    config = parse_config(sys.argv[1:] if args is None else args, prog="launch.py")
+    import jax  # after the flags: --help and a wrong flag answer at once
+
+    from jaxlm.preflight import memory_advice
+    from jaxlm.train import train
+
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        # Its own SIGTERM service would make our handlers deaf.
+        jax.config.update("jax_enable_preemption_service", False)
+        jax.distributed.initialize()
+    try:
+        return 0 if train(config).complete else STOPPED
+    except jax.errors.JaxRuntimeError as error:
+        if advice := memory_advice(error, config):
+            raise SystemExit(f"error: {str(error).splitlines()[0]}\n{advice}") from error
+        raise
+
+
+def run_main(main: Callable[[], int | None]) -> int:
+    """Calls `main` and turns an error that jaxlm raised on purpose into one message.
+
+    Any other error is a bug, and keeps its traceback. `JAXLM_TRACEBACK=1` shows it for all.
+    """
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the latest checkpoint", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        ours = Path(__file__).parent in raised_in.parents
+        if not ours or os.environ.get("JAXLM_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,142 @@
+"""What proves that the files of a checkpoint are those that were written.
+
+The manifest is written into the step folder just before the atomic commit: the size and the CRC32C
+of every file. Orbax goes on to write two things after it, which are checked by their content: the
+commit timestamp inside `_CHECKPOINT_METADATA`, and `commit_success.txt`.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+NAME = "manifest.json"
+_STEP_METADATA = "_CHECKPOINT_METADATA"
+_COMMIT = "commit_success.txt"
+_COMMIT_TEXT = "Checkpoint commit was successful to "
+# Files up to this size hold the metadata: a fast check reads them, and skips the arrays.
+_SMALL_BYTES = 1 << 20
+
+
+def fsync(path: Path) -> None:
+    """Puts a file or a folder on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Replaces a file by a whole new one: after a crash, either is there, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    fsync(path.parent)
+
+
+def write_manifest(folder: Path) -> None:
+    """Lists every file below `folder`, and brings all of them to the disk."""
+    files = {}
+    for path in _files(folder):
+        fsync(path)
+        files[path.relative_to(folder).as_posix()] = _entry(path)
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            fsync(path)
+    body = json.dumps(files, sort_keys=True)
+    text = json.dumps({"crc32c": google_crc32c.value(body.encode()), "files": files}, sort_keys=True)
+    write_file(folder / NAME, text)
+
+
+def find_damage(folder: Path, *, contents: bool = True) -> list[str]:
+    """What differs between a step folder and its manifest; empty if nothing does.
+
+    Args:
+      folder: the step folder.
+      contents: read the array files too; else only their sizes are compared.
+    """
+    if not folder.is_dir():
+        return ["it is not a folder" if folder.exists() else "it does not exist"]
+    try:
+        manifest = json.loads((folder / NAME).read_bytes())
+        files: dict[str, Any] = manifest["files"]
+        body = json.dumps(files, sort_keys=True)
+        if manifest["crc32c"] != google_crc32c.value(body.encode()):
+            return [f"{NAME}: its own checksum does not match"]
+    except FileNotFoundError:
+        return [f"{NAME} is missing: the checkpoint is unfinished, emptied or not of jaxlm"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return [f"{NAME} cannot be read"]
+    except OSError as error:
+        return [f"{NAME}: {error.strerror}"]
+    damage = []
+    for name, entry in files.items():
+        found = _compare(folder / name, entry, contents)
+        if found:
+            damage.append(f"{name}: {found}")
+    return damage + _commit_damage(folder)
+
+
+def _files(folder: Path) -> list[Path]:
+    skipped = {folder / NAME, folder / _COMMIT}
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path not in skipped)
+
+
+def _entry(path: Path) -> dict[str, int]:
+    if path.name == _STEP_METADATA:
+        return {"json_crc32c": _timeless_crc32c(path)}
+    return {"bytes": path.stat().st_size, "crc32c": _crc32c(path)}
+
+
+def _compare(path: Path, entry: dict[str, int], contents: bool) -> str | None:
+    try:
+        if "json_crc32c" in entry:
+            same = _timeless_crc32c(path) == entry["json_crc32c"]
+            return None if same else "content differs (checksum)"
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            return f"{size} bytes, expected {entry['bytes']}"
+        if (contents or size <= _SMALL_BYTES) and _crc32c(path) != entry["crc32c"]:
+            return "content differs (checksum)"
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return str(error.strerror)
+    except (ValueError, AttributeError, RecursionError):
+        return "cannot be read as JSON"
+    return None
+
+
+def _commit_damage(folder: Path) -> list[str]:
+    # The text names the folder as it was at the commit: a run may have moved since, but not a step.
+    step = re.match(r"\d+", folder.name)
+    try:
+        text = (folder / _COMMIT).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return [f"{_COMMIT} is missing: the commit did not finish"]
+    except (OSError, UnicodeDecodeError):
+        return [f"{_COMMIT} cannot be read"]
+    if step and text.startswith(_COMMIT_TEXT) and Path(text[len(_COMMIT_TEXT) :]).name == step[0]:
+        return []
+    return [f"{_COMMIT}: found {text[:80]!r}, expected {_COMMIT_TEXT!r} and the folder"]
+
+
+def _crc32c(path: Path, chunk_bytes: int = 1 << 22) -> int:
+    checksum = google_crc32c.Checksum()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(chunk_bytes):
+            checksum.update(chunk)
+    return int.from_bytes(checksum.digest(), "big")
+
+
+def _timeless_crc32c(path: Path) -> int:
+    values = json.loads(path.read_bytes())
+    values.pop("commit_timestamp_nsecs")
+    return google_crc32c.value(json.dumps(values, sort_keys=True).encode())

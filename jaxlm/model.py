@@ -1,0 +1,196 @@
+"""The decoder transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases.
+
+The function is that of `LlamaForCausalLM` (and, with `qk_norm`, `Qwen3ForCausalLM`) of Hugging
+Face transformers, so that weights interchange.
+
+Dims: B batch, T time, D model, F feed-forward, N query heads, K key/value heads, H head dim,
+V vocabulary.
+"""
+
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.attention import Attention, reference_attention
+from jaxlm.config import ModelConfig
+from jaxlm.sharding import constrain
+
+
+def compute_dtype(config: ModelConfig, platform: str) -> jnp.dtype:
+    """The dtype of activations on `cpu`, `gpu` or `tpu`."""
+    if config.compute_dtype == "auto":
+        return jnp.dtype("float32" if platform == "cpu" else "bfloat16")
+    return jnp.dtype(config.compute_dtype)
+
+
+def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], dims: tuple[str | None, ...], std: float):
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), dims=dims)
+
+
+@jax.custom_vjp
+def silu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(x), which keeps its derivative for the backward pass.
+
+    Left to itself, XLA recomputes the sigmoid in every consumer that it fuses it into: on a CPU
+    that costs a fifth of the step.
+    """
+    return x * jax.nn.sigmoid(x)
+
+
+def _silu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    sigmoid = jax.nn.sigmoid(x)
+    return jax.lax.optimization_barrier(
+        (x * sigmoid, sigmoid * (1 + x * (1 - sigmoid)))
+    )
+
+
+def _silu_backward(derivative: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+    return (grad * derivative,)
+
+
+silu.defvjp(_silu_forward, _silu_backward)
+
+
+def rope(x_BTNH: jax.Array, theta: float) -> jax.Array:
+    """Rotates each pair (h, h + H/2) of a head by time times a wavelength (RoFormer, 2104.09864)."""
+    T, H = x_BTNH.shape[1], x_BTNH.shape[-1]
+    freqs_h = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+    angles_Th = jnp.arange(T, dtype=jnp.float32)[:, None] * freqs_h
+    cos = jnp.cos(angles_Th)[None, :, None, :].astype(x_BTNH.dtype)
+    sin = jnp.sin(angles_Th)[None, :, None, :].astype(x_BTNH.dtype)
+    a, b = jnp.split(x_BTNH, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last dim, computed in float32 (1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), dims=(None,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[…, size] -> […, size], in the dtype of `x`."""
+        wide = x.astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * inverse_rms * scale).astype(x.dtype)
+
+
+class SelfAttention(nnx.Module):
+    """Grouped-query attention with RoPE, and RMSNorm on queries and keys by option."""
+
+    def __init__(self, config: ModelConfig, attention: Attention, out_std: float, rngs: nnx.Rngs):
+        D, N, K, H = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
+        self.w_q_DNH = _weight(rngs, (D, N, H), ("model", "heads", None), config.init_std)
+        self.w_k_DKH = _weight(rngs, (D, K, H), ("model", "kv_heads", None), config.init_std)
+        self.w_v_DKH = _weight(rngs, (D, K, H), ("model", "kv_heads", None), config.init_std)
+        self.w_o_NHD = _weight(rngs, (N, H, D), ("heads", None, "model"), out_std)
+        self.q_norm = RMSNorm(H, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(H, config.norm_eps) if config.qk_norm else None
+        self.theta = config.rope_theta
+        self.attention = attention
+
+    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        dtype = x_BTD.dtype
+        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_q_DNH[...].astype(dtype))
+        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.w_k_DKH[...].astype(dtype))
+        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.w_v_DKH[...].astype(dtype))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        q_BTNH = constrain(rope(q_BTNH, self.theta), "batch", None, "heads", None)
+        k_BTKH = constrain(rope(k_BTKH, self.theta), "batch", None, "kv_heads", None)
+        out_BTNH = self.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.w_o_NHD[...].astype(dtype))
+
+
+class SwiGLU(nnx.Module):
+    """silu(x @ gate) * (x @ up) @ down (2002.05202)."""
+
+    def __init__(self, config: ModelConfig, out_std: float, rngs: nnx.Rngs):
+        D, F = config.d_model, config.d_ff
+        self.w_gate_DF = _weight(rngs, (D, F), ("model", "mlp"), config.init_std)
+        self.w_up_DF = _weight(rngs, (D, F), ("model", "mlp"), config.init_std)
+        self.w_down_FD = _weight(rngs, (F, D), ("mlp", "model"), out_std)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        dtype = x_BTD.dtype
+        gate_BTF = constrain(x_BTD @ self.w_gate_DF[...].astype(dtype), "batch", None, "mlp")
+        up_BTF = constrain(x_BTD @ self.w_up_DF[...].astype(dtype), "batch", None, "mlp")
+        return (silu(gate_BTF) * up_BTF) @ self.w_down_FD[...].astype(dtype)
+
+
+class Block(nnx.Module):
+    """Attention, then SwiGLU, each on a normed residual stream."""
+
+    def __init__(self, config: ModelConfig, attention: Attention, rngs: nnx.Rngs):
+        # GPT-2's rule: the residual stream keeps its scale over the 2 L additions.
+        out_std = config.init_std / (2 * config.num_layers) ** 0.5
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = SelfAttention(config, attention, out_std, rngs)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = SwiGLU(config, out_std, rngs)
+
+    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        attended = self.attention(self.attention_norm(x_BTD), segment_ids_BT)
+        x_BTD = constrain(x_BTD + attended, "batch", None, None)
+        return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "batch", None, None)
+
+
+class Transformer(nnx.Module):
+    """Tokens to next-token logits.
+
+    Args:
+      config: the shape.
+      rngs: the stream `params` initialises the weights.
+      attention: see `jaxlm.attention`.
+      dtype: of the activations; params are float32.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        *,
+        attention: Attention = reference_attention,
+        dtype: jnp.dtype | type = jnp.float32,
+    ):
+        V, D = config.vocab_size, config.d_model
+        self.embedding_VD = _weight(rngs, (V, D), ("vocab", "model"), config.init_std)
+        self.layers = nnx.List(
+            [Block(config, attention, rngs) for _ in range(config.num_layers)]
+        )
+        self.final_norm = RMSNorm(D, config.norm_eps)
+        if not config.tie_embeddings:
+            self.head_DV = _weight(rngs, (D, V), ("model", "vocab"), config.init_std)
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
+        """Logits of the next token at every position.
+
+        Args:
+          tokens_BT: int32 [B, T].
+          segment_ids_BT: int32 [B, T]; attention stays within equal ids. None is one segment.
+
+        Returns:
+          float32 [B, T, V].
+        """
+        x_BTD = self.embedding_VD[...].astype(self.dtype)[tokens_BT]
+        x_BTD = constrain(x_BTD, "batch", None, None)
+        apply = nnx.remat(Block.__call__) if self.config.remat else Block.__call__
+        for layer in self.layers:
+            x_BTD = apply(layer, x_BTD, segment_ids_BT)
+        x_BTD = self.final_norm(x_BTD)
+        if self.config.tie_embeddings:
+            w_DV = self.embedding_VD[...].astype(self.dtype).T
+        else:
+            w_DV = self.head_DV[...].astype(self.dtype)
+        logits_BTV = jnp.einsum(
+            "BTD,DV->BTV", x_BTD, w_DV, preferred_element_type=jnp.float32
+        )
+        return constrain(logits_BTV, "batch", None, "vocab")

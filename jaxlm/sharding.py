@@ -1,0 +1,134 @@
+"""Devices into a mesh, and the named dims of an array onto its axes.
+
+A mesh has *axes* (`data`, `fsdp`, `tensor`); an array has *dims* (`batch`, `vocab`, `heads`, …).
+`AXES_OF` is the one table between the two.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.config import MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+AXES_OF: dict[str | None, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "vocab": ("tensor",),
+    "model": ("fsdp",),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    None: (),
+}
+Dims = tuple[str | None, ...]
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of all devices, or of those given.
+
+    Raises:
+      ValueError: the axis sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    if -1 in sizes:
+        known = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
+    if math.prod(sizes) != len(devices):
+        shape = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise ValueError(
+            f"mesh: {shape} makes {math.prod(sizes)} devices, but there are {len(devices)}; "
+            "set mesh.data, mesh.fsdp and mesh.tensor so that they multiply to that number"
+        )
+    # Auto axes: GSPMD propagates the shardings, and the code names only the few that matter.
+    return jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over all data-parallel devices; the other dims of any rank are whole."""
+    return NamedSharding(mesh, P(AXES_OF["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def param_sharding(name: str, shape: tuple[int, ...], dims: Dims | None, mesh: Mesh) -> NamedSharding:
+    """The sharding of one parameter.
+
+    Args:
+      name: its path, for errors.
+      shape: its shape.
+      dims: the names of its dims; None (a model that names none) splits the largest dim that the
+        fsdp axis divides.
+      mesh: the mesh.
+
+    Raises:
+      ValueError: an axis does not divide its dim.
+    """
+    if dims is None:
+        fsdp = mesh.shape["fsdp"]
+        divisible = [dim for dim, size in enumerate(shape) if fsdp > 1 and size % fsdp == 0]
+        if not divisible:
+            return replicated(mesh)
+        largest = max(divisible, key=lambda dim: shape[dim])
+        return NamedSharding(mesh, P(*("fsdp" if d == largest else None for d in range(len(shape)))))
+    for dim, size in zip(dims, shape, strict=True):
+        ways = math.prod(mesh.shape[axis] for axis in AXES_OF[dim])
+        if size % ways:
+            raise ValueError(
+                f"mesh: {name} has {size} {dim}, which {' x '.join(AXES_OF[dim])} = {ways} does not "
+                f"divide; choose a mesh.{AXES_OF[dim][0]} that divides {size}"
+            )
+    return NamedSharding(mesh, P(*(AXES_OF[dim] or None for dim in dims)))
+
+
+def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
+    """Pins an activation to the mesh in context; without a mesh, `x` as it is.
+
+    GSPMD is free to split an activation by any of its inputs. Params split by `fsdp` would
+    otherwise win over the batch, and the activations would be gathered instead of the params.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*(AXES_OF[dim] or None for dim in dims)))
+
+
+def put_batch(rows_of: Callable[[slice], dict[str, np.ndarray]], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+    """A global batch on the mesh, of which this process makes only the rows of its own devices.
+
+    Args:
+      rows_of: `rows_of(rows)` gives those rows of the batch, as host arrays [rows, …].
+      mesh: the mesh.
+      batch_size: rows of the whole batch.
+    """
+    sharding = batch_sharding(mesh)
+    made: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+
+    def rows(start: int, stop: int) -> dict[str, np.ndarray]:
+        if (start, stop) not in made:
+            made[start, stop] = rows_of(slice(start, stop))
+        return made[start, stop]
+
+    spans = {
+        index[0].indices(batch_size)[:2]
+        for index in sharding.addressable_devices_indices_map((batch_size,)).values()
+        if index is not None
+    }
+    example = rows(*min(spans))
+    return {
+        key: jax.make_array_from_callback(
+            (batch_size, *value.shape[1:]),
+            sharding,
+            lambda index, key=key: rows(*index[0].indices(batch_size)[:2])[key],
+        )
+        for key, value in example.items()
+    }
+

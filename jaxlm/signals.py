@@ -1,0 +1,64 @@
+"""SIGTERM and Ctrl-C, turned into "finish this step, save, and stop"."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+class StopRequest:
+    """Whether this run was asked to stop; the same on every process at the same step."""
+
+    def __init__(self, mesh: Mesh):
+        self.received = False
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._any = jax.jit(lambda flags: flags.max())
+        self._earlier: jax.Array | None = None
+
+    def agreed(self) -> bool:
+        """Call once a step. With several processes: what any of them had received a step ago."""
+        if jax.process_count() == 1:
+            return self.received
+        # Reduced on the devices and read one step late, so that none of them ever waits.
+        mine = np.full(1, self.received, np.int32)
+        count = self._sharding.mesh.size
+        flags = jax.make_array_from_callback((count,), self._sharding, lambda _: mine)
+        earlier, self._earlier = self._earlier, self._any(flags)
+        return earlier is not None and bool(earlier)
+
+
+@contextmanager
+def stop_requests(mesh: Mesh, say: Callable[[str], None]) -> Iterator[StopRequest]:
+    """Catches the first SIGTERM or SIGINT; a second one acts as it always does.
+
+    Off the main thread (a notebook's worker, a server) there are no handlers, and no stop.
+    """
+    request = StopRequest(mesh)
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    previous: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number in list(previous):
+            signal.signal(number, previous.pop(number))
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        del frame
+        request.received = True
+        restore()
+        name = signal.Signals(number).name
+        say(f"{name}: finishing this step, then saving and stopping; once more to stop at once")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, receive)
+    try:
+        yield request
+    finally:
+        restore()

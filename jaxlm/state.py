@@ -1,0 +1,153 @@
+"""The train state: what it holds, how it is made on a mesh, and its fingerprint."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxlm.sharding import param_sharding, replicated
+
+Params = Any  # nested dicts of arrays
+ModelFactory = Callable[[nnx.Rngs], nnx.Module]
+
+
+class TrainState(NamedTuple):
+    """All that a step changes."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array
+    """int32 []: batches taken in."""
+    nonfinite_steps: jax.Array
+    """int32 []: those of them whose loss or gradient was not finite, and which changed nothing else."""
+
+
+class Blueprint(NamedTuple):
+    """A model and its optimizer on a mesh, before any array exists."""
+
+    graphdef: nnx.GraphDef
+    make: Callable[[int], TrainState]
+    """Seed -> the initial state, made sharded."""
+    abstract: TrainState
+    """The state as `jax.ShapeDtypeStruct` leaves with their shardings."""
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A leaf's path as one name, such as `params/layers/0/mlp/w_up_DF`."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def make_blueprint(model: ModelFactory, tx: optax.GradientTransformation, mesh: Mesh) -> Blueprint:
+    """Works out shapes and shardings by abstract evaluation.
+
+    Raises:
+      ValueError: the model holds variables other than `nnx.Param`, or the mesh does not divide it.
+    """
+    graphdef, variables = nnx.split(nnx.eval_shape(lambda: model(nnx.Rngs(params=0))))
+    shardings: dict[tuple[Any, ...], Any] = {}
+    for path, variable in nnx.to_flat_state(variables):
+        name = "/".join(map(str, path))
+        if not isinstance(variable, nnx.Param):
+            raise ValueError(
+                f"model: {name} is a {type(variable).__name__}, expected only nnx.Param; "
+                "a checkpoint holds params, so keep other state out of the model"
+            )
+        dims = variable.get_metadata().get("dims")
+        shardings[path] = param_sharding(name, variable.shape, dims, mesh)
+    abstract_params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=shardings[tuple(k.key for k in path)]
+        ),
+        nnx.to_pure_dict(variables),
+    )
+
+    def build(seed: jax.Array) -> TrainState:
+        params = nnx.to_pure_dict(nnx.split(model(nnx.Rngs(params=jax.random.key(seed))))[1])
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(params, tx.init(params), zero, zero)
+
+    whole = replicated(mesh)
+    shapes = jax.eval_shape(build, jax.ShapeDtypeStruct((), jnp.uint32))
+    opt_state_shardings = optax.tree_utils.tree_map_params(
+        tx,
+        lambda _, param: param.sharding,
+        shapes.opt_state,
+        abstract_params,
+        transform_non_params=lambda _: whole,
+    )
+    state_shardings = TrainState(
+        jax.tree.map(lambda param: param.sharding, abstract_params), opt_state_shardings, whole, whole
+    )
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings,
+    )
+    init = jax.jit(build, out_shardings=state_shardings)
+    return Blueprint(graphdef, lambda seed: init(np.uint32(seed)), abstract)
+
+
+def fingerprint(tree: Any) -> dict[str, list[Any]]:
+    """Leaf name -> [dtype, shape, lane, lane]: equal exactly if every bit of the leaf is.
+
+    A lane is the sum, modulo 2^32, of the leaf's 32-bit words, each times an odd weight mixed from
+    its place in the *global* array. Integers add up to the same whatever the sharding; a single
+    changed bit changes a lane for certain, any other damage goes unseen with odds of 2^-64.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    lanes = jax.device_get([_lanes(leaf) for _, leaf in leaves])
+    return {
+        path_name(path): [str(leaf.dtype), list(leaf.shape), int(pair[0]), int(pair[1])]
+        for (path, leaf), pair in zip(leaves, lanes, strict=True)
+    }
+
+
+def _words(x: jax.Array) -> jax.Array:
+    """The bits of `x` as uint32 [n, …]: narrow types widened, 64-bit ones as two words."""
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    x = x.reshape(x.shape or (1,))
+    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+
+
+def _mix(x: jax.Array, salt: int) -> jax.Array:
+    # The finalizer of MurmurHash3 (public domain), which spreads every bit over the word.
+    x = (x ^ np.uint32(salt)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return (x ^ (x >> 16)) | np.uint32(1)
+
+
+@jax.jit
+def _lanes(x: jax.Array) -> jax.Array:
+    words = _words(x)
+    place = jnp.zeros(words.shape, jnp.uint32)
+    for dim, size in enumerate(words.shape):
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim)
+    # One reduce of two operands: as two sums it takes 25 times as long, and temporaries of the
+    # size of the leaf.
+    lanes = jax.lax.reduce(
+        (words * _mix(place, 0x9E3779B9), words * _mix(place, 0x7F4A7C15)),
+        (np.uint32(0), np.uint32(0)),
+        lambda a, b: (a[0] + b[0], a[1] + b[1]),
+        tuple(range(words.ndim)),
+    )
+    return jnp.stack(lanes)
+
+
+def all_finite(tree: Any) -> bool:
+    """Whether no float of the tree is NaN or infinite; waits for the device."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return all(jax.device_get([_finite(leaf) for leaf in leaves]))
+
+
+@jax.jit
+def _finite(x: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(x))

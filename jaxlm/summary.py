@@ -1,0 +1,77 @@
+"""What is said of a run before its first step and after its last."""
+
+from pathlib import Path
+
+from jaxlm import preflight
+from jaxlm.assemble import Parts
+from jaxlm.config import Config
+from jaxlm.console import Console
+from jaxlm.folder import Best
+from jaxlm.resume import Plan
+
+
+def tell_start(parts: Parts, console: Console) -> None:
+    """The config in short, what it needs, and what looks wrong about it."""
+    config, abstract = parts.config, parts.blueprint.abstract
+    model, optim = config.model, config.optim
+    console.say(
+        f"run {config.run_dir}: {model.num_layers} layers, d_model {model.d_model}, "
+        f"{model.num_heads} heads of {model.head_dim} ({model.num_kv_heads} for keys and values), "
+        f"vocabulary {model.vocab_size}; {config.num_steps} steps of {config.batch_size} x "
+        f"{config.seq_len} tokens; {optim.schedule} schedule, learning rate {optim.learning_rate:g}"
+    )
+    console.say(preflight.describe(config, abstract, parts.memory, parts.mesh.size))
+    state_bytes = preflight.count_bytes(abstract)
+    console.say(
+        f"checkpoints: {preflight.format_bytes(state_bytes)} each, at most "
+        f"{preflight.format_bytes(preflight.checkpoint_bytes(config, abstract))} on disk, every "
+        f"{config.checkpoint.save_interval} steps in {config.checkpoint_dir}"
+    )
+    if warning := preflight.disk_warning(config, abstract):
+        console.warn(warning)
+    if not config.intervals_nest:
+        console.warn(
+            f"save_interval {config.checkpoint.save_interval} and eval_interval "
+            f"{config.eval_interval} seldom meet; keep them equal to have a checkpoint at each eval"
+        )
+
+
+def tell_complete(plan: Plan, console: Console) -> None:
+    """That there is nothing left to train, and how to go on."""
+    config, latest = plan.config, plan.latest
+    assert latest is not None
+    if latest.step < config.num_steps:
+        reason = f"ended at step {latest.step} after {latest.num_worse_evals} evals without a new best"
+        more = "a larger --stop_after_worse_evals"
+    else:
+        reason, more = f"is complete: {latest.step} of {config.num_steps} steps", "a larger --num_steps"
+    console.say(f"run {config.run_dir} {reason}")
+    console.say(f"to go on with it, add {more}; for a new run, add --run_dir")
+    _tell_where(config, plan.best, console)
+
+
+def tell_end(
+    config: Config, step: int, complete: bool, best: Best | None, console: Console
+) -> None:
+    """Where everything is, and what to type next."""
+    if not complete:
+        console.say(f"stopped at step {step} of {config.num_steps}, saved; the same command goes on")
+        return
+    console.say(f"done: {step} steps")
+    if best and best.step < step:
+        evals = -(-(step - best.step) // config.eval_interval)
+        console.say(
+            f"best was {evals} eval(s) ago, at step {best.step}; to go on from there:\n"
+            f"  the same command with --branch_from {config.run_dir}@best --run_dir {config.run_dir}-2"
+        )
+    _tell_where(config, best, console)
+
+
+def _tell_where(config: Config, best: Best | None, console: Console) -> None:
+    run = config.run_dir
+    if best:
+        console.say(f"best model: {run}@best (step {best.step}, eval loss {best.loss:.4f})")
+    console.say(
+        f"metrics: {Path(run) / 'metrics.jsonl'}; checkpoints: {config.checkpoint_dir}\n"
+        f"next: jaxlm checkpoints list {run}"
+    )

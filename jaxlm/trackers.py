@@ -1,0 +1,193 @@
+"""Weights & Biases and TensorBoard, both fed from the rows of metrics.jsonl.
+
+A tracker is a convenience: once training has begun, one that fails is reported once and dropped.
+"""
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlm.config import Config, TrackingConfig, to_dict
+
+Row = dict[str, Any]
+
+
+class Trackers:
+    """All trackers of a run as one, which never raises."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._trackers: dict[str, _Wandb | _TensorBoard] = {}
+        self._say = say
+
+    def open(self, name: str, tracker: Callable[[], "_Wandb | _TensorBoard"]) -> None:
+        """Adds a tracker; if it cannot be opened, says so and goes on without."""
+        self._guard(name, lambda: self._trackers.update({name: tracker()}))
+
+    def log(self, step: int, row: Row) -> None:
+        """Sends one row to every tracker that still works."""
+        for name, tracker in list(self._trackers.items()):
+            self._guard(name, lambda tracker=tracker: tracker.log(step, row))
+
+    def close(self, *, failed: bool = False) -> None:
+        """Closes all; a second call does nothing."""
+        for name, tracker in list(self._trackers.items()):
+            self._guard(name, lambda tracker=tracker: tracker.close(failed=failed))
+        self._trackers.clear()
+
+    def _guard(self, name: str, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # The border to the trackers: no failure there may stop a run.
+            self._trackers.pop(name, None)
+            reason = f"{type(error).__name__}: {error}"
+            self._say(f"{name} failed; the run goes on without it ({reason})")
+
+
+def require(tracking: TrackingConfig) -> None:
+    """Checks that the packages of the trackers asked for are installed.
+
+    Raises:
+      ImportError: one is missing; the message names the extra to install.
+    """
+    # Else wandb asks the name server for its error-report host at every start, offline as well.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    wanted = [("wandb", "wandb", tracking.wandb != "off")]
+    wanted += [("tensorboard", "tensorboardX", tracking.tensorboard)]
+    for extra, package, is_wanted in wanted:
+        if not is_wanted:
+            continue
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            found = getattr(tracking, extra)
+            raise ImportError(
+                f"tracking.{extra}: found {found!r}, which needs the package {package} ({error}); "
+                f"pip install 'jaxlm[{extra}]', or leave this option out"
+            ) from error
+
+
+def open_trackers(
+    config: Config, run_id: str, history: Sequence[Row], *, say: Callable[[str], None] = print
+) -> Trackers:
+    """Opens the trackers that the config asks for, and gives each the rows it lacks.
+
+    Args:
+      config: the run's config.
+      run_id: the W&B run to begin or to continue.
+      history: rows of metrics.jsonl up to here, oldest first.
+      say: takes a line for the person who watches the run.
+
+    Raises:
+      ImportError: the package of a tracker is missing.
+    """
+    require(config.tracking)
+    trackers = Trackers(say)
+    if config.tracking.wandb != "off":
+        trackers.open("W&B", lambda: _Wandb(config, run_id, history, say))
+    if config.tracking.tensorboard:
+        trackers.open("TensorBoard", lambda: _TensorBoard(config, history))
+    return trackers
+
+
+class _Wandb:
+    """One W&B row a step: the log row and the eval row of a step go out together.
+
+    Offline, each start replays the whole history into a new folder: a killed process leaves its
+    folder short, and an offline run cannot be resumed, so the newest folder is the whole one.
+    Online, the rows that the server lacks are sent.
+    """
+
+    def __init__(self, config: Config, run_id: str, history: Sequence[Row], say: Callable):
+        import wandb
+
+        self._config, self._step = config, 0
+        self._pending: Row = {}
+        self._online = config.tracking.wandb == "online"
+        hooks = sys.exit, sys.excepthook
+        try:
+            self._run = wandb.init(
+                project=config.tracking.wandb_project,
+                name=Path(config.run_dir).resolve().name,
+                id=run_id,
+                mode="online" if self._online else "offline",
+                resume="allow" if self._online else None,
+                reinit="create_new",  # A run of the caller's own stays as it is.
+                dir=config.run_dir,
+                config=to_dict(config),
+                allow_val_change=True,
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    disable_code=True,
+                    init_timeout=20,
+                    finish_timeout=60,
+                ),
+            )
+        finally:
+            sys.exit, sys.excepthook = hooks  # wandb wraps both, and never puts them back.
+        if self._online:
+            say(f"W&B: {self._run.url}")
+        first = self._run.step
+        for row in history:
+            if row["step"] >= first:
+                self.log(row["step"], row)
+
+    def log(self, step: int, row: Row) -> None:
+        if step != self._step:
+            self._send()
+        self._step = step
+        self._pending |= {name: value for name, value in row.items() if name != "step"}
+
+    def _send(self) -> None:
+        if self._pending:
+            self._run.log(self._pending, step=self._step, commit=True)
+        self._pending = {}
+
+    def close(self, *, failed: bool = False) -> None:
+        # W&B drops whatever comes for a step it has. So a step whose eval is still to come, in
+        # the run that goes on from here, is left to that run.
+        at_end = self._step == self._config.num_steps
+        eval_due = at_end or self._step % self._config.eval_interval == 0
+        if not (self._online and eval_due and "eval/loss" not in self._pending):
+            self._send()
+        self._run.finish(exit_code=int(failed))
+
+
+class _TensorBoard:
+    """One event file, written anew at each start, so that the folder is one curve.
+
+    tensorboardX's own SummaryWriter hands events to a thread; when that dies (a full disk), its
+    queue fills and the run hangs. EventsWriter writes at once, and raises.
+    """
+
+    def __init__(self, config: Config, history: Sequence[Row]):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        self._event_class: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
+        folder = Path(config.run_dir) / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = list(folder.glob("events.out.tfevents.*.jaxlm"))
+        # The name holds only the second: two starts within one would write to the same file.
+        self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}.jaxlm")
+        for row in history:
+            self._write(row["step"], row)
+        self._writer.flush()
+        for path in earlier:
+            path.unlink()
+
+    def _write(self, step: int, row: Row) -> None:
+        values = [{"tag": name, "simple_value": row[name]} for name in row if name != "step"]
+        event = self._event_class(step=step, wall_time=time.time(), summary={"value": values})
+        self._writer.write_event(event)
+
+    def log(self, step: int, row: Row) -> None:
+        self._write(step, row)
+        self._writer.flush()
+
+    def close(self, *, failed: bool = False) -> None:
+        self._writer.close()

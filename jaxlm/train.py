@@ -1,0 +1,241 @@
+"""The training loop: steps, evals and saves, from the latest checkpoint to the end of the plan."""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from jaxlm.assemble import Parts, TrainSet, assemble
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.config import Config, to_dict
+from jaxlm.console import Console
+from jaxlm.data.batches import prefetch
+from jaxlm.evaluate import EvalSet, evaluate
+from jaxlm.folder import Best, Metadata
+from jaxlm.loss import Loss
+from jaxlm.metrics import Metrics, perplexity
+from jaxlm.resume import describe_environment, plan_resume
+from jaxlm.signals import stop_requests
+from jaxlm.start import Start, open_run_folder, start_state
+from jaxlm.state import ModelFactory, TrainState
+from jaxlm.step import StepMetrics
+from jaxlm.summary import tell_complete, tell_end, tell_start
+from jaxlm.throughput import Meter, flops_per_token
+
+Callback = Callable[[int, dict[str, float]], None]
+
+
+class Result(NamedTuple):
+    """How a call of `train` ended."""
+
+    step: int
+    """Steps done."""
+    complete: bool
+    """Whether the plan is at its end; else the run was asked to stop, and goes on when called again."""
+    best: Best | None
+    """The best checkpoint on disk."""
+
+
+def train(
+    config: Config,
+    *,
+    model: ModelFactory | None = None,
+    loss: Loss | None = None,
+    batches: TrainSet | None = None,
+    eval_batches: EvalSet | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Result:
+    """Trains to the end of the plan, from the latest sound checkpoint if there is one.
+
+    Args:
+      config: the run.
+      model: `nnx.Rngs -> nnx.Module` of `nnx.Param`s; by default the decoder of `config.model`.
+      loss: `(model, batch) -> (sum over tokens, number of tokens)`; by default next-token
+        cross-entropy.
+      batches: `(index, rows) -> host arrays` of training batch `index`; by default `config.data`.
+      eval_batches: the held-out set; by default that of `config.data`, and none with own `batches`.
+      callbacks: each called with (step, row) for every row of metrics.jsonl.
+
+    Raises:
+      ValueError: the config, the data or the checkpoints do not fit each other.
+      CheckpointError: the checkpoints cannot be had or kept.
+    """
+    primary = jax.process_index() == 0
+    console = Console(config.num_steps, stream=None if primary else open(os.devnull, "w"))
+    plan = plan_resume(config, console.say)
+    if plan.complete:
+        assert plan.latest is not None
+        tell_complete(plan, console)
+        return Result(plan.latest.step, True, plan.best)
+    parts = assemble(
+        plan.config,
+        model=model,
+        loss=loss,
+        batches=batches,
+        eval_batches=eval_batches,
+        say=console.say,
+    )
+    config = parts.config
+    tell_start(parts, console)
+    with contextlib.ExitStack() as stack:
+        stack.callback(console.close)
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                Path(config.checkpoint_dir),
+                config.checkpoint,
+                on_commit=console.saved,
+                warn=console.warn,
+            )
+        )
+        state, start = start_state(parts, plan, checkpoints, console)
+        metrics = stack.enter_context(open_run_folder(parts, plan, start, console)) if primary else None
+        run = _Run(parts, checkpoints, metrics, console, callbacks, start)
+        if start.owes_eval:
+            run.pay_owed_eval(state)
+        stop = stack.enter_context(stop_requests(parts.mesh, console.say))
+        result = run.loop(state, stop.agreed)
+    tell_end(config, result.step, result.complete, result.best, console)
+    return result
+
+
+class _Run:
+    """A run under way: what the loop keeps besides the state."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        checkpoints: Checkpoints,
+        metrics: Metrics | None,
+        console: Console,
+        callbacks: Sequence[Callback],
+        start: Start,
+    ) -> None:
+        self.parts, self.config = parts, parts.config
+        self.checkpoints, self.metrics = checkpoints, metrics
+        self.console, self.callbacks = console, callbacks
+        self.start = start
+        self.num_worse_evals = start.num_worse_evals
+        self.unread: tuple[int, StepMetrics] | None = None
+        self.meter = Meter(start.step)
+
+    def loop(self, state: TrainState, stop_requested: Callable[[], bool]) -> Result:
+        """Steps to the end of the plan, or until asked to stop."""
+        config, train_step = self.config, self.parts.train_step
+        step, ended, stopping = self.start.step, False, False
+        for index, batch in prefetch(
+            self.parts.put, step, config.num_steps, depth=config.data.prefetch
+        ):
+            state, step_metrics = train_step(state, batch)
+            self.read_metrics()  # those of an earlier step: the device is busy with this one
+            step = index + 1
+            ended = step == config.num_steps
+            stopping = stop_requested() and not ended
+            if step == 1 or step % config.log_interval == 0 or ended:
+                self.unread = step, step_metrics
+            eval_loss, improved = None, False
+            if self.parts.eval_due(step) and not stopping:
+                eval_loss, improved = self.evaluate(step, state)
+                ended = ended or self.overfits
+            if improved or ended or stopping or self.save_due(step):
+                self.save(step, state, eval_loss, final=ended)
+            self.checkpoints.poll()
+            self.console.progress(step)
+            if ended or stopping:
+                break
+        self.checkpoints.wait()
+        return Result(step, ended, self.checkpoints.best)
+
+    def save_due(self, step: int) -> bool:
+        """Whether the interval or the clock asks for a save."""
+        return step % self.config.checkpoint.save_interval == 0 or self.checkpoints.due_by_time
+
+    @property
+    def overfits(self) -> bool:
+        """Whether so many evals in a row were no better that the run is to end."""
+        limit = self.config.stop_after_worse_evals
+        return limit is not None and self.num_worse_evals >= limit
+
+    def read_metrics(self) -> None:
+        """Logs the row that is waiting, if any."""
+        if self.unread is None:
+            return
+        (step, on_device), self.unread = self.unread, None
+        values = {name: float(value) for name, value in jax.device_get(on_device).items()}
+        steps_per_s = self.meter.rate(step)
+        tokens_per_s = steps_per_s * self.config.tokens_per_step
+        row = {
+            "train/loss": values["loss"],
+            "train/perplexity": perplexity(values["loss"]),
+            "train/learning_rate": values["learning_rate"],
+            "train/grad_norm": values["grad_norm"],
+            "train/nonfinite_steps": int(values["nonfinite_steps"]),
+            "train/tokens_seen": step * self.config.tokens_per_step,
+            "train/tokens_per_s": tokens_per_s,
+        }
+        if self.parts.peak_flops:
+            flops = flops_per_token(self.config.model, self.config.seq_len)
+            row["train/mfu"] = tokens_per_s * flops / self.parts.peak_flops
+        self.log(step, row)
+        self.console.step(step, row, (self.config.num_steps - step) / steps_per_s)
+
+    def log(self, step: int, row: dict[str, float]) -> None:
+        """One row for metrics.jsonl, the trackers and the callbacks."""
+        if self.metrics:
+            self.metrics.log(step, row)
+        for callback in self.callbacks:
+            callback(step, row)
+
+    def evaluate(self, step: int, state: TrainState) -> tuple[float, bool]:
+        """The held-out loss, and whether it is better than the best checkpoint on disk."""
+        self.read_metrics()
+        with self.meter.paused():
+            self.checkpoints.wait()
+            parts, before = self.parts, self.checkpoints.best
+            loss = evaluate(parts.eval_step, state.params, parts.put_eval, parts.num_eval_batches)
+            best = self.checkpoints.best_with(step, loss)
+            improved = best is not None and best.step == step
+            self.num_worse_evals = 0 if improved else self.num_worse_evals + 1
+            row = {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
+            self.log(step, {**row, "eval/best_loss": best.loss if best else math.inf})
+            self.console.evaluation(step, loss, before.loss if before else None, improved)
+        return loss, improved
+
+    def save(self, step: int, state: TrainState, eval_loss: float | None, *, final: bool) -> None:
+        """Starts to save this step, once every row up to it is on disk."""
+        self.read_metrics()
+        with self.meter.paused():
+            if self.metrics:
+                self.metrics.flush()
+            self.checkpoints.wait()
+            self.checkpoints.save(state, self.metadata(step, eval_loss, final))
+
+    def pay_owed_eval(self, state: TrainState) -> None:
+        """Makes the eval that a stop left out, and commits the step again with it."""
+        step = self.start.step
+        loss, _ = self.evaluate(step, state)
+        if self.metrics:
+            self.metrics.flush()
+        self.checkpoints.replace(state, self.metadata(step, loss, final=self.overfits))
+
+    def metadata(self, step: int, eval_loss: float | None, final: bool) -> Metadata:
+        """What a checkpoint of this step says of itself."""
+        best = self.checkpoints.best_with(step, eval_loss)
+        return Metadata(
+            step=step,
+            tokens_seen=step * self.config.tokens_per_step,
+            eval_loss=eval_loss,
+            best_eval_loss=best.loss if best else math.inf,
+            best_step=best.step if best else None,
+            num_worse_evals=self.num_worse_evals,
+            final=final,
+            config=to_dict(self.config),
+            data_fingerprint=self.parts.data_fingerprint,
+            eos_id=self.parts.eos_id,
+            environment=describe_environment(self.parts.mesh),
+            tracking_run_id=self.metrics.run_id if self.metrics else "",
+            lineage=self.start.lineage,
+        )

@@ -1,0 +1,236 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxlm import metrics
+from jaxlm.config import Config, TrackingConfig
+from jaxlm.metrics import Metrics, perplexity, read_metrics
+
+ROWS = [
+    {"step": 10, "train/loss": 4.5, "train/tokens_seen": 40960},
+    {"step": 20, "train/loss": math.nan, "train/perplexity": math.inf},
+    {"step": 20, "eval/loss": 0.1 + 0.2, "eval/best_loss": -math.inf},
+    {"step": 30, "train/loss": 4.25},
+    {"step": 40, "train/loss": 4.125},
+]
+
+
+def start(
+    run_dir: Path,
+    *,
+    run_id: str | None = "old",
+    restored_step: int,
+    owed_eval: bool = False,
+    new_future: bool = False,
+) -> Metrics:
+    return Metrics(
+        Config(run_dir=str(run_dir)),
+        run_id=run_id,
+        restored_step=restored_step,
+        owed_eval=owed_eval,
+        new_future=new_future,
+    )
+
+
+def id_of_start(run_dir: Path, **options: Any) -> str:
+    with start(run_dir, **options) as run:
+        return run.run_id
+
+
+def log_all(run: Metrics, rows: list[dict]) -> None:
+    for row in rows:
+        run.log(row["step"], {name: value for name, value in row.items() if name != "step"})
+
+
+def write(run_dir: Path, rows: list[dict] = ROWS) -> Path:
+    with start(run_dir, run_id=None, restored_step=0) as run:
+        log_all(run, rows)
+    return run_dir / "metrics.jsonl"
+
+
+def steps_of(path: Path) -> list[int]:
+    return [row["step"] for row in read_metrics(path)]
+
+
+def same(left: list[dict], right: list[dict]) -> bool:
+    # repr tells floats apart to the last bit, and holds NaN equal to itself.
+    return repr(left) == repr(right)
+
+
+def test_rows_come_back_to_the_bit_and_any_json_parser_reads_them(tmp_path):
+    path = write(tmp_path)
+    assert same(read_metrics(path), ROWS)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+    with pytest.raises(ValueError, match="NaN"):  # the control: Python's own spelling is no JSON
+        json.loads(json.dumps(math.nan), parse_constant=refuse)
+
+
+def test_a_file_cut_short_at_any_byte_keeps_every_whole_row(tmp_path):
+    path = write(tmp_path)
+    content = path.read_bytes()
+    for size in range(len(content)):
+        path.write_bytes(content[:size])
+        # A row is whole with its closing brace; the newline may be missing.
+        num_rows = content[:size].count(b"}")
+        assert same(read_metrics(path), ROWS[:num_rows])
+        with start(tmp_path, restored_step=40) as run:
+            run.log(50, {"train/loss": 4.0})
+        assert same(read_metrics(path), [*ROWS[:num_rows], {"step": 50, "train/loss": 4.0}])
+
+
+@pytest.mark.parametrize("line", ["", "[]", "3", '{"loss": 1}', '{"step": 1.5}', "[" * 100_000])
+def test_a_bad_line_in_the_middle_is_named(tmp_path, line):
+    path = write(tmp_path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], line, lines[1]]))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: .*then start again"):
+        start(tmp_path, restored_step=20)
+    path.write_text("\n".join([lines[0], lines[1], line]))
+    assert steps_of(path) == [10, 20]
+
+
+@pytest.mark.parametrize(
+    "restored_step, kept", [(0, 0), (9, 0), (10, 1), (20, 3), (39, 4), (99, 5)]
+)
+def test_rows_after_the_restored_step_are_cut(tmp_path, restored_step, kept):
+    path = write(tmp_path)
+    with start(tmp_path, restored_step=restored_step):
+        assert same(read_metrics(path), ROWS[:kept])
+
+
+def test_an_eval_to_be_made_again_is_cut(tmp_path):
+    path = write(tmp_path)
+    with start(tmp_path, restored_step=20, owed_eval=True):
+        assert same(read_metrics(path), ROWS[:2])
+    write(tmp_path)
+    with start(tmp_path, restored_step=30, owed_eval=True):  # the control: not another step's
+        assert same(read_metrics(path), ROWS[:4])
+
+
+def test_a_cut_that_is_broken_off_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = write(tmp_path)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, restored_step=20)
+    assert same(read_metrics(path), ROWS)
+
+
+def test_every_row_logged_survives_kill_9(tmp_path):
+    child = f"""
+import os
+from jaxlm.config import Config
+from jaxlm.metrics import Metrics
+run = Metrics(Config(run_dir={str(tmp_path)!r}), run_id=None, restored_step=0, owed_eval=False,
+              new_future=False)
+for step in range(1, 101):
+    run.log(step, {{"train/loss": 1 / step}})
+os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run([sys.executable, "-c", child], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert steps_of(tmp_path / "metrics.jsonl") == list(range(1, 101))
+
+
+def test_flush_brings_the_file_to_the_disk(tmp_path, monkeypatch):
+    synced = []
+    with start(tmp_path, run_id=None, restored_step=0) as run:
+        monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino))
+        run.log(1, {"train/loss": 1.0})
+        assert synced == []
+        run.flush()
+        assert synced == [(tmp_path / "metrics.jsonl").stat().st_ino]
+
+
+def test_a_start_from_scratch_gets_an_id_of_its_own(tmp_path):
+    ids = {id_of_start(tmp_path, run_id=None, restored_step=0) for _ in range(3)}
+    assert len(ids) == 3 and all(ids)
+
+
+def test_the_id_of_the_checkpoint_counts_where_the_run_folder_is_gone(tmp_path):
+    assert id_of_start(tmp_path / "elsewhere", run_id="abc", restored_step=20) == "abc"
+
+
+def test_a_kill_keeps_the_id_and_a_new_future_of_rows_taken_back_changes_it(tmp_path):
+    write(tmp_path)
+    old = id_of_start(tmp_path, restored_step=40)
+    assert id_of_start(tmp_path, restored_step=40, new_future=True) == old  # nothing is taken back
+    assert id_of_start(tmp_path, restored_step=20) == old
+    new = id_of_start(tmp_path, run_id=old, restored_step=10, new_future=True)
+    assert new != old
+
+
+def test_rows_cut_in_an_earlier_start_count_as_taken_back(tmp_path):
+    write(tmp_path)
+    old = id_of_start(tmp_path, restored_step=20)  # killed before it logs: W&B has step 40
+    assert id_of_start(tmp_path, run_id=old, restored_step=20, new_future=True) != old
+
+
+def test_a_new_id_outlives_a_kill_before_the_next_checkpoint(tmp_path):
+    write(tmp_path)
+    old = id_of_start(tmp_path, restored_step=40)
+    new = id_of_start(tmp_path, run_id=old, restored_step=20, new_future=True)
+    # The checkpoint still names the old run, which has the rows that were taken back.
+    again = id_of_start(tmp_path, run_id=old, restored_step=20, new_future=True)
+    assert again == new != old
+
+
+def test_a_damaged_tracking_record_does_not_stop_the_run(tmp_path):
+    write(tmp_path)
+    (tmp_path / "tracking.json").write_text("{")
+    assert id_of_start(tmp_path, run_id="abc", restored_step=40) == "abc"
+
+
+@pytest.mark.parametrize(
+    "tracking, package, extra",
+    [
+        (TrackingConfig(wandb="offline"), "wandb", "wandb"),
+        (TrackingConfig(tensorboard=True), "tensorboardX", "tensorboard"),
+    ],
+)
+def test_a_missing_package_is_found_before_anything_is_touched(
+    tmp_path, monkeypatch, tracking, package, extra
+):
+    path = write(tmp_path)
+    before = path.read_bytes()
+    monkeypatch.setitem(sys.modules, package, None)
+    config = Config(run_dir=str(tmp_path), tracking=tracking)
+    with pytest.raises(ImportError, match=rf"pip install 'jaxlm\[{extra}\]'"):
+        Metrics(config, run_id="a", restored_step=10, owed_eval=False, new_future=False)
+    assert path.read_bytes() == before
+
+
+def test_trackers_that_are_off_are_never_imported(tmp_path):
+    child = f"""
+import sys
+from jaxlm.config import Config
+from jaxlm.metrics import Metrics
+Metrics(Config(run_dir={str(tmp_path)!r}), run_id=None, restored_step=0, owed_eval=False,
+        new_future=False)
+assert "jaxlm.metrics" in sys.modules
+assert not {{"wandb", "tensorboardX", "jax"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", child], check=True)
+
+
+def test_perplexity():
+    assert perplexity(0.0) == 1.0
+    assert perplexity(1000.0) == math.inf
+    assert perplexity(math.inf) == math.inf
+    assert math.isnan(perplexity(math.nan))
+    assert metrics.perplexity(math.log(119.9)) == pytest.approx(119.9)

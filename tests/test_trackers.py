@@ -1,0 +1,349 @@
+import importlib.util
+import json
+import math
+import os
+import signal
+import struct
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from jaxlm.config import Config, OptimConfig, TrackingConfig, to_dict
+from jaxlm.metrics import Metrics, read_metrics
+from jaxlm.trackers import open_trackers
+
+needs_wandb = pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="no wandb")
+needs_tensorboard = pytest.mark.skipif(
+    not importlib.util.find_spec("tensorboardX"), reason="no tensorboardX"
+)
+
+# Its own process: wandb keeps a service running to the end of the process that it began in.
+RUN = """
+import os, signal, sys
+from jaxlm.config import Config, TrackingConfig
+from jaxlm.metrics import Metrics
+
+run_dir, restored, last, how = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+config = Config(run_dir=run_dir, eval_interval=50, tracking=TrackingConfig(wandb="offline"))
+ours = lambda *_: None
+signal.signal(signal.SIGTERM, ours)
+hooks = sys.exit, sys.excepthook, signal.getsignal(signal.SIGINT)
+run = Metrics(config, run_id="abc" if restored else None, restored_step=restored, owed_eval=False,
+              new_future=False)
+with run:
+    assert hooks == (sys.exit, sys.excepthook, signal.getsignal(signal.SIGINT))
+    assert signal.getsignal(signal.SIGTERM) is ours
+    for step in range(restored + 1, last + 1):
+        run.log(step, {"train/loss": 1 / step, "train/grad_norm": float("nan")})
+        if step % 50 == 0:
+            run.log(step, {"eval/loss": 2 / step, "eval/best_loss": float("inf")})
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def run_child(run_dir: Path, restored: int, last: int, how: str) -> None:
+    home = run_dir.parent / "home"
+    home.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(run_dir), str(restored), str(last), how],
+        env={**os.environ, "HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == (-signal.SIGKILL if how == "kill" else 0), done.stderr
+    assert done.stdout + done.stderr == ""
+    # Outside the run folder there is only the log of wandb's service.
+    stray = [path for path in home.rglob("*") if path.is_file()]
+    assert all(home / ".cache/wandb/logs" in path.parents for path in stray)
+
+
+def merged(rows: list[dict]) -> dict[int, dict]:
+    """The rows of each step as one, which is what W&B keeps."""
+    steps = {}
+    for row in rows:
+        floats = {name: float(value) for name, value in row.items() if name != "step"}
+        steps.setdefault(row["step"], {"step": row["step"]}).update(floats)
+    return steps
+
+
+def same(left: object, right: object) -> bool:
+    return repr(left) == repr(right)  # NaN equals itself, and floats differ by the last bit
+
+
+def wandb_folders(run_dir: Path) -> list[Path]:
+    """The offline folders, oldest first."""
+    return sorted((run_dir / "wandb").glob("offline-run-*"))
+
+
+def read_wandb(folder: Path) -> tuple[list[dict], dict]:
+    """The rows and the config in an offline folder: LevelDB's log format, after 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data = next(folder.glob("*.wandb")).read_bytes()
+    rows, config, parts, at = [], {}, [], 7
+    while True:
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+        if at + 7 > len(data):
+            return rows, config
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        parts.append(data[at + 7 : at + 7 + size])
+        at += 7 + size
+        if kind in (1, 4) and at <= len(data):  # a whole record, or the last part of one
+            record = wandb_internal_pb2.Record.FromString(b"".join(parts))
+            parts = []
+            if record.WhichOneof("record_type") == "history":
+                row = {
+                    x.key or x.nested_key[0]: json.loads(x.value_json) for x in record.history.item
+                }
+                step = row.pop("_step")
+                rows.append({"step": step, **{k: v for k, v in row.items() if k[0] != "_"}})
+            for item in record.run.config.update:
+                config[item.key] = json.loads(item.value_json)
+
+
+def is_whole(folder: Path, run_dir: Path) -> bool:
+    found, _ = read_wandb(folder)
+    expected = merged(read_metrics(run_dir / "metrics.jsonl"))
+    assert len(found) == len(merged(found))
+    return same(
+        [sorted(row.items()) for row in merged(found).values()],
+        [sorted(row.items()) for row in expected.values()],
+    )
+
+
+@needs_wandb
+def test_the_newest_offline_folder_is_whole_after_kill_9_and_a_second_start(tmp_path):
+    run_dir = tmp_path / "run"
+    run_child(run_dir, 0, 730, "kill")
+    killed = wandb_folders(run_dir)
+    assert len(killed) == 1 and not is_whole(killed[0], run_dir)  # else this test proves nothing
+    run_child(run_dir, 500, 1000, "end")
+    folders = wandb_folders(run_dir)
+    assert len(folders) == 2 and is_whole(folders[-1], run_dir)
+    assert [row["step"] for row in read_wandb(folders[-1])[0]] == list(range(1, 1001))
+    run_child(run_dir, 1000, 1000, "end")
+    assert is_whole(wandb_folders(run_dir)[-1], run_dir)
+
+
+@needs_wandb
+def test_the_config_is_in_the_wandb_run_and_history_is_what_makes_it_whole(tmp_path):
+    run_dir = tmp_path / "run"
+    run_child(run_dir, 0, 50, "end")
+    folder = wandb_folders(run_dir)[-1]
+    expected = Config(
+        run_dir=str(run_dir), eval_interval=50, tracking=TrackingConfig(wandb="offline")
+    )
+    config = read_wandb(folder)[1]
+    assert {name: config[name] for name in to_dict(expected)} == to_dict(expected)
+    assert is_whole(folder, run_dir)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 51, "train/loss": 1.0}\n')
+    assert not is_whole(folder, run_dir)  # the control: one row more is seen
+
+
+class Server:
+    """What wandb's server does with a run, as far as it matters here."""
+
+    def __init__(self, monkeypatch):
+        self.runs: dict[str, dict[int, dict]] = {}
+        module = types.ModuleType("wandb")
+        module.init = self.init
+        module.Settings = lambda **_: None
+        monkeypatch.setitem(sys.modules, "wandb", module)
+
+    def init(self, *, id: str, resume: str, mode: str, **_: object) -> types.SimpleNamespace:
+        assert (resume, mode) == ("allow", "online")
+        rows = self.runs.setdefault(id, {})
+
+        def log(row: dict, step: int, commit: bool) -> None:
+            assert commit
+            if step > max(rows, default=-1):  # else it is dropped
+                rows[step] = dict(row)
+
+        first = max(rows, default=-1) + 1
+        return types.SimpleNamespace(step=first, log=log, finish=lambda exit_code: None, url="u")
+
+
+ONLINE = TrackingConfig(wandb="online")
+
+
+def online(run_dir: Path, **options) -> Metrics:
+    config = Config(
+        run_dir=str(run_dir),
+        num_steps=100,
+        eval_interval=20,
+        optim=OptimConfig(warmup_steps=10),
+        tracking=ONLINE,
+    )
+    defaults = {"run_id": "abc", "owed_eval": False, "new_future": False, "restored_step": 0}
+    return Metrics(config, say=lambda _: None, **{**defaults, **options})
+
+
+def as_server(run_dir: Path) -> dict[int, dict]:
+    rows = merged(read_metrics(run_dir / "metrics.jsonl"))
+    return {step: {k: v for k, v in row.items() if k != "step"} for step, row in rows.items()}
+
+
+def train(run: Metrics, first: int, last: int, *, evals: bool = True, scale: float = 1) -> None:
+    for step in range(first, last + 1, 10):
+        run.log(step, {"train/loss": scale / step})
+        if evals and step % 20 == 0:
+            run.log(step, {"eval/loss": scale * 2 / step})
+
+
+def test_online_gets_the_rows_that_it_lacks_and_none_twice(tmp_path, monkeypatch):
+    server = Server(monkeypatch)
+    with online(tmp_path, run_id=None) as run:
+        run_id = run.run_id
+        train(run, 10, 70)
+    for step in (50, 60, 70):  # the kill took them before they were sent
+        del server.runs[run_id][step]
+    with online(tmp_path, run_id=run_id, restored_step=60) as run:
+        train(run, 70, 100)
+    assert server.runs == {run_id: as_server(tmp_path)}
+    assert list(server.runs[run_id]) == list(range(10, 101, 10))
+
+
+def test_online_is_ahead_of_the_checkpoint_after_a_kill(tmp_path, monkeypatch):
+    server = Server(monkeypatch)
+    with online(tmp_path, run_id=None) as run:
+        train(run, 10, 70)
+    with online(tmp_path, run_id=run.run_id, restored_step=40) as run:
+        train(run, 50, 100)
+    assert server.runs == {run.run_id: as_server(tmp_path)}
+
+
+def test_an_eval_made_only_after_a_restart_is_not_dropped_online(tmp_path, monkeypatch):
+    server = Server(monkeypatch)
+    with online(tmp_path, run_id=None) as run:
+        train(run, 10, 30)
+        run.log(40, {"train/loss": 0.5})  # stopped before the eval of step 40
+    assert list(server.runs[run.run_id]) == [10, 20, 30]
+    with online(tmp_path, run_id=run.run_id, restored_step=40, owed_eval=True) as run:
+        run.log(40, {"eval/loss": 0.25})
+        train(run, 50, 100)
+    assert server.runs == {run.run_id: as_server(tmp_path)}
+    assert server.runs[run.run_id][40] == {"train/loss": 0.5, "eval/loss": 0.25}
+
+
+def test_the_row_at_which_a_run_broke_off_is_sent(tmp_path, monkeypatch):
+    server = Server(monkeypatch)
+    with pytest.raises(RuntimeError), online(tmp_path, run_id=None) as run:
+        train(run, 10, 70)
+        raise RuntimeError
+    assert 70 in server.runs[run.run_id]
+
+
+def test_rows_taken_back_go_on_in_a_new_run(tmp_path, monkeypatch):
+    server = Server(monkeypatch)
+    with online(tmp_path, run_id=None) as run:
+        train(run, 10, 70)
+    old = run.run_id
+    before = dict(server.runs[old])
+    with online(tmp_path, run_id=old, restored_step=40, new_future=True) as run:
+        train(run, 50, 100, scale=3)
+    assert run.run_id != old
+    assert server.runs == {old: before, run.run_id: as_server(tmp_path)}
+
+
+def test_a_tracker_that_fails_is_reported_once_and_the_others_go_on(tmp_path, monkeypatch):
+    said, logged = [], []
+    server = Server(monkeypatch)
+    config = Config(run_dir=str(tmp_path), tracking=ONLINE)
+    trackers = open_trackers(config, "abc", [], say=said.append)
+    trackers.open("Good", lambda: types.SimpleNamespace(log=lambda *row: logged.append(row)))
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionResetError("Connection lost")
+
+    trackers._trackers["W&B"]._run.log = fail
+    for step in (1, 2, 3):
+        trackers.log(step, {"train/loss": 1.0})
+    assert said == [
+        "W&B: u",
+        "W&B failed; the run goes on without it (ConnectionResetError: Connection lost)",
+    ]
+    assert [step for step, _ in logged] == [1, 2, 3]
+    assert server.runs == {"abc": {}}
+    trackers.open("Bad", fail)  # one that cannot even be opened
+    assert said[2].startswith("Bad failed; the run goes on")
+
+
+def test_an_interrupt_is_not_mistaken_for_a_failure(tmp_path):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    trackers = open_trackers(Config(run_dir=str(tmp_path)), "abc", [])
+    with pytest.raises(KeyboardInterrupt):
+        trackers.open("Slow", interrupted)
+
+
+def read_tensorboard(folder: Path) -> list[dict]:
+    """Every event in the folder, in the order of the file names, as TensorBoard reads them."""
+    from tensorboardX.proto import event_pb2
+
+    rows = []
+    for path in sorted(folder.iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack("<Q", data[at : at + 8])
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
+            at += 16 + size
+            if event.summary.value:
+                values = {value.tag: value.simple_value for value in event.summary.value}
+                rows.append({"step": event.step, **values})
+    return rows
+
+
+def as_float32(rows: list[dict]) -> list[dict]:
+    def narrow(value: float) -> float:
+        return struct.unpack("f", struct.pack("f", value))[0]
+
+    return [{k: v if k == "step" else narrow(v) for k, v in row.items()} for row in rows]
+
+
+def with_tensorboard(run_dir: Path, **options) -> Metrics:
+    config = Config(run_dir=str(run_dir), tracking=TrackingConfig(tensorboard=True))
+    defaults = {"run_id": "abc", "owed_eval": False, "new_future": False, "restored_step": 0}
+    return Metrics(config, **{**defaults, **options})
+
+
+@needs_tensorboard
+def test_the_tensorboard_folder_is_one_curve_after_any_number_of_starts(tmp_path):
+    folder = tmp_path / "tensorboard"
+    # All starts within a second; after a kill there is no close.
+    for restored_step, last in ((0, 70), (40, 60), (40, 90), (80, 100)):
+        run = with_tensorboard(tmp_path, restored_step=restored_step)
+        train(run, restored_step + 10, last)
+        run.log(last, {"train/grad_norm": math.nan})
+        expected = as_float32(read_metrics(tmp_path / "metrics.jsonl"))
+        assert same(read_tensorboard(folder), expected) and len(expected) > 5
+        run.__exit__(None)
+    assert not same(read_tensorboard(folder), expected[:-1])  # the control
+
+
+@needs_tensorboard
+def test_files_of_others_in_the_tensorboard_folder_stay(tmp_path):
+    theirs = tmp_path / "tensorboard" / "events.out.tfevents.1.host"
+    theirs.parent.mkdir()
+    theirs.touch()
+    for _ in range(2):
+        with with_tensorboard(tmp_path):
+            pass
+    assert theirs.exists() and len(list(theirs.parent.iterdir())) == 2
+
+
+@needs_tensorboard
+def test_a_folder_that_cannot_be_written_does_not_stop_the_run(tmp_path, capsys):
+    (tmp_path / "tensorboard").touch()
+    with with_tensorboard(tmp_path) as run:
+        train(run, 10, 50)
+    assert capsys.readouterr().out.count("TensorBoard failed; the run goes on without it") == 1
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 7
