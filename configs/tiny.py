@@ -4,7 +4,13 @@ from jaxlm.config import CheckpointConfig, Config, ModelConfig, OptimConfig
 
 config = Config(
     model=ModelConfig(
-        vocab_size=4096, num_layers=4, d_model=256, d_ff=704, num_heads=4, num_kv_heads=2, head_dim=64
+        vocab_size=4096,
+        num_layers=4,
+        d_model=256,
+        d_ff=704,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
     ),
     optim=OptimConfig(learning_rate=3e-3, warmup_steps=20),
     checkpoint=CheckpointConfig(save_interval=100),

@@ -21,7 +21,6 @@ from jaxlm.optim import make_optimizer, make_schedule
 from jaxlm.sharding import AXES_OF, make_mesh, put_batch
 from jaxlm.state import Blueprint, ModelFactory, TrainState, make_blueprint
 from jaxlm.step import StepMetrics, make_eval_step, make_train_step
-
 from jaxlm.throughput import peak_flops
 
 

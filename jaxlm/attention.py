@@ -15,7 +15,9 @@ class Attention(Protocol):
 
     def __call__(
         self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
-    ) -> jax.Array: ...
+    ) -> jax.Array:
+        """Shapes as in `reference_attention`."""
+        ...
 
 
 def for_platform(platform: str) -> Attention:

@@ -19,8 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from jaxlm import manifest
@@ -34,7 +35,7 @@ from jaxlm.folder import (
     list_steps,
     read_metadata,
 )
-from jaxlm.restore import DamagedArrays, items_of, restore_items, state_of
+from jaxlm.restore import ITEMS, DamagedArrays, items_of, restore_items, state_of
 from jaxlm.state import TrainState, all_finite, fingerprint
 
 HOLDER = "holder.json"
@@ -81,7 +82,7 @@ class Checkpoints:
         folder: Path,
         config: CheckpointConfig,
         *,
-        on_commit: Callable[[int, Path, bool], None],
+        on_commit: Callable[[int, str, bool], None],
         warn: Callable[[str], None],
     ):
         self.folder = folder.absolute()
@@ -90,7 +91,8 @@ class Checkpoints:
         self._warn = warn
         self._eval_losses: dict[int, float | None] = {}
         self._saving: Metadata | None = None
-        self._purger: threading.Thread | None = None
+        self._purger = threading.Thread()
+        self._primary = jax.process_index() == 0
         self._last_save_s = time.monotonic()
 
     def __enter__(self) -> "Checkpoints":
@@ -99,14 +101,14 @@ class Checkpoints:
         Raises:
           CheckpointError: another trainer holds the folder.
         """
-        # Orbax logs every step of every save; what matters is told by us.
-        absl_logging.set_verbosity(absl_logging.ERROR)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder)
+        if self._primary:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.folder)
+            self._purge()
+            for path in self.folder.glob(f"*{_REPLACED}"):
+                self._finish_replacing(path)
+        self._sync("opened")
         self._inode = self.folder.stat().st_ino
-        self._purge()
-        for path in self.folder.glob(f"*{_REPLACED}"):
-            self._finish_replacing(path)
         for step in list_steps(self.folder):
             damage = manifest.find_damage(self.folder / str(step), contents=False)
             if damage and self._config.verify != "off":
@@ -126,10 +128,10 @@ class Checkpoints:
                 raise
             self._warn(str(own))
         finally:
-            if self._purger:
+            if self._primary:
                 self._purger.join()
-            (self.folder / HOLDER).unlink(missing_ok=True)
-            os.close(self._lock)
+                (self.folder / HOLDER).unlink(missing_ok=True)
+                os.close(self._lock)
 
     @property
     def best(self) -> Best | None:
@@ -159,8 +161,8 @@ class Checkpoints:
         if restored is None:
             if aside := list_set_aside(self.folder):
                 raise CheckpointError(
-                    f"{self.folder} holds no sound checkpoint, only {', '.join(aside)}; bring back a "
-                    "copy of one, or start a new run with --run_dir (nothing was changed)"
+                    f"{self.folder} holds no sound checkpoint, only {', '.join(aside)}; bring "
+                    "back a copy of one, or start a new run with --run_dir"
                 )
             return None
         while self._config.verify == "full" and (best := self.best):
@@ -180,35 +182,41 @@ class Checkpoints:
         self._check_folder()
         if not all_finite(state.params):
             raise CheckpointError(
-                f"step {metadata.step}: params hold values that are not finite, so the state is not "
-                f"saved; the last sound checkpoint is step {max(self._eval_losses, default=None)}"
+                f"step {metadata.step}: params hold values that are not finite, so the state is "
+                f"not saved; the last sound step is {max(self._eval_losses, default=None)}"
             )
         items = items_of(state)
         metadata = replace(metadata, fingerprints=fingerprint(items))
         loss = metadata.eval_loss
         metrics = None if loss is None or not math.isfinite(loss) else {"eval_loss": loss}
         args = {name: ocp.args.PyTreeSave(item) for name, item in items.items()}
-        args["meta"] = ocp.args.JsonSave(metadata.to_json())
+        meta = ocp.args.JsonSave(metadata.to_json())
         self._saving = metadata
         self._last_save_s = time.monotonic()
         try:
             saved = self._manager.save(
-                metadata.step, args=ocp.args.Composite(**args), metrics=metrics, force=True
+                metadata.step,
+                args=ocp.args.Composite(**args, meta=meta),
+                metrics=metrics,
+                force=True,
             )
             assert saved, f"Orbax refused step {metadata.step} without a word"
         except _SAVE_ERRORS as error:
             self._save_failed(error)
 
     def replace(self, state: TrainState, metadata: Metadata) -> None:
-        """Commits a step again with new metadata; killed at any instant, one of the two is there."""
+        """Commits a step again, with new metadata; at any instant, one of the two is there."""
         self.wait()
         aside = self.folder / f"{metadata.step}{_REPLACED}"
-        (self.folder / str(metadata.step)).rename(aside)
-        manifest.fsync(self.folder)
+        if self._primary:
+            (self.folder / str(metadata.step)).rename(aside)
+            manifest.fsync(self.folder)
+        self._sync("replacing")
         self._manager.reload()
         self.save(state, metadata)
         self.wait()
-        self._finish_replacing(aside)
+        if self._primary:
+            self._finish_replacing(aside)
 
     def poll(self) -> None:
         """Tells of a save that has ended since; costs nothing while it runs."""
@@ -231,12 +239,14 @@ class Checkpoints:
             return
         metadata, self._saving = self._saving, None
         self._eval_losses = {
-            step: loss for step, loss in self._eval_losses.items() if (self.folder / str(step)).exists()
+            step: loss
+            for step, loss in self._eval_losses.items()
+            if (self.folder / str(step)).exists()
         }
         self._eval_losses[metadata.step] = metadata.eval_loss
         self._purge()
         best = self.best is not None and self.best.step == metadata.step
-        self._on_commit(metadata.step, self.folder / str(metadata.step), best)
+        self._on_commit(metadata.step, str(self.folder / str(metadata.step)), best)
 
     def _open_manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -251,8 +261,7 @@ class Checkpoints:
             ),
         )
         # Uncompressed: zstd would save 8% of the bytes and double the time.
-        names = ("params", "opt_state", "state")
-        handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in names}
+        handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ITEMS}
         return ocp.CheckpointManager(
             self.folder,
             item_handlers={**handlers, "meta": ocp.JsonCheckpointHandler()},
@@ -284,8 +293,11 @@ class Checkpoints:
             if not aside.exists():
                 break
             aside = path.with_name(f"{step}{CORRUPT}-{number}")
-        path.rename(aside)
-        manifest.fsync(self.folder)
+        self._sync(f"damaged {step}")  # every process has seen it
+        if self._primary:
+            path.rename(aside)
+            manifest.fsync(self.folder)
+        self._sync(f"set aside {step}")
         self._eval_losses.pop(step, None)
         if hasattr(self, "_manager"):
             self._manager.reload()
@@ -295,8 +307,9 @@ class Checkpoints:
     def _save_failed(self, error: Exception) -> None:
         assert self._saving is not None
         step, self._saving = self._saving.step, None
-        for partial in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(partial, ignore_errors=True)
+        if self._primary:
+            for partial in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)
         self._manager.reload()
         kept = ", ".join(map(str, sorted(self._eval_losses))) or "none"
         text = (
@@ -314,8 +327,8 @@ class Checkpoints:
             same = False
         if not same:
             raise CheckpointError(
-                f"{self.folder} was deleted or replaced while the run was training; nothing more is "
-                "written there. Bring it back, and the same command goes on from its latest checkpoint"
+                f"{self.folder} was deleted or replaced while the run was training; nothing more "
+                "is written there. Bring it back, and the same command goes on from its latest"
             )
 
     def _finish_replacing(self, aside: Path) -> None:
@@ -330,13 +343,19 @@ class Checkpoints:
 
     def _purge(self) -> None:
         # Orbax only renames into this folder; the space is ours to free, off the training thread.
+        if not self._primary:
+            return
         doomed = self.folder / _DELETING
         doomed.mkdir(exist_ok=True)
-        if self._purger:
+        if self._purger.ident:
             self._purger.join()
         paths = list(doomed.iterdir())
         self._purger = threading.Thread(target=lambda: [shutil.rmtree(p, True) for p in paths])
         self._purger.start()
+
+    def _sync(self, name: str) -> None:
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"{self.folder}: {name}")
 
 
 def _lock(folder: Path) -> int:

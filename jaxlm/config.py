@@ -115,7 +115,7 @@ class DataConfig:
     text_field: str = fixed("text")
     """Field or column that holds the text (jsonl, parquet, tfds, hf)."""
     tokenizer: str = fixed("train")
-    """train (a byte-level BPE on this corpus), or a path or Hugging Face name of a tokenizer.json."""
+    """train (a byte-level BPE on this corpus), or a tokenizer.json: its path, or its hub name."""
     eos_token: str | None = fixed(None)
     """The token that ends a document; found by its usual names if not given."""
     max_tokens: int | None = fixed(None)
@@ -130,7 +130,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         kind, _, rest = self.source.partition(":")
         _check(
-            self.source == "embedded" or (kind in ("text", "tfds", "tfds_dir", "hf") and rest != ""),
+            self.source == "embedded"
+            or (kind in ("text", "tfds", "tfds_dir", "hf") and rest != ""),
             "data.source",
             self.source,
             "embedded, text:GLOB, tfds:NAME, tfds_dir:PATH or hf:REPO[:CONFIG]",

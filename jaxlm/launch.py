@@ -90,9 +90,10 @@ def run_main(main: Callable[[], int | None]) -> int:
         print("interrupted; the same command goes on from the latest checkpoint", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        ours = Path(__file__).parent in raised_in.parents
-        if not ours or os.environ.get("JAXLM_TRACEBACK"):
+        innermost = traceback.extract_tb(error.__traceback__)[-1]
+        ours = Path(__file__).parent in Path(innermost.filename).parents
+        on_purpose = ours and (innermost.line or "").startswith("raise")
+        if not on_purpose or os.environ.get("JAXLM_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Losses: `(model, batch) -> (sum over tokens, number of tokens)`, so that parts of a batch add up."""
+"""Losses: `(model, batch) -> (sum over tokens, number of tokens)`, so that parts add up."""
 
 from collections.abc import Callable
 from typing import Any

@@ -51,7 +51,9 @@ def write_manifest(folder: Path) -> None:
         if path.is_dir():
             fsync(path)
     body = json.dumps(files, sort_keys=True)
-    text = json.dumps({"crc32c": google_crc32c.value(body.encode()), "files": files}, sort_keys=True)
+    text = json.dumps(
+        {"crc32c": google_crc32c.value(body.encode()), "files": files}, sort_keys=True
+    )
     write_file(folder / NAME, text)
 
 

@@ -7,7 +7,6 @@ Dims: B batch, T time, D model, F feed-forward, N query heads, K key/value heads
 V vocabulary.
 """
 
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -30,7 +29,7 @@ def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], dims: tuple[str | None, ...]
 
 @jax.custom_vjp
 def silu(x: jax.Array) -> jax.Array:
-    """x * sigmoid(x), which keeps its derivative for the backward pass.
+    """X * sigmoid(x), which keeps its derivative for the backward pass.
 
     Left to itself, XLA recomputes the sigmoid in every consumer that it fuses it into: on a CPU
     that costs a fifth of the step.
@@ -40,9 +39,7 @@ def silu(x: jax.Array) -> jax.Array:
 
 def _silu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     sigmoid = jax.nn.sigmoid(x)
-    return jax.lax.optimization_barrier(
-        (x * sigmoid, sigmoid * (1 + x * (1 - sigmoid)))
-    )
+    return jax.lax.optimization_barrier((x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))))
 
 
 def _silu_backward(derivative: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
@@ -53,7 +50,7 @@ silu.defvjp(_silu_forward, _silu_backward)
 
 
 def rope(x_BTNH: jax.Array, theta: float) -> jax.Array:
-    """Rotates each pair (h, h + H/2) of a head by time times a wavelength (RoFormer, 2104.09864)."""
+    """Rotates each pair (h, h + H/2) of a head by time times a frequency (2104.09864)."""
     T, H = x_BTNH.shape[1], x_BTNH.shape[-1]
     freqs_h = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
     angles_Th = jnp.arange(T, dtype=jnp.float32)[:, None] * freqs_h
@@ -161,9 +158,7 @@ class Transformer(nnx.Module):
     ):
         V, D = config.vocab_size, config.d_model
         self.embedding_VD = _weight(rngs, (V, D), ("vocab", "model"), config.init_std)
-        self.layers = nnx.List(
-            [Block(config, attention, rngs) for _ in range(config.num_layers)]
-        )
+        self.layers = nnx.List([Block(config, attention, rngs) for _ in range(config.num_layers)])
         self.final_norm = RMSNorm(D, config.norm_eps)
         if not config.tie_embeddings:
             self.head_DV = _weight(rngs, (D, V), ("model", "vocab"), config.init_std)
@@ -190,7 +185,5 @@ class Transformer(nnx.Module):
             w_DV = self.embedding_VD[...].astype(self.dtype).T
         else:
             w_DV = self.head_DV[...].astype(self.dtype)
-        logits_BTV = jnp.einsum(
-            "BTD,DV->BTV", x_BTD, w_DV, preferred_element_type=jnp.float32
-        )
+        logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, w_DV, preferred_element_type=jnp.float32)
         return constrain(logits_BTV, "batch", None, "vocab")

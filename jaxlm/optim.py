@@ -24,9 +24,7 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
     decay_steps = round(config.decay_fraction * num_steps)
     fall = optax.linear_schedule(peak, floor, max(decay_steps, 1))
     stable_until = max(num_steps - decay_steps, warmup)
-    return optax.join_schedules(
-        [rise, optax.constant_schedule(peak), fall], [warmup, stable_until]
-    )
+    return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, stable_until])
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
@@ -35,7 +33,11 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     The caller multiplies by the rate of its own step counter, which also counts steps whose
     gradient was not finite and which therefore changed nothing here.
     """
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    clip = (
+        optax.identity()
+        if config.clip_norm is None
+        else optax.clip_by_global_norm(config.clip_norm)
+    )
     return optax.chain(
         clip,
         optax.scale_by_adam(config.beta1, config.beta2, config.eps),

@@ -35,8 +35,8 @@ def describe(config: Config, abstract: TrainState, memory: Any, mesh_size: int) 
     if memory is not None:
         state_bytes, temporary_bytes = memory.argument_size_in_bytes, memory.temp_size_in_bytes
         text += (
-            f"\nmemory on each of {mesh_size} device(s): {format_bytes(state_bytes)} state and batch, "
-            f"{format_bytes(temporary_bytes)} temporaries"
+            f"\nmemory on each of {mesh_size} device(s): {format_bytes(state_bytes)} state and "
+            f"batch, {format_bytes(temporary_bytes)} temporaries"
         )
     return text
 
@@ -62,8 +62,9 @@ def disk_warning(config: Config, abstract: TrainState) -> str | None:
     if needed <= free + used:
         return None
     return (
-        f"checkpoints need up to {format_bytes(needed)} in {config.checkpoint_dir}, and the disk has "
-        f"{format_bytes(free)}; free some, lower checkpoint.keep_latest or raise checkpoint.keep_every"
+        f"checkpoints need up to {format_bytes(needed)} in {config.checkpoint_dir}, and the disk "
+        f"has {format_bytes(free)}; free some, lower --checkpoint.keep_latest or raise "
+        "--checkpoint.keep_every"
     )
 
 

@@ -4,10 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 
 from jaxlm.folder import Metadata
 from jaxlm.state import TrainState, fingerprint, path_name
+
+ITEMS = ("params", "opt_state", "state")
+"""The items of a checkpoint that hold arrays; `meta` is JSON."""
+
+# Orbax warns of much that is as it should be; what matters is told by us.
+absl_logging.set_verbosity(absl_logging.ERROR)
 
 
 class DamagedArrays(ValueError):
@@ -62,6 +70,20 @@ def restore_items(
     return restored
 
 
+def restore_numpy(path: Path) -> dict[str, Any]:
+    """All items of a step folder as numpy arrays: two states may not fit on the devices."""
+    restored = {}
+    to_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+    for name in ITEMS:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            tree = checkpointer.metadata(path / name).item_metadata.tree
+            args = jax.tree.map(lambda _: to_numpy, tree)
+            restored[name] = checkpointer.restore(
+                path / name, args=ocp.args.PyTreeRestore(restore_args=args)
+            )
+    return restored
+
+
 def _check_layout(saved: dict[str, list[Any]], abstract: dict[str, Any], path: Path) -> None:
     # Orbax would leave out what is not asked for, and cast another dtype, without a word.
     wanted = {
@@ -73,7 +95,9 @@ def _check_layout(saved: dict[str, list[Any]], abstract: dict[str, Any], path: P
     }
     for name in sorted(wanted.keys() | of_items.keys()):
         if wanted.get(name) != of_items.get(name):
-            there, here = (" ".join(map(str, x.get(name) or ["nothing"])) for x in (of_items, wanted))
+            there, here = (
+                " ".join(map(str, x.get(name) or ["nothing"])) for x in (of_items, wanted)
+            )
             raise ValueError(
                 f"{path}: {name} holds {there}, but this model has {here}; "
                 "restore it with the model that it was saved from"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.config import Change, Config, changes
@@ -25,9 +26,14 @@ class Plan(NamedTuple):
     latest: Metadata | None
     """The newest checkpoint, or None for a new run."""
     changed: list[Change]
-    """Recorded fields that differ from it."""
+    """Fields that differ from it; none of them fixed."""
     best: Best | None
     """The best checkpoint on disk."""
+
+    @property
+    def recorded(self) -> list[Change]:
+        """Those changes that the lineage keeps."""
+        return [change for change in self.changed if change.policy == "recorded"]
 
     @property
     def complete(self) -> bool:
@@ -68,16 +74,18 @@ def plan_resume(config: Config, say: Callable[[str], None]) -> Plan:
             + "\n  ".join(refused)
             + "\nadd --run_dir for a new run, or set these back to go on with this one"
         )
-    recorded = [change for change in differing if change.policy == "recorded"]
-    for change in recorded:
-        say(f"changed from step {latest.step} on: {change}")
-    if any(change.name.startswith("optim.") or change.name == "num_steps" for change in recorded):
-        rates = [
-            float(make_schedule(c.optim, c.num_steps)(latest.step)) for c in (before, config)
-        ]
-        say(f"learning rate at step {latest.step}: was {rates[0]:.3e}, is {rates[1]:.3e}")
     best = find_best({step: metadata.eval_loss for step, metadata in found.items()})
-    return Plan(config, latest, recorded, best)
+    plan = Plan(config, latest, differing, best)
+    for change in plan.recorded:
+        say(f"changed from step {latest.step} on: {change}")
+    if any(change.name.startswith(("optim.", "num_steps")) for change in plan.recorded):
+        was, now = (_learning_rate(c, latest.step) for c in (before, config))
+        say(f"learning rate at step {latest.step}: was {was:.3e}, is {now:.3e}")
+    return plan
+
+
+def _learning_rate(config: Config, step: int) -> float:
+    return float(np.asarray(make_schedule(config.optim, config.num_steps)(step)))
 
 
 def describe_environment(mesh: Mesh) -> dict[str, Any]:
@@ -87,11 +95,15 @@ def describe_environment(mesh: Mesh) -> dict[str, Any]:
         "device_kind": mesh.devices.flat[0].device_kind,
         "mesh": dict(mesh.shape),
         "processes": jax.process_count(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
     }
 
 
-def compare_environments(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+def compare_environments(
+    before: dict[str, Any], now: dict[str, Any], prefix: str = ""
+) -> list[str]:
     """What differs, one `name: was …, is …` each."""
     found = []
     for name in sorted(before.keys() | now.keys()):

@@ -6,6 +6,7 @@ A mesh has *axes* (`data`, `fsdp`, `tensor`); an array has *dims* (`batch`, `voc
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ AXES_OF: dict[str | None, tuple[str, ...]] = {
 Dims = tuple[str | None, ...]
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of all devices, or of those given.
 
     Raises:
@@ -60,7 +61,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def param_sharding(name: str, shape: tuple[int, ...], dims: Dims | None, mesh: Mesh) -> NamedSharding:
+def param_sharding(
+    name: str, shape: tuple[int, ...], dims: Dims | None, mesh: Mesh
+) -> NamedSharding:
     """The sharding of one parameter.
 
     Args:
@@ -79,13 +82,15 @@ def param_sharding(name: str, shape: tuple[int, ...], dims: Dims | None, mesh: M
         if not divisible:
             return replicated(mesh)
         largest = max(divisible, key=lambda dim: shape[dim])
-        return NamedSharding(mesh, P(*("fsdp" if d == largest else None for d in range(len(shape)))))
+        return NamedSharding(
+            mesh, P(*("fsdp" if d == largest else None for d in range(len(shape))))
+        )
     for dim, size in zip(dims, shape, strict=True):
         ways = math.prod(mesh.shape[axis] for axis in AXES_OF[dim])
         if size % ways:
             raise ValueError(
-                f"mesh: {name} has {size} {dim}, which {' x '.join(AXES_OF[dim])} = {ways} does not "
-                f"divide; choose a mesh.{AXES_OF[dim][0]} that divides {size}"
+                f"mesh: {name} has {size} {dim}, which {' x '.join(AXES_OF[dim])} = {ways} does "
+                f"not divide; choose a mesh.{AXES_OF[dim][0]} that divides {size}"
             )
     return NamedSharding(mesh, P(*(AXES_OF[dim] or None for dim in dims)))
 
@@ -101,7 +106,9 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*(AXES_OF[dim] or None for dim in dims)))
 
 
-def put_batch(rows_of: Callable[[slice], dict[str, np.ndarray]], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+def put_batch(
+    rows_of: Callable[[slice], dict[str, np.ndarray]], mesh: Mesh, batch_size: int
+) -> dict[str, jax.Array]:
     """A global batch on the mesh, of which this process makes only the rows of its own devices.
 
     Args:
@@ -112,23 +119,17 @@ def put_batch(rows_of: Callable[[slice], dict[str, np.ndarray]], mesh: Mesh, bat
     sharding = batch_sharding(mesh)
     made: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
-    def rows(start: int, stop: int) -> dict[str, np.ndarray]:
+    def rows(index: Any) -> dict[str, np.ndarray]:
+        start, stop, _ = index[0].indices(batch_size)
         if (start, stop) not in made:
             made[start, stop] = rows_of(slice(start, stop))
         return made[start, stop]
 
-    spans = {
-        index[0].indices(batch_size)[:2]
-        for index in sharding.addressable_devices_indices_map((batch_size,)).values()
-        if index is not None
-    }
-    example = rows(*min(spans))
+    mine = sharding.addressable_devices_indices_map((batch_size,)).values()
+    example = rows(next(iter(mine)))
     return {
         key: jax.make_array_from_callback(
-            (batch_size, *value.shape[1:]),
-            sharding,
-            lambda index, key=key: rows(*index[0].indices(batch_size)[:2])[key],
+            (batch_size, *value.shape[1:]), sharding, lambda index, key=key: rows(index)[key]
         )
         for key, value in example.items()
     }
-

@@ -47,8 +47,8 @@ def start_state(
         state, metadata = restored
         _check_data(parts, metadata)
         lineage = metadata.lineage
-        if plan.changed:
-            lineage = [*lineage, {"step": metadata.step, "changed": [str(c) for c in plan.changed]}]
+        if plan.recorded:
+            lineage = [*lineage, {"step": metadata.step, "changed": list(map(str, plan.recorded))}]
         console.say(f"Resuming from step {metadata.step} of {checkpoints.folder}")
         _tell(metadata, console)
         now = describe_environment(parts.mesh)
@@ -86,7 +86,7 @@ def open_run_folder(parts: Parts, plan: Plan, start: Start, console: Console) ->
         run_id=start.run_id,
         restored_step=start.step,
         owed_eval=start.owes_eval,
-        new_future=bool(plan.changed),
+        new_future=bool(plan.recorded),
         say=console.say,
     )
 
@@ -94,9 +94,9 @@ def open_run_folder(parts: Parts, plan: Plan, start: Start, console: Console) ->
 def _check_data(parts: Parts, metadata: Metadata) -> None:
     if metadata.data_fingerprint != parts.data_fingerprint:
         raise ValueError(
-            f"data: found fingerprint {parts.data_fingerprint or 'none'}, but step {metadata.step} was "
-            f"trained on {metadata.data_fingerprint or 'none'}; bring back the data of that run (the "
-            "source files or package have changed since), or add --run_dir for a new run"
+            f"data: found fingerprint {parts.data_fingerprint or 'none'}, but step "
+            f"{metadata.step} was trained on {metadata.data_fingerprint or 'none'}; bring back the "
+            "data of that run (its source has changed since), or add --run_dir for a new run"
         )
 
 
@@ -105,4 +105,3 @@ def _tell(metadata: Metadata, console: Console) -> None:
         f"  best eval loss so far: {metadata.best_eval_loss:.4f}; "
         f"tokens seen: {metadata.tokens_seen / 1e9:.4f} B"
     )
-

@@ -24,7 +24,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     """int32 []: batches taken in."""
     nonfinite_steps: jax.Array
-    """int32 []: those of them whose loss or gradient was not finite, and which changed nothing else."""
+    """int32 []: those of them that were not finite, and changed nothing else."""
 
 
 class Blueprint(NamedTuple):
@@ -80,9 +80,9 @@ def make_blueprint(model: ModelFactory, tx: optax.GradientTransformation, mesh: 
         abstract_params,
         transform_non_params=lambda _: whole,
     )
-    state_shardings = TrainState(
-        jax.tree.map(lambda param: param.sharding, abstract_params), opt_state_shardings, whole, whole
-    )
+    param_shardings = jax.tree.map(lambda param: param.sharding, abstract_params)
+    state_shardings: Any = (param_shardings, opt_state_shardings, whole, whole)
+    state_shardings = TrainState(*state_shardings)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -109,7 +109,7 @@ def fingerprint(tree: Any) -> dict[str, list[Any]]:
 
 def _words(x: jax.Array) -> jax.Array:
     """The bits of `x` as uint32 [n, …]: narrow types widened, 64-bit ones as two words."""
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)

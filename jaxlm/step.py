@@ -23,7 +23,7 @@ def make_train_step(
     schedule: optax.Schedule,
     mesh: Mesh,
     num_microbatches: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+) -> jax.stages.Wrapped:
     """The compiled update; it consumes the state that it is given (donation).
 
     The batch is taken in `num_microbatches` parts of its rows, whose loss and gradient sums add up

@@ -41,11 +41,16 @@ def tell_complete(plan: Plan, console: Console) -> None:
     config, latest = plan.config, plan.latest
     assert latest is not None
     if latest.step < config.num_steps:
-        reason = f"ended at step {latest.step} after {latest.num_worse_evals} evals without a new best"
+        reason = f"ended at step {latest.step}: {latest.num_worse_evals} evals without a new best"
         more = "a larger --stop_after_worse_evals"
     else:
-        reason, more = f"is complete: {latest.step} of {config.num_steps} steps", "a larger --num_steps"
+        reason, more = (
+            f"is complete: {latest.step} of {config.num_steps} steps",
+            "a larger --num_steps",
+        )
     console.say(f"run {config.run_dir} {reason}")
+    for change in plan.changed:
+        console.say(f"  this command differs in {change}")
     console.say(f"to go on with it, add {more}; for a new run, add --run_dir")
     _tell_where(config, plan.best, console)
 
@@ -55,14 +60,16 @@ def tell_end(
 ) -> None:
     """Where everything is, and what to type next."""
     if not complete:
-        console.say(f"stopped at step {step} of {config.num_steps}, saved; the same command goes on")
+        console.say(
+            f"stopped at step {step} of {config.num_steps}, saved; the same command goes on"
+        )
         return
     console.say(f"done: {step} steps")
     if best and best.step < step:
         evals = -(-(step - best.step) // config.eval_interval)
         console.say(
-            f"best was {evals} eval(s) ago, at step {best.step}; to go on from there:\n"
-            f"  the same command with --branch_from {config.run_dir}@best --run_dir {config.run_dir}-2"
+            f"best was {evals} eval(s) ago, at step {best.step}; to go on from there, add\n"
+            f"  --branch_from {config.run_dir}@best --run_dir {config.run_dir}-2"
         )
     _tell_where(config, best, console)
 

@@ -35,7 +35,7 @@ class Result(NamedTuple):
     step: int
     """Steps done."""
     complete: bool
-    """Whether the plan is at its end; else the run was asked to stop, and goes on when called again."""
+    """Whether the plan is at its end; else the run was stopped, and goes on when called again."""
     best: Best | None
     """The best checkpoint on disk."""
 
@@ -92,7 +92,9 @@ def train(
             )
         )
         state, start = start_state(parts, plan, checkpoints, console)
-        metrics = stack.enter_context(open_run_folder(parts, plan, start, console)) if primary else None
+        metrics = None
+        if primary:
+            metrics = stack.enter_context(open_run_folder(parts, plan, start, console))
         run = _Run(parts, checkpoints, metrics, console, callbacks, start)
         if start.owes_eval:
             run.pay_owed_eval(state)

@@ -52,7 +52,7 @@ SOURCE_ONLY = ["promise"]  # pure Python, needed by tensorflow-datasets
 
 def main() -> None:
     """Writes the pins, or with `--check` compares them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Pin every dependency.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
     check = parser.parse_args().check
 

@@ -17,7 +17,7 @@ from jaxlm.data.shards import TokenShards
 
 X = TypeVar("X")
 
-_ROUNDS = 6
+_ROUNDS = 8  # With 6, the shuffles of a handful of windows are measurably uneven.
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -36,11 +36,13 @@ def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray
     Arbitrary Finite Domains", 2002). O(1) in memory and time, whatever the size.
 
     Args:
-      indices: integers in range(size), of any shape.
+      indices: integers in range(size), [N].
       size: at most 2^62.
+      seed: of the run.
+      epoch: from 0.
 
     Returns:
-      int64 of the same shape.
+      int64 [N].
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)

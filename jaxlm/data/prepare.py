@@ -6,11 +6,9 @@ without one is unfinished, and goes on from its `progress.json`.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
 import sys
@@ -26,7 +24,14 @@ from tokenizers import Tokenizer
 from jaxlm.config import DataConfig
 from jaxlm.data import tokenizer as tokenizer_lib
 from jaxlm.data.cache import MANIFEST, PROGRESS, data_folder, load_json, locked
-from jaxlm.data.shards import TokenShards, damage, write_durably
+from jaxlm.data.dataset import (
+    Dataset,
+    check_vocabulary,
+    digest,
+    manifest_fingerprint,
+    open_dataset,
+)
+from jaxlm.data.shards import damage, write_durably
 from jaxlm.data.sources import Source, open_source
 
 FORMAT = 1
@@ -34,28 +39,11 @@ SHARD_TOKENS = 2**25
 """Tokens that make a shard (64 MB of uint16); a kill loses the work on one at most."""
 CHUNK_CHARS = 4_000_000
 """Text tokenized at once, on all cores."""
-PIECE_CHARS = 250_000
-"""A longer document is tokenized in pieces, to spread it over the cores."""
+PIECE_CHARS = 500_000
+"""A longer document is tokenized in pieces, to spread it over the cores; a cut splits one word."""
 HOLD_OUT_EVERY = 20
 
 Log = Callable[[str], object]
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """Prepared data."""
-
-    directory: Path
-    train: TokenShards
-    eval: TokenShards
-    fingerprint: str
-    """Identity of the tokens: the same tokens have the same, wherever they came from."""
-    tokenizer_path: Path
-    vocab_size: int
-    """Ids of the tokenizer."""
-    eos_id: int
-    exhausted: bool
-    """The source ended before max_tokens."""
 
 
 def default_max_tokens(config: DataConfig, num_tokens: int) -> int:
@@ -81,8 +69,9 @@ def prepare(config: DataConfig, *, vocab_size: int, max_tokens: int, log: Log = 
     """
     source = open_source(config)
     recipe = _recipe(config, source, vocab_size, max_tokens)
-    label = re.sub(r"[^A-Za-z0-9]+", "-", source.name)[-40:].strip("-")
-    folder = data_folder(config.cache_dir) / f"{label}-{_digest(recipe)}"
+    kind, _, rest = source.name.partition(":")
+    label = re.sub(r"[^A-Za-z0-9]+", "-", f"{kind}-{rest[-30:]}").strip("-")
+    folder = data_folder(config.cache_dir) / f"{label}-{digest(recipe)}"
     if not (folder / MANIFEST).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder, log):
@@ -104,58 +93,6 @@ def _recipe(config: DataConfig, source: Source, vocab_size: int, max_tokens: int
     return recipe | {
         "format": FORMAT, "key": source.key, "tokenizer": tokenizer, "max_tokens": max_tokens
     }  # fmt: skip
-
-
-def _digest(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _fingerprint(manifest: dict[str, Any]) -> str:
-    """Of the tokens, not of where they came from: copied or touched files give the same."""
-    about = ("fingerprint", "source", "revision")
-    return _digest({name: value for name, value in manifest.items() if name not in about})
-
-
-def open_dataset(folder: Path, vocab_size: int) -> Dataset:
-    """A prepared dataset, each byte of it checked.
-
-    Raises:
-      ValueError: a file is damaged, or the model's `vocab_size` is too small.
-    """
-    manifest = load_json(folder / MANIFEST)
-    if not manifest or manifest.get("fingerprint") != _fingerprint(manifest):
-        problem = f"{MANIFEST} was altered"
-    else:
-        records = [manifest["tokenizer"], *manifest["train"], *manifest["eval"]]
-        problem = next(filter(None, (damage(folder, record) for record in records)), None)
-    if problem:
-        raise ValueError(
-            f"prepared data in {folder} is damaged: {problem}. Delete it with "
-            f"`jaxlm cache clear {folder.name}`; the next run then prepares it anew"
-        )
-    tokenizer_path = folder / manifest["tokenizer"]["name"]
-    _check_vocabulary(str(tokenizer_path), manifest["vocab_size"], vocab_size)
-    with contextlib.suppress(OSError):  # A cache that we may only read keeps no time of use.
-        os.utime(folder / MANIFEST)
-    splits = {
-        split: TokenShards([folder / shard["name"] for shard in manifest[split]], manifest["dtype"])
-        for split in ("train", "eval")
-    }
-    kept = ("fingerprint", "vocab_size", "eos_id", "exhausted")
-    return Dataset(
-        directory=folder,
-        tokenizer_path=tokenizer_path,
-        **splits,
-        **{name: manifest[name] for name in kept},
-    )
-
-
-def _check_vocabulary(what: str, found: int, vocab_size: int) -> None:
-    if found > vocab_size:
-        raise ValueError(
-            f"data.tokenizer {what}: has {found:,} tokens, and the model takes {vocab_size:,}: set "
-            f"--model.vocab-size {found} or more, or choose another tokenizer"
-        )
 
 
 def is_held_out(index: int) -> bool:
@@ -233,7 +170,7 @@ class _Preparation:
             "dtype": dtype.str,
             "exhausted": not self._full(),
         }
-        manifest["fingerprint"] = _fingerprint(manifest)
+        manifest["fingerprint"] = manifest_fingerprint(manifest)
         self._save(MANIFEST, manifest)
         (self.folder / PROGRESS).unlink()
         train, held_out = self.counts["train"], self.counts["eval"]
@@ -257,7 +194,7 @@ class _Preparation:
             tokenizer = tokenizer_lib.train_tokenizer(training, self.vocab_size)
         else:
             tokenizer = tokenizer_lib.load_tokenizer(name)
-            _check_vocabulary(name, tokenizer_lib.num_ids(tokenizer), self.vocab_size)
+            check_vocabulary(name, tokenizer_lib.num_ids(tokenizer), self.vocab_size)
         self.progress["tokenizer"] = write_durably(path, tokenizer.to_str(pretty=True).encode())
         self._save(PROGRESS, self.progress)
         return tokenizer
@@ -276,7 +213,7 @@ class _Preparation:
             if any(map(len, arrays)):
                 tokens = np.concatenate(arrays)
                 name = f"{split}-{len(self.progress[split]):05}.bin"
-                record = write_durably(self.folder / name, tokens)
+                record = write_durably(self.folder / name, tokens.tobytes())
                 self.progress[split].append(record | {"num_tokens": len(tokens)})
             arrays.clear()
         self._save(PROGRESS, self.progress)
@@ -309,22 +246,14 @@ def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Cuts a long text before line ends, which start a token anyhow."""
-    start = 0
-    while len(text) - start > PIECE_CHARS:
-        cut = text.rfind("\n", start + 1, start + PIECE_CHARS)
-        stop = cut if cut > 0 else start + PIECE_CHARS
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
-
-
 def _encode(
     tokenizer: Tokenizer, documents: list[str], eos_id: int, dtype: np.dtype
 ) -> Iterator[np.ndarray]:
     """The tokens of each document, EOS at the end; none for one without text."""
-    pieces = [list(_pieces(document)) for document in documents]
+    pieces = [
+        [text[start : start + PIECE_CHARS] for start in range(0, len(text), PIECE_CHARS)]
+        for text in documents
+    ]
     flat = list(itertools.chain(*pieces))
     encodings = iter(tokenizer.encode_batch_fast(flat, add_special_tokens=False))
     for own in pieces:

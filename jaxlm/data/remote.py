@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from jaxlm.data.sources import files_revision, needs, text_of
@@ -33,11 +34,13 @@ class HuggingFace:
         if self._local:
             self.key = _folder_revision(self._repo)
 
-    @functools.cached_property
+    @property
     def revision(self) -> str:
         """The commit of the dataset; for a folder, a hash of its listing."""
-        if self._local:
-            return self.key
+        return self.key if self._local else self._commit
+
+    @functools.cached_property
+    def _commit(self) -> str:
         _require_hub(f"data.source {self.name}", "give a local folder, as hf:FOLDER")
         try:
             return str(huggingface_hub.HfApi().dataset_info(self._repo, timeout=10).sha)
@@ -52,7 +55,7 @@ class HuggingFace:
             self._config or None,
             split=self._split,
             streaming=True,
-            revision=None if self._local else self.revision,
+            revision=None if self._local else self._commit,
         )
         for index, row in enumerate(rows.skip(start) if start else rows, start):
             yield text_of(row, self._field, f"{self.name} row {index}")
@@ -129,17 +132,17 @@ def _folder_revision(folder: str) -> str:
 
 def _not_on_hub(what: str, error: HfHubHTTPError) -> FileNotFoundError:
     return FileNotFoundError(
-        f"{what}: not found at {huggingface_hub.constants.ENDPOINT} ({error}); check the name, and "
+        f"{what}: not found at {constants.ENDPOINT} ({error}); check the name, and "
         "log in if it is gated (`hf auth login`)"
     )
 
 
 def _require_hub(what: str, instead: str) -> None:
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise ConnectionError(
             f"{what}: HF_HUB_OFFLINE forbids to look it up; unset it, or {instead}"
         )
-    require_network(huggingface_hub.constants.ENDPOINT, what, instead)
+    require_network(constants.ENDPOINT, what, instead)
 
 
 def require_network(url: str, what: str, instead: str) -> None:

@@ -14,14 +14,13 @@ Record = dict[str, Any]
 """What a file held when it was written: name, num_bytes, crc32c."""
 
 
-def write_durably(path: Path, data: bytes | np.ndarray) -> Record:
+def write_durably(path: Path, data: bytes) -> Record:
     """Writes a file that is, after a kill at any instant, whole or absent.
 
     Raises:
       OSError: the disk is full, or a quota is; nothing is left of the file.
     """
     partial = path.with_name(path.name + ".tmp")
-    num_bytes = memoryview(data).nbytes
     try:
         with open(partial, "wb") as file:
             file.write(data)
@@ -39,12 +38,12 @@ def write_durably(path: Path, data: bytes | np.ndarray) -> Record:
         free = shutil.disk_usage(path.parent).free
         raise OSError(
             error.errno,
-            f"{error.strerror} while writing {num_bytes:,} bytes ({free:,} free): make room, or "
+            f"{error.strerror} while writing {len(data):,} bytes ({free:,} free): make room, or "
             "name another place with --data.cache-dir or JAXLM_CACHE. What was finished is kept, "
             "and the same command goes on from there",
             str(path),
         ) from error
-    return {"name": path.name, "num_bytes": num_bytes, "crc32c": _crc32c(data)}
+    return {"name": path.name, "num_bytes": len(data), "crc32c": google_crc32c.value(data)}
 
 
 def damage(folder: Path, record: Record) -> str | None:
@@ -55,14 +54,10 @@ def damage(folder: Path, record: Record) -> str | None:
     found = path.stat().st_size
     if found != record["num_bytes"]:
         return f"{path.name} has {found:,} bytes, expected {record['num_bytes']:,}"
-    crc = _crc32c(np.memmap(path, np.uint8, "r"))
+    crc = google_crc32c.extend(0, np.memmap(path, np.uint8, "r"))
     if crc != record["crc32c"]:
         return f"{path.name} has crc32c {crc:08x}, expected {record['crc32c']:08x}"
     return None
-
-
-def _crc32c(data: Any) -> int:
-    return google_crc32c.extend(0, data if isinstance(data, bytes) else data.view(np.uint8))
 
 
 class TokenShards:

@@ -1,5 +1,6 @@
 """Where text comes from: an iterator of documents in a fixed order, with a cheap seek."""
 
+import functools
 import glob
 import hashlib
 import importlib
@@ -15,6 +16,8 @@ from typing import Any, Protocol
 from jaxlm.config import DataConfig
 
 _COMPRESSED = (".gz", ".bz2", ".zst")
+Row = Callable[[], str]
+"""A document not yet decoded, so that it costs little to pass over."""
 
 
 class Source(Protocol):
@@ -73,8 +76,7 @@ class Embedded:
 
     def documents(self, start: int = 0) -> Iterator[str]:
         """One speech after the other, the oldest first."""
-        for path in self._paths[start:]:
-            yield from _read_txt(path, "", 0)
+        return map(_read_txt, self._paths[start:])
 
 
 class TextFiles:
@@ -89,16 +91,15 @@ class TextFiles:
                 f"data.source {self.name}: no file matches in {os.getcwd()}; expected .txt, .md, "
                 ".jsonl or .parquet files. Check the path, and quote a pattern"
             )
-        self._readers = [_reader(path) for path in self._paths]
+        self._rows = [_reader(path) for path in self._paths]
         self.key = self.revision = files_revision(self._paths)
 
     def documents(self, start: int = 0) -> Iterator[str]:
-        """The documents of each file; whole files are passed over without decoding them."""
-        for path, (read, count) in zip(self._paths, self._readers, strict=True):
-            here = count(path) if start else 1
-            if start < here:
-                yield from read(path, self._field, start)
-            start = max(0, start - here)
+        """The documents of each file; those before `start` are passed over, not decoded."""
+        files = zip(self._rows, self._paths, strict=True)
+        rows = itertools.chain.from_iterable(read(path, self._field) for read, path in files)
+        for row in itertools.islice(rows, start, None):
+            yield row()
 
 
 def files_revision(paths: Iterable[str]) -> str:
@@ -108,78 +109,79 @@ def files_revision(paths: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
 
 
-def _reader(path: str) -> tuple[Callable[[str, str, int], Iterator[str]], Callable[[str], int]]:
-    """What reads (path, field, start), and what counts the documents."""
+def _reader(path: str) -> Callable[[str, str], Iterator[Row]]:
     stem, suffix = os.path.splitext(path)
     match os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix:
         case ".txt" | ".md":
-            return _read_txt, lambda path: 1
+            return lambda path, field: iter([functools.partial(_read_txt, path)])
         case ".jsonl":
-            return _read_jsonl, lambda path: sum(1 for _ in _lines(path))
+            return _jsonl_rows
         case ".parquet":
-            return _read_parquet, lambda path: _parquet(path).metadata.num_rows
+            return _parquet_rows
     raise ValueError(
         f"data.source: cannot tell what {path} is; expected .txt, .md, .jsonl or .parquet, the "
         f"first three perhaps with {', '.join(_COMPRESSED)} after it"
     )
 
 
-def _open(path: str) -> io.BufferedReader:
-    if not path.endswith(_COMPRESSED):
-        return open(path, "rb")
-    # Not fsspec, which takes a .zst that was cut short for a whole one.
-    return io.BufferedReader(needs("pyarrow", "text", path).input_stream(path), 1 << 20)
+def _lines(path: str) -> Iterator[bytes]:
+    if path.endswith(_COMPRESSED):
+        # Not fsspec, which takes a .zst that was cut short for a whole one.
+        stream = needs("pyarrow", "text", path).input_stream(path)
+    else:
+        stream = io.FileIO(path)
+    with io.BufferedReader(stream, 1 << 20) as file:
+        try:
+            yield from file
+        except OSError as error:
+            raise _damaged(path, error) from error
 
 
-def _read_txt(path: str, field: str, start: int) -> Iterator[str]:
-    with _open(path) as file:
-        yield _decode(b"".join(_chunks(file, path)), path, 0)
+def _damaged(path: str, error: Exception) -> ValueError:
+    return ValueError(f"{path}: damaged or cut short ({error}); get it anew")
 
 
-def _lines(path: str) -> Iterator[tuple[int, int, bytes]]:
-    """(line number, byte offset, line) of each line that is not blank."""
-    offset = 0
-    with _open(path) as file:
-        for number, line in enumerate(_chunks(file, path), 1):
-            if not line.isspace():
-                yield number, offset, line
-            offset += len(line)
+def _read_txt(path: str) -> str:
+    return _decode(b"".join(_lines(path)), path, 0)
 
 
-def _chunks(file: io.BufferedReader, path: str) -> Iterator[bytes]:
-    try:
-        yield from file
-    except OSError as error:
-        raise ValueError(f"{path}: damaged or cut short ({error}); get it anew") from error
-
-
-def _read_jsonl(path: str, field: str, start: int) -> Iterator[str]:
-    for number, offset, line in itertools.islice(_lines(path), start, None):
+def _jsonl_rows(path: str, field: str) -> Iterator[Row]:
+    def parse(line: bytes, number: int, offset: int) -> str:
         try:
             row = json.loads(_decode(line, path, offset))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number}: not JSON ({error}); mend it") from error
-        yield text_of(row, field, f"{path} line {number}")
+        return text_of(row, field, f"{path} line {number}")
+
+    offset = 0
+    for number, line in enumerate(_lines(path), 1):
+        if not line.isspace():
+            yield functools.partial(parse, line, number, offset)
+        offset += len(line)
 
 
-def _parquet(path: str) -> Any:
+def _parquet_rows(path: str, field: str) -> Iterator[Row]:
     parquet = needs("pyarrow.parquet", "text", path)
     try:
-        return parquet.ParquetFile(path)
-    except ValueError as error:  # pyarrow names no file.
-        raise ValueError(f"{path}: damaged or cut short ({error}); get it anew") from error
-
-
-def _read_parquet(path: str, field: str, start: int) -> Iterator[str]:
-    file = _parquet(path)
+        file = parquet.ParquetFile(path)
+    except ValueError as error:  # pyarrow does not name the file.
+        raise _damaged(path, error) from error
     if field not in file.schema_arrow.names:
         raise _no_field(path, field, file.schema_arrow.names)
+
+    @functools.lru_cache(1)
+    def read_group(group: int) -> list[Any]:
+        try:
+            return file.read_row_group(group, [field])[field].to_pylist()
+        except OSError as error:
+            raise _damaged(path, error) from error
+
+    def read(group: int, row: int) -> str:
+        return text_of({field: read_group(group)[row]}, field, f"{path} row group {group}")
+
     for group in range(file.num_row_groups):
-        num_rows = file.metadata.row_group(group).num_rows
-        if start < num_rows:
-            for row in file.read_row_group(group, [field])[field].to_pylist()[start:]:
-                yield text_of({field: row}, field, path)
-        start = max(0, start - num_rows)
+        for row in range(file.metadata.row_group(group).num_rows):
+            yield functools.partial(read, group, row)
 
 
 def text_of(row: Any, field: str, where: str) -> str:

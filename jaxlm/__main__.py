@@ -1,0 +1,162 @@
+"""The `jaxlm` command: flags in, one call each."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Union
+
+import tyro
+from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional
+
+from jaxlm.launch import parse_config, run_main
+
+
+def prepare(flags: Positional[tuple[str, ...]] = ()) -> int:
+    """Make the tokens of a config, without training: `jaxlm prepare --config FILE [--data.…]`.
+
+    Args:
+      flags: those of launch.py.
+    """
+    config = parse_config(flags, prog="jaxlm prepare")
+    from jaxlm.data import prepare as preparation
+
+    num_tokens = config.num_steps * config.tokens_per_step
+    dataset = preparation.prepare(
+        config.data,
+        vocab_size=config.model.vocab_size,
+        max_tokens=preparation.default_max_tokens(config.data, num_tokens),
+    )
+    print(f"{dataset.train.num_tokens:,} training tokens, {dataset.eval.num_tokens:,} held out")
+    print(f"in {dataset.directory}")
+    return 0
+
+
+def doctor() -> int:
+    """Say what this machine has for a run: versions, devices, caches, disk."""
+    from jaxlm.doctor import examine
+
+    print("\n".join(examine()))
+    return 0
+
+
+def list_cache(cache_dir: str | None = None, *, json: bool = False) -> int:
+    """List the prepared tokens that runs share.
+
+    Args:
+      cache_dir: the cache; by default $JAXLM_CACHE, else ~/.cache/jaxlm.
+      json: print JSON.
+    """
+    from jaxlm.console import format_bytes, format_count
+    from jaxlm.data.cache import data_folder, list_caches
+
+    entries = list_caches(cache_dir)
+    lines = [
+        f"{entry.name}: {format_count(entry.num_tokens)} tokens of {entry.source}, "
+        f"{format_bytes(entry.num_bytes)}{'' if entry.complete else ' (unfinished)'}, "
+        f"last used {time.strftime('%Y-%m-%d', time.localtime(entry.last_used_s))}"
+        for entry in entries
+    ]
+    text = "\n".join(lines or [f"nothing in {data_folder(cache_dir)}"])
+    _show([dataclasses.asdict(entry) for entry in entries], text, json)
+    return 0
+
+
+def clear_cache(names: Positional[tuple[str, ...]] = (), *, cache_dir: str | None = None) -> int:
+    """Delete prepared tokens; any run that needs them makes them again.
+
+    Args:
+      names: which, as `jaxlm cache list` names them; all if none is given.
+      cache_dir: the cache; by default $JAXLM_CACHE, else ~/.cache/jaxlm.
+    """
+    from jaxlm.data.cache import clear_caches
+
+    for name in clear_caches(cache_dir, names or None):
+        print(f"deleted {name}")
+    return 0
+
+
+def list_checkpoints(run: Positional[str], *, json: bool = False) -> int:
+    """List the checkpoints of a run: step, tokens, losses, size, and which is what.
+
+    Args:
+      run: a run folder, or a checkpoint folder.
+      json: print JSON.
+    """
+    return compare_runs((run,), json=json)
+
+
+def compare_runs(runs: Positional[tuple[str, ...]], *, json: bool = False) -> int:
+    """List the checkpoints of several runs in one table.
+
+    Args:
+      runs: run folders, or checkpoint folders.
+      json: print JSON.
+    """
+    from jaxlm.compare import describe_run, format_table
+
+    found = [describe_run(run) for run in runs]
+    _show(found if len(found) != 1 else found[0], format_table(found), json)
+    return 0
+
+
+def diff(a: Positional[str], b: Positional[str]) -> int:
+    """Compare two checkpoints bit by bit; exit code 0 only if every array is equal, else 1.
+
+    Args:
+      a: RUN@STEP; STEP is best, latest, final or a number, and latest if left out.
+      b: the other.
+    """
+    from jaxlm.compare import diff_checkpoints
+
+    differences = diff_checkpoints(a, b)
+    for difference in differences:
+        print(f"{difference.name}: {difference.what}")
+    print(f"{len(differences)} arrays differ" if differences else "every array is equal to the bit")
+    return 1 if differences else 0
+
+
+def _show(values: Any, text: str, as_json: bool) -> None:
+    print(json.dumps(values, indent=2) if as_json else text)
+
+
+def _choice(commands: dict[str, Callable[..., int]]) -> Any:
+    return Union[  # noqa: UP007 - made of a list that only the run time knows
+        tuple(Annotated[Any, tyro.conf.subcommand(n, constructor=f)] for n, f in commands.items())
+    ]
+
+
+def _group(doc: str, **commands: Callable[..., int]) -> Callable[[int], int]:
+    def group(command: int) -> int:
+        return command  # the exit code: tyro has called it
+
+    group.__annotations__["command"] = OmitArgPrefixes[OmitSubcommandPrefixes[_choice(commands)]]
+    group.__doc__ = doc
+    return group
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "prepare": prepare,
+    "cache": _group("Look at and clear prepared tokens.", list=list_cache, clear=clear_cache),
+    "checkpoints": _group(
+        "Look at checkpoints.", list=list_checkpoints, compare=compare_runs, diff=diff
+    ),
+    "doctor": doctor,
+}
+
+
+def command(args: Sequence[str]) -> int:
+    """Runs one command; returns its exit code."""
+    if args[:1] == ["prepare"]:
+        return prepare(tuple(args[1:]))  # its flags are those of a config
+    return tyro.cli(OmitSubcommandPrefixes[_choice(COMMANDS)], prog="jaxlm", args=list(args))
+
+
+def main() -> None:
+    """The entry point: exits with the command's code, or 1 and a message."""
+    sys.exit(run_main(lambda: command(sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Checkpoints side by side: the table of a run or of several, and the difference of two."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxlm.console import format_bytes
+from jaxlm.folder import find_best, find_checkpoints, list_set_aside, read_all_metadata, select
+from jaxlm.restore import restore_numpy
+from jaxlm.state import path_name
+
+
+def describe_run(run: str) -> dict[str, Any]:
+    """The sound checkpoints of a run, as JSON values.
+
+    Returns:
+      `run`, `folder`, `set_aside` (names of damaged ones), and `checkpoints`: for each, ascending,
+      `step`, `tokens_seen`, `eval_loss`, `best_eval_loss`, `bytes`, and `is`, a list of `best`,
+      `latest` and `final`.
+
+    Raises:
+      ValueError: there is no such run.
+    """
+    folder = find_checkpoints(run)
+    found = read_all_metadata(folder)
+    best = find_best({step: metadata.eval_loss for step, metadata in found.items()})
+    named = {"best": best.step if best else None, "latest": max(found, default=None)}
+    named["final"] = max((step for step in found if found[step].final), default=None)
+    rows = []
+    for step, metadata in found.items():
+        size = sum(p.stat().st_size for p in (folder / str(step)).rglob("*") if p.is_file())
+        values = metadata.to_json()
+        rows.append(
+            {name: values[name] for name in ("step", "tokens_seen", "eval_loss", "best_eval_loss")}
+            | {"bytes": size, "is": [name for name, at in named.items() if at == step]}
+        )
+    return {
+        "run": run,
+        "folder": str(folder),
+        "checkpoints": rows,
+        "set_aside": list_set_aside(folder),
+    }
+
+
+def format_table(runs: list[dict[str, Any]]) -> str:
+    """The table of one run, or of several with a column that tells them apart."""
+    several = len(runs) > 1
+    width = max(len(run["run"]) for run in runs)
+    head = f"{'Step':>7} | {'Tokens (B)':>10} | {'Eval Loss':>9} | {'Best Eval Loss':>14} | "
+    head += f"{'Size':>9} |"
+    rule = "|".join("-" * len(part) for part in head.split("|"))
+    prefix = f"{'Run':<{width}} | " if several else ""
+    lines = [prefix + head, ("-" * (width + 1) + "|-" if several else "") + rule]
+    for run in runs:
+        for row in run["checkpoints"]:
+            start = f"{run['run']:<{width}} | " if several else ""
+            lines.append(
+                f"{start}{row['step']:>7} | {row['tokens_seen'] / 1e9:>10.4f} | "
+                f"{_loss(row['eval_loss']):>9} | {_loss(row['best_eval_loss']):>14} | "
+                f"{format_bytes(row['bytes']):>9} | {', '.join(row['is'])}".rstrip()
+            )
+    for run in runs:
+        if run["set_aside"]:
+            lines.append(f"damaged, set aside in {run['folder']}: {', '.join(run['set_aside'])}")
+    return "\n".join(lines)
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+class Difference(NamedTuple):
+    """One array that is not the same in two checkpoints."""
+
+    name: str
+    what: str
+
+
+def diff_checkpoints(run_a: str, run_b: str) -> list[Difference]:
+    """The arrays that differ between `RUN_A@STEP` and `RUN_B@STEP`, to the bit.
+
+    Raises:
+      ValueError: no such run or step, or it is damaged.
+    """
+    a, b = (_arrays(run) for run in (run_a, run_b))
+    found = []
+    for name in a | b:
+        if name not in a or name not in b:
+            found.append(Difference(name, f"only in {run_a if name in a else run_b}"))
+        elif what := _difference(a[name], b[name]):
+            found.append(Difference(name, what))
+    return found
+
+
+def _arrays(run: str) -> dict[str, np.ndarray]:
+    selected = select(run, default="latest")
+    arrays = restore_numpy(selected.folder / str(selected.step))
+    return {
+        path_name(path): np.atleast_1d(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
+    }
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> str | None:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return f"{a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
+    bits_a, bits_b = (x.view(np.uint8).reshape(*x.shape, -1) for x in (a, b))
+    count = int((bits_a != bits_b).any(axis=-1).sum())
+    if count == 0:
+        return None
+    gap = float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max())
+    scale = float(np.sqrt(np.mean(np.square(a, dtype=np.float64))))
+    relative = f", {gap / scale:.1e} of its rms" if scale else ""
+    return f"{count} of {a.size} values differ, by up to {gap:.3e}{relative}"

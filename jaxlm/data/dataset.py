@@ -1,0 +1,87 @@
+"""Prepared data in the cache: tokenizer, shards, and the manifest that vouches for them."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxlm.data.cache import MANIFEST, load_json
+from jaxlm.data.shards import TokenShards, damage
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Prepared data."""
+
+    directory: Path
+    train: TokenShards
+    eval: TokenShards
+    fingerprint: str
+    """Identity of the tokens: the same tokens have the same, wherever they came from."""
+    tokenizer_path: Path
+    vocab_size: int
+    """Ids of the tokenizer."""
+    eos_id: int
+    exhausted: bool
+    """The source ended before max_tokens."""
+
+
+def digest(values: dict[str, Any]) -> str:
+    """16 hex digits of a hash of JSON values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def manifest_fingerprint(manifest: dict[str, Any]) -> str:
+    """Of the tokens, not of where they came from: copied or touched files give the same."""
+    about = ("fingerprint", "source", "revision")
+    return digest({name: value for name, value in manifest.items() if name not in about})
+
+
+def open_dataset(folder: Path, vocab_size: int) -> Dataset:
+    """A prepared dataset, each byte of it checked.
+
+    Raises:
+      ValueError: a file is damaged, or the model's `vocab_size` is too small.
+    """
+    manifest = load_json(folder / MANIFEST)
+    if not manifest or manifest.get("fingerprint") != manifest_fingerprint(manifest):
+        problem = f"{MANIFEST} was altered"
+    else:
+        records = [manifest["tokenizer"], *manifest["train"], *manifest["eval"]]
+        problem = next(filter(None, (damage(folder, record) for record in records)), None)
+    if problem:
+        raise ValueError(
+            f"prepared data in {folder} is damaged: {problem}. Delete it with "
+            f"`jaxlm cache clear {folder.name}`; the next run then prepares it anew"
+        )
+    tokenizer_path = folder / manifest["tokenizer"]["name"]
+    check_vocabulary(str(tokenizer_path), manifest["vocab_size"], vocab_size)
+    with contextlib.suppress(OSError):  # A cache that we may only read keeps no time of use.
+        os.utime(folder / MANIFEST)
+    splits = {
+        split: TokenShards([folder / shard["name"] for shard in manifest[split]], manifest["dtype"])
+        for split in ("train", "eval")
+    }
+    kept = ("fingerprint", "vocab_size", "eos_id", "exhausted")
+    return Dataset(
+        directory=folder,
+        tokenizer_path=tokenizer_path,
+        **splits,
+        **{name: manifest[name] for name in kept},
+    )
+
+
+def check_vocabulary(what: str, found: int, vocab_size: int) -> None:
+    """Refuses a tokenizer that has more ids than the model takes.
+
+    Raises:
+      ValueError: it has.
+    """
+    if found > vocab_size:
+        raise ValueError(
+            f"data.tokenizer {what}: has {found:,} tokens, and the model takes {vocab_size:,}: set "
+            f"--model.vocab-size {found} or more, or choose another tokenizer"
+        )

@@ -1,0 +1,524 @@
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from jaxlm.config import DataConfig
+from jaxlm.data import cache, prepare
+from jaxlm.data.cache import clear_caches, list_caches
+from jaxlm.data.prepare import default_max_tokens, is_held_out
+from jaxlm.data.tokenizer import train_tokenizer
+
+SMALL = {"SHARD_TOKENS": 2500, "CHUNK_CHARS": 3000, "PIECE_CHARS": 400}
+
+
+def documents(count=120):
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 9))) for _ in range(300)]
+    return [" ".join(rng.choices(words, k=rng.randint(0, 200))) for _ in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Limits that give a small corpus several shards."""
+    for name, value in SMALL.items():
+        monkeypatch.setattr(prepare, name, value)
+
+
+def write(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    os.utime(path, ns=(10**18, 10**18))
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", documents())
+
+
+def config_of(corpus, folder, **kwargs):
+    return DataConfig(source=f"text:{corpus}", cache_dir=str(folder), **kwargs)
+
+
+def run(config, vocab_size=300, max_tokens=10**6, log=None):
+    log = [] if log is None else log
+    return prepare.prepare(config, vocab_size=vocab_size, max_tokens=max_tokens, log=log.append)
+
+
+def contents(folder):
+    """Bytes of each file in the cache, by its name.
+
+    Aside from locks, and from the progress of what is complete, which a kill may leave.
+    """
+    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".lock"]
+    complete = {path.parent for path in files if path.name == "manifest.json"}
+    files = [p for p in files if p.name != "progress.json" or p.parent not in complete]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def decoded(dataset, split):
+    tokens = getattr(dataset, split)
+    tokenizer = Tokenizer.from_file(str(dataset.tokenizer_path))
+    ids = tokens.read(0, tokens.num_tokens).tolist()
+    return tokenizer.decode(ids, skip_special_tokens=False).split("<|endoftext|>")
+
+
+# --- what is prepared
+
+
+def test_each_document_is_in_one_split_whole_and_in_order(corpus, tmp_path):
+    dataset = run(config_of(corpus, tmp_path))
+    texts = documents()
+    assert "" in texts  # It gives no tokens.
+    for split, held_out in (("train", False), ("eval", True)):
+        expected = [t for i, t in enumerate(texts) if t and is_held_out(i) == held_out]
+        assert decoded(dataset, split) == [*expected, ""] and len(expected) > 3
+    assert dataset.exhausted and dataset.eos_id == 0 and dataset.vocab_size == 300
+    names = sorted(path.name for path in dataset.directory.iterdir())
+    assert "train-00002.bin" in names and "eval-00001.bin" in names
+    assert not [name for name in names if "progress" in name or "tmp" in name]
+
+
+def test_the_tokenizer_never_saw_the_held_out_documents(corpus, tmp_path):
+    dataset = run(config_of(corpus, tmp_path))
+    training = [text for index, text in enumerate(documents()) if not is_held_out(index)]
+    found = Tokenizer.from_file(str(dataset.tokenizer_path)).to_str()
+    assert found == train_tokenizer(training, 300).to_str()
+    assert found != train_tokenizer(documents(), 300).to_str()  # control
+
+
+def test_limits_are_met_exactly(corpus, tmp_path):
+    whole = run(config_of(corpus, tmp_path))
+    dataset = run(config_of(corpus, tmp_path, eval_tokens=321), max_tokens=4321)
+    assert (dataset.train.num_tokens, dataset.eval.num_tokens) == (4321, 321)
+    assert not dataset.exhausted
+    np.testing.assert_array_equal(dataset.eval.read(0, 321), whole.eval.read(0, 321))
+    # Once the held-out set is full, all documents train.
+    small = run(config_of(corpus, tmp_path, eval_tokens=10))
+    assert small.eval.num_tokens == 10 and small.train.num_tokens > whole.train.num_tokens
+
+
+def test_the_split_is_stable_and_spread():
+    held_out = [index for index in range(20_000) if is_held_out(index)]
+    assert held_out[0] == 1 and len(held_out) == 1000
+    places = np.bincount(np.array(held_out[1:]) % 20, minlength=20)
+    assert places.min() > 20 and places.max() < 100
+    assert held_out[:6] == [1, 21, 55, 68, 96, 105]  # Golden: others would mix train and eval.
+
+
+def test_the_number_of_cores_changes_nothing(corpus, tmp_path):
+    script = child(corpus, tmp_path / "one", "")
+    subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        env=os.environ | {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+    )
+    run(config_of(corpus, tmp_path / "many"))
+    assert contents(tmp_path / "one") == contents(tmp_path / "many") != {}
+
+
+def test_a_special_token_in_the_text_is_text(tmp_path):
+    corpus = write(tmp_path / "a.jsonl", ["one <|endoftext|> two"] * 4)
+    dataset = run(config_of(corpus, tmp_path))
+    tokens = dataset.train.read(0, dataset.train.num_tokens)
+    assert (tokens == dataset.eos_id).sum() == 3 and tokens[-1] == dataset.eos_id
+
+
+def test_dtype_follows_the_vocabulary(corpus, tmp_path):
+    tokenizer = train_tokenizer(documents(), 300)
+    tokenizer.save(str(tmp_path / "small.json"))
+    tokenizer.add_tokens([f"token {n}" for n in range(65_237)])
+    tokenizer.save(str(tmp_path / "large.json"))
+    found = {}
+    for name in ("small", "large"):
+        config = config_of(corpus, tmp_path, tokenizer=str(tmp_path / f"{name}.json"))
+        found[name] = run(config, vocab_size=70_000).train
+    assert found["small"].dtype == "<u2" and found["large"].dtype == "<u4"
+    tokens = [shards.read(0, shards.num_tokens).tolist() for shards in found.values()]
+    assert tokens[0] == tokens[1]
+
+
+def test_embedded_with_the_real_limits(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    config = DataConfig(cache_dir=str(tmp_path))
+    start_s = time.monotonic()
+    dataset = run(config, 4096, default_max_tokens(config, 1000))
+    print(f"embedded, 4096 tokens: {time.monotonic() - start_s:.1f} s")
+    assert dataset.train.num_tokens > 2_500_000 and dataset.eval.num_tokens > 100_000
+    assert dataset.exhausted
+
+
+def test_default_max_tokens():
+    assert default_max_tokens(DataConfig(), 1000) == 10_000_000
+    assert 10**9 < default_max_tokens(DataConfig(), 10**9) < 1.1 * 10**9
+    assert default_max_tokens(DataConfig(max_tokens=77), 10**9) == 77
+
+
+# --- the cache
+
+
+def test_a_second_call_takes_what_is_there(corpus, tmp_path, monkeypatch):
+    first = run(config_of(corpus, tmp_path))
+    before = contents(tmp_path)
+    monkeypatch.setattr(prepare, "_Preparation", None)
+    log = []
+    again = run(config_of(corpus, tmp_path), log=log)
+    assert again.fingerprint == first.fingerprint and log == []
+    assert contents(tmp_path) == before
+
+
+def test_what_changes_the_content_changes_the_folder(corpus, tmp_path):
+    base = config_of(corpus, tmp_path)
+    datasets = [run(base), run(base, vocab_size=310), run(base, max_tokens=4000)]
+    datasets.append(run(dataclasses.replace(base, eval_tokens=100)))
+    other = write(tmp_path / "corpus.jsonl", [*documents(), "more"])
+    datasets.append(run(config_of(other, tmp_path)))
+    assert len({dataset.directory for dataset in datasets}) == 5
+    assert len({dataset.fingerprint for dataset in datasets}) == 5
+    assert all(dataset.directory.name.startswith("text-") for dataset in datasets)
+
+
+def test_the_fingerprint_is_of_the_tokens(corpus, tmp_path):
+    first = run(config_of(corpus, tmp_path))
+    copy = write(tmp_path / "copy.jsonl", documents())
+    os.utime(copy)
+    second = run(config_of(copy, tmp_path / "elsewhere"), max_tokens=2 * 10**6)
+    assert second.fingerprint == first.fingerprint and second.directory != first.directory
+
+
+def test_where_the_cache_is(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("JAXLM_CACHE", raising=False)
+    assert cache.data_folder(None) == tmp_path / "home/.cache/jaxlm/data"
+    monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "env"))
+    assert cache.data_folder(None) == tmp_path / "env/data"
+    assert run(config_of(corpus, tmp_path / "flag")).directory.parent == tmp_path / "flag/data"
+
+
+def test_list_and_clear(corpus, tmp_path):
+    assert list_caches(str(tmp_path)) == []
+    one, two = run(config_of(corpus, tmp_path)), run(config_of(corpus, tmp_path), max_tokens=4000)
+    (two.directory / "manifest.json").rename(two.directory / "progress.json")
+    found = {entry.name: entry for entry in list_caches(str(tmp_path))}
+    assert found.keys() == {one.directory.name, two.directory.name}
+    entry = found[one.directory.name]
+    assert entry.source == f"text:{corpus}" and entry.complete
+    assert entry.num_tokens == one.train.num_tokens + one.eval.num_tokens
+    assert entry.num_bytes == sum(path.stat().st_size for path in one.directory.iterdir())
+    assert abs(entry.last_used_s - time.time()) < 60
+    assert not found[two.directory.name].complete
+    with pytest.raises(ValueError, match=f"no nonsense in .*{one.directory.name}"):
+        clear_caches(str(tmp_path), ["nonsense", one.directory.name])
+    assert clear_caches(str(tmp_path), [two.directory.name]) == [two.directory.name]
+    assert [entry.name for entry in list_caches(str(tmp_path))] == [one.directory.name]
+    assert clear_caches(str(tmp_path)) == [one.directory.name]
+    assert contents(tmp_path) == {} and list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_dataset_in_use_survives_its_clearing(corpus, tmp_path):
+    dataset = run(config_of(corpus, tmp_path))
+    before = dataset.train.read(0, dataset.train.num_tokens)
+    clear_caches(str(tmp_path))
+    np.testing.assert_array_equal(dataset.train.read(0, dataset.train.num_tokens), before)
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["", "", ""]])
+def test_an_empty_corpus(tmp_path, texts):
+    train_tokenizer(documents(), 300).save(str(tmp_path / "tokenizer.json"))
+    for tokenizer in ("train", str(tmp_path)):
+        config = config_of(write(tmp_path / "a.jsonl", texts), tmp_path, tokenizer=tokenizer)
+        for _ in range(2):  # It is no better the second time.
+            with pytest.raises(ValueError, match="empty corpus"):
+                run(config)
+
+
+def test_two_documents_are_enough_and_one_is_not(tmp_path):
+    dataset = run(config_of(write(tmp_path / "2.jsonl", ["first one", "second one"]), tmp_path))
+    assert decoded(dataset, "train") == ["first one", ""]
+    assert decoded(dataset, "eval") == ["second one", ""]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cannot be split: .* has 1 documents.*at least 2"):
+            run(config_of(write(tmp_path / "1.jsonl", ["first one"]), tmp_path))
+
+
+def test_a_vocabulary_larger_than_the_models(corpus, tmp_path):
+    train_tokenizer(documents(), 300).save(str(tmp_path / "tokenizer.json"))
+    config = config_of(corpus, tmp_path, tokenizer=str(tmp_path))
+    with pytest.raises(
+        ValueError, match="has 300 tokens, and the model takes 299: set --model.voc"
+    ):
+        run(config, vocab_size=299)
+    assert not list(tmp_path.rglob("*.bin"))  # Found before the work.
+    run(config, vocab_size=300)
+    with pytest.raises(ValueError, match="has 300 tokens, and the model takes 299"):
+        run(config, vocab_size=299)  # Found in the cache, too.
+
+
+def test_a_tokenizer_without_an_end_of_text(corpus, tmp_path):
+    with pytest.raises(ValueError, match="data.eos_token: the tokenizer has no <eot>"):
+        run(config_of(corpus, tmp_path, eos_token="<eot>"))
+
+
+def test_a_changed_tokenizer_is_another_dataset(corpus, tmp_path):
+    config = config_of(corpus, tmp_path, tokenizer=str(tmp_path))
+    train_tokenizer(documents(), 300).save(str(tmp_path / "tokenizer.json"))
+    first = run(config)
+    train_tokenizer(documents(), 290).save(str(tmp_path / "tokenizer.json"))
+    assert run(config).fingerprint != first.fingerprint
+
+
+def test_not_utf8(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"fine")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="b.txt: not UTF-8 at byte 3"):
+        run(DataConfig(source=f"text:{tmp_path}/*.txt", cache_dir=str(tmp_path)))
+
+
+def test_any_damage_is_found_and_named(corpus, tmp_path):
+    dataset = run(config_of(corpus, tmp_path))
+    folder, rng = dataset.directory, random.Random(0)
+    files = sorted(path for path in folder.iterdir())
+    assert {path.suffix for path in files} == {".bin", ".json"} and len(files) >= 6
+    for path in files:
+        whole = path.read_bytes()
+        place = rng.randrange(len(whole))
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << rng.randrange(8)
+        for damaged in (bytes(flipped), whole[:-2], whole + b"\0\0", b"", None):
+            if damaged is None:
+                path.unlink()
+            else:
+                path.write_bytes(damaged)
+            if path.name == "manifest.json":
+                if damaged is None:
+                    continue  # Then it is unfinished; see the tests of kills.
+                message = "manifest.json was altered"
+            else:
+                message = rf"{path.name} (has [\w,]+ bytes, expected|has crc32c|is missing)"
+            with pytest.raises(ValueError, match=f"{message}.*jaxlm cache clear {folder.name}"):
+                prepare.open_dataset(folder, 300)
+        path.write_bytes(whole)
+    assert prepare.open_dataset(folder, 300).fingerprint == dataset.fingerprint
+
+
+def test_each_field_of_the_manifest_is_vouched_for(corpus, tmp_path):
+    folder = run(config_of(corpus, tmp_path)).directory
+    path = folder / "manifest.json"
+    whole = json.loads(path.read_bytes())
+    for name in whole.keys() - {"source", "revision"}:
+        path.write_text(json.dumps(whole | {name: None}))
+        with pytest.raises(ValueError, match="manifest.json was altered"):
+            prepare.open_dataset(folder, 300)
+
+
+def test_text_that_changes_while_it_is_read(tmp_path, monkeypatch):
+    corpus = write(tmp_path / "a.jsonl", documents())
+    original = prepare._Preparation._tokenizer
+
+    def touch(self):
+        os.utime(corpus)
+        return original(self)
+
+    monkeypatch.setattr(prepare._Preparation, "_tokenizer", touch)
+    with pytest.raises(ValueError, match="changed while it was read"):
+        run(config_of(corpus, tmp_path))
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+# --- kills, full disks, two at once
+
+
+def child(corpus, folder, body):
+    """A program that prepares as `run` does, after `body`."""
+    return f"""
+import os, signal, sys
+from jaxlm.config import DataConfig
+from jaxlm.data import prepare
+for name, value in {SMALL!r}.items():
+    setattr(prepare, name, value)
+def run(folder={str(folder)!r}):
+    config = DataConfig(source="text:{corpus}", cache_dir=folder)
+    prepare.prepare(config, vocab_size=300, max_tokens=10**6, log=lambda line: None)
+{body}
+run()
+"""
+
+
+# Forks a process per kill, since to start one takes longer than to prepare: process n kills itself
+# as it is about to make step n durable.
+KILLS = """
+for n in range(1000):
+    pid = os.fork()
+    if pid == 0:
+        steps = iter(range(1000))
+        def killing(call):
+            def step(*args):
+                if next(steps) == n:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*args)
+            return step
+        os.replace, os.fsync = killing(os.replace), killing(os.fsync)
+        run(sys.argv[1] + "/" + str(n))
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    if status == 0:
+        sys.exit(0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+"""
+
+
+def test_a_kill_at_any_step_changes_no_byte(corpus, tmp_path):
+    run(config_of(corpus, tmp_path / "straight"))
+    straight = contents(tmp_path / "straight")
+    script = child(corpus, tmp_path, KILLS)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "killed")], check=True)
+    folders = sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name))
+    assert len(folders) > 30
+    unfinished = [not list(folder.rglob("manifest.json")) for folder in folders]
+    assert sum(unfinished) > 30
+    logs = []
+    for folder, killed in zip(folders, unfinished, strict=True):
+        assert killed == (contents(folder) != straight)
+        log = []
+        run(config_of(corpus, folder), log=log)
+        assert contents(folder) == straight, folder
+        logs += log
+    # Most of them had something to go on from.
+    assert sum("Going on with the preparation" in line for line in logs) > 20
+    assert not any("over" in line for line in logs)
+
+
+def test_control_of_kills(corpus, tmp_path):
+    # Losing the place to go on from must be seen by the comparison above.
+    run(config_of(corpus, tmp_path / "straight"))
+    folder = run(config_of(corpus, tmp_path / "killed")).directory
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    (folder / "manifest.json").unlink()
+    manifest["next_document"] -= 20
+    (folder / "progress.json").write_text(json.dumps(manifest))
+    run(config_of(corpus, tmp_path / "killed"))
+    assert contents(tmp_path / "killed") != contents(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("what", ["shard", "revision"])
+def test_unfinished_data_that_cannot_be_trusted_is_made_anew(corpus, tmp_path, what):
+    dataset = run(config_of(corpus, tmp_path))
+    straight = contents(tmp_path)
+    manifest = json.loads((dataset.directory / "manifest.json").read_bytes())
+    (dataset.directory / "manifest.json").unlink()
+    if what == "revision":
+        manifest["revision"] = "older"
+    else:
+        with open(dataset.directory / "train-00001.bin", "r+b") as file:
+            file.write(b"\xff")
+    (dataset.directory / "progress.json").write_text(json.dumps(manifest))
+    log = []
+    run(config_of(corpus, tmp_path), log=log)
+    assert "Starting the preparation over: " + (
+        "the source was older" if what == "revision" else "train-00001.bin has crc32c"
+    ) in "\n".join(log)
+    assert contents(tmp_path) == straight
+
+
+FULL = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (@LIMIT, resource.RLIM_INFINITY))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE is POSIX")
+@pytest.mark.parametrize("limit, name", [(2000, "tokenizer.json"), (30_000, "train-00000.bin")])
+def test_a_full_disk(corpus, tmp_path, limit, name, monkeypatch):
+    straight = run(config_of(corpus, tmp_path / "straight"))
+    assert 2000 < (straight.directory / "tokenizer.json").stat().st_size < 30_000
+    script = child(corpus, tmp_path / "full", FULL.replace("@LIMIT", str(limit)))
+    script = script.replace("'SHARD_TOKENS': 2500", "'SHARD_TOKENS': 10**9")
+    failed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert failed.returncode == 1
+    last = failed.stderr.strip().splitlines()[-1]
+    assert last.startswith("OSError: [Errno 27] File too large while writing") and name in last
+    assert "make room, or name another place with --data.cache-dir" in last
+    left = {path.name for path in (tmp_path / "full").rglob("*") if path.is_file()}
+    assert not [file for file in left if file.endswith((".tmp", ".bin"))]
+    assert ("progress.json" in left) == (name != "tokenizer.json")
+    monkeypatch.setattr(prepare, "SHARD_TOKENS", 10**9)
+    assert run(config_of(corpus, tmp_path / "full")).train.num_tokens == straight.train.num_tokens
+
+
+# Says that it has the lock, and waits for a word before it goes on.
+HOLDS = """
+original = prepare._Preparation.run
+def waiting(self):
+    print("locked", flush=True)
+    sys.stdin.readline()
+    original(self)
+prepare._Preparation.run = waiting
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_two_at_once(corpus, tmp_path, killed):
+    straight = run(config_of(corpus, tmp_path / "straight"))
+    config = config_of(corpus, tmp_path / "both")
+    script = child(corpus, tmp_path / "both", HOLDS)
+    log, found = [], []
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match="another process is preparing it"):
+            clear_caches(config.cache_dir)
+        thread = threading.Thread(target=lambda: found.append(run(config, log=log)))
+        thread.start()
+        deadline_s = time.monotonic() + 10
+        while not log and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        assert len(log) == 1 and "Another process is preparing" in log[0] and not found
+        if killed:
+            other.send_signal(signal.SIGKILL)
+        else:
+            other.communicate("go\n")
+        thread.join(30)
+    assert [dataset.fingerprint for dataset in found] == [straight.fingerprint]
+    assert any("Training a tokenizer" in line for line in log) == killed
+    assert other.returncode == (-signal.SIGKILL if killed else 0)
+
+
+# --- what the user sees
+
+
+def test_lines_in_a_pipe(corpus, tmp_path, monkeypatch):
+    clock = iter(range(0, 10**6, 6))
+    monkeypatch.setattr(prepare.time, "monotonic", lambda: next(clock))
+    log = []
+    dataset = run(config_of(corpus, tmp_path), log=log)
+    assert log[0].startswith("Training a tokenizer of 300 tokens on text:")
+    assert log[-1] == (
+        f"Prepared {dataset.train.num_tokens:,} training and {dataset.eval.num_tokens:,} held-out "
+        f"tokens in {dataset.directory}"
+    )
+    between = log[1:-1]
+    assert between and all(line.startswith("Preparing tokens: ") for line in between)
+
+
+def test_a_bar_in_a_terminal(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    log = []
+    run(config_of(corpus, tmp_path), log=log)
+    assert "Preparing tokens" in capsys.readouterr().out
+    assert len(log) == 2

