@@ -205,11 +205,14 @@ class Checkpoints:
             self._save_failed(error)
 
     def replace(self, state: TrainState, metadata: Metadata) -> None:
-        """Commits a step again, with new metadata; at any instant, one of the two is there."""
+        """Saves a step that may be there already; at any instant, the one or the other is."""
         self.wait()
+        current = self.folder / str(metadata.step)
+        if not current.exists():
+            return self.save(state, metadata)
         aside = self.folder / f"{metadata.step}{_REPLACED}"
         if self._primary:
-            (self.folder / str(metadata.step)).rename(aside)
+            current.rename(aside)
             manifest.fsync(self.folder)
         self._sync("replacing")
         self._manager.reload()

@@ -219,12 +219,12 @@ class CheckpointConfig:
         if self.save_interval_min is not None:
             found = self.save_interval_min
             _check(found > 0, "checkpoint.save_interval_min", found, "above 0, or None")
-        scheme, found_scheme, _ = (self.directory or "").partition("://")
+        # Orbax would make a local folder of that name, or write where nothing can be locked.
         _check(
-            not found_scheme or scheme == "gs",
+            "://" not in (self.directory or ""),
             "checkpoint.directory",
             self.directory,
-            "a local path or gs://…; mount any other store as a folder",
+            "a local path; mount an object store as a folder",
         )
 
 

@@ -29,7 +29,7 @@ def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], dims: tuple[str | None, ...]
 
 @jax.custom_vjp
 def silu(x: jax.Array) -> jax.Array:
-    """X * sigmoid(x), which keeps its derivative for the backward pass.
+    """The function x * sigmoid(x), which keeps its derivative for the backward pass.
 
     Left to itself, XLA recomputes the sigmoid in every consumer that it fuses it into: on a CPU
     that costs a fifth of the step.
@@ -53,7 +53,7 @@ def rope(x_BTNH: jax.Array, theta: float) -> jax.Array:
     """Rotates each pair (h, h + H/2) of a head by time times a frequency (2104.09864)."""
     T, H = x_BTNH.shape[1], x_BTNH.shape[-1]
     freqs_h = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-    angles_Th = jnp.arange(T, dtype=jnp.float32)[:, None] * freqs_h
+    angles_Th = jnp.arange(T, dtype=jnp.float32)[:, None] * freqs_h[None, :]
     cos = jnp.cos(angles_Th)[None, :, None, :].astype(x_BTNH.dtype)
     sin = jnp.sin(angles_Th)[None, :, None, :].astype(x_BTNH.dtype)
     a, b = jnp.split(x_BTNH, 2, axis=-1)

@@ -21,9 +21,10 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
     if config.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, max(num_steps - warmup, 1), config.min_lr_ratio)
         return optax.join_schedules([rise, decay], [warmup])
-    decay_steps = round(config.decay_fraction * num_steps)
+    # A warmup that reaches into the decay shortens it; the end stays where it is.
+    decay_steps = min(round(config.decay_fraction * num_steps), num_steps - warmup)
     fall = optax.linear_schedule(peak, floor, max(decay_steps, 1))
-    stable_until = max(num_steps - decay_steps, warmup)
+    stable_until = num_steps - decay_steps
     return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, stable_until])
 
 

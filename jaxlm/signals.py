@@ -11,26 +11,37 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxlm.sharding import replicated
+
 
 class StopRequest:
-    """Whether this run was asked to stop; the same on every process at the same step."""
+    """Whether this run was asked to stop."""
 
     def __init__(self, mesh: Mesh):
         self.received = False
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._any = jax.jit(lambda flags: flags.max())
+        self._any = jax.jit(lambda flags: flags.max(axis=0), out_shardings=replicated(mesh))
         self._earlier: jax.Array | None = None
 
-    def agreed(self) -> bool:
-        """Call once a step. With several processes: what any of them had received a step ago."""
+    def agree(self, *, save: bool) -> tuple[bool, bool]:
+        """Call once a step: whether to stop and whether to save, alike on every process.
+
+        With several processes, what any of them wanted a step ago.
+
+        Args:
+          save: whether this process would save now.
+        """
         if jax.process_count() == 1:
-            return self.received
+            return self.received, save
         # Reduced on the devices and read one step late, so that none of them ever waits.
-        mine = np.full(1, self.received, np.int32)
-        count = self._sharding.mesh.size
-        flags = jax.make_array_from_callback((count,), self._sharding, lambda _: mine)
+        mine = np.array([[self.received, save]], np.int32)
+        shape = (self._sharding.mesh.size, 2)
+        flags = jax.make_array_from_callback(shape, self._sharding, lambda _: mine)
         earlier, self._earlier = self._earlier, self._any(flags)
-        return earlier is not None and bool(earlier)
+        if earlier is None:
+            return False, False
+        stop, save_agreed = np.asarray(earlier)
+        return bool(stop), bool(save_agreed)
 
 
 @contextmanager

@@ -22,6 +22,8 @@ class Start(NamedTuple):
 
     step: int
     """Batches taken in."""
+    nonfinite_steps: int
+    """Those of them that were not finite."""
     num_worse_evals: int
     """Evals since the best one."""
     owes_eval: bool
@@ -56,6 +58,7 @@ def start_state(
             console.warn(f"bits may differ from a run in one piece: {difference}")
         return state, Start(
             metadata.step,
+            int(state.nonfinite_steps),
             metadata.num_worse_evals,
             parts.eval_due(metadata.step) and metadata.eval_loss is None,
             metadata.tracking_run_id,
@@ -69,8 +72,9 @@ def start_state(
         console.say(f"Branching from step {selected.step} of {selected.folder}")
         _tell(metadata, console)
         lineage = [*metadata.lineage, {"step": selected.step, "branched_from": str(path)}]
-        return state, Start(selected.step, 0, parts.eval_due(selected.step), None, lineage)
-    return parts.blueprint.make(parts.config.seed), Start(0, 0, False, None, [])
+        owes_eval = parts.eval_due(selected.step)
+        return state, Start(selected.step, int(state.nonfinite_steps), 0, owes_eval, None, lineage)
+    return parts.blueprint.make(parts.config.seed), Start(0, 0, 0, False, None, [])
 
 
 def open_run_folder(parts: Parts, plan: Plan, start: Start, console: Console) -> Metrics:

@@ -19,7 +19,7 @@ from jaxlm.folder import Best, Metadata
 from jaxlm.loss import Loss
 from jaxlm.metrics import Metrics, perplexity
 from jaxlm.resume import describe_environment, plan_resume
-from jaxlm.signals import stop_requests
+from jaxlm.signals import StopRequest, stop_requests
 from jaxlm.start import Start, open_run_folder, start_state
 from jaxlm.state import ModelFactory, TrainState
 from jaxlm.step import StepMetrics
@@ -98,8 +98,8 @@ def train(
         run = _Run(parts, checkpoints, metrics, console, callbacks, start)
         if start.owes_eval:
             run.pay_owed_eval(state)
-        stop = stack.enter_context(stop_requests(parts.mesh, console.say))
-        result = run.loop(state, stop.agreed)
+        request = stack.enter_context(stop_requests(parts.mesh, console.say))
+        result = run.loop(state, request)
     tell_end(config, result.step, result.complete, result.best, console)
     return result
 
@@ -122,9 +122,11 @@ class _Run:
         self.start = start
         self.num_worse_evals = start.num_worse_evals
         self.unread: tuple[int, StepMetrics] | None = None
+        self.nonfinite_steps = start.nonfinite_steps
+        self.environment = describe_environment(parts.mesh)
         self.meter = Meter(start.step)
 
-    def loop(self, state: TrainState, stop_requested: Callable[[], bool]) -> Result:
+    def loop(self, state: TrainState, request: StopRequest) -> Result:
         """Steps to the end of the plan, or until asked to stop."""
         config, train_step = self.config, self.parts.train_step
         step, ended, stopping = self.start.step, False, False
@@ -135,14 +137,16 @@ class _Run:
             self.read_metrics()  # those of an earlier step: the device is busy with this one
             step = index + 1
             ended = step == config.num_steps
-            stopping = stop_requested() and not ended
+            stopping, save_due = request.agree(save=self.checkpoints.due_by_time)
+            stopping = stopping and not ended
+            save_due = save_due or step % config.checkpoint.save_interval == 0
             if step == 1 or step % config.log_interval == 0 or ended:
                 self.unread = step, step_metrics
             eval_loss, improved = None, False
             if self.parts.eval_due(step) and not stopping:
                 eval_loss, improved = self.evaluate(step, state)
                 ended = ended or self.overfits
-            if improved or ended or stopping or self.save_due(step):
+            if save_due or improved or ended or stopping:
                 self.save(step, state, eval_loss, final=ended)
             self.checkpoints.poll()
             self.console.progress(step)
@@ -150,10 +154,6 @@ class _Run:
                 break
         self.checkpoints.wait()
         return Result(step, ended, self.checkpoints.best)
-
-    def save_due(self, step: int) -> bool:
-        """Whether the interval or the clock asks for a save."""
-        return step % self.config.checkpoint.save_interval == 0 or self.checkpoints.due_by_time
 
     @property
     def overfits(self) -> bool:
@@ -167,6 +167,12 @@ class _Run:
             return
         (step, on_device), self.unread = self.unread, None
         values = {name: float(value) for name, value in jax.device_get(on_device).items()}
+        if (count := int(values["nonfinite_steps"])) > self.nonfinite_steps:
+            self.console.warn(
+                f"{count - self.nonfinite_steps} step(s) up to step {step} were not finite, and "
+                "left params and optimizer as they were"
+            )
+            self.nonfinite_steps = count
         steps_per_s = self.meter.rate(step)
         tokens_per_s = steps_per_s * self.config.tokens_per_step
         row = {
@@ -174,7 +180,7 @@ class _Run:
             "train/perplexity": perplexity(values["loss"]),
             "train/learning_rate": values["learning_rate"],
             "train/grad_norm": values["grad_norm"],
-            "train/nonfinite_steps": int(values["nonfinite_steps"]),
+            "train/nonfinite_steps": count,
             "train/tokens_seen": step * self.config.tokens_per_step,
             "train/tokens_per_s": tokens_per_s,
         }
@@ -195,9 +201,10 @@ class _Run:
         """The held-out loss, and whether it is better than the best checkpoint on disk."""
         self.read_metrics()
         with self.meter.paused():
-            self.checkpoints.wait()
-            parts, before = self.parts, self.checkpoints.best
+            parts = self.parts
             loss = evaluate(parts.eval_step, state.params, parts.put_eval, parts.num_eval_batches)
+            self.checkpoints.wait()  # only what is on disk counts as best
+            before = self.checkpoints.best
             best = self.checkpoints.best_with(step, loss)
             improved = best is not None and best.step == step
             self.num_worse_evals = 0 if improved else self.num_worse_evals + 1
@@ -237,7 +244,7 @@ class _Run:
             config=to_dict(self.config),
             data_fingerprint=self.parts.data_fingerprint,
             eos_id=self.parts.eos_id,
-            environment=describe_environment(self.parts.mesh),
+            environment=self.environment,
             tracking_run_id=self.metrics.run_id if self.metrics else "",
             lineage=self.start.lineage,
         )

@@ -258,6 +258,14 @@ def test_prefetch_stays_depth_ahead():
     assert prefetch_threads() == []
 
 
+def test_prefetch_makes_no_more_once_closed():
+    made = []
+    items = prefetch(lambda n: (made.append(n), time.sleep(0.05)), 0, 100, 8)
+    next(items)
+    items.close()
+    assert len(made) <= 3
+
+
 def test_prefetch_raises_in_its_turn_and_ends():
     def make(n):
         if n == 5:

@@ -98,7 +98,12 @@ def test_a_stream_that_cannot_encode_gets_plain_text():
 
 
 def test_saved_lines_from_many_threads_stay_whole():
-    out = io.StringIO()
+    class Whole(io.StringIO):
+        def write(self, text: str) -> int:
+            assert text.endswith("\n")  # one write a line, so that no other comes between
+            return super().write(text)
+
+    out = Whole()
     console = Console(10, stream=out)
     threads = [
         threading.Thread(

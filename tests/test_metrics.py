@@ -110,6 +110,13 @@ def test_rows_after_the_restored_step_are_cut(tmp_path, restored_step, kept):
         assert same(read_metrics(path), ROWS[:kept])
 
 
+def test_a_start_from_scratch_cuts_the_rows_of_step_0_too(tmp_path):
+    path = write(tmp_path, [{"step": 0, "eval/loss": 9.0}, *ROWS])
+    assert steps_of(path)[0] == 0
+    with start(tmp_path, run_id=None, restored_step=0):
+        assert read_metrics(path) == []
+
+
 def test_an_eval_to_be_made_again_is_cut(tmp_path):
     path = write(tmp_path)
     with start(tmp_path, restored_step=20, owed_eval=True):
@@ -122,8 +129,12 @@ def test_an_eval_to_be_made_again_is_cut(tmp_path):
 def test_a_cut_that_is_broken_off_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     path = write(tmp_path)
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+    replace = Path.replace
+
+    def killed(source: Path, target: Path) -> Path:
+        if target == path:
+            raise KeyboardInterrupt
+        return replace(source, target)
 
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -153,6 +153,7 @@ class Server:
 
     def __init__(self, monkeypatch):
         self.runs: dict[str, dict[int, dict]] = {}
+        self.dropped: list[int] = []
         module = types.ModuleType("wandb")
         module.init = self.init
         module.Settings = lambda **_: None
@@ -164,8 +165,10 @@ class Server:
 
         def log(row: dict, step: int, commit: bool) -> None:
             assert commit
-            if step > max(rows, default=-1):  # else it is dropped
+            if step > max(rows, default=-1):
                 rows[step] = dict(row)
+            else:
+                self.dropped.append(step)
 
         first = max(rows, default=-1) + 1
         return types.SimpleNamespace(step=first, log=log, finish=lambda exit_code: None, url="u")
@@ -209,6 +212,7 @@ def test_online_gets_the_rows_that_it_lacks_and_none_twice(tmp_path, monkeypatch
         train(run, 70, 100)
     assert server.runs == {run_id: as_server(tmp_path)}
     assert list(server.runs[run_id]) == list(range(10, 101, 10))
+    assert server.dropped == []
 
 
 def test_online_is_ahead_of_the_checkpoint_after_a_kill(tmp_path, monkeypatch):
@@ -218,6 +222,7 @@ def test_online_is_ahead_of_the_checkpoint_after_a_kill(tmp_path, monkeypatch):
     with online(tmp_path, run_id=run.run_id, restored_step=40) as run:
         train(run, 50, 100)
     assert server.runs == {run.run_id: as_server(tmp_path)}
+    assert server.dropped == [50, 60, 70]  # made again to the bit, so no loss
 
 
 def test_an_eval_made_only_after_a_restart_is_not_dropped_online(tmp_path, monkeypatch):
