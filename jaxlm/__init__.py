@@ -1,6 +1,8 @@
 """Pretrain language models in JAX, with checkpoints you can trust."""
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,7 +11,7 @@ if TYPE_CHECKING:
     from jaxlm.train import train as train
 
 # Loaded on first use: `jaxlm --help` needs none of them, and JAX takes a second to import.
-_HOMES = {"Config": "jaxlm.config", "load_model": "jaxlm.load", "train": "jaxlm.train"}
+_HOMES = {"Config": "jaxlm.config", "load_model": "jaxlm.load"}
 __all__ = ["Config", "load_model", "train"]
 
 
@@ -17,3 +19,18 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxlm' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+class _Package(types.ModuleType):
+    # Whoever imports the module jaxlm.train makes Python set it as `jaxlm.train`, which is to stay
+    # the function.
+    @property
+    def train(self) -> Any:
+        return importlib.import_module("jaxlm.train").train
+
+    @train.setter
+    def train(self, module: types.ModuleType) -> None:
+        del module
+
+
+sys.modules[__name__].__class__ = _Package

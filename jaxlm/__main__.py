@@ -148,7 +148,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 def command(args: Sequence[str]) -> int:
     """Runs one command; returns its exit code."""
-    if args[:1] == ["prepare"]:
+    if args and args[0] == "prepare":
         return prepare(tuple(args[1:]))  # its flags are those of a config
     return tyro.cli(OmitSubcommandPrefixes[_choice(COMMANDS)], prog="jaxlm", args=list(args))
 

@@ -6,7 +6,14 @@ import jax
 import numpy as np
 
 from jaxlm.console import format_bytes
-from jaxlm.folder import find_best, find_checkpoints, list_set_aside, read_all_metadata, select
+from jaxlm.folder import (
+    find_best,
+    find_checkpoints,
+    find_damaged,
+    list_set_aside,
+    read_all_metadata,
+    select,
+)
 from jaxlm.restore import restore_numpy
 from jaxlm.state import path_name
 
@@ -15,7 +22,8 @@ def describe_run(run: str) -> dict[str, Any]:
     """The sound checkpoints of a run, as JSON values.
 
     Returns:
-      `run`, `folder`, `set_aside` (names of damaged ones), and `checkpoints`: for each, ascending,
+      `run`, `folder`, `set_aside` (names of damaged ones), `damaged` (those not yet set aside, as
+      step -> what is wrong, as far as a quick look shows), and `checkpoints`: for each, ascending,
       `step`, `tokens_seen`, `eval_loss`, `best_eval_loss`, `bytes`, and `is`, a list of `best`,
       `latest` and `final`.
 
@@ -40,6 +48,7 @@ def describe_run(run: str) -> dict[str, Any]:
         "folder": str(folder),
         "checkpoints": rows,
         "set_aside": list_set_aside(folder),
+        "damaged": {str(step): damage[0] for step, damage in find_damaged(folder).items()},
     }
 
 
@@ -61,6 +70,8 @@ def format_table(runs: list[dict[str, Any]]) -> str:
                 f"{format_bytes(row['bytes']):>9} | {', '.join(row['is'])}".rstrip()
             )
     for run in runs:
+        for step, damage in run["damaged"].items():
+            lines.append(f"damaged: {run['folder']}/{step}: {damage}")
         if run["set_aside"]:
             lines.append(f"damaged, set aside in {run['folder']}: {', '.join(run['set_aside'])}")
     return "\n".join(lines)

@@ -287,6 +287,7 @@ class Config:
         _check_at_least(self, "", 1, "num_steps", "batch_size", "seq_len", "num_microbatches")
         _check_at_least(self, "", 1, "eval_interval", "stop_after_worse_evals", "log_interval")
         _check_at_least(self, "", 0, "z_loss", "seed")
+        _check(self.seed < 2**32, "seed", self.seed, "less than 2**32")
         _check(self.run_dir != "", "run_dir", self.run_dir, "a folder name")
         _check(
             self.batch_size % self.num_microbatches == 0,

@@ -121,6 +121,18 @@ def read_all_metadata(folder: Path) -> dict[int, Metadata]:
     return found
 
 
+def find_damaged(folder: Path) -> dict[int, list[str]]:
+    """Step -> what is wrong with it, of every step that `read_all_metadata` leaves out."""
+    looked_at = {
+        step: manifest.find_damage(folder / str(step), contents=False)
+        for step in list_steps(folder)
+    }
+    # A trainer may have deleted a step between the two looks.
+    return {
+        step: found for step, found in looked_at.items() if found and (folder / str(step)).exists()
+    }
+
+
 def find_best(eval_losses: dict[int, float | None]) -> Best | None:
     """The step of the lowest finite loss; of equal ones the first."""
     finite = [Best(s, x) for s, x in eval_losses.items() if x is not None and math.isfinite(x)]
@@ -155,7 +167,7 @@ class Selected(NamedTuple):
     step: int
     metadata: Metadata
     passed_over: dict[int, list[str]]
-    """Damaged steps that would have come first, and what is wrong with them."""
+    """Damaged steps that would have come first, or may have, and what is wrong with them."""
 
 
 def select(run: str, default: str = "best", *, contents: bool = True) -> Selected:
@@ -174,7 +186,8 @@ def select(run: str, default: str = "best", *, contents: bool = True) -> Selecte
     name, _, which = run.rpartition("@") if "@" in run else (run, "", "")
     which = which or default
     folder = find_checkpoints(name)
-    passed_over: dict[int, list[str]] = {}
+    # Of a damaged step, no one can tell whether it was the best or a final one.
+    passed_over = find_damaged(folder) if which in ("best", "final") else {}
     for step in _candidates(folder, which):
         damage = manifest.find_damage(folder / str(step), contents=contents)
         if not damage:

@@ -14,6 +14,7 @@ from jaxlm.config import Config
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and saved (EX_TEMPFAIL): start it again to go on."""
+_PROCESS = ("num_processes", "process_id")
 
 
 def parse_config(args: Sequence[str], prog: str) -> Config:
@@ -70,7 +71,9 @@ def main(args: Sequence[str] | None = None) -> int:
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         # Its own SIGTERM service would make our handlers deaf.
         jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize()
+        # Where a cluster does not say which process this is, these two do.
+        given = {name: os.environ.get(f"JAX_{name.upper()}") for name in _PROCESS}
+        jax.distributed.initialize(**{k: int(v) for k, v in given.items() if v is not None})
     try:
         return 0 if train(config).complete else STOPPED
     except jax.errors.JaxRuntimeError as error:

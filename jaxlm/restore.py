@@ -14,8 +14,8 @@ from jaxlm.state import TrainState, fingerprint, path_name
 ITEMS = ("params", "opt_state", "state")
 """The items of a checkpoint that hold arrays; `meta` is JSON."""
 
-# Orbax warns of much that is as it should be; what matters is told by us.
-absl_logging.set_verbosity(absl_logging.ERROR)
+# Orbax warns of what is as it should be, and logs an error that it raises too: we tell it once.
+absl_logging.set_verbosity(absl_logging.FATAL)
 
 
 class DamagedArrays(ValueError):
@@ -50,11 +50,11 @@ def restore_items(
       DamagedArrays: an array differs from what was saved.
     """
     _check_layout(metadata.fingerprints, abstract, path)
-    restored = {}
+    restored, folder = {}, path.absolute()  # Orbax takes no relative path
     for name, tree in abstract.items():
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             restored[name] = checkpointer.restore(
-                path / name,
+                folder / name,
                 args=ocp.args.PyTreeRestore(
                     item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
                 ),
@@ -72,7 +72,7 @@ def restore_items(
 
 def restore_numpy(path: Path) -> dict[str, Any]:
     """All items of a step folder as numpy arrays: two states may not fit on the devices."""
-    restored = {}
+    restored, path = {}, path.absolute()
     to_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
     for name in ITEMS:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

@@ -1,7 +1,9 @@
 """The machine that every test sees: eight CPU devices, strict shapes, a cache of its own."""
 
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,9 @@ os.environ["NPROC"] = "32"
 import jax  # noqa: E402  (after what it reads at import)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tests start the same small run over and over: compile it once.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,4 +37,21 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the user's own cache; a child process inherits the setting."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny_run(cache_dir: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with a finished run in it (see tests/runs.py); only to be read."""
+    import runs
+
+    home = runs.make_home(tmp_path_factory.mktemp("tiny") / "home")
+    runs.make_run(home)
+    return home
+
+
+@pytest.fixture
+def own_run(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of that home, to be changed at will."""
+    return shutil.copytree(tiny_run, tmp_path / "home")

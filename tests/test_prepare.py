@@ -21,7 +21,7 @@ from jaxlm.data.prepare import default_max_tokens, is_held_out
 from jaxlm.data.shards import damage, write_durably
 from jaxlm.data.tokenizer import train_tokenizer
 
-SMALL = {"SHARD_TOKENS": 2500, "CHUNK_CHARS": 3000, "PIECE_CHARS": 400}
+SMALL = {"SHARD_TOKENS": 4500, "CHUNK_CHARS": 3000, "PIECE_CHARS": 400}
 
 
 def documents(count=120):
@@ -423,7 +423,7 @@ def test_a_kill_at_any_step_changes_no_byte(corpus, tmp_path):
         assert contents(folder) == straight, folder
         logs += log
     # Most of them had shards to go on from.
-    assert sum("Going on with" in line and not line.endswith(" 0") for line in logs) > 50
+    assert sum("Going on with" in line and not line.endswith(" 0") for line in logs) > 25
     assert not any("over" in line for line in logs)
 
 
@@ -471,7 +471,7 @@ def test_a_full_disk(corpus, tmp_path, limit, name, monkeypatch):
     straight = run(config_of(corpus, tmp_path / "straight"))
     assert 2000 < (straight.directory / "tokenizer.json").stat().st_size < 30_000
     script = child(corpus, tmp_path / "full", FULL.replace("@LIMIT", str(limit)))
-    script = script.replace("'SHARD_TOKENS': 2500", "'SHARD_TOKENS': 10**9")
+    script = script.replace("'SHARD_TOKENS': 4500", "'SHARD_TOKENS': 10**9")
     failed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert failed.returncode == 1
     last = failed.stderr.strip().splitlines()[-1]

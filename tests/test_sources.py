@@ -12,7 +12,7 @@ import time
 import pytest
 
 from jaxlm.config import DataConfig
-from jaxlm.data import remote, sources
+from jaxlm.data import files, remote
 from jaxlm.data.sources import open_source
 
 DOCUMENTS = [f"document {n}\r\nnaïve 日本語 🎯\n" * (n % 4) for n in range(50)]
@@ -116,7 +116,7 @@ def test_passing_over_documents_does_not_decode_them(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(jsonl())
     parsed = []
     monkeypatch.setattr(
-        sources.json, "loads", lambda text: parsed.append(text) or {"text": "parsed"}
+        files.json, "loads", lambda text: parsed.append(text) or {"text": "parsed"}
     )
     assert list(source(f"text:{tmp_path}/a.jsonl").documents(45)) == ["parsed"] * 5
     assert len(parsed) == 5

@@ -1,83 +1,75 @@
-"""The smallest runs that have every part, for the tests of the device room."""
+"""A run of a second: a very small model on tokens made here, for tests of everything around it."""
 
-import functools
-import math
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 
-from jaxlm.attention import Attention, reference_attention
-from jaxlm.config import MeshConfig, ModelConfig, OptimConfig
-from jaxlm.model import Transformer
-from jaxlm.optim import make_optimizer
-from jaxlm.sharding import make_mesh, put_batch
-from jaxlm.state import Blueprint, ModelFactory, make_blueprint
+from jaxlm.config import CheckpointConfig, Config, ModelConfig, OptimConfig
 
-# Every dim has a size of its own but for those that a mesh of 4 x 2 must divide.
-MODEL = ModelConfig(
-    vocab_size=32, num_layers=2, d_model=16, d_ff=24, num_heads=4, num_kv_heads=2, head_dim=6
-)
-OPTIM = OptimConfig(learning_rate=1e-2, warmup_steps=2)
-NUM_STEPS, ROWS, SEQ_LEN = 10, 8, 9
-ONE_DEVICE = (1, 1, 1)
+VOCAB, BATCH, SEQ = 64, 8, 16
 
 
-class Bigram(nnx.Module):
-    """A user's model: another class, no named dims, and it compiles in no time."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        self.table_VV = nnx.Param(jax.random.normal(rngs.params(), (32, 32)))
-        self.bias_V = nnx.Param(jnp.zeros((32,)))
-
-    def __call__(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
-        return self.table_VV[...][tokens_BT] + self.bias_V[...][None, None]
-
-
-@functools.cache
-def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
-    return make_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])
-
-
-@functools.cache
-def blueprint_of(
-    shape: tuple[int, int, int] = ONE_DEVICE,
-    model: ModelFactory = functools.partial(Transformer, MODEL),
-    optim: OptimConfig = OPTIM,
-) -> Blueprint:
-    return make_blueprint(model, make_optimizer(optim), mesh_of(*shape))
-
-
-def transformer(
-    config: ModelConfig = MODEL, attention: Attention = reference_attention, dtype: Any = "float32"
-) -> Transformer:
-    """With weights of the scale of a trained model, so that nothing is lost in rounding."""
-    model = Transformer(config, nnx.Rngs(params=0), attention=attention, dtype=jnp.dtype(dtype))
-    graphdef, params = nnx.split(model)
-    rng = np.random.RandomState(0)
-    params = jax.tree.map(
-        lambda p: p * jnp.asarray(1 + 0.2 * rng.randn(*p.shape), p.dtype)
-        if p.ndim == 1
-        else jnp.asarray(rng.randn(*p.shape) / math.sqrt(p.shape[0]), p.dtype),
-        params,
+def tiny_config(run_dir: Path | str, **changes: Any) -> Config:
+    """Twelve steps, an eval every three, a save every four; `checkpoint` takes a dict."""
+    checkpoint = replace(CheckpointConfig(save_interval=4), **changes.pop("checkpoint", {}))
+    config = Config(
+        model=ModelConfig(
+            vocab_size=VOCAB,
+            num_layers=1,
+            d_model=16,
+            d_ff=32,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=8,
+        ),
+        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
+        checkpoint=checkpoint,
+        num_steps=12,
+        batch_size=BATCH,
+        seq_len=SEQ,
+        eval_interval=3,
+        log_interval=1,
+        run_dir=str(run_dir),
     )
-    return nnx.merge(graphdef, params)
+    return replace(config, **changes)
 
 
-def host_batch(index: int, rows: int = ROWS, seq_len: int = SEQ_LEN) -> dict[str, np.ndarray]:
-    tokens = np.random.RandomState(index).randint(0, 32, (rows, seq_len + 1)).astype(np.int32)
+def _tokens(seed: int, rows: slice) -> dict[str, np.ndarray]:
+    # Each token is the one before plus a small step: there is something to learn.
+    steps = np.random.default_rng(seed).integers(1, 4, (BATCH, SEQ + 1))
+    tokens = (np.cumsum(steps, axis=1) % VOCAB).astype(np.int32)[rows]
     return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
 
 
-def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    rows = len(batch["inputs"])
-    return put_batch(lambda index: {k: v[index] for k, v in batch.items()}, mesh, rows)
+class TinyBatches:
+    """Batch n is made from the number n."""
+
+    fingerprint = "tiny"
+
+    def __call__(self, index: int, rows: slice) -> dict[str, np.ndarray]:
+        return _tokens(index, rows)
 
 
-def names_and_leaves(tree: Any) -> dict[str, Any]:
-    from jaxlm.state import path_name
+class TinyEvalSet:
+    """Two batches that training never sees."""
 
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    def __len__(self) -> int:
+        return 2
+
+    def __call__(self, index: int, rows: slice) -> dict[str, np.ndarray]:
+        return _tokens(1_000_000 + index, rows)
+
+
+def data() -> dict[str, Any]:
+    """The `batches` and `eval_batches` of `train`."""
+    return {"batches": TinyBatches(), "eval_batches": TinyEvalSet()}
+
+
+def untimed_rows(run_dir: Path | str) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl but for what the clock has put there."""
+    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    timed = ("train/tokens_per_s", "train/mfu")
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]

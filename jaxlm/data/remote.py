@@ -18,7 +18,7 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from jaxlm.data.sources import files_revision, needs, text_of
+from jaxlm.data.files import files_revision, needs, text_of
 
 _PROBE_S = 5.0
 

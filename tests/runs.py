@@ -1,0 +1,101 @@
+"""A real run of a second on text files, made once a session (fixture `tiny_run`), and its like.
+
+Eight steps that learn, then four at a learning rate that ruins it: best and latest differ, two
+plans have ended, and something was changed on the way.
+"""
+
+import contextlib
+import io
+import json
+import os
+import random
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxlm import launch
+
+REPO = Path(__file__).resolve().parents[1]
+RUN = "runs/tiny"
+"""The run folder, in the home that `make_home` makes."""
+BEST, LATEST = 8, 12
+
+CONFIG = """
+from jaxlm.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig
+
+config = Config(
+    model=ModelConfig(
+        vocab_size=512, num_layers=2, d_model=32, d_ff=64, num_heads=2, num_kv_heads=1, head_dim=16
+    ),
+    data=DataConfig(source="text:texts/*.txt", eval_tokens=1000),
+    optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
+    checkpoint=CheckpointConfig(save_interval=4),
+    num_steps=8,
+    batch_size=8,
+    seq_len=32,
+    eval_interval=4,
+    log_interval=2,
+)
+"""
+
+
+def make_home(home: Path) -> Path:
+    """Where a user stands: `launch.py`, `configs/tiny.py`, and some text."""
+    (home / "configs").mkdir(parents=True)
+    (home / "texts").mkdir()
+    (home / "configs" / "tiny.py").write_text(CONFIG)
+    shutil.copy(REPO / "launch.py", home)
+    words = random.Random(0)
+    lexicon = ["".join(words.choices("aeinorst", k=words.randint(2, 7))) for _ in range(300)]
+    for number in range(24):
+        text = " ".join(words.choices(lexicon, k=400))
+        (home / "texts" / f"{number:02}.txt").write_text(text)
+    return home
+
+
+@contextlib.contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Relative paths mean what they would mean to a user there."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def launched(home: Path, flags: str) -> tuple[int, str]:
+    """Exit code and output of `python launch.py --config configs/tiny.py FLAGS`, in process."""
+    with working_in(home), contextlib.redirect_stdout(io.StringIO()) as out:
+        code = launch.main(["--config", "configs/tiny.py", *shlex.split(flags)])
+    return code, out.getvalue()
+
+
+def make_run(home: Path) -> None:
+    """Both plans of the run."""
+    assert launched(home, "")[0] == 0
+    assert launched(home, "--num_steps 12 --optim.learning_rate 3")[0] == 0
+    best = min(eval_losses(home / RUN).items(), key=lambda item: item[1])[0]
+    assert best == BEST, "the tests need a run whose best is not its last"
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def eval_losses(run: Path) -> dict[int, float]:
+    """Step -> held-out loss, as metrics.jsonl has it."""
+    return {row["step"]: row["eval/loss"] for row in rows(run) if "eval/loss" in row}
+
+
+def damage(checkpoint: Path, item: str = "params") -> Path:
+    """Flips one bit in the largest array file of an item; returns the file."""
+    files = (path for path in (checkpoint / item).rglob("*") if path.is_file())
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    return largest

@@ -1,0 +1,343 @@
+"""Best and latest are always on disk, and only what is sound is restored."""
+
+import contextlib
+import math
+import os
+import resource
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from jaxlm.checkpoint import CheckpointError, Checkpoints
+from jaxlm.config import CheckpointConfig, Config, MeshConfig, to_dict
+from jaxlm.folder import Metadata, list_steps, select
+from jaxlm.sharding import make_mesh
+from jaxlm.state import TrainState, make_blueprint
+
+
+class _Matrix(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (64, 64)))
+
+
+BLUEPRINT = make_blueprint(_Matrix, optax.adam(1e-3), make_mesh(MeshConfig(data=1, fsdp=8)))
+
+
+def _state(step: int) -> TrainState:
+    state = BLUEPRINT.make(step)
+    return state._replace(step=state.step + step)
+
+
+def _metadata(step: int, eval_loss: float | None) -> Metadata:
+    return Metadata(
+        step=step,
+        tokens_seen=step,
+        eval_loss=eval_loss,
+        best_eval_loss=math.inf,
+        best_step=None,
+        num_worse_evals=0,
+        final=False,
+        config=to_dict(Config()),
+        data_fingerprint="",
+        eos_id=None,
+        environment={},
+        tracking_run_id="",
+        lineage=[],
+    )
+
+
+class _Told:
+    def __init__(self) -> None:
+        self.commits: list[tuple[int, bool]] = []
+        self.warnings: list[str] = []
+
+
+def _open(folder: Path, told: _Told | None = None, **config: Any) -> Checkpoints:
+    told = told or _Told()
+    return Checkpoints(
+        folder,
+        CheckpointConfig(**config),
+        on_commit=lambda step, path, best: told.commits.append((step, best)),
+        warn=told.warnings.append,
+    )
+
+
+def _save_all(folder: Path, losses: dict[int, float | None], **config: Any) -> _Told:
+    told = _Told()
+    with _open(folder, told, **config) as checkpoints:
+        for step, loss in losses.items():
+            checkpoints.save(_state(step), _metadata(step, loss))
+    return told
+
+
+def _damage(folder: Path, step: int) -> None:
+    largest = max((folder / str(step)).rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
+def test_what_is_restored_is_what_was_saved(tmp_path: Path) -> None:
+    saved = jax.tree.map(np.asarray, _state(7))
+    _save_all(tmp_path, {7: 1.5})
+    with _open(tmp_path) as checkpoints:
+        restored = checkpoints.restore_latest(BLUEPRINT.abstract)
+    assert restored is not None
+    state, metadata = restored
+    jax.tree.map(np.testing.assert_array_equal, state, saved)
+    assert (metadata.step, metadata.eval_loss) == (7, 1.5)
+    shardings = jax.tree.map(lambda x: x.sharding, (state, BLUEPRINT.abstract))
+    assert jax.tree.leaves(shardings[0]) == jax.tree.leaves(shardings[1])
+
+
+def test_the_state_may_be_donated_while_it_is_being_saved(tmp_path: Path) -> None:
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
+    with _open(tmp_path) as checkpoints:
+        for step in range(1, 6):
+            state = _state(step)
+            checkpoints.save(state, _metadata(step, None))
+            jax.block_until_ready(overwrite(state))
+    with _open(tmp_path) as checkpoints:  # compares the fingerprints
+        restored = checkpoints.restore_latest(BLUEPRINT.abstract)
+    assert restored is not None and restored[1].step == 5
+
+
+@pytest.mark.parametrize("keep_latest", [1, 2, 3])
+def test_worsening_losses_drop_neither_best_nor_latest(tmp_path: Path, keep_latest: int) -> None:
+    losses = {step: 1.0 + step for step in range(1, 7)}
+    _save_all(tmp_path, dict(losses), keep_latest=keep_latest)
+    assert list_steps(tmp_path) == sorted({1, *range(7 - keep_latest, 7)})
+
+
+def test_keep_every_keeps_for_good(tmp_path: Path) -> None:
+    _save_all(tmp_path, dict.fromkeys(range(1, 8)), keep_latest=1, keep_every=3)
+    assert list_steps(tmp_path) == [3, 6, 7]
+
+
+@pytest.mark.parametrize("worse", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_never_best(tmp_path: Path, worse: float) -> None:
+    told = _save_all(tmp_path, {1: 2.0, 2: worse, 3: 3.0, 4: worse}, keep_latest=1)
+    assert told.commits == [(1, True), (2, False), (3, False), (4, False)]
+    assert list_steps(tmp_path) == [1, 4]
+    assert select(f"{tmp_path}@best").step == 1
+
+
+def test_reopened_folders_agree_on_the_best(tmp_path: Path) -> None:
+    _save_all(tmp_path, {1: 2.0, 2: 1.0, 3: 1.0, 4: 1.5}, keep_latest=1)
+    with _open(tmp_path, keep_latest=1) as checkpoints:
+        assert checkpoints.best == (2, 1.0)
+        checkpoints.save(_state(5), _metadata(5, 1.0))  # as good is not better
+        checkpoints.wait()
+        assert checkpoints.best == (2, 1.0)
+    assert list_steps(tmp_path) == [2, 5]
+
+
+def test_a_step_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    with _open(tmp_path) as checkpoints:
+        state = _state(1)
+        checkpoints.save(state, _metadata(1, None))
+        broken = state._replace(params=jax.tree.map(lambda x: x * jnp.nan, _state(2).params))
+        with pytest.raises(CheckpointError, match="not finite.*last sound step is 1"):
+            checkpoints.save(broken, _metadata(2, None))
+    assert list_steps(tmp_path) == [1]
+
+
+def test_a_damaged_latest_is_set_aside_and_the_next_one_restored(tmp_path: Path) -> None:
+    _save_all(tmp_path, {1: None, 2: None, 3: None})
+    _damage(tmp_path, 3)
+    told = _Told()
+    with _open(tmp_path, told) as checkpoints:
+        restored = checkpoints.restore_latest(BLUEPRINT.abstract)
+        assert restored is not None and restored[1].step == 2
+        checkpoints.save(_state(3), _metadata(3, None))  # the number is free again
+    assert "checkpoint 3 is damaged" in told.warnings[0]
+    assert (tmp_path / "3.corrupt").is_dir()
+    assert list_steps(tmp_path) == [1, 2, 3]
+
+
+def test_with_verification_off_the_same_damage_is_silent(tmp_path: Path) -> None:
+    # The negative control of the test above: Orbax itself sees nothing.
+    _save_all(tmp_path, {1: None, 2: None, 3: None})
+    _damage(tmp_path, 3)
+    told = _Told()
+    with _open(tmp_path, told, verify="off") as checkpoints:
+        restored = checkpoints.restore_latest(BLUEPRINT.abstract)
+    assert restored is not None and restored[1].step == 3
+    assert told.warnings == []
+
+
+def test_arrays_that_come_back_wrong_are_found_by_their_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _save_all(tmp_path, {1: None, 2: None})
+    _damage(tmp_path, 2)
+    # The files lie: every manifest passes. What is left is the fingerprint.
+    monkeypatch.setattr("jaxlm.manifest.find_damage", lambda *_, **__: [])
+    told = _Told()
+    with _open(tmp_path, told) as checkpoints:
+        restored = checkpoints.restore_latest(BLUEPRINT.abstract)
+    assert restored is not None and restored[1].step == 1
+    assert "differs from what was saved" in told.warnings[0]
+
+
+def test_a_damaged_best_does_not_block_the_next(tmp_path: Path) -> None:
+    _save_all(tmp_path, {1: 1.0, 2: 3.0, 3: 2.0})
+    _damage(tmp_path, 1)
+    told = _Told()
+    with _open(tmp_path, told) as checkpoints:
+        checkpoints.restore_latest(BLUEPRINT.abstract)
+        assert checkpoints.best == (3, 2.0)
+        checkpoints.save(_state(4), _metadata(4, 1.5))  # worse than the damaged one was
+    assert told.commits == [(4, True)]
+
+
+def test_without_a_sound_one_there_is_no_fresh_start(tmp_path: Path) -> None:
+    _save_all(tmp_path, {1: None})
+    _damage(tmp_path, 1)
+    for _ in range(2):  # nor at the second try, when it has been set aside
+        with (
+            _open(tmp_path) as checkpoints,
+            pytest.raises(CheckpointError, match="no sound checkpoint, only 1.corrupt"),
+        ):
+            checkpoints.restore_latest(BLUEPRINT.abstract)
+
+
+def test_an_empty_folder_named_like_a_step_is_not_a_checkpoint(tmp_path: Path) -> None:
+    _save_all(tmp_path, {1: None})
+    (tmp_path / "5").mkdir()
+    with _open(tmp_path) as checkpoints:
+        restored = checkpoints.restore_latest(BLUEPRINT.abstract)
+    assert restored is not None and restored[1].step == 1
+    assert (tmp_path / "5.corrupt").is_dir()
+
+
+def test_a_cut_off_metrics_file_does_not_block_the_folder(tmp_path: Path) -> None:
+    _save_all(tmp_path, {1: 2.0, 2: 1.0})
+    (tmp_path / "2" / "metrics" / "metrics").write_bytes(b'{"eval')
+    with _open(tmp_path) as checkpoints:
+        restored = checkpoints.restore_latest(BLUEPRINT.abstract)
+        assert checkpoints.best == (1, 2.0)
+    assert restored is not None and restored[1].step == 1
+
+
+def test_another_model_is_refused_not_cast(tmp_path: Path) -> None:
+    _save_all(tmp_path, {1: None})
+    half = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding),
+        BLUEPRINT.abstract.params,
+    )
+    with (
+        _open(tmp_path) as checkpoints,
+        pytest.raises(ValueError, match=r"params/w holds float32 .* this model has bfloat16"),
+    ):
+        checkpoints.restore_latest(BLUEPRINT.abstract._replace(params=half))
+    assert list_steps(tmp_path) == [1]
+
+
+def test_a_replaced_step_is_there_at_every_instant(tmp_path: Path) -> None:
+    _save_all(tmp_path, {1: None, 2: None})
+    with _open(tmp_path) as checkpoints:
+        checkpoints.replace(_state(2), _metadata(2, 1.25))
+        assert checkpoints.best == (2, 1.25)
+    assert list_steps(tmp_path) == [1, 2]
+    # Killed after the rename and before the commit: the old one comes back.
+    (tmp_path / "2").rename(tmp_path / "2.replaced")
+    with _open(tmp_path) as checkpoints:
+        restored = checkpoints.restore_latest(BLUEPRINT.abstract)
+    assert restored is not None and restored[1].step == 2
+    # Killed after the commit and before the deletion: the new one stays.
+    (tmp_path / "1").rename(tmp_path / "2.replaced")
+    with _open(tmp_path) as checkpoints:
+        restored = checkpoints.restore_latest(BLUEPRINT.abstract)
+    assert restored is not None and restored[1].eval_loss == 1.25
+    assert not (tmp_path / "2.replaced").exists()
+
+
+def test_what_a_killed_save_left_is_cleared(tmp_path: Path) -> None:
+    _save_all(tmp_path, {1: None})
+    (tmp_path / "2.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    (tmp_path / "deleting" / "1").mkdir(parents=True)
+    with _open(tmp_path) as checkpoints:
+        restored = checkpoints.restore_latest(BLUEPRINT.abstract)
+    assert restored is not None and restored[1].step == 1
+    assert not (tmp_path / "2.orbax-checkpoint-tmp").exists()
+    assert list((tmp_path / "deleting").iterdir()) == []
+
+
+@contextlib.contextmanager
+def _no_room() -> Iterator[None]:
+    # A write past this many bytes fails with EFBIG, as one to a full disk does with ENOSPC.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+# Orbax drops the coroutines of the other arrays without having awaited them.
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("policy", ["stop", "warn"])
+def test_a_save_that_fails_is_reported_and_nothing_is_lost(tmp_path: Path, policy: Any) -> None:
+    told = _Told()
+    with _open(tmp_path, told, on_save_error=policy) as checkpoints:
+        checkpoints.save(_state(1), _metadata(1, 1.0))
+        checkpoints.wait()
+        fails = pytest.raises(CheckpointError, match="saving step 2 failed: .*untouched: 1")
+        with fails if policy == "stop" else contextlib.nullcontext(), _no_room():
+            checkpoints.save(_state(2), _metadata(2, 0.5))
+            checkpoints.wait()
+        assert checkpoints.best == (1, 1.0)  # what is not on disk is not the best
+        assert not list(tmp_path.glob("*tmp*"))
+        if policy == "warn":
+            assert "saving step 2 failed" in told.warnings[0]
+        checkpoints.save(_state(3), _metadata(3, None))
+    assert list_steps(tmp_path) == [1, 3]
+    assert told.commits == [(1, True), (3, False)]
+
+
+def test_a_folder_deleted_under_the_run_is_not_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(CheckpointError, match="deleted or replaced"), _open(folder) as checkpoints:
+        checkpoints.save(_state(1), _metadata(1, None))
+        checkpoints.wait()
+        folder.rename(tmp_path / "moved")
+        checkpoints.save(_state(2), _metadata(2, None))
+    assert not folder.exists()
+
+
+def test_a_second_trainer_is_refused_and_told_who_holds_the_folder(tmp_path: Path) -> None:
+    with _open(tmp_path), pytest.raises(CheckpointError, match=f"process {os.getpid()} on"):
+        _open(tmp_path).__enter__()
+    with _open(tmp_path):  # and free at once when it is closed
+        pass
+
+
+def test_commits_are_told_only_once_they_are_on_disk(tmp_path: Path) -> None:
+    seen = []
+
+    def on_commit(step: int, path: str, best: bool) -> None:
+        seen.append((step, (Path(path) / "commit_success.txt").exists()))
+
+    checkpoints = Checkpoints(
+        tmp_path, CheckpointConfig(), on_commit=on_commit, warn=lambda text: None
+    )
+    with checkpoints:
+        for step in (1, 2):
+            checkpoints.save(_state(step), _metadata(step, None))
+    assert seen == [(1, True), (2, True)]
+
+
+def test_metadata_round_trips_through_json(tmp_path: Path) -> None:
+    metadata = replace(_metadata(3, None), lineage=[{"step": 1}], best_eval_loss=math.inf)
+    assert Metadata.from_json(metadata.to_json()) == metadata
+    assert metadata.to_json()["best_eval_loss"] is None

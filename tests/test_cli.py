@@ -1,0 +1,279 @@
+"""The `jaxlm` command."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from jaxlm import __main__ as cli
+from jaxlm.compare import diff_checkpoints
+from jaxlm.data.cache import list_caches
+from jaxlm.launch import run_main
+
+
+@pytest.fixture
+def out(capsys: pytest.CaptureFixture):
+    """What a command prints, once its exit code is as expected."""
+
+    def run(*args: str, code: int = 0) -> str:
+        capsys.readouterr()
+        assert cli.command(args) == code
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        return printed.out
+
+    return run
+
+
+def refusal(capsys: pytest.CaptureFixture, *args: str) -> str:
+    """The message of a command that ends with code 1."""
+    assert run_main(lambda: cli.command(args)) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("error: ")
+    return printed.err
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("|")]
+
+
+@pytest.fixture
+def at_home(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tiny_run)
+    return tiny_run
+
+
+def test_list_prints_the_seeds_table(at_home: Path, out):
+    lines = out("checkpoints", "list", runs.RUN).splitlines()
+    assert cells(lines[0]) == ["Step", "Tokens (B)", "Eval Loss", "Best Eval Loss", "Size", ""]
+    assert re.fullmatch(r"-+\|-+\|-+\|-+\|-+\|-*", lines[1])
+    losses = runs.eval_losses(at_home / runs.RUN)
+    assert len(lines) == 5 and list(losses) == [4, 8, 12]
+    best = float("inf")
+    for line, (step, loss) in zip(lines[2:], losses.items(), strict=True):
+        best = min(best, loss)
+        expected = [str(step), "0.0000", f"{loss:.4f}", f"{best:.4f}"]
+        assert cells(line)[:4] == expected
+        assert re.fullmatch(r"\d+\.\d [kM]B", cells(line)[4])
+        assert line.index("|") == lines[0].index("|")
+    assert [cells(line)[-1] for line in lines[2:]] == ["", "best", "latest, final"]
+
+
+def test_list_as_json(at_home: Path, out):
+    found = json.loads(out("checkpoints", "list", runs.RUN, "--json"))
+    rows = found["checkpoints"]
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    assert [row["tokens_seen"] for row in rows] == [1024, 2048, 3072]
+    losses = runs.eval_losses(at_home / runs.RUN)
+    assert [row["eval_loss"] for row in rows] == list(losses.values())
+    assert [row["is"] for row in rows] == [[], ["best"], ["latest", "final"]]
+    assert all(row["bytes"] > 600_000 for row in rows)
+    assert found["damaged"] == {} and found["set_aside"] == []
+    # Of the checkpoint folder itself, the same.
+    again = json.loads(out("checkpoints", "list", f"{runs.RUN}/checkpoints", "--json"))
+    assert again["checkpoints"] == rows
+
+
+def test_compare_tells_runs_apart(at_home: Path, out, tmp_path: Path):
+    copy = shutil.copytree(runs.RUN, tmp_path / "copy")
+    shutil.rmtree(copy / "checkpoints/8")
+    lines = out("checkpoints", "compare", runs.RUN, str(copy)).splitlines()
+    assert cells(lines[0])[0] == "Run" and len(lines) == 2 + 3 + 2
+    assert [cells(line)[:2] for line in lines[2:]] == [
+        *[[runs.RUN, str(step)] for step in (4, 8, 12)],
+        *[[str(copy), str(step)] for step in (4, 12)],
+    ]
+    assert [cells(line)[-1] for line in lines[-2:]] == ["best", "latest, final"]
+    assert len({line.index("|") for line in [lines[0], *lines[2:]]}) == 1
+    found = json.loads(out("checkpoints", "compare", runs.RUN, str(copy), "--json"))
+    assert [run["run"] for run in found] == [runs.RUN, str(copy)]
+
+
+def test_damaged_and_set_aside_ones_are_named(own_run: Path, out):
+    folder = own_run / runs.RUN / "checkpoints"
+    name = runs.damage(folder / "8").relative_to(folder / "8")
+    (folder / "4").rename(folder / "4.corrupt")
+    lines = out("checkpoints", "list", str(own_run / runs.RUN)).splitlines()
+    assert [cells(line)[0] for line in lines[2:-2]] == ["12"]
+    assert lines[-2] == f"damaged: {folder}/8: {name}: content differs (checksum)"
+    assert lines[-1] == f"damaged, set aside in {folder}: 4.corrupt"
+    found = json.loads(out("checkpoints", "list", str(own_run / runs.RUN), "--json"))
+    assert list(found["damaged"]) == ["8"] and found["set_aside"] == ["4.corrupt"]
+
+
+def test_a_run_without_checkpoints(tmp_path: Path, out, capsys: pytest.CaptureFixture):
+    (tmp_path / "checkpoints").mkdir()
+    assert len(out("checkpoints", "list", str(tmp_path)).splitlines()) == 2
+    said = refusal(capsys, "checkpoints", "list", str(tmp_path / "none"))
+    assert "none: found no folder of checkpoints, expected a run folder" in said
+
+
+def test_diff_of_equal_checkpoints(at_home: Path, out, tmp_path: Path):
+    copy = shutil.copytree(runs.RUN, tmp_path / "copy")
+    said = out("checkpoints", "diff", f"{runs.RUN}@12", f"{copy}@final")
+    assert said == "every array is equal to the bit\n"
+    assert out("checkpoints", "diff", runs.RUN, str(copy)) == said  # latest, if not told
+
+
+def test_diff_names_every_leaf_layer_by_layer(at_home: Path, out):
+    lines = out("checkpoints", "diff", f"{runs.RUN}@best", f"{runs.RUN}@latest", code=1)
+    *lines, count = lines.splitlines()
+    names = [line.split(":")[0] for line in lines]
+    assert count == f"{len(lines)} arrays differ" and len(set(names)) == len(names)
+    params = [name for name in names if name.startswith("params/")]
+    assert len(params) == 1 + 2 * 9 + 2  # embedding, two blocks, final norm and head
+    for layer in (0, 1):
+        assert f"params/layers/{layer}/mlp/w_up_DF" in params
+    of_layer = [name.split("/")[2] for name in params if "/layers/" in name]
+    assert of_layer == sorted(of_layer)
+    assert "state/step: 1 of 1 values differ, by up to 4.000e+00, 5.0e-01 of its rms" in lines
+    assert "state/nonfinite_steps" not in names
+
+
+def test_diff_measures_the_difference(at_home: Path, monkeypatch: pytest.MonkeyPatch):
+    from jaxlm import compare
+
+    def altered(path: Path):
+        arrays = restore(path)
+        if next(calls):
+            change(arrays["params"])
+        return arrays
+
+    def differences(own_change) -> list[tuple[str, str]]:
+        nonlocal change, calls
+        change, calls = own_change, iter([False, True])
+        return [tuple(d) for d in diff_checkpoints(f"{runs.RUN}@8", f"{runs.RUN}@8")]
+
+    def one_bit(params) -> None:
+        embedding = params["embedding_VD"] = np.array(params["embedding_VD"])
+        embedding.view(np.uint32)[3, 5] ^= 1
+
+    def negative_zero(params) -> None:
+        params["embedding_VD"] = np.zeros((512, 32), np.float32)
+
+    def narrower(params) -> None:
+        params["embedding_VD"] = params["embedding_VD"].astype(np.float16)
+
+    def without(params) -> None:
+        del params["embedding_VD"]
+
+    change, calls, restore = None, iter(()), compare.restore_numpy
+    monkeypatch.setattr(compare, "restore_numpy", altered)
+    name = "params/embedding_VD"
+    assert differences(lambda params: None) == []
+    ((found, what),) = differences(one_bit)
+    assert found == name and re.match(r"1 of 16384 values differ, by up to \d\.\d+e-", what)
+    assert differences(without) == [(name, f"only in {runs.RUN}@8")]
+    assert differences(narrower) == [(name, "float32 [512, 32] and float16 [512, 32]")]
+    ((_, what),) = differences(negative_zero)
+    assert what.startswith("16384 of 16384 values differ")
+
+
+def test_diff_refuses_what_it_cannot_compare(own_run: Path, capsys: pytest.CaptureFixture):
+    run = own_run / runs.RUN
+    said = refusal(capsys, "checkpoints", "diff", f"{run}@8", f"{run}@9")
+    assert "@9: there is no such checkpoint" in said and "holds steps: 4, 8, 12" in said
+    runs.damage(run / "checkpoints/8", "opt_state")
+    said = refusal(capsys, "checkpoints", "diff", f"{run}@8", f"{run}@12")
+    assert "@8: damaged (step 8: opt_state/" in said
+
+
+def test_prepare_and_cache(
+    tmp_path: Path, out, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(runs.make_home(tmp_path / "home"))
+    monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "cache"))
+    assert out("cache", "list") == f"nothing in {tmp_path}/cache/data\n"
+    said = out("prepare", "--config", "configs/tiny.py", "--data.eval_tokens", "500")
+    assert re.search(r"\n[\d,]+ training tokens, 500 held out\nin .*/cache/data/text-", said)
+    again = out("prepare", "--config", "configs/tiny.py", "--data.eval_tokens", "500")
+    assert "Prepared" in said and "Prepared" not in again
+    out("prepare", "--config", "configs/tiny.py", "--data.eval_tokens", "600")
+    assert not Path("runs").exists()
+
+    first, second = list_caches()
+    lines = out("cache", "list").splitlines()
+    assert [line.split(":")[0] for line in lines] == [first.name, second.name]
+    assert all("tokens of text:texts/*.txt" in line for line in lines)
+    found = json.loads(out("cache", "list", "--json"))
+    assert [entry["name"] for entry in found] == [first.name, second.name]
+    assert all(entry["complete"] for entry in found)
+
+    assert out("cache", "clear", first.name) == f"deleted {first.name}\n"
+    assert [entry.name for entry in list_caches()] == [second.name]
+    assert f"no {first.name} in" in refusal(capsys, "cache", "clear", first.name)
+    assert out("cache", "clear") == f"deleted {second.name}\n"
+    assert list_caches() == []
+    elsewhere = ["--cache_dir", str(tmp_path / "other")]
+    assert out("cache", "list", *elsewhere) == f"nothing in {tmp_path}/other/data\n"
+
+
+def test_doctor(out):
+    said = out("doctor")
+    for line in (
+        f"python {sys.version.split()[0]} on ",
+        f"jax {jax.__version__}",
+        "extras: ",
+        "devices: 8 x cpu",
+        "cores: ",
+        "cache: ",
+        "disk: ",
+    ):
+        assert re.search(f"^{re.escape(line)}", said, re.M), line
+    assert os.environ["JAXLM_CACHE"] in said
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["checkpoints", "lst", runs.RUN], ["list, compare, diff"]),
+        (["doctr"], ["prepare, cache, checkpoints, doctor"]),
+        (["checkpoints", "list", runs.RUN, "--jsn"], ["--jsn", "--json"]),
+        (["cache", "list", "--cach_dir", "x"], ["Perhaps you meant", "--cache-dir"]),
+        (["prepare", "--config", "configs/tiny.py", "--data.sorce", "x"], ["--data.source STR"]),
+        ([], ["prepare, cache, checkpoints, doctor"]),
+    ],
+    ids=lambda value: " ".join(value) or "nothing",
+)
+def test_a_wrong_word_gets_the_right_ones(
+    at_home: Path, capsys: pytest.CaptureFixture, args: list[str], told: list[str]
+):
+    with pytest.raises(SystemExit) as stop:
+        cli.command(args)
+    assert stop.value.code == 2
+    said = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+    for text in told:
+        assert text in said
+
+
+def jaxlm_apart(home: Path, *args: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(runs.REPO)}
+    return subprocess.run(
+        [sys.executable, "-m", "jaxlm", *args],
+        cwd=home,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_real_process(at_home: Path):
+    listed = jaxlm_apart(at_home, "checkpoints", "list", runs.RUN, "--json")
+    assert listed.returncode == 0 and listed.stderr == ""
+    assert [row["step"] for row in json.loads(listed.stdout)["checkpoints"]] == [4, 8, 12]
+    differ = jaxlm_apart(at_home, "checkpoints", "diff", f"{runs.RUN}@4", f"{runs.RUN}@8")
+    assert differ.returncode == 1 and differ.stderr == ""
+    unknown = jaxlm_apart(at_home, "checkpoints", "list", "runs/none")
+    assert unknown.returncode == 1 and unknown.stdout == ""
+    assert unknown.stderr.startswith("error: runs/none: ") and unknown.stderr.count("\n") == 1
+    help_text = jaxlm_apart(at_home, "--help")
+    assert help_text.returncode == 0
+    assert all(f"• {name}" in help_text.stdout for name in cli.COMMANDS)

@@ -1,0 +1,73 @@
+import jax
+import numpy as np
+import pytest
+from small import Bigram, blueprint_of, host_batch, initial_params, mesh_of, put
+
+from jaxlm.data.batches import EvalBatches
+from jaxlm.data.shards import TokenShards
+from jaxlm.evaluate import evaluate
+from jaxlm.loss import cross_entropy, next_token_loss
+from jaxlm.step import make_eval_step
+
+SHAPE = (8, 1, 1)
+MESH = mesh_of(*SHAPE)
+
+
+@pytest.fixture(scope="module")
+def bigram():
+    blueprint = blueprint_of(SHAPE, Bigram)
+    params = blueprint.make(0).params
+    return make_eval_step(blueprint, next_token_loss(), MESH), params
+
+
+def losses_of(params, tokens) -> np.ndarray:
+    """The loss of each token but the first, after the one before it."""
+    logits = np.asarray(params["table_VV"])[tokens[:-1]] + np.asarray(params["bias_V"])
+    return np.asarray(cross_entropy(logits[None], tokens[None, 1:])[0], np.float64)
+
+
+def eval_of(bigram, tokens, tmp_path, batch_size=8, seq_len=5):
+    step, params = bigram
+    path = tmp_path / "tokens.bin"
+    tokens.astype("<u2").tofile(path)
+    batches = EvalBatches(TokenShards([path], "<u2"), batch_size=batch_size, seq_len=seq_len)
+    found = evaluate(step, params, lambda n: put(batches(n, slice(None)), MESH), len(batches))
+    return found, len(batches)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 41, 42, 100, 121])
+def test_padded_equals_unpadded_token_by_token(bigram, tmp_path, num_tokens):
+    """One window holds 5 targets and one batch 40: full, one over, one under, and next to none."""
+    tokens = np.random.RandomState(num_tokens).randint(0, 32, num_tokens)
+    found, _ = eval_of(bigram, tokens, tmp_path)
+    assert found == pytest.approx(losses_of(bigram[1], tokens).mean(), rel=1e-5)
+
+
+def test_every_token_weighs_the_same_whatever_its_batch(bigram, tmp_path):
+    tokens = np.random.RandomState(0).randint(0, 32, 42)  # batches of 40 targets and of 1
+    found, count = eval_of(bigram, tokens, tmp_path)
+    each = losses_of(bigram[1], tokens)
+    assert count == 2
+    mean_of_means = (each[:40].mean() + each[40:].mean()) / 2
+    unmasked = (each.sum() + 39 * losses_of(bigram[1], np.zeros(2, int))[0]) / 80
+    assert found == pytest.approx(each.mean(), rel=1e-5)
+    assert found != pytest.approx(mean_of_means, rel=1e-2)
+    assert found != pytest.approx(unmasked, rel=1e-2)
+
+
+def test_the_same_state_gives_the_same_bits(bigram, tmp_path):
+    tokens = np.random.RandomState(0).randint(0, 32, 500)
+    assert eval_of(bigram, tokens, tmp_path) == eval_of(bigram, tokens, tmp_path)
+    found, _ = eval_of(bigram, tokens[::-1].copy(), tmp_path)
+    assert found != eval_of(bigram, tokens, tmp_path)[0]
+
+
+def test_one_mesh_evaluates_as_another():
+    losses = {}
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        mesh, blueprint = mesh_of(*shape), blueprint_of(shape)
+        step = make_eval_step(blueprint, next_token_loss(), mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.abstract.params)
+        params = jax.device_put(initial_params(), shardings)
+        losses[shape] = evaluate(step, params, lambda n, mesh=mesh: put(host_batch(n), mesh), 3)
+    assert losses[1, 1, 1] == pytest.approx(losses[2, 2, 2], rel=1e-6)

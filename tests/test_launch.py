@@ -1,0 +1,259 @@
+"""From a command line to a run, and what a person sees when it does not fit."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+from test_config import INVALID
+
+from jaxlm import launch
+from jaxlm.config import Config, leaves
+from jaxlm.folder import list_steps
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No run yet."""
+    home = runs.make_home(tmp_path / "home")
+    monkeypatch.chdir(home)
+    return home
+
+
+def parse(*flags: str) -> Config:
+    return launch.parse_config(["--config", "configs/tiny.py", *flags], prog="launch.py")
+
+
+def refusal(capsys: pytest.CaptureFixture, *flags: str) -> str:
+    """What is said of flags that do not fit, on one line, without the frame around it."""
+    with pytest.raises(SystemExit) as stop:
+        parse(*flags)
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", printed.err).split())
+
+
+def test_the_config_file_gives_the_defaults(home: Path):
+    config = parse()
+    assert config.num_steps == 8 and config.model.d_model == 32
+    assert config.run_dir == "runs/tiny"  # after the file
+    assert config.checkpoint_dir == "runs/tiny/checkpoints"
+    assert parse("--run_dir", "elsewhere").run_dir == "elsewhere"
+    assert launch.parse_config(["--num_steps=9", "--config=configs/tiny.py"], "p").num_steps == 9
+
+
+def test_a_run_folder_that_the_config_names_is_kept(home: Path):
+    text = runs.CONFIG.replace("    num_steps", '    run_dir="named",\n    num_steps')
+    Path("configs/other.py").write_text(text)
+    assert launch.load_config("configs/other.py").run_dir == "named"
+
+
+def test_config_files_that_are_none(home: Path):
+    with pytest.raises(ValueError, match=r"no file configs/x.py, expected one of: configs/tiny.py"):
+        launch.load_config("configs/x.py")
+    Path("configs/empty.py").write_text("config = {}")
+    with pytest.raises(ValueError, match=r"configs/empty.py defines no `config = jaxlm.Config"):
+        launch.load_config("configs/empty.py")
+    with pytest.raises(ValueError, match=r"--config: found nothing, .*configs/tiny.py"):
+        launch.parse_config(["--num_steps", "3"], prog="launch.py")
+    with pytest.raises(ValueError, match="--config: found nothing"):
+        launch.parse_config(["--config"], prog="launch.py")
+
+
+def test_every_field_is_a_flag_with_help(home: Path, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    text = re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out)
+    helps = {}  # flag -> its text
+    for chunk in re.split(r"\n\s+(?=--?[a-z])", text):
+        flag, _, rest = chunk.strip().partition("\n")
+        for name in re.findall(r"--([a-z][\w.-]*)", flag):
+            helps[name] = rest.strip()
+    names = [name.replace("_", "-") for name in leaves(Config())]
+    assert len(names) > 50
+    without = [name for name in names if len(helps.get(name, "")) < 10]
+    assert without == []
+    assert "no-such-flag" not in helps
+    assert "tokens" in helps["model.vocab-size"] and "512" in helps["model.vocab-size"]
+
+
+def test_the_seeds_own_spellings(home: Path):
+    for dash in "_-":
+        flags = ["--save_interval", "6", "--eval_interval", "7", "--checkpoint_dir", "elsewhere"]
+        config = parse(*(flag.replace("_", dash) for flag in flags))
+        assert config.checkpoint.save_interval == 6 and config.eval_interval == 7
+        assert config.checkpoint_dir == "elsewhere" == config.checkpoint.directory
+
+
+@pytest.mark.parametrize("name", ["checkpoint.keep_latest", "optim.warmup_steps", "num_steps"])
+def test_both_spellings_of_every_flag(home: Path, name: str):
+    for spelled in (name, name.replace("_", "-")):
+        assert leaves(parse(f"--{spelled}", "5"))[name][0] == 5
+
+
+def test_a_wrong_flag_gets_the_nearest_name(home: Path, capsys: pytest.CaptureFixture):
+    said = refusal(capsys, "--num_stesp", "3")
+    assert "Unrecognized options: --num_stesp" in said
+    assert "Perhaps you meant: --num-steps INT" in said
+    said = refusal(capsys, "--optim.learning_rte", "3")
+    assert "--optim.learning-rate FLOAT" in said
+    assert "cosine" in refusal(capsys, "--optim.schedule", "cosin")
+    assert "--batch-size INT" in refusal(capsys, "--batch_size", "many")
+
+
+# The default config's other values, so that a combination fails for the value at hand alone.
+FLAGS = [(name, value) for _, name, value in INVALID if value != ""]
+
+
+@pytest.mark.parametrize(("name", "value"), FLAGS, ids=str)
+def test_an_invalid_value_ends_before_anything_exists(
+    home: Path, capsys: pytest.CaptureFixture, name: str, value: object
+):
+    before = sorted(home.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        launch.main(["--config", "configs/tiny.py", f"--{name}", str(value)])
+    assert stop.value.code == 2
+    said = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+    assert said.count("Error parsing") == 1
+    assert f"{name}: found {value!r}, expected " in said
+    assert sorted(home.rglob("*")) == before
+
+
+def test_valid_values_get_past_that(home: Path):
+    assert parse("--seed", "3", "--optim.clip_norm", "None").optim.clip_norm is None
+
+
+# What only the devices or the data can tell.
+LATER = {
+    "--batch_size 12": r"batch_size: found 12 .*expected a multiple of .* = 8",
+    "--mesh.data 3": r"mesh: data 3 x fsdp 1 x tensor 1 makes 3 devices, but there are 8",
+    "--mesh.data 1 --mesh.tensor 8": r"mesh: layers/0/.* which tensor = 8 does not divide",
+    "--data.source text:none/*.txt": r"none/\*\.txt",
+    "--model.vocab_size 100": r"model.vocab_size: found 100, expected at least 257",
+    "--branch_from runs/none@best": r"runs/none: found no folder of checkpoints",
+}
+
+
+@pytest.mark.parametrize("flags", LATER)
+def test_what_does_not_fit_is_one_message(home: Path, capfd: pytest.CaptureFixture, flags: str):
+    args = ["--config", "configs/tiny.py", *flags.split()]
+    assert launch.run_main(lambda: launch.main(args)) == 1
+    said = capfd.readouterr().err
+    assert re.search(LATER[flags], said.splitlines()[0]), said
+    assert said.startswith("error: ") and "Traceback" not in said
+    assert list_steps(home / "runs/tiny/checkpoints") == []
+
+
+def test_exit_codes_of_run_main(capsys: pytest.CaptureFixture):
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert launch.run_main(lambda: 0) == launch.run_main(lambda: None) == 0
+    assert launch.run_main(lambda: launch.STOPPED) == launch.STOPPED == 75
+    assert capsys.readouterr().err == ""
+    assert launch.run_main(interrupted) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_an_error_on_purpose_is_a_message_and_a_bug_a_traceback(
+    home: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    def on_purpose() -> int:
+        launch.load_config("none.py")
+        return 0
+
+    def bug_of_ours() -> int:
+        return launch.Path(b"bytes")  # raises inside pathlib: nobody meant to
+
+    def bug_of_a_library() -> int:
+        return int("x")  # a ValueError too, but not raised by jaxlm
+
+    assert launch.run_main(on_purpose) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: --config: found no file none.py") and said.count("\n") == 1
+    for bug in (bug_of_ours, bug_of_a_library):
+        with pytest.raises((TypeError, ValueError)):
+            launch.run_main(bug)
+    monkeypatch.setenv("JAXLM_TRACEBACK", "1")
+    with pytest.raises(ValueError, match=r"none\.py"):
+        launch.run_main(on_purpose)
+
+
+def launch_apart(home: Path, *flags: str) -> subprocess.CompletedProcess:
+    """A process of its own, with one device."""
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(runs.REPO)}
+    command = [sys.executable, "launch.py", "--config", "configs/tiny.py", *flags]
+    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+
+
+def test_a_real_process(own_run: Path):
+    done = launch_apart(own_run, "--num_steps", "14", "--optim.learning_rate", "3")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "Resuming from step 12" in done.stdout and "done: 14 steps" in done.stdout
+    assert "mesh.data: was 8, is 1" in done.stdout  # bits may differ
+    refused = launch_apart(own_run, "--resume", "never")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: resume: found never, but runs/tiny/checkpoints holds")
+    assert refused.stderr.count("\n") == 1
+
+
+def test_the_run_folder(tiny_run: Path):
+    run = tiny_run / runs.RUN
+    assert {"config.json", "metrics.jsonl", "checkpoints"} <= {path.name for path in run.iterdir()}
+    config = json.loads((run / "config.json").read_bytes())
+    assert config["num_steps"] == 12 and config["optim"]["learning_rate"] == 3.0
+    assert set(config) == {field.name for field in dataclasses.fields(Config)}
+    trained = [row["step"] for row in runs.rows(run) if "train/loss" in row]
+    assert trained == [1, 2, 4, 6, 8, 10, 12]
+    assert list(runs.eval_losses(run)) == [4, 8, 12]
+
+
+def test_a_complete_run_says_how_to_go_on(own_run: Path):
+    flags = "--num_steps 12 --optim.learning_rate 3"
+    code, said = runs.launched(own_run, flags)
+    assert code == 0
+    assert "is complete: 12 of 12 steps" in said and "a larger --num_steps" in said
+    assert "this command differs" not in said
+    _, said = runs.launched(own_run, f"{flags} --log_interval 5")
+    assert "this command differs in log_interval: was 2, is 5" in said
+
+
+def test_fixed_fields_are_refused_by_name(own_run: Path):
+    with pytest.raises(ValueError, match=r"seed: was 0, is 1\n.*add --run_dir for a new run"):
+        runs.launched(own_run, "--seed 1 --num_steps 20 --optim.learning_rate 3")
+    code, said = runs.launched(own_run, "--seed 1 --num_steps 3 --run_dir runs/new")
+    assert code == 0 and "done: 3 steps" in said
+
+
+def test_checkpoint_dir_may_be_elsewhere(own_run: Path):
+    flags = "--num_steps 3 --run_dir runs/b --checkpoint_dir kept --save_interval 2"
+    assert runs.launched(own_run, flags)[0] == 0
+    assert list_steps(own_run / "kept") == [2, 3]
+    assert not (own_run / "runs/b/checkpoints").exists()
+
+
+def test_out_of_memory_ends_with_advice(home: Path, monkeypatch: pytest.MonkeyPatch):
+    import jax
+
+    import jaxlm.train  # noqa: F401  (now in sys.modules)
+
+    def fail(text: str) -> None:
+        def train_(config: Config) -> None:
+            raise jax.errors.JaxRuntimeError(text)
+
+        monkeypatch.setattr(sys.modules["jaxlm.train"], "train", train_)
+        launch.main(["--config", "configs/tiny.py"])
+
+    with pytest.raises(
+        SystemExit, match=r"RESOURCE_EXHAUSTED: 9 GB\n(.*\n)+.*--num_microbatches 2"
+    ):
+        fail("RESOURCE_EXHAUSTED: 9 GB\nframes")
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        fail("INTERNAL: something else")

@@ -1,0 +1,134 @@
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from small import MODEL, blueprint_of, names_and_leaves
+
+from jaxlm.config import OptimConfig
+from jaxlm.model import Transformer
+from jaxlm.optim import decayed, make_optimizer, make_schedule
+
+PEAK, NUM_STEPS, WARMUP = 0.5, 100, 10
+
+
+def rates(**kwargs) -> np.ndarray:
+    """The learning rate of steps 0 to NUM_STEPS."""
+    config = OptimConfig(**({"learning_rate": PEAK, "warmup_steps": WARMUP} | kwargs))
+    schedule = make_schedule(config, NUM_STEPS)
+    return np.array([float(schedule(step)) for step in range(NUM_STEPS + 1)])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+def test_the_warmup_rises_to_the_peak_and_wastes_no_step(schedule):
+    found = rates(schedule=schedule)
+    expected = PEAK * np.arange(1, WARMUP + 1) / WARMUP
+    np.testing.assert_allclose(found[:WARMUP], expected, rtol=1e-5)
+    assert found[0] > 0
+    np.testing.assert_allclose(found[WARMUP], PEAK, rtol=1e-5)
+    assert found.max() <= PEAK * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_little_or_no_warmup_begins_at_the_peak(schedule, warmup):
+    np.testing.assert_allclose(rates(schedule=schedule, warmup_steps=warmup)[0], PEAK, rtol=1e-6)
+
+
+def test_cosine():
+    found = rates(schedule="cosine", min_lr_ratio=0.1)
+    progress = np.arange(NUM_STEPS - WARMUP + 1) / (NUM_STEPS - WARMUP)
+    expected = PEAK * (0.1 + 0.9 * (1 + np.cos(np.pi * progress)) / 2)
+    np.testing.assert_allclose(found[WARMUP:], expected, rtol=1e-4)
+    np.testing.assert_allclose(found[-1], 0.1 * PEAK, rtol=1e-4)
+
+
+def test_wsd_is_stable_and_then_falls_in_a_line():
+    found = rates(schedule="wsd", decay_fraction=0.2, min_lr_ratio=0.1)
+    np.testing.assert_allclose(found[WARMUP:81], PEAK, rtol=1e-6)
+    np.testing.assert_allclose(found[80:], np.linspace(PEAK, 0.1 * PEAK, 21), rtol=1e-4)
+
+
+def test_wsd_whose_warmup_reaches_into_the_decay_still_ends_at_the_floor():
+    found = rates(schedule="wsd", decay_fraction=1.0, min_lr_ratio=0.0)
+    np.testing.assert_allclose(found[WARMUP:], np.linspace(PEAK, 0, 91), rtol=1e-4, atol=1e-7)
+
+
+def test_wsd_without_decay_and_constant_stay_at_the_peak():
+    for found in (rates(schedule="constant"), rates(schedule="wsd", decay_fraction=0.0)):
+        np.testing.assert_allclose(found[WARMUP:NUM_STEPS], PEAK, rtol=1e-6)
+
+
+def test_a_run_of_one_step_has_a_rate():
+    for schedule in ("cosine", "wsd", "constant"):
+        config = OptimConfig(learning_rate=PEAK, schedule=schedule)
+        assert 0 < float(make_schedule(config, 1)(0)) <= PEAK
+
+
+BLOCK_MATRICES = ["attention/w_k_DKH", "attention/w_o_NHD", "attention/w_q_DNH"]
+BLOCK_MATRICES += ["attention/w_v_DKH", "mlp/w_down_FD", "mlp/w_gate_DF", "mlp/w_up_DF"]
+BLOCK_SCALES = ["attention/k_norm/scale", "attention/q_norm/scale"]
+BLOCK_SCALES += ["attention_norm/scale", "mlp_norm/scale"]
+DECAYED = ["embedding_VD", "head_DV", *(f"layers/{n}/{m}" for n in (0, 1) for m in BLOCK_MATRICES)]
+NOT_DECAYED = ["final_norm/scale", *(f"layers/{n}/{s}" for n in (0, 1) for s in BLOCK_SCALES)]
+
+
+def qk_norm_params():
+    config = dataclasses.replace(MODEL, qk_norm=True)
+    return blueprint_of(model=partial(Transformer, config)).abstract.params
+
+
+def test_weight_decay_is_on_matrices_only_leaf_by_leaf():
+    mask = names_and_leaves(decayed(qk_norm_params()))
+    assert mask == dict.fromkeys(DECAYED, True) | dict.fromkeys(NOT_DECAYED, False)
+
+
+def test_weight_decay_moves_just_those_leaves():
+    params = jax.tree.map(lambda p: np.full(p.shape, 2.0, np.float32), qk_norm_params())
+    tx = make_optimizer(OptimConfig(weight_decay=0.25))
+    zeros = jax.tree.map(np.zeros_like, params)
+    updates = jax.jit(lambda p: tx.update(zeros, tx.init(p), p)[0])(params)
+    found = {name: float(leaf.ravel()[0]) for name, leaf in names_and_leaves(updates).items()}
+    assert found == dict.fromkeys(DECAYED, 0.5) | dict.fromkeys(NOT_DECAYED, 0.0)
+
+
+def adamw_by_hand(params, grads_of_steps, config: OptimConfig):
+    """Updates of the last step, as the AdamW paper has them, before the learning rate."""
+    m = {k: np.zeros(p.shape) for k, p in params.items()}
+    v = {k: np.zeros(p.shape) for k, p in params.items()}
+    for grads in grads_of_steps:
+        norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in grads.values()))
+        scale = 1.0 if config.clip_norm is None else min(1.0, config.clip_norm / norm)
+        m = {k: config.beta1 * m[k] + (1 - config.beta1) * scale * g for k, g in grads.items()}
+        v = {
+            k: config.beta2 * v[k] + (1 - config.beta2) * (scale * g) ** 2 for k, g in grads.items()
+        }
+    t = len(grads_of_steps)
+    m = {k: x / (1 - config.beta1**t) for k, x in m.items()}
+    v = {k: x / (1 - config.beta2**t) for k, x in v.items()}
+    return {
+        k: m[k] / (np.sqrt(v[k]) + config.eps) + (config.weight_decay * p if p.ndim > 1 else 0)
+        for k, p in params.items()
+    }
+
+
+# eps so large that Adam does not cancel the scale of a clipped gradient
+@pytest.mark.parametrize("clip_norm", [None, 1.0, 1e3])
+def test_three_steps_are_adamw(clip_norm):
+    config = OptimConfig(clip_norm=clip_norm, eps=0.1)
+    rng = np.random.RandomState(0)
+    shapes = {"w": (3, 4), "scale": (4,)}
+    params = {k: rng.randn(*s).astype(np.float32) for k, s in shapes.items()}
+    steps = [{k: 3 * rng.randn(*s).astype(np.float32) for k, s in shapes.items()} for _ in range(3)]
+    tx = make_optimizer(config)
+    state = tx.init(params)
+    for grads in steps:
+        updates, state = tx.update(grads, state, params)
+    expected = adamw_by_hand(params, steps, config)
+    for name in shapes:
+        np.testing.assert_allclose(updates[name], expected[name], rtol=1e-4, atol=1e-6)
+
+    other = OptimConfig(clip_norm=1.0 if clip_norm != 1.0 else None, eps=0.1)
+    unlike = adamw_by_hand(params, steps, other)
+    assert not np.allclose(updates["w"], unlike["w"], rtol=1e-2)

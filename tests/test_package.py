@@ -1,0 +1,25 @@
+"""What `import jaxlm` gives, whatever was imported before."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def run_apart(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("before", ["", "import jaxlm.train", "from jaxlm.train import Result"])
+def test_train_is_the_function(before: str):
+    told = run_apart(
+        f"{before}\nfrom jaxlm import Config, load_model, train\nimport jaxlm\n"
+        "print(jaxlm.train is train, train.__name__, load_model.__name__, Config.__name__)"
+    )
+    assert told == "True train load_model Config"
+
+
+def test_nothing_is_loaded_before_it_is_used():
+    assert run_apart("import sys, jaxlm; print('jax' in sys.modules)") == "False"
+    assert "has no attribute 'no_such'" in run_apart("import jaxlm; jaxlm.no_such")

@@ -1,0 +1,138 @@
+"""What is said before the first step, and when memory runs out."""
+
+import collections
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import pytest
+import runs
+from small import MODEL, blueprint_of
+
+from jaxlm import preflight
+from jaxlm.config import CheckpointConfig, Config
+
+ABSTRACT = blueprint_of().abstract
+NUM_PARAMS = sum(leaf.size for leaf in jax.tree.leaves(ABSTRACT.params))
+# float32 params and two moments, and three int32 counters: steps, bad steps, Adam's own.
+STATE_BYTES = 3 * 4 * NUM_PARAMS + 3 * 4
+
+
+def config_in(folder: Path, num_steps: int = 1000, **checkpoint: Any) -> Config:
+    checkpoint_config = CheckpointConfig(**checkpoint)
+    return Config(
+        model=MODEL, checkpoint=checkpoint_config, num_steps=num_steps, run_dir=str(folder)
+    )
+
+
+def set_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**15, 0, free))
+
+
+def test_bytes_are_counted_once_however_many_devices_hold_them():
+    assert preflight.count_bytes(ABSTRACT) == STATE_BYTES
+    assert preflight.count_bytes(blueprint_of((4, 2, 1)).abstract) == STATE_BYTES
+
+
+@pytest.mark.parametrize("keep_latest", [1, 3])
+def test_the_disk_plan_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_latest: int):
+    config = config_in(tmp_path / "run", keep_latest=keep_latest)
+    needed = STATE_BYTES * (keep_latest + 3)  # best, the one being written, the one being deleted
+    assert preflight.checkpoint_bytes(config, ABSTRACT) == needed
+    set_free(monkeypatch, needed)
+    assert preflight.disk_warning(config, ABSTRACT) is None
+    set_free(monkeypatch, needed - 1)
+    warning = preflight.disk_warning(config, ABSTRACT)
+    assert warning and "lower --checkpoint.keep_latest" in warning
+    assert f"in {tmp_path}/run/checkpoints" in warning
+    assert not (tmp_path / "run").exists()  # only looked at
+
+
+def test_what_is_kept_for_good_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = config_in(tmp_path, num_steps=1000, keep_every=100)
+    needed = STATE_BYTES * (6 + 10)
+    set_free(monkeypatch, needed)
+    assert preflight.disk_warning(config, ABSTRACT) is None
+    set_free(monkeypatch, needed - 1)
+    assert preflight.disk_warning(config, ABSTRACT)
+
+
+def test_what_the_run_holds_already_is_not_needed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = config_in(tmp_path)
+    set_free(monkeypatch, STATE_BYTES * 6 - 100)
+    assert preflight.disk_warning(config, ABSTRACT)
+    (tmp_path / "checkpoints/4").mkdir(parents=True)
+    (tmp_path / "checkpoints/4/array").write_bytes(b"x" * 100)
+    assert preflight.disk_warning(config, ABSTRACT) is None
+
+
+def test_the_plan_holds_for_a_real_run(tiny_run: Path):
+    checkpoints = tiny_run / runs.RUN / "checkpoints"
+    sizes = [
+        sum(path.stat().st_size for path in (checkpoints / step).rglob("*") if path.is_file())
+        for step in ("4", "8", "12")
+    ]
+    # Of so small a state, what lies beside the arrays shows.
+    state_bytes = 616_300
+    assert all(state_bytes <= size < state_bytes + 600_000 for size in sizes), sizes
+
+
+def test_describe():
+    config = Config(model=MODEL, batch_size=16, seq_len=256, num_steps=1000)
+    text = preflight.describe(config, ABSTRACT, None, 1)
+    assert text == f"{NUM_PARAMS / 1e3:.1f} k parameters; 4.1 k tokens a step, 4.1 M in all"
+    memory = SimpleNamespace(argument_size_in_bytes=2_100_000_000, temp_size_in_bytes=350_000)
+    lines = preflight.describe(config, ABSTRACT, memory, 8).splitlines()
+    assert lines[0] == text
+    assert lines[1] == (
+        "memory on each of 8 device(s): 2.1 GB state and batch, 350.0 kB temporaries"
+    )
+
+
+def test_a_run_says_it_all_before_its_first_step(own_run: Path):
+    _, said = runs.launched(
+        own_run, "--num_steps 3 --run_dir runs/b --save_interval 2 --eval_interval 3"
+    )
+    before = said[: said.index("Step     1/3")]
+    assert re.search(r"51.4 k parameters; 256 tokens a step, 768 in all", before)
+    assert re.search(r"memory on each of 8 device\(s\): .* temporaries", before)
+    assert "checkpoints: 616.3 kB each, at most 3.7 MB on disk, every 2 steps" in before
+    assert before.count("Warning: save_interval 2 and eval_interval 3 seldom meet") == 1
+    assert "has" not in re.findall("Warning: (.*)", before)[0].split(";")[0]
+
+
+def test_a_full_disk_is_said_before_its_first_step(own_run: Path, monkeypatch: pytest.MonkeyPatch):
+    set_free(monkeypatch, 1000)
+    _, said = runs.launched(own_run, "--num_steps 3 --run_dir runs/b --save_interval 3")
+    before = said[: said.index("Step     1/3")]
+    assert "Warning: checkpoints need up to 3.7 MB in runs/b/checkpoints" in before
+    assert "the disk has 1.0 kB" in before
+
+
+@pytest.mark.parametrize("sign", ["RESOURCE_EXHAUSTED: x", "Out of memory allocating 9 bytes"])
+def test_memory_advice(sign: str):
+    config = Config(batch_size=12)
+    advice = preflight.memory_advice(RuntimeError(sign), config)
+    assert advice
+    tries = [line.split()[0] for line in advice.splitlines()[1:]]
+    assert tries == ["--num_microbatches", "--model.remat", "--mesh.fsdp", "--batch_size"]
+    assert "--num_microbatches 2" in advice and "--batch_size 6" in advice
+
+
+def test_memory_advice_does_not_give_what_cannot_be():
+    config = Config(batch_size=6, num_microbatches=3)  # six rows make no twelve parts
+    assert "--num_microbatches 6" in str(
+        preflight.memory_advice(MemoryError("out of memory"), config)
+    )
+    config = dataclasses.replace(config, num_microbatches=6)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=True))
+    advice = str(preflight.memory_advice(MemoryError("out of memory"), config))
+    assert "microbatches" not in advice and "remat" not in advice
+    assert preflight.memory_advice(ValueError("shape mismatch"), config) is None

@@ -1,0 +1,248 @@
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from small import (
+    NUM_STEPS,
+    ONE_DEVICE,
+    OPTIM,
+    TRANSFORMER,
+    Bigram,
+    blueprint_of,
+    host_batch,
+    initial_params,
+    mesh_of,
+    put,
+)
+
+from jaxlm.config import OptimConfig
+from jaxlm.loss import next_token_loss
+from jaxlm.optim import make_optimizer, make_schedule
+from jaxlm.state import TrainState, fingerprint
+from jaxlm.step import make_train_step
+
+SCHEDULE = make_schedule(OPTIM, NUM_STEPS)
+CONSTANT = OptimConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant")
+
+
+@functools.cache
+def step_of(shape=ONE_DEVICE, model=TRANSFORMER, num_microbatches=1, optim=OPTIM, loss=None):
+    return make_train_step(
+        blueprint_of(shape, model, optim),
+        loss or next_token_loss(),
+        make_optimizer(optim),
+        make_schedule(optim, NUM_STEPS),
+        mesh_of(*shape),
+        num_microbatches,
+    )
+
+
+@functools.cache
+def host_state(model: Any) -> TrainState:
+    blueprint = blueprint_of(model=model)
+    params = initial_params() if model is TRANSFORMER else blueprint.make(0).params
+    zero = jnp.zeros((), jnp.int32)
+    return jax.device_get(TrainState(params, make_optimizer(OPTIM).init(params), zero, zero))
+
+
+def initial(shape=ONE_DEVICE, model=TRANSFORMER) -> TrainState:
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint_of(shape, model).abstract)
+    return jax.device_put(host_state(model), shardings)
+
+
+def run(batches, shape=ONE_DEVICE, model=TRANSFORMER, **kwargs):
+    """The last state, and the metrics of each step."""
+    step, state, rows = step_of(shape, model, **kwargs), initial(shape, model), []
+    for batch in batches:
+        state, metrics = step(state, put(batch, mesh_of(*shape)))
+        rows.append({name: float(value) for name, value in metrics.items()})
+    return state, rows
+
+
+BATCHES = [host_batch(n) for n in range(5)]
+
+
+@functools.cache
+def on_one_device():
+    return run(BATCHES)
+
+
+def alike(found, expected) -> bool:
+    """Losses and gradient norms to 1e-5, over all the steps."""
+    return all(
+        np.allclose([row[n] for row in found], [row[n] for row in expected], rtol=1e-5)
+        for n in ("loss", "grad_norm")
+    )
+
+
+# --- one mesh = another
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_microbatches"),
+    [((8, 1, 1), 1), ((2, 2, 2), 1), ((2, 2, 2), 2), ((1, 4, 2), 1)],
+)
+def test_one_mesh_trains_as_another(shape, num_microbatches):
+    expected_state, expected = on_one_device()
+    state, found = run(BATCHES, shape, num_microbatches=num_microbatches)
+    assert alike(found, expected)
+    for new, old in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True
+    ):
+        np.testing.assert_allclose(new, old, atol=2e-4)  # Adam's first steps are signs: 1e-2 each
+
+
+def test_the_comparison_sees_a_row_left_out():
+    mask = np.ones((8, 9), np.float32)
+    mask[3] = 0
+    _, found = run([batch | {"loss_mask": mask} for batch in BATCHES])
+    assert not alike(found, on_one_device()[1])
+
+
+# --- gradient accumulation
+
+
+def masked(batch, weights):
+    """Row r has its first weights[r] tokens in the loss."""
+    mask = np.arange(9)[None, :] < np.array(weights)[:, None]
+    return batch | {"loss_mask": mask.astype(np.float32)}
+
+
+UNEVEN = [masked(batch, [9, 1, 0, 3, 9, 2, 7, 1]) for batch in BATCHES]
+
+
+@pytest.mark.parametrize("batches", [BATCHES, UNEVEN], ids=["even", "uneven"])
+@pytest.mark.parametrize("num_microbatches", [2, 8])
+def test_microbatches_make_the_full_batch(batches, num_microbatches):
+    _, expected = run(batches, model=Bigram)
+    _, found = run(batches, model=Bigram, num_microbatches=num_microbatches)
+    assert alike(found, expected)
+
+
+def test_a_mean_of_means_would_not():
+    def mean_of_means(model, batch):
+        total, count = next_token_loss()(model, batch)
+        return total / jnp.maximum(count, 1), jnp.float32(1)
+
+    _, expected = run(UNEVEN, model=Bigram)
+    _, found = run(UNEVEN, model=Bigram, num_microbatches=2, loss=mean_of_means)
+    assert not alike(found, expected)
+
+
+def test_the_transformer_accumulates_alike():
+    assert alike(run(BATCHES, num_microbatches=4)[1], on_one_device()[1])
+
+
+# --- what an update is
+
+
+def test_n_batches_make_n_updates():
+    before = initial(model=Bigram)
+    step, seen = step_of(model=Bigram), []
+    state = before
+    seen.append(np.asarray(before.params["table_VV"]))
+    for n in range(1, NUM_STEPS + 1):
+        state, metrics = step(state, put(host_batch(n), mesh_of(*ONE_DEVICE)))
+        assert int(state.step) == int(state.opt_state[1].count) == n
+        assert float(metrics["learning_rate"]) == pytest.approx(float(SCHEDULE(n - 1)))
+        seen.append(np.asarray(state.params["table_VV"]))
+    assert int(state.nonfinite_steps) == 0
+    changed = [(a != b).any() for a, b in zip(seen[:-1], seen[1:], strict=True)]
+    assert changed == [True] * NUM_STEPS  # the first one too: no step is wasted on a rate of 0
+
+
+def test_an_update_is_the_learning_rate_times_the_optimizers():
+    state, batch = host_state(Bigram), BATCHES[0]
+    graphdef = blueprint_of(model=Bigram).graphdef
+
+    def mean_loss(params):
+        total, count = next_token_loss()(nnx.merge(graphdef, params), batch)
+        return total / count
+
+    loss, grads = jax.value_and_grad(mean_loss)(state.params)
+    updates, _ = make_optimizer(OPTIM).update(grads, state.opt_state, state.params)
+    after, metrics = run([batch], model=Bigram)
+    norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(grads)))
+    assert metrics[0]["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert metrics[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)  # as it was before clipping
+    for name, update in updates.items():
+        expected = state.params[name] - SCHEDULE(0) * update
+        np.testing.assert_allclose(after.params[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_grad_norm_is_that_before_clipping():
+    clipping = OptimConfig(learning_rate=1e-2, warmup_steps=2, clip_norm=1e-3)
+    _, found = run(BATCHES[:1], model=Bigram, optim=clipping)
+    _, expected = run(BATCHES[:1], model=Bigram)
+    assert found[0]["grad_norm"] == expected[0]["grad_norm"] > 1e-2
+
+
+def test_training_learns():
+    _, rows = run([BATCHES[0]] * 40, model=Bigram, optim=CONSTANT)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
+
+
+def test_the_step_consumes_its_state():
+    state = initial(model=Bigram)
+    new, _ = step_of(model=Bigram)(state, put(BATCHES[0], mesh_of(*ONE_DEVICE)))
+    assert state.params["table_VV"].is_deleted()
+    assert not new.params["table_VV"].is_deleted()
+
+
+# --- steps that are not finite
+
+
+def exploding(model, batch):
+    """The next-token loss; a batch of inputs 31 breaks it, in the way that its targets say."""
+    total, count = next_token_loss()(model, batch)
+    broken, kind = (batch["inputs"] == 31).all(), batch["targets"][0, 0]
+    broken_loss = jnp.where(kind == 0, jnp.nan, jnp.where(kind == 1, jnp.inf, 0))
+    # sqrt has a value at 0, and no finite slope there.
+    bias_V = model.bias_V[...]
+    root = jnp.sqrt(jnp.where(broken & (kind == 2), bias_V * 0, bias_V * 0 + 1)).sum()
+    return total + root + jnp.where(broken, broken_loss, 0), count
+
+
+def bad(kind: int) -> dict[str, np.ndarray]:
+    return {k: np.full((8, 9), v, np.int32) for k, v in (("inputs", 31), ("targets", kind))}
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2], ids=["nan loss", "inf loss", "nan gradient"])
+def test_a_step_that_is_not_finite_changes_only_its_counters(kind):
+    step, mesh = step_of(model=Bigram, optim=CONSTANT, loss=exploding), mesh_of(*ONE_DEVICE)
+    state, _ = step(initial(model=Bigram), put(BATCHES[0], mesh))
+    before = fingerprint(state)
+    state, metrics = step(state, put(bad(kind), mesh))
+    after = fingerprint(state)
+    assert np.isfinite(metrics["loss"]) == (kind == 2)
+    assert np.isfinite(metrics["grad_norm"]) == (kind != 2)
+    assert {name for name in after if after[name] != before[name]} == {"step", "nonfinite_steps"}
+    assert (int(state.step), int(state.nonfinite_steps)) == (2, 1)
+    assert int(state.opt_state[1].count) == 1
+
+    # And training goes on as if that batch had not been.
+    state, metrics = step(state, put(BATCHES[1], mesh))
+    quiet = initial(model=Bigram)
+    for batch in BATCHES[:2]:
+        quiet, _ = step(quiet, put(batch, mesh))
+    assert fingerprint(state.params) == fingerprint(quiet.params)
+    assert fingerprint(state.opt_state) == fingerprint(quiet.opt_state)
+    assert (int(state.step), int(state.nonfinite_steps)) == (3, 1)
+    assert int(metrics["nonfinite_steps"]) == 1
+
+
+def test_a_batch_without_a_token_changes_nothing():
+    before = fingerprint(initial(model=Bigram).params)
+    state, _ = run([masked(BATCHES[0], [0] * 8)], model=Bigram)
+    assert fingerprint(state.params) == before
+    assert int(state.nonfinite_steps) == 1
+
+
+def test_a_finite_step_changes_every_leaf():
+    before = fingerprint(initial(model=Bigram))
+    after = fingerprint(run(BATCHES[:1], model=Bigram)[0])
+    assert {name for name in after if after[name] == before[name]} == {"nonfinite_steps"}

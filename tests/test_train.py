@@ -1,0 +1,280 @@
+"""A run that is stopped and started again is the run that never was."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import BATCH, TinyBatches, TinyEvalSet, data, tiny_config, untimed_rows
+
+from jaxlm.compare import diff_checkpoints
+from jaxlm.config import Config, MeshConfig, TrackingConfig
+from jaxlm.folder import list_steps, read_metadata, select
+from jaxlm.loss import Batch, next_token_loss
+from jaxlm.train import train
+
+
+class _StopAtOnce(TinyBatches):
+    """Sends SIGTERM as soon as the loop asks for its first batch."""
+
+    def __init__(self, start: int) -> None:
+        self.start, self.sent = start, False
+
+    def __call__(self, index: int, rows: slice) -> dict[str, np.ndarray]:
+        if index == self.start and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            if not self.sent:
+                self.sent = True
+                os.kill(os.getpid(), signal.SIGTERM)
+        return super().__call__(index, rows)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("straight")
+    result = train(tiny_config(run_dir), **data())
+    assert result.complete and result.step == 12
+    return run_dir
+
+
+def test_a_run_makes_its_evals_and_saves(straight: Path) -> None:
+    rows = untimed_rows(straight)
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 13))
+    assert [row["step"] for row in rows if "eval/loss" in row] == [3, 6, 9, 12]
+    losses = [row["eval/loss"] for row in rows if "eval/loss" in row]
+    assert losses[0] < math.log(64) + 0.1 and losses[-1] < losses[0] - 0.5
+    # Each eval improved, so 3, 6, 9 and 12 were saved off the interval too; three are kept.
+    assert list_steps(straight / "checkpoints") == [8, 9, 12]
+
+
+def test_a_checkpoint_holds_what_the_note_asks_for(straight: Path) -> None:
+    metadata = read_metadata(straight / "checkpoints", 12)
+    assert (metadata.step, metadata.tokens_seen, metadata.final) == (12, 12 * 8 * 16, True)
+    assert metadata.best_eval_loss == metadata.eval_loss and metadata.best_step == 12
+    assert metadata.run_config() == tiny_config(straight)
+    assert metadata.data_fingerprint == "tiny"
+    assert metadata.environment["versions"]["jax"] == jax.__version__
+    assert read_metadata(straight / "checkpoints", 8).eval_loss is None
+
+
+@pytest.mark.parametrize("wandb", ["off", "offline"])
+def test_stopped_after_every_single_step_it_ends_with_the_same_bits(
+    straight: Path, tmp_path: Path, wandb: Any
+) -> None:
+    tracking = TrackingConfig(wandb=wandb)
+    steps = []
+    while not steps or steps[-1] < 12:
+        start = steps[-1] if steps else 0
+        batches = _StopAtOnce(start)
+        result = train(
+            tiny_config(tmp_path, tracking=tracking), batches=batches, eval_batches=TinyEvalSet()
+        )
+        assert result.step == start + 1 and result.complete == (result.step == 12)
+        steps.append(result.step)
+    assert steps == list(range(1, 13))
+    assert diff_checkpoints(f"{tmp_path}@12", f"{straight}@12") == []
+    assert untimed_rows(tmp_path) == untimed_rows(straight)
+    assert select(f"{tmp_path}@best").step == select(f"{straight}@best").step
+
+
+def test_the_comparison_sees_a_batch_that_was_skipped(straight: Path, tmp_path: Path) -> None:
+    # The negative control of the test above.
+    class SkipsOne(TinyBatches):
+        def __call__(self, index: int, rows: slice) -> dict[str, np.ndarray]:
+            return super().__call__(index + (index >= 5), rows)
+
+    train(tiny_config(tmp_path), batches=SkipsOne(), eval_batches=TinyEvalSet())
+    names = [difference.name for difference in diff_checkpoints(f"{tmp_path}", f"{straight}")]
+    assert "params/embedding_VD" in names
+    assert untimed_rows(tmp_path) != untimed_rows(straight)
+
+
+def test_a_complete_run_says_so_and_changes_nothing(
+    straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(path.stat().st_mtime_ns for path in straight.rglob("*"))
+    result = train(tiny_config(straight, log_interval=5), **data())
+    assert result.complete and result.step == 12 and result.best is not None
+    told = capsys.readouterr().out
+    assert "is complete: 12 of 12 steps" in told and "--num_steps" in told and "--run_dir" in told
+    assert "log_interval: was 1, is 5" in told
+    assert sorted(path.stat().st_mtime_ns for path in straight.rglob("*")) == before
+
+
+def test_a_longer_plan_goes_on_and_keeps_the_lineage(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path, num_steps=4), **data())
+    assert select(f"{tmp_path}@final").step == 4
+    result = train(tiny_config(tmp_path, num_steps=8), **data())
+    assert result.step == 8
+    metadata = read_metadata(tmp_path / "checkpoints", 8)
+    assert metadata.lineage == [{"step": 4, "changed": ["num_steps: was 4, is 8"]}]
+    assert select(f"{tmp_path}@final").step == 8
+
+
+def test_a_fixed_field_is_refused_by_name_and_nothing_is_touched(straight: Path) -> None:
+    before = sorted(path.stat().st_mtime_ns for path in straight.rglob("*"))
+    with pytest.raises(ValueError, match=r"seed: was 0, is 1\nadd --run_dir"):
+        train(tiny_config(straight, seed=1, num_steps=20), **data())
+    assert sorted(path.stat().st_mtime_ns for path in straight.rglob("*")) == before
+
+
+def test_resume_never_refuses_a_folder_with_checkpoints(straight: Path) -> None:
+    with pytest.raises(ValueError, match="resume: found never"):
+        train(tiny_config(straight, resume="never"), **data())
+
+
+def test_other_data_is_refused(straight: Path) -> None:
+    class Other(TinyBatches):
+        fingerprint = "other"
+
+    with pytest.raises(ValueError, match="found fingerprint other, but step 12"):
+        train(tiny_config(straight, num_steps=13), batches=Other(), eval_batches=TinyEvalSet())
+
+
+def test_a_run_branches_from_another_with_full_state(straight: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    train(tiny_config(source, num_steps=8, checkpoint={"keep_latest": 9}), **data())
+    branch = tmp_path / "branch"
+    config = tiny_config(branch, branch_from=f"{source}@4", num_steps=8)
+    train(config, **data())
+    assert diff_checkpoints(f"{branch}@8", f"{source}@8") == []
+    metadata = read_metadata(branch / "checkpoints", 8)
+    assert metadata.lineage[0]["branched_from"].endswith("checkpoints/4")
+    # From a step whose eval is due, the branch makes it before it goes on.
+    other = tmp_path / "other"
+    train(tiny_config(other, branch_from=f"{source}@6", num_steps=8), **data())
+    assert [row["step"] for row in untimed_rows(other)] == [6, 7, 8, 8]
+
+
+def test_a_run_that_overfits_is_ended_and_best_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(tmp_path, stop_after_worse_evals=2, num_steps=40)
+    losses = [3.0, 2.0, 2.5, 2.25, 1.0]
+    result = _train_scripted(config, losses)
+    assert result.complete and result.step == 12
+    assert select(f"{tmp_path}@final").step == 12 and select(f"{tmp_path}@best").step == 6
+    assert "best was 2 eval(s) ago, at step 6" in capsys.readouterr().out
+    again = _train_scripted(config, losses)
+    assert again.step == 12
+    assert "2 evals without a new best" in capsys.readouterr().out
+
+
+class _Scripted(TinyEvalSet):
+    """An eval set whose losses are given beforehand."""
+
+    def __init__(self, losses: list[float]) -> None:
+        self.losses = iter(losses)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __call__(self, index: int, rows: slice) -> dict[str, np.ndarray]:
+        if rows.start == 0:
+            self.current = next(self.losses)
+        return {"loss": np.full(BATCH, self.current, np.float32)[rows]}
+
+
+def _scripted_loss(model: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    if "loss" in batch:
+        return batch["loss"].sum(), jnp.float32(batch["loss"].size)
+    return next_token_loss()(model, batch)
+
+
+def _train_scripted(config: Config, losses: list[float], **kwargs: Any) -> Any:
+    return train(
+        config, loss=_scripted_loss, batches=TinyBatches(), eval_batches=_Scripted(losses), **kwargs
+    )
+
+
+def test_the_note_s_run_always_has_its_best_and_its_latest_on_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 4.32 after 4.79 is better, whatever the note says of it.
+    losses = [4.79, 4.32, 4.05, 3.89, 3.78, 3.82, 3.71, 3.50, 2.67, 2.95, 2.89]
+    folder = tmp_path / "checkpoints"
+    config = tiny_config(
+        tmp_path,
+        num_steps=22,
+        eval_interval=2,
+        checkpoint={"save_interval": 2, "keep_latest": 1},
+        mesh=MeshConfig(),
+    )
+    on_disk = []
+
+    def look(step: int, row: dict[str, float]) -> None:
+        # An eval waits for the save before it: what is on disk now is what a kill would leave.
+        if "eval/loss" in row and step > 2:
+            on_disk.append((list_steps(folder), select(f"{folder}@best").step))
+
+    result = _train_scripted(config, losses, callbacks=[look])
+    expected_best = [2, 4, 6, 8, 10, 10, 14, 16, 18, 18]
+    assert [best for _, best in on_disk] == expected_best
+    latest = range(2, 22, 2)
+    assert [s for s, _ in on_disk] == [
+        sorted({best, step}) for best, step in zip(expected_best, latest, strict=True)
+    ]
+    assert list_steps(folder) == [18, 22]
+    assert result.best is not None and result.best.step == 18
+    assert result.best.loss == pytest.approx(2.67)
+    told = capsys.readouterr().out
+    assert told.count("New best eval loss!") == 8
+    assert "Best eval loss: 3.7800" in told and "Best eval loss: 2.6700" in told
+    assert "best was 2 eval(s) ago, at step 18" in told
+
+
+def test_an_eval_that_is_not_finite_is_no_best(tmp_path: Path) -> None:
+    _train_scripted(tiny_config(tmp_path), [3.0, math.nan, 2.0, math.inf])
+    assert select(f"{tmp_path}@best").step == 9
+    assert read_metadata(tmp_path / "checkpoints", 12).best_eval_loss == 2.0
+
+
+def test_an_improved_eval_between_saves_is_saved(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, num_steps=7, checkpoint={"save_interval": 100})
+    _train_scripted(config, [3.0, 4.0, 5.0])
+    assert list_steps(tmp_path / "checkpoints") == [3, 7]
+
+
+def test_a_due_save_needs_no_eval(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, num_steps=5, eval_interval=100)
+    train(config, batches=TinyBatches())  # no held-out set at all
+    assert list_steps(tmp_path / "checkpoints") == [4, 5]
+    assert not any("eval/loss" in row for row in untimed_rows(tmp_path))
+
+
+def test_time_alone_brings_a_save(tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path,
+        num_steps=3,
+        eval_interval=100,
+        checkpoint={"save_interval": 100, "save_interval_min": 1e-9, "keep_latest": 9},
+    )
+    train(config, batches=TinyBatches())
+    assert list_steps(tmp_path / "checkpoints") == [1, 2, 3]
+
+
+def test_overfitting_one_batch_does(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, overfit_one_batch=True, num_steps=60, log_interval=60)
+    train(config, batches=TinyBatches())
+    assert untimed_rows(tmp_path)[-1]["train/loss"] < 1.5 < math.log(64)
+
+
+def test_it_trains_off_the_main_thread(tmp_path: Path) -> None:
+    import threading
+
+    results = []
+    config = tiny_config(tmp_path, num_steps=3)
+    thread = threading.Thread(target=lambda: results.append(train(config, **data())))
+    thread.start()
+    thread.join()
+    assert results[0].complete
+
+
+def test_the_run_folder_says_what_it_is(straight: Path) -> None:
+    config = json.loads((straight / "config.json").read_text())
+    assert config["num_steps"] == 12 and config["checkpoint"]["save_interval"] == 4
