@@ -26,6 +26,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from jaxlm import manifest
 from jaxlm.config import CheckpointConfig
+from jaxlm.durable import fsync, write_file
 from jaxlm.folder import (
     CORRUPT,
     Best,
@@ -180,6 +181,7 @@ class Checkpoints:
         """
         self.wait()
         self._check_folder()
+        self._clear_partial()
         if not all_finite(state.params):
             raise CheckpointError(
                 f"step {metadata.step}: params hold values that are not finite, so the state is "
@@ -213,7 +215,7 @@ class Checkpoints:
         aside = self.folder / f"{metadata.step}{_REPLACED}"
         if self._primary:
             current.rename(aside)
-            manifest.fsync(self.folder)
+            fsync(self.folder)
         self._sync("replacing")
         self._manager.reload()
         self.save(state, metadata)
@@ -236,7 +238,7 @@ class Checkpoints:
             return
         try:
             self._manager.wait_until_finished()
-            manifest.fsync(self.folder)
+            fsync(self.folder)
         except _SAVE_ERRORS as error:
             self._save_failed(error)
             return
@@ -299,7 +301,7 @@ class Checkpoints:
         self._sync(f"damaged {step}")  # every process has seen it
         if self._primary:
             path.rename(aside)
-            manifest.fsync(self.folder)
+            fsync(self.folder)
         self._sync(f"set aside {step}")
         self._eval_losses.pop(step, None)
         if hasattr(self, "_manager"):
@@ -310,9 +312,7 @@ class Checkpoints:
     def _save_failed(self, error: Exception) -> None:
         assert self._saving is not None
         step, self._saving = self._saving.step, None
-        if self._primary:
-            for partial in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(partial, ignore_errors=True)
+        self._clear_partial()
         self._manager.reload()
         kept = ", ".join(map(str, sorted(self._eval_losses))) or "none"
         text = (
@@ -322,6 +322,13 @@ class Checkpoints:
         if self._config.on_save_error == "stop":
             raise CheckpointError(text + "; the same command goes on from the latest") from error
         self._warn(text + "; training goes on (checkpoint.on_save_error is warn)")
+
+    def _clear_partial(self) -> None:
+        # What a failed save has written. Its other threads may still be at it, so it is looked
+        # for again before the next save.
+        if self._primary:
+            for partial in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)
 
     def _check_folder(self) -> None:
         try:
@@ -377,7 +384,7 @@ def _lock(folder: Path) -> int:
         ) from None
     os.register_at_fork(after_in_child=lambda: _close(descriptor))
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.ctime()}
-    manifest.write_file(folder / HOLDER, json.dumps(holder))
+    write_file(folder / HOLDER, json.dumps(holder).encode())
     return descriptor
 
 

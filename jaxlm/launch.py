@@ -14,7 +14,6 @@ from jaxlm.config import Config
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and saved (EX_TEMPFAIL): start it again to go on."""
-_PROCESS = ("num_processes", "process_id")
 
 
 def parse_config(args: Sequence[str], prog: str) -> Config:
@@ -72,8 +71,10 @@ def main(args: Sequence[str] | None = None) -> int:
         # Its own SIGTERM service would make our handlers deaf.
         jax.config.update("jax_enable_preemption_service", False)
         # Where a cluster does not say which process this is, these two do.
-        given = {name: os.environ.get(f"JAX_{name.upper()}") for name in _PROCESS}
-        jax.distributed.initialize(**{k: int(v) for k, v in given.items() if v is not None})
+        count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+        jax.distributed.initialize(
+            num_processes=int(count) if count else None, process_id=int(index) if index else None
+        )
     try:
         return 0 if train(config).complete else STOPPED
     except jax.errors.JaxRuntimeError as error:

@@ -6,12 +6,13 @@ commit timestamp inside `_CHECKPOINT_METADATA`, and `commit_success.txt`.
 """
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
+
+from jaxlm.durable import crc32c, fsync, write_file
 
 NAME = "manifest.json"
 _STEP_METADATA = "_CHECKPOINT_METADATA"
@@ -19,26 +20,6 @@ _COMMIT = "commit_success.txt"
 _COMMIT_TEXT = "Checkpoint commit was successful to "
 # Files up to this size hold the metadata: a fast check reads them, and skips the arrays.
 _SMALL_BYTES = 1 << 20
-
-
-def fsync(path: Path) -> None:
-    """Puts a file or a folder on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_file(path: Path, text: str) -> None:
-    """Replaces a file by a whole new one: after a crash, either is there, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    fsync(path.parent)
 
 
 def write_manifest(folder: Path) -> None:
@@ -54,7 +35,7 @@ def write_manifest(folder: Path) -> None:
     text = json.dumps(
         {"crc32c": google_crc32c.value(body.encode()), "files": files}, sort_keys=True
     )
-    write_file(folder / NAME, text)
+    write_file(folder / NAME, text.encode())
 
 
 def find_damage(folder: Path, *, contents: bool = True) -> list[str]:
@@ -94,7 +75,7 @@ def _files(folder: Path) -> list[Path]:
 def _entry(path: Path) -> dict[str, int]:
     if path.name == _STEP_METADATA:
         return {"json_crc32c": _timeless_crc32c(path)}
-    return {"bytes": path.stat().st_size, "crc32c": _crc32c(path)}
+    return {"bytes": path.stat().st_size, "crc32c": crc32c(path)}
 
 
 def _compare(path: Path, entry: dict[str, int], contents: bool) -> str | None:
@@ -105,7 +86,7 @@ def _compare(path: Path, entry: dict[str, int], contents: bool) -> str | None:
         size = path.stat().st_size
         if size != entry["bytes"]:
             return f"{size} bytes, expected {entry['bytes']}"
-        if (contents or size <= _SMALL_BYTES) and _crc32c(path) != entry["crc32c"]:
+        if (contents or size <= _SMALL_BYTES) and crc32c(path) != entry["crc32c"]:
             return "content differs (checksum)"
     except FileNotFoundError:
         return "missing"
@@ -128,14 +109,6 @@ def _commit_damage(folder: Path) -> list[str]:
     if step and text.startswith(_COMMIT_TEXT) and Path(text[len(_COMMIT_TEXT) :]).name == step[0]:
         return []
     return [f"{_COMMIT}: found {text[:80]!r}, expected {_COMMIT_TEXT!r} and the folder"]
-
-
-def _crc32c(path: Path, chunk_bytes: int = 1 << 22) -> int:
-    checksum = google_crc32c.Checksum()
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(chunk_bytes):
-            checksum.update(chunk)
-    return int.from_bytes(checksum.digest(), "big")
 
 
 def _timeless_crc32c(path: Path) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxlm.config import Config
-from jaxlm.manifest import write_file
+from jaxlm.durable import write_file
 from jaxlm.trackers import Row, open_trackers, require
 
 _HELD_NAME = "tracking.json"
@@ -53,13 +53,13 @@ def _parse(line: bytes) -> Row:
     return {name: float(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
-def _line(row: Row) -> str:
+def _line(row: Row) -> bytes:
     spelled = {math.inf: "Infinity", -math.inf: "-Infinity"}
     row = {
         name: value if math.isfinite(value) else spelled.get(value, "NaN")
         for name, value in row.items()
     }
-    return json.dumps(row, allow_nan=False) + "\n"
+    return json.dumps(row, allow_nan=False).encode() + b"\n"
 
 
 def _held_by_wandb(path: Path) -> Row:
@@ -127,9 +127,9 @@ class Metrics:
             self.run_id, last_step = secrets.token_hex(4), 0
         claim = {"run_id": self.run_id, "last_step": last_step}
         if claim != held:
-            write_file(path.with_name(_HELD_NAME), json.dumps(claim) + "\n")
-        lines = "".join(_line(row) for row in kept)
-        if lines.encode() != content:
+            write_file(path.with_name(_HELD_NAME), json.dumps(claim).encode() + b"\n")
+        lines = b"".join(_line(row) for row in kept)
+        if lines != content:
             write_file(path, lines)
         self._file = path.open("ab", buffering=0)
         self._trackers = open_trackers(config, self.run_id, kept, say=say)
@@ -148,7 +148,7 @@ class Metrics:
         Raises:
           OSError: the row could not be written (a full disk).
         """
-        line = _line({"step": step, **row}).encode()
+        line = _line({"step": step, **row})
         while line:  # An unbuffered write may take in a part only.
             line = line[self._file.write(line) :]
         self._trackers.log(step, row)

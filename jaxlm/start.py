@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm import manifest
 from jaxlm.assemble import Parts
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import to_dict
 from jaxlm.console import Console
+from jaxlm.durable import write_file
 from jaxlm.folder import TOKENIZER, Metadata, select
 from jaxlm.metrics import Metrics
 from jaxlm.restore import items_of, restore_items, state_of
@@ -82,7 +82,8 @@ def open_run_folder(parts: Parts, plan: Plan, start: Start, console: Console) ->
     config = parts.config
     run_dir, checkpoint_dir = Path(config.run_dir), Path(config.checkpoint_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    manifest.write_file(run_dir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+    text = json.dumps(to_dict(config), indent=2) + "\n"
+    write_file(run_dir / "config.json", text.encode())
     if parts.tokenizer_path and not (checkpoint_dir / TOKENIZER).exists():
         shutil.copyfile(parts.tokenizer_path, checkpoint_dir / TOKENIZER)
     return Metrics(

@@ -121,7 +121,9 @@ def test_a_damaged_best_is_said_and_passed_over(own_run: Path):
     runs.damage(run / "checkpoints/12")
     assert load_model(f"{run}@latest", say=str)[1].step == 4
     runs.damage(run / "checkpoints/4")
-    with pytest.raises(ValueError, match=r"@best: damaged \(step 4: params/.*; step 8: .*; step 12: "):
+    with pytest.raises(
+        ValueError, match=r"@best: damaged \(step 4: params/.*; step 8: .*; step 12: "
+    ):
         load_model(str(run))
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from tiny import data, tiny_config
 
-from jaxlm.manifest import NAME, find_damage, write_file
+from jaxlm.durable import write_file
+from jaxlm.manifest import NAME, find_damage
 from jaxlm.train import train
 
 
@@ -103,7 +104,7 @@ def test_a_step_under_another_number_is_damage(step_folder: Path) -> None:
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    write_file(path, "one")
-    write_file(path, "two")
-    assert path.read_text() == "two"
+    write_file(path, b"one")
+    write_file(path, b"two")
+    assert path.read_bytes() == b"two"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

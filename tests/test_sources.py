@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -115,9 +116,7 @@ def test_compressed(tmp_path, suffix):
 def test_passing_over_documents_does_not_decode_them(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(jsonl())
     parsed = []
-    monkeypatch.setattr(
-        files.json, "loads", lambda text: parsed.append(text) or {"text": "parsed"}
-    )
+    monkeypatch.setattr(files.json, "loads", lambda text: parsed.append(text) or {"text": "parsed"})
     assert list(source(f"text:{tmp_path}/a.jsonl").documents(45)) == ["parsed"] * 5
     assert len(parsed) == 5
 
@@ -336,3 +335,17 @@ def test_a_look_up_that_hangs(monkeypatch):
     with pytest.raises(ConnectionError, match="no answer within 0.2 s"):
         remote.require_network("http://host.invalid", "it", "do that")
     assert time.monotonic() - start_s < 0.9
+
+
+def test_a_long_text_file_is_several_documents_divided_at_blank_lines(tmp_path: Path):
+    paragraph = "x" * 999 + " end"
+    text = "\n\n".join(f"{number:03d}{paragraph}" for number in range(200))
+    (tmp_path / "all.txt").write_text(text)
+    source = open_source(DataConfig(source=f"text:{tmp_path}/all.txt"))
+    documents = list(source.documents())
+    assert len(documents) == 3
+    assert all(document.endswith(" end") for document in documents)
+    assert "\n\n".join(documents) == text
+    assert list(source.documents(1)) == documents[1:]
+    (tmp_path / "short.txt").write_text(text[:40_000])
+    assert len(list(open_source(DataConfig(source=f"text:{tmp_path}/short.txt")).documents())) == 1

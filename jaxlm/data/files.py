@@ -9,11 +9,14 @@ import io
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
 _COMPRESSED = (".gz", ".bz2", ".zst")
+SECTION_CHARS = 50_000
+"""A longer .txt or .md file is several documents, divided at blank lines."""
 Row = Callable[[], str]
 """A document not yet decoded, so that it costs little to pass over."""
 
@@ -41,7 +44,12 @@ class Embedded:
 
 
 class TextFiles:
-    """Files in the order of their names: .txt and .md hold one document, the others one a row."""
+    """Files in the order of their names.
+
+    A .txt or .md is one document, or, where it is long, one for each section of about
+    `SECTION_CHARS`, so that a whole corpus in one file has something to hold out. A .jsonl or
+    .parquet holds one a row.
+    """
 
     def __init__(self, pattern: str, field: str) -> None:
         self.name, self._field = f"text:{pattern}", field
@@ -74,7 +82,7 @@ def _reader(path: str) -> Callable[[str, str], Iterator[Row]]:
     stem, suffix = os.path.splitext(path)
     match os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix:
         case ".txt" | ".md":
-            return lambda path, field: iter([functools.partial(_read_txt, path)])
+            return _txt_rows
         case ".jsonl":
             return _jsonl_rows
         case ".parquet":
@@ -104,6 +112,16 @@ def _damaged(path: str, error: Exception) -> ValueError:
 
 def _read_txt(path: str) -> str:
     return _decode(b"".join(_lines(path)), path, 0)
+
+
+def _txt_rows(path: str, field: str) -> Iterator[Row]:
+    del field  # the whole file is text
+    text, start = _read_txt(path), 0
+    for blank in re.finditer(r"\n\s*\n", text):
+        if blank.start() - start >= SECTION_CHARS and len(text) - blank.end() >= SECTION_CHARS:
+            yield functools.partial(text.__getitem__, slice(start, blank.start()))
+            start = blank.end()
+    yield functools.partial(text.__getitem__, slice(start, None))
 
 
 def _jsonl_rows(path: str, field: str) -> Iterator[Row]:

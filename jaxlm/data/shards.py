@@ -1,7 +1,6 @@
 """Token shards: files of little-endian token ids, each known by its size and its crc32c."""
 
 import errno
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+
+from jaxlm.durable import crc32c, write_file
 
 Record = dict[str, Any]
 """What a file held when it was written: name, num_bytes, crc32c."""
@@ -20,19 +21,9 @@ def write_durably(path: Path, data: bytes) -> Record:
     Raises:
       OSError: the disk is full, or a quota is; nothing is left of the file.
     """
-    partial = path.with_name(path.name + ".tmp")
     try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        if os.name == "posix":  # The rename is durable once the folder is.
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        write_file(path, data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         free = shutil.disk_usage(path.parent).free
@@ -54,7 +45,7 @@ def damage(folder: Path, record: Record) -> str | None:
     found = path.stat().st_size
     if found != record["num_bytes"]:
         return f"{path.name} has {found:,} bytes, expected {record['num_bytes']:,}"
-    crc = google_crc32c.extend(0, np.memmap(path, np.uint8, "r"))
+    crc = crc32c(path)
     if crc != record["crc32c"]:
         return f"{path.name} has crc32c {crc:08x}, expected {record['crc32c']:08x}"
     return None

@@ -1,0 +1,140 @@
+"""Times our training step beside PyTorch's, in turn, on this machine's CPU.
+
+    uv run python benchmarks/step_time.py
+
+Needs torch and transformers (the `parity` group). Each turn is a process of its own; what counts
+is the ratio of the medians, turn by turn, since a shared machine drifts.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+LAYERS, HEADS, WIDTH, SEQ_LEN, BATCH, VOCAB = 6, 6, 384, 256, 16, 256
+STEPS, WARMUP, TURNS = 6, 2, 3
+
+
+def ours() -> Callable[[], None]:
+    """One step of jaxlm: Llama-shaped, 10.7 M parameters, float32."""
+    import jax
+    import numpy as np
+
+    from jaxlm.assemble import model_factory
+    from jaxlm.config import MeshConfig, ModelConfig, OptimConfig
+    from jaxlm.loss import next_token_loss
+    from jaxlm.optim import make_optimizer, make_schedule
+    from jaxlm.sharding import make_mesh, put_batch
+    from jaxlm.state import make_blueprint
+    from jaxlm.step import make_train_step
+
+    config = ModelConfig(
+        vocab_size=VOCAB,
+        num_layers=LAYERS,
+        d_model=WIDTH,
+        d_ff=1024,
+        num_heads=HEADS,
+        num_kv_heads=HEADS,
+        head_dim=WIDTH // HEADS,
+        tie_embeddings=True,
+    )
+    mesh, optim = make_mesh(MeshConfig()), OptimConfig()
+    tx, schedule = make_optimizer(optim), make_schedule(optim, 1000)
+    blueprint = make_blueprint(model_factory(config, "cpu"), tx, mesh)
+    step = make_train_step(blueprint, next_token_loss(), tx, schedule, mesh)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (BATCH, SEQ_LEN + 1)).astype(np.int32)
+    batch = put_batch(
+        lambda rows: {"inputs": tokens[rows, :-1], "targets": tokens[rows, 1:]}, mesh, BATCH
+    )
+    state = blueprint.make(0)
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+
+    return run
+
+
+def torch_model(kind: str) -> Callable[[], None]:
+    """One step of transformers' GPT-2 or Llama in PyTorch eager, AdamW and clipping included."""
+    import torch
+    import transformers
+
+    if kind == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=VOCAB,
+            n_positions=SEQ_LEN,
+            n_embd=WIDTH,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        config = transformers.LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            intermediate_size=1024,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            max_position_embeddings=SEQ_LEN,
+            tie_word_embeddings=True,
+        )
+        model = transformers.LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tokens = torch.randint(0, VOCAB, (BATCH, SEQ_LEN))
+
+    def run() -> None:
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+PEERS = {
+    "jaxlm": ours,
+    "PyTorch eager GPT-2": lambda: torch_model("gpt2"),
+    "PyTorch eager Llama": lambda: torch_model("llama"),
+}
+
+
+def time_steps(name: str) -> None:
+    """Prints the step times of one peer (s) as JSON."""
+    run = PEERS[name]()
+    times = []
+    for _ in range(WARMUP + STEPS):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    print(json.dumps(times[WARMUP:]))
+
+
+def main() -> None:
+    """Runs the peers in turn and prints a table."""
+    medians: dict[str, list[float]] = {name: [] for name in PEERS}
+    for _ in range(TURNS):
+        for name, found in medians.items():
+            output = subprocess.run(
+                [sys.executable, __file__, name], check=True, capture_output=True, text=True
+            ).stdout
+            found.append(statistics.median(json.loads(output.splitlines()[-1])))
+    print(f"{'':20} | s/step | tokens/s | jaxlm is faster by (each turn)")
+    for name, found in medians.items():
+        ratios = [peer / own for peer, own in zip(found, medians["jaxlm"], strict=True)]
+        step_s = statistics.median(found)
+        print(
+            f"{name:20} | {step_s:6.2f} | {BATCH * SEQ_LEN / step_s:8,.0f} | "
+            + ", ".join(f"{ratio:.2f}x" for ratio in ratios)
+        )
+
+
+if __name__ == "__main__":
+    time_steps(sys.argv[1]) if len(sys.argv) > 1 else main()

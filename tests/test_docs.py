@@ -1,0 +1,167 @@
+"""Every command and every example of the docs is run, on a small run."""
+
+import contextlib
+import io
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import runs
+
+from jaxlm import __main__ as cli
+from jaxlm import launch
+
+PAGES = ["README.md", "docs/checkpoints.md", "docs/library.md"]
+# Tested elsewhere, or not to be had here: an install, the whole suite, an accelerator.
+NOT_RUN = re.compile(r"^(pip install|uv run pytest|uv run --extra|python -m venv|git clone)\b")
+# The names of the folders that a page takes for granted, beside runs/tiny.
+SECOND_RUN = "runs/tiny-2"
+
+
+class Snippet(NamedTuple):
+    page: str
+    line: int
+    language: str
+    text: str
+
+
+def snippets(page: str, text: str) -> Iterator[Snippet]:
+    for match in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.M | re.S):
+        line = text[: match.start()].count("\n") + 2
+        yield Snippet(page, line, match[1], match[2])
+
+
+def run_shell(text: str) -> list[str]:
+    """Runs the commands of a snippet, ours in this process; returns those that were not run."""
+    not_run = []
+    for line in text.replace("\\\n", " ").splitlines():
+        command, _, comment = line.partition("#")
+        told = re.search(r"exit code (\d+)", comment)
+        expected = int(told[1]) if told else 0
+        for part in command.split("&&"):
+            if NOT_RUN.match(part.strip()):
+                not_run.append(part.strip())
+            elif part.strip():
+                assert run_command(part) == expected, line
+    return not_run
+
+
+def run_command(command: str) -> int:
+    words = shlex.split(command)
+    if words[:2] == ["uv", "run"]:
+        words = words[2:]
+    if words[0] == "python":
+        words = words[1:]
+    try:
+        match words:
+            case ["launch.py", *flags]:
+                return launch.run_main(lambda: launch.main(flags))
+            case ["jaxlm", *args]:
+                return launch.run_main(lambda: cli.command(args))
+    except SystemExit as stop:  # --help, or a wrong flag
+        return int(stop.code or 0)
+    match words:
+        case ["du" | "rm", *_]:
+            return subprocess.run(words, check=False).returncode
+    raise AssertionError(f"no test knows how to run: {command}")
+
+
+def run_page(page: str, text: str) -> tuple[int, list[str]]:
+    """Runs the snippets of a page in order, in one Python and one folder."""
+    names: dict[str, object] = {}
+    count, not_run = 0, []
+    for snippet in snippets(page, text):
+        if snippet.language == "bash":
+            not_run += run_shell(snippet.text)
+        elif snippet.language == "python":
+            code = "\n" * (snippet.line - 1) + snippet.text  # so that errors name the page's line
+            exec(compile(code, snippet.page, "exec"), names)
+        else:
+            assert snippet.language == "text", snippet
+            continue
+        count += 1
+    return count, not_run
+
+
+@pytest.fixture
+def home(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of a user with two runs; config and run are of the plan that diverged."""
+    home = shutil.copytree(tiny_run, tmp_path / "home")
+    shutil.copytree(home / runs.RUN, home / SECOND_RUN)
+    config = home / "configs" / "tiny.py"
+    text = config.read_text().replace("learning_rate=1e-2", "learning_rate=3.0")
+    config.write_text(text.replace("num_steps=8", "num_steps=12"))
+    shutil.copy(config, home / "configs" / "180m.py")  # the flags are tried, not the size
+    monkeypatch.chdir(home)
+    return home
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_snippets_of(page: str, home: Path):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        count, not_run = run_page(page, (runs.REPO / page).read_text())
+    assert count >= 4
+    said = out.getvalue()
+    if page == "README.md":
+        assert {"pip install uv", "uv run pytest"} <= set(not_run)
+    else:
+        assert not_run == []
+    if page == "docs/checkpoints.md":
+        assert "Resuming from step 12" in said and "Branching from step 8" in said
+        assert "Warning: step 8 is damaged (params/" in said
+        assert "every array is equal to the bit" in said and "arrays differ" in said
+
+
+def test_a_broken_snippet_is_found(home: Path):
+    with pytest.raises(ZeroDivisionError):
+        run_page("x", "text\n```python\n1 / 0\n```\n")
+    with pytest.raises(AssertionError, match="runs/none"):
+        run_page("x", "```bash\njaxlm checkpoints list runs/none\n```\n")
+    with pytest.raises(AssertionError, match="no test knows"):
+        run_page("x", "```bash\ncurl somewhere\n```\n")
+    with pytest.raises(AssertionError):
+        run_page("x", f"```bash\njaxlm checkpoints list {runs.RUN}  # exit code 1\n```\n")
+
+
+@pytest.mark.parametrize("page", [*PAGES, "ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_the_links_of(page: str):
+    path = runs.REPO / page
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text())
+    missing = [t for t in targets if "://" not in t and not (path.parent / t).exists()]
+    assert missing == []
+
+
+def test_the_map_names_every_file():
+    text = (runs.REPO / "ARCHITECTURE.md").read_text()
+    files = [*(runs.REPO / "jaxlm").rglob("*.py"), *(runs.REPO / "configs").glob("*.py")]
+    names = [path.name for path in files if path.name != "__init__.py"]
+    assert len(names) > 30
+    tree = text.split("```")[1]
+    assert [name for name in names if not re.search(rf"\b{re.escape(name)}\b", tree)] == []
+    mapped = set(re.findall(r"\b([\w]+\.py)\b", tree))
+    assert mapped - set(names) - {"launch.py", "__init__.py", "pin.py"} == set()
+
+
+def test_every_flag_named_in_the_docs_exists(home: Path, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        launch.main(["--config", "configs/tiny.py", "--help"])
+    known = {
+        flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w.-]+)", capsys.readouterr().out)
+    }
+    known |= {"config", "help", "json", "extra", "group"}
+    for page in PAGES:
+        text = (runs.REPO / page).read_text()
+        named = {
+            name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", text)
+        }
+        named -= {"xla_gpu_deterministic_ops"}
+        assert named - known == set(), page
+
+
+def test_the_readme_is_short():
+    assert len((runs.REPO / "README.md").read_text().splitlines()) <= 150
