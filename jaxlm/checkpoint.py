@@ -105,6 +105,15 @@ class Checkpoints:
         if self._primary:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.folder)
+        try:
+            self._open()
+        except BaseException:
+            self._unlock()
+            raise
+        return self
+
+    def _open(self) -> None:
+        if self._primary:
             self._purge()
             for path in self.folder.glob(f"*{_REPLACED}"):
                 self._finish_replacing(path)
@@ -117,7 +126,6 @@ class Checkpoints:
             else:
                 self._eval_losses[step] = read_metadata(self.folder, step).eval_loss
         self._manager = self._open_manager()
-        return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         """Waits for the save under way; an error of the run itself goes first."""
@@ -129,10 +137,16 @@ class Checkpoints:
                 raise
             self._warn(str(own))
         finally:
-            if self._primary:
+            self._clear_partial()
+            if self._purger.ident:
                 self._purger.join()
-                (self.folder / HOLDER).unlink(missing_ok=True)
-                os.close(self._lock)
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._primary:
+            (self.folder / HOLDER).unlink(missing_ok=True)
+            _held.remove(self._lock)
+            os.close(self._lock)
 
     @property
     def best(self) -> Best | None:
@@ -368,10 +382,23 @@ class Checkpoints:
             multihost_utils.sync_global_devices(f"{self.folder}: {name}")
 
 
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+# A lock lives on in the children that its holder forks: they close their copy at once.
+os.register_at_fork(after_in_child=_let_go)
+
+
 def _lock(folder: Path) -> int:
     """Locks the folder itself, so that there is no lock file to delete; returns the descriptor.
 
-    The kernel frees the lock when its holder dies. A child that the holder forks closes its copy.
+    The kernel frees the lock when its holder dies.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -382,17 +409,10 @@ def _lock(folder: Path) -> int:
             f"{folder} is in use by another trainer ({_holder(folder)}); wait for it, stop it, or "
             "start a new run with --run_dir"
         ) from None
-    os.register_at_fork(after_in_child=lambda: _close(descriptor))
+    _held.add(descriptor)
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.ctime()}
     write_file(folder / HOLDER, json.dumps(holder).encode())
     return descriptor
-
-
-def _close(descriptor: int) -> None:
-    try:
-        os.close(descriptor)
-    except OSError:  # closed before the fork
-        return
 
 
 def _holder(folder: Path) -> str:

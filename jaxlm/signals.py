@@ -1,8 +1,9 @@
 """SIGTERM and Ctrl-C, turned into "finish this step, save, and stop"."""
 
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -45,7 +46,7 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests(mesh: Mesh, say: Callable[[str], None]) -> Iterator[StopRequest]:
+def stop_requests(mesh: Mesh) -> Iterator[StopRequest]:
     """Catches the first SIGTERM or SIGINT; a second one acts as it always does.
 
     Off the main thread (a notebook's worker, a server) there are no handlers, and no stop.
@@ -65,7 +66,8 @@ def stop_requests(mesh: Mesh, say: Callable[[str], None]) -> Iterator[StopReques
         request.received = True
         restore()
         name = signal.Signals(number).name
-        say(f"{name}: finishing this step, then saving and stopping; once more to stop at once")
+        text = f"{name}: finishing this step, then saving and stopping; once more to stop at once\n"
+        os.write(2, text.encode())  # not print: the signal may have come in the middle of one
 
     for number in (signal.SIGTERM, signal.SIGINT):
         previous[number] = signal.signal(number, receive)

@@ -98,7 +98,7 @@ def train(
         run = _Run(parts, checkpoints, metrics, console, callbacks, start)
         if start.owes_eval:
             run.pay_owed_eval(state)
-        request = stack.enter_context(stop_requests(parts.mesh, console.say))
+        request = stack.enter_context(stop_requests(parts.mesh))
         result = run.loop(state, request)
     tell_end(config, result.step, result.complete, result.best, console)
     return result

@@ -4,6 +4,8 @@ import contextlib
 import math
 import os
 import resource
+import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import optax
 import pytest
 from flax import nnx
 
+from jaxlm import checkpoint
 from jaxlm.checkpoint import CheckpointError, Checkpoints
 from jaxlm.config import CheckpointConfig, Config, MeshConfig, to_dict
 from jaxlm.folder import Metadata, list_steps, select
@@ -341,3 +344,27 @@ def test_metadata_round_trips_through_json(tmp_path: Path) -> None:
     metadata = replace(_metadata(3, None), lineage=[{"step": 1}], best_eval_loss=math.inf)
     assert Metadata.from_json(metadata.to_json()) == metadata
     assert metadata.to_json()["best_eval_loss"] is None
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
+    _open(tmp_path).__enter__()
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(tell, b"!")
+        time.sleep(60)
+        os._exit(0)
+    try:
+        os.read(ready, 1)
+        (held,) = checkpoint._held
+        os.close(held)  # as the kernel does when the holder dies, and its child lives on
+        checkpoint._held.clear()
+        with _open(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ready)
+        os.close(tell)

@@ -81,7 +81,7 @@ def test_the_plan_holds_for_a_real_run(tiny_run: Path):
     ]
     # Of so small a state, what lies beside the arrays shows.
     state_bytes = 616_300
-    assert all(state_bytes <= size < state_bytes + 600_000 for size in sizes), sizes
+    assert all(state_bytes <= size < state_bytes + 2_000_000 for size in sizes), sizes
 
 
 def test_describe():

@@ -7,6 +7,7 @@ is read from tests/golden. Their answers are written anew by
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,7 @@ def from_transformers(kind: str) -> Arrays:
     return {"logits": logits.detach().numpy(), **grads}
 
 
+@functools.cache
 def from_jaxlm(kind: str, attention=reference_attention, **changes: Any) -> tuple[Any, Any]:
     """Logits, and the gradient of the mean loss as a tree of params."""
     config = dataclasses.replace(CONFIGS[kind], **changes)
@@ -187,11 +189,9 @@ def test_logits_and_gradients_are_those_of_the_golden_file(golden, attention):
     assert gap(from_jaxlm(kind, attention), expected, kind) < 1e-4
 
 
-@pytest.mark.parametrize(
-    "change", [{"rope_theta": 60.0}, {"norm_eps": 2e-3}], ids=lambda change: str(*change)
-)
-def test_the_comparison_sees_a_small_change(golden, change):
+def test_the_comparison_sees_a_small_change(golden):
     kind, expected = golden
+    change = {"llama": {"rope_theta": 60.0}, "qwen3": {"norm_eps": 2e-3}}[kind]
     assert gap(from_jaxlm(kind, **change), expected, kind) > 1e-3
 
 
