@@ -76,6 +76,8 @@ def plan_resume(config: Config, say: Callable[[str], None]) -> Plan:
         )
     best = find_best({step: metadata.eval_loss for step, metadata in found.items()})
     plan = Plan(config, latest, differing, best)
+    if plan.complete:
+        return plan
     for change in plan.recorded:
         say(f"changed from step {latest.step} on: {change}")
     if any(change.name.startswith(("optim.", "num_steps")) for change in plan.recorded):

@@ -68,6 +68,13 @@ def start_state(
         selected = select(source)
         metadata = selected.metadata
         path = selected.folder / str(selected.step)
+        if selected.step >= parts.config.num_steps:
+            raise ValueError(
+                f"branch_from: found step {selected.step}, expected one before num_steps "
+                f"({parts.config.num_steps}); add a larger --num_steps"
+            )
+        if metadata.data_fingerprint != parts.data_fingerprint:
+            console.warn(f"the data is not that of {source}; its tokens must mean the same")
         state = state_of(restore_items(path, metadata, items_of(abstract)))
         console.say(f"Branching from step {selected.step} of {selected.folder}")
         _tell(metadata, console)
@@ -106,7 +113,8 @@ def _check_data(parts: Parts, metadata: Metadata) -> None:
 
 
 def _tell(metadata: Metadata, console: Console) -> None:
+    best = f"{metadata.best_eval_loss:.4f} at step {metadata.best_step}"
     console.say(
-        f"  best eval loss so far: {metadata.best_eval_loss:.4f}; "
+        f"  best eval loss so far: {best if metadata.best_step else 'none'}; "
         f"tokens seen: {metadata.tokens_seen / 1e9:.4f} B"
     )

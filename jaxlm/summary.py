@@ -44,10 +44,8 @@ def tell_complete(plan: Plan, console: Console) -> None:
         reason = f"ended at step {latest.step}: {latest.num_worse_evals} evals without a new best"
         more = "a larger --stop_after_worse_evals"
     else:
-        reason, more = (
-            f"is complete: {latest.step} of {config.num_steps} steps",
-            "a larger --num_steps",
-        )
+        reason = f"is complete at step {latest.step} (num_steps is {config.num_steps})"
+        more = "a larger --num_steps"
     console.say(f"run {config.run_dir} {reason}")
     for change in plan.changed:
         console.say(f"  this command differs in {change}")

@@ -129,10 +129,10 @@ class _Run:
     def loop(self, state: TrainState, request: StopRequest) -> Result:
         """Steps to the end of the plan, or until asked to stop."""
         config, train_step = self.config, self.parts.train_step
-        step, ended, stopping = self.start.step, False, False
-        for index, batch in prefetch(
-            self.parts.put, step, config.num_steps, depth=config.data.prefetch
-        ):
+        step, stopping = self.start.step, False
+        ended = self.overfits  # by the eval that was owed
+        stop = step if ended else config.num_steps
+        for index, batch in prefetch(self.parts.put, step, stop, depth=config.data.prefetch):
             state, step_metrics = train_step(state, batch)
             self.read_metrics()  # those of an earlier step: the device is busy with this one
             step = index + 1

@@ -215,7 +215,7 @@ def test_a_complete_run_says_how_to_go_on(own_run: Path):
     flags = "--num_steps 12 --optim.learning_rate 3"
     code, said = runs.launched(own_run, flags)
     assert code == 0
-    assert "is complete: 12 of 12 steps" in said and "a larger --num_steps" in said
+    assert "is complete at step 12" in said and "a larger --num_steps" in said
     assert "this command differs" not in said
     _, said = runs.launched(own_run, f"{flags} --log_interval 5")
     assert "this command differs in log_interval: was 2, is 5" in said

@@ -92,7 +92,7 @@ def test_killed_and_stopped_it_ends_with_the_bits_of_a_run_in_one_piece(
     assert "Resuming from step" in _finish(_launch(config_file, broken), 0)
     assert diff_checkpoints(f"{broken}@300", f"{whole}@300") == []
     assert untimed_rows(broken) == untimed_rows(whole)
-    assert "is complete: 300 of 300 steps" in _finish(_launch(config_file, broken), 0)
+    assert "is complete at step 300" in _finish(_launch(config_file, broken), 0)
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def test_a_complete_run_says_so_and_changes_nothing(
     result = train(tiny_config(straight, log_interval=5), **data())
     assert result.complete and result.step == 12 and result.best is not None
     told = capsys.readouterr().out
-    assert "is complete: 12 of 12 steps" in told and "--num_steps" in told and "--run_dir" in told
+    assert "is complete at step 12" in told and "--num_steps" in told and "--run_dir" in told
     assert "log_interval: was 1, is 5" in told
     assert sorted(path.stat().st_mtime_ns for path in straight.rglob("*")) == before
 
