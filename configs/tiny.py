@@ -1,6 +1,6 @@
 """A few million parameters on the embedded corpus: minutes on two CPU cores."""
 
-from jaxlm.config import CheckpointConfig, Config, ModelConfig, OptimConfig
+from jaxlm.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig
 
 config = Config(
     model=ModelConfig(
@@ -12,10 +12,11 @@ config = Config(
         num_kv_heads=2,
         head_dim=64,
     ),
-    optim=OptimConfig(learning_rate=3e-3, warmup_steps=20),
+    data=DataConfig(eval_tokens=65_536),
+    optim=OptimConfig(learning_rate=3e-3, warmup_steps=40),
     checkpoint=CheckpointConfig(save_interval=100),
-    num_steps=400,
-    batch_size=16,
+    num_steps=500,
+    batch_size=8,
     seq_len=256,
     eval_interval=100,
 )
