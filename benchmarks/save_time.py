@@ -5,8 +5,6 @@
 The state is that of configs/180m.py: 2.15 GB of params and Adam moments. Memory: about 7 GB.
 """
 
-import runpy
-import shutil
 import statistics
 import sys
 import tempfile
@@ -16,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxlm.assemble import model_factory
 from jaxlm.checkpoint import Checkpoints
-from jaxlm.config import CheckpointConfig, MeshConfig, to_dict
+from jaxlm.config import CheckpointConfig, Config, MeshConfig, to_dict
 from jaxlm.folder import Metadata
+from jaxlm.launch import load_config
 from jaxlm.optim import make_optimizer
 from jaxlm.preflight import count_bytes
 from jaxlm.sharding import make_mesh
-from jaxlm.state import all_finite, fingerprint, make_blueprint
+from jaxlm.state import Blueprint, all_finite, fingerprint, make_blueprint
 
 SAVES = 3
 
@@ -37,17 +35,16 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def main(folder: Path) -> None:
-    """Saves, restores and prints a table."""
-    config = runpy.run_path(str(Path(__file__).parent.parent / "configs" / "180m.py"))["config"]
-    mesh = make_mesh(MeshConfig())
-    blueprint = make_blueprint(
-        model_factory(config.model, "cpu"), make_optimizer(config.optim), mesh
+def open_checkpoints(folder: Path) -> Checkpoints:
+    """The folder, saying nothing of its commits."""
+    return Checkpoints(
+        folder, CheckpointConfig(keep_latest=1), on_commit=lambda *_: None, warn=print
     )
+
+
+def time_saves(folder: Path, config: Config, blueprint: Blueprint) -> dict[str, str]:
+    """What the saves of a new state cost."""
     state = jax.block_until_ready(blueprint.make(0))
-    num_bytes = count_bytes(state)
-    copy_s, copied = timed(lambda: [np.array(leaf, copy=True) for leaf in jax.tree.leaves(state)])
-    del copied
     fingerprint(state)  # compiles
     fingerprint_s, _ = timed(lambda: fingerprint(state))
     all_finite(state.params)
@@ -55,41 +52,43 @@ def main(folder: Path) -> None:
     blocking, whole = [], []
     nothing: dict[str, Any] = dict.fromkeys(("best_step", "eval_loss", "eos_id"))
     for step in range(1, SAVES + 1):
-        with Checkpoints(
-            folder, CheckpointConfig(keep_latest=1), on_commit=lambda *_: None, warn=print
-        ) as checkpoints:
-            metadata = Metadata(
-                step=step,
-                tokens_seen=0,
-                best_eval_loss=float("inf"),
-                num_worse_evals=0,
-                final=False,
-                config=to_dict(config),
-                data_fingerprint="",
-                environment={},
-                tracking_run_id="",
-                lineage=[],
-                **nothing,
-            )
-            blocked_s, _ = timed(lambda m=metadata: checkpoints.save(state, m))
+        metadata = Metadata(
+            step=step,
+            tokens_seen=0,
+            best_eval_loss=float("inf"),
+            num_worse_evals=0,
+            final=False,
+            config=to_dict(config),
+            data_fingerprint="",
+            environment={},
+            tracking_run_id="",
+            lineage=[],
+            **nothing,
+        )
+        with open_checkpoints(folder) as checkpoints:
+            blocked_s, _ = timed(lambda c=checkpoints, m=metadata: c.save(state, m))
             waited_s, _ = timed(checkpoints.wait)
-            blocking.append(blocked_s)
-            whole.append(blocked_s + waited_s)
+        blocking.append(blocked_s)
+        whole.append(blocked_s + waited_s)
     on_disk = sum(path.stat().st_size for path in (folder / str(SAVES)).rglob("*"))
-    del state
-    with Checkpoints(
-        folder, CheckpointConfig(), on_commit=lambda *_: None, warn=print
-    ) as checkpoints:
-        restore_s, _ = timed(lambda: checkpoints.restore_latest(blueprint.abstract))
-    rows = {
-        "state": f"{num_bytes / 1e9:.2f} GB in memory, {on_disk / 1e9:.2f} GB on disk",
-        "one copy in memory": f"{copy_s:.2f} s",
+    return {
+        "state": f"{count_bytes(state) / 1e9:.2f} GB in memory, {on_disk / 1e9:.2f} GB on disk",
         "fingerprint": f"{fingerprint_s:.2f} s",
         "finite check": f"{finite_s:.2f} s",
         "save, the loop waits": f"{statistics.median(blocking):.2f} s",
         "save, until on disk": f"{statistics.median(whole):.2f} s",
-        "restore, all verified": f"{restore_s:.2f} s",
     }
+
+
+def main(folder: Path) -> None:
+    """Saves, restores and prints a table."""
+    config = load_config(str(Path(__file__).parent.parent / "configs" / "180m.py"))
+    factory = model_factory(config.model, "cpu")
+    blueprint = make_blueprint(factory, make_optimizer(config.optim), make_mesh(MeshConfig()))
+    rows = time_saves(folder, config, blueprint)
+    with open_checkpoints(folder) as checkpoints:
+        restore_s, _ = timed(lambda: checkpoints.restore_latest(blueprint.abstract))
+    rows["restore, all verified"] = f"{restore_s:.2f} s"
     for name, value in rows.items():
         print(f"{name:22} | {value}")
 
@@ -100,4 +99,3 @@ if __name__ == "__main__":
     else:
         with tempfile.TemporaryDirectory() as folder:
             main(Path(folder))
-            shutil.rmtree(folder, ignore_errors=True)
