@@ -6,6 +6,7 @@ one is taken. Orbax's `CheckpointManager` writes, commits and deletes; this modu
 proves what came back, and tells only what is true on disk.
 """
 
+import contextlib
 import fcntl
 import json
 import math
@@ -105,11 +106,10 @@ class Checkpoints:
         if self._primary:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.folder)
-        try:
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self._unlock)
             self._open()
-        except BaseException:
-            self._unlock()
-            raise
+            on_error.pop_all()
         return self
 
     def _open(self) -> None:

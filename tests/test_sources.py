@@ -343,7 +343,7 @@ def test_a_long_text_file_is_several_documents_divided_at_blank_lines(tmp_path: 
     (tmp_path / "all.txt").write_text(text)
     source = open_source(DataConfig(source=f"text:{tmp_path}/all.txt"))
     documents = list(source.documents())
-    assert len(documents) == 3
+    assert len(documents) == 4
     assert all(document.endswith(" end") for document in documents)
     assert "\n\n".join(documents) == text
     assert list(source.documents(1)) == documents[1:]
