@@ -278,3 +278,29 @@ def test_it_trains_off_the_main_thread(tmp_path: Path) -> None:
 def test_the_run_folder_says_what_it_is(straight: Path) -> None:
     config = json.loads((straight / "config.json").read_text())
     assert config["num_steps"] == 12 and config["checkpoint"]["save_interval"] == 4
+
+
+def test_a_run_that_overfits_ends_where_it_would_have_however_often_it_is_stopped(
+    tmp_path: Path,
+) -> None:
+    # The eval that ends it is owed by a stop: it is made at the next start, and ends it then.
+    losses = {3: 2.0, 6: 2.5, 9: 3.0}
+    step, complete = 0, False
+    while not complete:
+        config = tiny_config(tmp_path, stop_after_worse_evals=2, num_steps=40)
+        due = [losses[at] for at in losses if at >= max(step, 3)]
+        step, complete, _ = train(
+            config,
+            loss=_scripted_loss,
+            batches=_StopAtOnce(step),
+            eval_batches=_Scripted(due),
+        )
+    assert step == 9
+    assert select(f"{tmp_path}@final").step == 9 and select(f"{tmp_path}@best").step == 3
+    assert [row["step"] for row in untimed_rows(tmp_path) if "eval/loss" in row] == [3, 6, 9]
+
+
+def test_a_branch_past_the_end_of_its_plan_is_refused(straight: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, branch_from=f"{straight}@12")
+    with pytest.raises(ValueError, match="found step 12, expected one before num_steps"):
+        train(config, **data())
