@@ -106,11 +106,16 @@ class Checkpoints:
         if self._primary:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.folder)
+            self._identify()
         with contextlib.ExitStack() as on_error:
             on_error.callback(self._unlock)
             self._open()
             on_error.pop_all()
         return self
+
+    def _identify(self) -> None:
+        found = self.folder.stat()
+        self._identity = found.st_dev, found.st_ino
 
     def _open(self) -> None:
         if self._primary:
@@ -118,7 +123,7 @@ class Checkpoints:
             for path in self.folder.glob(f"*{_REPLACED}"):
                 self._finish_replacing(path)
         self._sync("opened")
-        self._inode = self.folder.stat().st_ino
+        self._identify()
         for step in list_steps(self.folder):
             damage = manifest.find_damage(self.folder / str(step), contents=False)
             if damage and self._config.verify != "off":
@@ -144,18 +149,22 @@ class Checkpoints:
 
     def _unlock(self) -> None:
         if self._primary:
-            (self.folder / HOLDER).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that is read-only by now
+                if self._is_ours():
+                    (self.folder / HOLDER).unlink(missing_ok=True)
             _held.remove(self._lock)
             os.close(self._lock)
 
     @property
     def best(self) -> Best | None:
         """The best checkpoint that is on disk."""
-        return find_best(self._eval_losses)
+        return self.best_with(-1, None)
 
     def best_with(self, step: int, eval_loss: float | None) -> Best | None:
         """The best, once a checkpoint of this step and eval loss is on disk too."""
-        return find_best({**self._eval_losses, step: eval_loss})
+        # What was deleted by hand under the run is no longer the best.
+        there = {s: x for s, x in self._eval_losses.items() if (self.folder / str(s)).exists()}
+        return find_best({**there, step: eval_loss})
 
     @property
     def due_by_time(self) -> bool:
@@ -196,6 +205,8 @@ class Checkpoints:
         self.wait()
         self._check_folder()
         self._clear_partial()
+        if set(self._manager.all_steps()) != set(list_steps(self.folder)):
+            self._manager.reload()  # Orbax would keep what is gone, and delete what is the best
         if not all_finite(state.params):
             raise CheckpointError(
                 f"step {metadata.step}: params hold values that are not finite, so the state is "
@@ -236,6 +247,8 @@ class Checkpoints:
         self.wait()
         if self._primary:
             self._finish_replacing(aside)
+        self._sync("replaced")
+        self._manager.reload()
 
     def poll(self) -> None:
         """Tells of a save that has ended since; costs nothing while it runs."""
@@ -257,11 +270,6 @@ class Checkpoints:
             self._save_failed(error)
             return
         metadata, self._saving = self._saving, None
-        self._eval_losses = {
-            step: loss
-            for step, loss in self._eval_losses.items()
-            if (self.folder / str(step)).exists()
-        }
         self._eval_losses[metadata.step] = metadata.eval_loss
         self._purge()
         best = self.best is not None and self.best.step == metadata.step
@@ -326,9 +334,10 @@ class Checkpoints:
     def _save_failed(self, error: Exception) -> None:
         assert self._saving is not None
         step, self._saving = self._saving.step, None
+        self._check_folder()
         self._clear_partial()
         self._manager.reload()
-        kept = ", ".join(map(str, sorted(self._eval_losses))) or "none"
+        kept = ", ".join(map(str, list_steps(self.folder))) or "none"
         text = (
             f"saving step {step} failed: {error}; on disk and untouched: {kept}. "
             f"Look at the disk of {self.folder}"
@@ -340,16 +349,20 @@ class Checkpoints:
     def _clear_partial(self) -> None:
         # What a failed save has written. Its other threads may still be at it, so it is looked
         # for again before the next save.
-        if self._primary:
+        if self._primary and self._is_ours():
             for partial in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(partial, ignore_errors=True)
 
-    def _check_folder(self) -> None:
+    def _is_ours(self) -> bool:
+        # Whether the path still leads to the folder that was opened, and not to another one.
         try:
-            same = self.folder.stat().st_ino == self._inode
-        except FileNotFoundError:
-            same = False
-        if not same:
+            found = self.folder.stat()
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self._identity
+
+    def _check_folder(self) -> None:
+        if not self._is_ours():
             raise CheckpointError(
                 f"{self.folder} was deleted or replaced while the run was training; nothing more "
                 "is written there. Bring it back, and the same command goes on from its latest"
@@ -367,7 +380,7 @@ class Checkpoints:
 
     def _purge(self) -> None:
         # Orbax only renames into this folder; the space is ours to free, off the training thread.
-        if not self._primary:
+        if not (self._primary and self._is_ours()):
             return
         doomed = self.folder / _DELETING
         doomed.mkdir(exist_ok=True)

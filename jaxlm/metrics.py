@@ -115,7 +115,7 @@ class Metrics:
         kept = [
             row
             for row in rows
-            if restored_step > 0
+            if run_id is not None  # else it is a new run, also where it branches from another
             and row["step"] <= restored_step
             and not (owed_eval and row["step"] == restored_step and "eval/loss" in row)
         ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,10 @@ from jax.sharding import Mesh
 
 from jaxlm.config import Change, Config, changes
 from jaxlm.folder import Best, Metadata, find_best, list_steps, read_all_metadata
+from jaxlm.manifest import find_damage
 from jaxlm.optim import make_schedule
 
+Say = Callable[[str], None]
 _VERSIONS = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -29,23 +32,11 @@ class Plan(NamedTuple):
     """Fields that differ from it; none of them fixed."""
     best: Best | None
     """The best checkpoint on disk."""
-
-    @property
-    def recorded(self) -> list[Change]:
-        """Those changes that the lineage keeps."""
-        return [change for change in self.changed if change.policy == "recorded"]
-
-    @property
-    def complete(self) -> bool:
-        """Whether there is nothing left to train."""
-        if self.latest is None:
-            return False
-        limit = self.config.stop_after_worse_evals
-        overfit = limit is not None and self.latest.num_worse_evals >= limit
-        return self.latest.step >= self.config.num_steps or overfit
+    complete: bool
+    """Whether there is nothing left to do, and latest and best are sound."""
 
 
-def plan_resume(config: Config, say: Callable[[str], None]) -> Plan:
+def plan_resume(config: Config) -> Plan:
     """Holds the config against what its checkpoint folder was trained with.
 
     Raises:
@@ -57,16 +48,37 @@ def plan_resume(config: Config, say: Callable[[str], None]) -> Plan:
             f"resume: found never, but {folder} holds checkpoints {list_steps(folder)}; "
             "choose another --run_dir, or leave --resume out to go on from the latest"
         )
+    _check_run_folder(config)
     found = read_all_metadata(folder)
     if not found:
-        return Plan(config, None, [], None)
+        return Plan(config, None, [], None, False)
     latest = found[max(found)]
     before = latest.run_config()
     if config.data.max_tokens is None:
         # Resolved at the run's start: a longer run goes through the same tokens more often.
         data = dataclasses.replace(config.data, max_tokens=before.data.max_tokens)
         config = dataclasses.replace(config, data=data)
-    differing = changes(before, config)
+    changed = allowed_changes(latest, config, folder)
+    best = find_best({step: metadata.eval_loss for step, metadata in found.items()})
+    complete = latest.final and is_at_end(config, latest.step, latest.num_worse_evals)
+    to_verify = {latest.step, best.step if best else latest.step} if complete else set()
+    sound = not any(find_damage(folder / str(step)) for step in to_verify)
+    return Plan(config, latest, changed, best, complete and sound)
+
+
+def is_at_end(config: Config, step: int, num_worse_evals: int) -> bool:
+    """Whether the plan ends here: by its steps, or by evals that were no better."""
+    limit = config.stop_after_worse_evals
+    return step >= config.num_steps or (limit is not None and num_worse_evals >= limit)
+
+
+def allowed_changes(restored: Metadata, config: Config, folder: Path) -> list[Change]:
+    """The fields that differ from those of a checkpoint.
+
+    Raises:
+      ValueError: one of them is fixed.
+    """
+    differing = changes(restored.run_config(), config)
     refused = [str(change) for change in differing if change.policy == "fixed"]
     if refused:
         raise ValueError(
@@ -74,16 +86,30 @@ def plan_resume(config: Config, say: Callable[[str], None]) -> Plan:
             + "\n  ".join(refused)
             + "\nadd --run_dir for a new run, or set these back to go on with this one"
         )
-    best = find_best({step: metadata.eval_loss for step, metadata in found.items()})
-    plan = Plan(config, latest, differing, best)
-    if plan.complete:
-        return plan
-    for change in plan.recorded:
-        say(f"changed from step {latest.step} on: {change}")
-    if any(change.name.startswith(("optim.", "num_steps")) for change in plan.recorded):
-        was, now = (_learning_rate(c, latest.step) for c in (before, config))
-        say(f"learning rate at step {latest.step}: was {was:.3e}, is {now:.3e}")
-    return plan
+    return differing
+
+
+def tell_changes(restored: Metadata, config: Config, recorded: list[Change], say: Say) -> None:
+    """The recorded changes, and what they do to the learning rate."""
+    for change in recorded:
+        say(f"changed from step {restored.step} on: {change}")
+    if any(change.name.startswith(("optim.", "num_steps")) for change in recorded):
+        was, now = (_learning_rate(c, restored.step) for c in (restored.run_config(), config))
+        say(f"learning rate at step {restored.step}: was {was:.3e}, is {now:.3e}")
+
+
+def _check_run_folder(config: Config) -> None:
+    # Its metrics.jsonl goes with one checkpoint folder; another's rows would replace them.
+    path = Path(config.run_dir) / "config.json"
+    if not path.is_file():
+        return
+    there = json.loads(path.read_bytes())["checkpoint"]["directory"]
+    if there != config.checkpoint.directory:
+        raise ValueError(
+            f"checkpoint.directory: found {config.checkpoint.directory}, but run_dir "
+            f"{config.run_dir} belongs to {there or 'its own checkpoints'}; add --run_dir for a "
+            "new run, or set it back (a folder that was moved: change it in config.json)"
+        )
 
 
 def _learning_rate(config: Config, step: int) -> float:

@@ -1,7 +1,6 @@
 """Where a run begins: at a new state, at its own latest checkpoint, or at another run's."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,29 +12,43 @@ from jaxlm.durable import write_file
 from jaxlm.folder import TOKENIZER, Metadata, select
 from jaxlm.metrics import Metrics
 from jaxlm.restore import items_of, restore_items, state_of
-from jaxlm.resume import Plan, compare_environments, describe_environment
+from jaxlm.resume import (
+    allowed_changes,
+    compare_environments,
+    describe_environment,
+    is_at_end,
+    tell_changes,
+)
 from jaxlm.state import TrainState
 
 
 class Start(NamedTuple):
     """What the first step goes on from, besides the state."""
 
-    step: int
+    step: int = 0
     """Batches taken in."""
-    nonfinite_steps: int
-    """Those of them that were not finite."""
-    num_worse_evals: int
+    tokens_seen: int = 0
+    """Tokens trained on."""
+    nonfinite_steps: int = 0
+    """Those of the steps that were not finite."""
+    num_worse_evals: int = 0
     """Evals since the best one."""
-    owes_eval: bool
+    eval_loss: float | None = None
+    """The eval loss that the checkpoint of this step holds."""
+    owes_eval: bool = False
     """An eval of this step is due, and its checkpoint holds none."""
-    run_id: str | None
+    owes_end: bool = False
+    """The plan ends at this step, and its checkpoint does not say so."""
+    run_id: str | None = None
     """Identity at the trackers; None for a new run."""
-    lineage: list[dict[str, Any]]
+    new_future: bool = False
+    """Settings have changed, so steps made before may be made otherwise now."""
+    lineage: list[dict[str, Any]] = []  # never changed in place
     """What was changed on the way here."""
 
 
 def start_state(
-    parts: Parts, plan: Plan, checkpoints: Checkpoints, console: Console
+    parts: Parts, checkpoints: Checkpoints, console: Console
 ) -> tuple[TrainState, Start]:
     """The state to go on from, restored or new.
 
@@ -48,21 +61,33 @@ def start_state(
     if restored:
         state, metadata = restored
         _check_data(parts, metadata)
+        # Not those of the plan: it has looked at the latest, which may have been damaged.
+        changed = allowed_changes(metadata, parts.config, checkpoints.folder)
+        recorded = [change for change in changed if change.policy == "recorded"]
+        tell_changes(metadata, parts.config, recorded, console.say)
         lineage = metadata.lineage
-        if plan.recorded:
-            lineage = [*lineage, {"step": metadata.step, "changed": list(map(str, plan.recorded))}]
+        if source and not any("branched_from" in entry for entry in lineage):
+            console.warn("branch_from begins a new run; this folder has one, which goes on")
+        if recorded:
+            lineage = [*lineage, {"step": metadata.step, "changed": list(map(str, recorded))}]
         console.say(f"Resuming from step {metadata.step} of {checkpoints.folder}")
         _tell(metadata, console)
         now = describe_environment(parts.mesh)
         for difference in compare_environments(metadata.environment, now):
             console.warn(f"bits may differ from a run in one piece: {difference}")
+        worse = metadata.num_worse_evals
+        at_end = is_at_end(parts.config, metadata.step, worse)
         return state, Start(
-            metadata.step,
-            int(state.nonfinite_steps),
-            metadata.num_worse_evals,
-            parts.eval_due(metadata.step) and metadata.eval_loss is None,
-            metadata.tracking_run_id,
-            lineage,
+            step=metadata.step,
+            tokens_seen=metadata.tokens_seen,
+            nonfinite_steps=int(state.nonfinite_steps),
+            num_worse_evals=worse,
+            eval_loss=metadata.eval_loss,
+            owes_eval=parts.eval_due(metadata.step) and metadata.eval_loss is None,
+            owes_end=at_end and not metadata.final,
+            run_id=metadata.tracking_run_id,
+            new_future=bool(recorded),
+            lineage=lineage,
         )
     if source:
         selected = select(source)
@@ -75,30 +100,37 @@ def start_state(
             )
         if metadata.data_fingerprint != parts.data_fingerprint:
             console.warn(f"the data is not that of {source}; its tokens must mean the same")
+        for step, damage in selected.passed_over.items():
+            console.warn(f"step {step} of {source} is damaged ({damage[0]}) and was passed over")
         state = state_of(restore_items(path, metadata, items_of(abstract)))
         console.say(f"Branching from step {selected.step} of {selected.folder}")
         _tell(metadata, console)
         lineage = [*metadata.lineage, {"step": selected.step, "branched_from": str(path)}]
-        owes_eval = parts.eval_due(selected.step)
-        return state, Start(selected.step, int(state.nonfinite_steps), 0, owes_eval, None, lineage)
-    return parts.blueprint.make(parts.config.seed), Start(0, 0, 0, False, None, [])
+        return state, Start(
+            step=selected.step,
+            tokens_seen=metadata.tokens_seen,
+            nonfinite_steps=int(state.nonfinite_steps),
+            owes_eval=parts.eval_due(selected.step),
+            lineage=lineage,
+        )
+    return parts.blueprint.make(parts.config.seed), Start()
 
 
-def open_run_folder(parts: Parts, plan: Plan, start: Start, console: Console) -> Metrics:
+def open_run_folder(parts: Parts, start: Start, console: Console) -> Metrics:
     """Writes what lies beside the checkpoints, and opens the metrics where the run goes on."""
     config = parts.config
     run_dir, checkpoint_dir = Path(config.run_dir), Path(config.checkpoint_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(to_dict(config), indent=2) + "\n"
     write_file(run_dir / "config.json", text.encode())
-    if parts.tokenizer_path and not (checkpoint_dir / TOKENIZER).exists():
-        shutil.copyfile(parts.tokenizer_path, checkpoint_dir / TOKENIZER)
+    if parts.tokenizer_path:
+        write_file(checkpoint_dir / TOKENIZER, parts.tokenizer_path.read_bytes())
     return Metrics(
         config,
         run_id=start.run_id,
         restored_step=start.step,
         owed_eval=start.owes_eval,
-        new_future=bool(plan.recorded),
+        new_future=start.new_future,
         say=console.say,
     )
 

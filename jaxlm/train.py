@@ -18,7 +18,7 @@ from jaxlm.evaluate import EvalSet, evaluate
 from jaxlm.folder import Best, Metadata
 from jaxlm.loss import Loss
 from jaxlm.metrics import Metrics, perplexity
-from jaxlm.resume import describe_environment, plan_resume
+from jaxlm.resume import describe_environment, is_at_end, plan_resume
 from jaxlm.signals import StopRequest, stop_requests
 from jaxlm.start import Start, open_run_folder, start_state
 from jaxlm.state import ModelFactory, TrainState
@@ -66,7 +66,7 @@ def train(
     """
     primary = jax.process_index() == 0
     console = Console(config.num_steps, stream=None if primary else open(os.devnull, "w"))
-    plan = plan_resume(config, console.say)
+    plan = plan_resume(config)
     if plan.complete:
         assert plan.latest is not None
         tell_complete(plan, console)
@@ -91,14 +91,14 @@ def train(
                 warn=console.warn,
             )
         )
-        state, start = start_state(parts, plan, checkpoints, console)
+        state, start = start_state(parts, checkpoints, console)
         metrics = None
         if primary:
-            metrics = stack.enter_context(open_run_folder(parts, plan, start, console))
+            metrics = stack.enter_context(open_run_folder(parts, start, console))
         run = _Run(parts, checkpoints, metrics, console, callbacks, start)
-        if start.owes_eval:
-            run.pay_owed_eval(state)
         request = stack.enter_context(stop_requests(parts.mesh))
+        if start.owes_eval or start.owes_end:
+            run.pay(state)
         result = run.loop(state, request)
     tell_end(config, result.step, result.complete, result.best, console)
     return result
@@ -130,13 +130,13 @@ class _Run:
         """Steps to the end of the plan, or until asked to stop."""
         config, train_step = self.config, self.parts.train_step
         step, stopping = self.start.step, False
-        ended = self.overfits  # by the eval that was owed
+        ended = self.at_end(step)
         stop = step if ended else config.num_steps
         for index, batch in prefetch(self.parts.put, step, stop, depth=config.data.prefetch):
             state, step_metrics = train_step(state, batch)
             self.read_metrics()  # those of an earlier step: the device is busy with this one
             step = index + 1
-            ended = step == config.num_steps
+            ended = self.at_end(step)
             stopping, save_due = request.agree(save=self.checkpoints.due_by_time)
             stopping = stopping and not ended
             save_due = save_due or step % config.checkpoint.save_interval == 0
@@ -145,7 +145,7 @@ class _Run:
             eval_loss, improved = None, False
             if self.parts.eval_due(step) and not stopping:
                 eval_loss, improved = self.evaluate(step, state)
-                ended = ended or self.overfits
+                ended = self.at_end(step)
             if save_due or improved or ended or stopping:
                 self.save(step, state, eval_loss, final=ended)
             self.checkpoints.poll()
@@ -155,11 +155,14 @@ class _Run:
         self.checkpoints.wait()
         return Result(step, ended, self.checkpoints.best)
 
-    @property
-    def overfits(self) -> bool:
-        """Whether so many evals in a row were no better that the run is to end."""
-        limit = self.config.stop_after_worse_evals
-        return limit is not None and self.num_worse_evals >= limit
+    def at_end(self, step: int) -> bool:
+        """Whether the plan ends here."""
+        return is_at_end(self.config, step, self.num_worse_evals)
+
+    def tokens_seen(self, step: int) -> int:
+        """Tokens trained on after so many steps; a Python integer, since 2^31 are soon reached."""
+        done = step - self.start.step
+        return self.start.tokens_seen + done * self.config.tokens_per_step
 
     def read_metrics(self) -> None:
         """Logs the row that is waiting, if any."""
@@ -181,7 +184,7 @@ class _Run:
             "train/learning_rate": values["learning_rate"],
             "train/grad_norm": values["grad_norm"],
             "train/nonfinite_steps": count,
-            "train/tokens_seen": step * self.config.tokens_per_step,
+            "train/tokens_seen": self.tokens_seen(step),
             "train/tokens_per_s": tokens_per_s,
         }
         if self.parts.peak_flops:
@@ -222,20 +225,21 @@ class _Run:
             self.checkpoints.wait()
             self.checkpoints.save(state, self.metadata(step, eval_loss, final))
 
-    def pay_owed_eval(self, state: TrainState) -> None:
-        """Makes the eval that a stop left out, and commits the step again with it."""
-        step = self.start.step
-        loss, _ = self.evaluate(step, state)
+    def pay(self, state: TrainState) -> None:
+        """Makes what a stop left out, the eval and the end of the plan, and commits it."""
+        step, loss = self.start.step, self.start.eval_loss
+        if self.start.owes_eval:
+            loss, _ = self.evaluate(step, state)
         if self.metrics:
             self.metrics.flush()
-        self.checkpoints.replace(state, self.metadata(step, loss, final=self.overfits))
+        self.checkpoints.replace(state, self.metadata(step, loss, final=self.at_end(step)))
 
     def metadata(self, step: int, eval_loss: float | None, final: bool) -> Metadata:
         """What a checkpoint of this step says of itself."""
         best = self.checkpoints.best_with(step, eval_loss)
         return Metadata(
             step=step,
-            tokens_seen=step * self.config.tokens_per_step,
+            tokens_seen=self.tokens_seen(step),
             eval_loss=eval_loss,
             best_eval_loss=best.loss if best else math.inf,
             best_step=best.step if best else None,
