@@ -300,7 +300,8 @@ class Config:
             warmup < self.num_steps or self.num_steps == 1,
             "optim.warmup_steps",
             warmup,
-            f"less than num_steps ({self.num_steps})",
+            f"less than num_steps ({self.num_steps}); "
+            f"add --optim.warmup_steps {self.num_steps // 10}",
         )
 
     @property

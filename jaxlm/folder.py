@@ -152,9 +152,9 @@ def find_checkpoints(run: str) -> Path:
         path = Path(recorded) if recorded else path / "checkpoints"
     elif (path / "checkpoints").is_dir():
         path = path / "checkpoints"
-    if not path.is_dir():
+    if not (list_steps(path) or list_set_aside(path) or path.name == "checkpoints"):
         raise ValueError(
-            f"{run}: found no folder of checkpoints, expected a run folder (such as runs/tiny) "
+            f"{run}: found no checkpoints, expected a run folder (such as runs/tiny) "
             "or its checkpoints folder"
         )
     return path
@@ -212,7 +212,9 @@ def _candidates(folder: Path, which: str) -> list[int]:
     if which == "final":
         return [step for step in reversed(found) if found[step].final]
     if which != "best":
-        raise ValueError(f"@{which}: expected @best, @latest, @final or @ and a step number")
+        raise ValueError(
+            f"{folder} @{which}: expected @best, @latest, @final or @ and a step number"
+        )
     losses = {step: metadata.eval_loss for step, metadata in found.items()}
     ranked = []
     while best := find_best(losses):

@@ -2,11 +2,13 @@
 
 import os
 import runpy
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import tyro
 
@@ -36,7 +38,7 @@ def parse_config(args: Sequence[str], prog: str) -> Config:
     return tyro.cli(
         Config,
         prog=f"{prog} --config {path or 'FILE'}",
-        description="Train a language model. Defaults are those of the config file.",
+        description="Defaults are those of the config file.",
         default=config,
         args=args,
     )
@@ -75,12 +77,20 @@ def main(args: Sequence[str] | None = None) -> int:
         jax.distributed.initialize(
             num_processes=int(count) if count else None, process_id=int(index) if index else None
         )
+    # Until the loop takes over, there is nothing to save: stop at once, with the same code.
+    before = signal.signal(signal.SIGTERM, _stop_now)
     try:
         return 0 if train(config).complete else STOPPED
     except jax.errors.JaxRuntimeError as error:
         if advice := memory_advice(error, config):
             raise SystemExit(f"error: {str(error).splitlines()[0]}\n{advice}") from error
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop_now(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(STOPPED)
 
 
 def run_main(main: Callable[[], int | None]) -> int:

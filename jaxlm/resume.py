@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.config import Change, Config, changes
-from jaxlm.folder import Best, Metadata, find_best, list_steps, read_all_metadata
+from jaxlm.folder import Best, Metadata, find_best, list_steps, read_all_metadata, select
 from jaxlm.manifest import find_damage
 from jaxlm.optim import make_schedule
 
@@ -51,6 +51,7 @@ def plan_resume(config: Config) -> Plan:
     _check_run_folder(config)
     found = read_all_metadata(folder)
     if not found:
+        _check_branch(config)
         return Plan(config, None, [], None, False)
     latest = found[max(found)]
     before = latest.run_config()
@@ -63,6 +64,8 @@ def plan_resume(config: Config) -> Plan:
     complete = latest.final and is_at_end(config, latest.step, latest.num_worse_evals)
     to_verify = {latest.step, best.step if best else latest.step} if complete else set()
     sound = not any(find_damage(folder / str(step)) for step in to_verify)
+    if complete and sound:
+        check_owner(latest, config)
     return Plan(config, latest, changed, best, complete and sound)
 
 
@@ -96,6 +99,27 @@ def tell_changes(restored: Metadata, config: Config, recorded: list[Change], say
     if any(change.name.startswith(("optim.", "num_steps")) for change in recorded):
         was, now = (_learning_rate(c, restored.step) for c in (restored.run_config(), config))
         say(f"learning rate at step {restored.step}: was {was:.3e}, is {now:.3e}")
+
+
+def check_owner(restored: Metadata, config: Config) -> None:
+    """Raises ValueError if `checkpoint_dir` was named for a new run, and holds another's."""
+    owner = restored.config["run_dir"]
+    if config.checkpoint.directory and owner != config.run_dir:
+        raise ValueError(
+            f"checkpoint.directory: found {config.checkpoint.directory}, which holds the run "
+            f"{owner}; for a new run, name another --checkpoint_dir too, or leave it out"
+        )
+
+
+def _check_branch(config: Config) -> None:
+    if config.branch_from is None:
+        return
+    step = select(config.branch_from, contents=False).step
+    if step >= config.num_steps:
+        raise ValueError(
+            f"branch_from: found step {step}, expected one before num_steps "
+            f"({config.num_steps}); add a larger --num_steps"
+        )
 
 
 def _check_run_folder(config: Config) -> None:

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -67,7 +67,8 @@ def stop_requests(mesh: Mesh) -> Iterator[StopRequest]:
         restore()
         name = signal.Signals(number).name
         text = f"{name}: finishing this step, then saving and stopping; once more to stop at once\n"
-        os.write(2, text.encode())  # not print: the signal may have come in the middle of one
+        with suppress(OSError):  # a terminal that is gone must not cost the save
+            os.write(2, text.encode())  # not print: the signal may have come in the middle of one
 
     for number in (signal.SIGTERM, signal.SIGINT):
         previous[number] = signal.signal(number, receive)

@@ -14,6 +14,7 @@ from jaxlm.metrics import Metrics
 from jaxlm.restore import items_of, restore_items, state_of
 from jaxlm.resume import (
     allowed_changes,
+    check_owner,
     compare_environments,
     describe_environment,
     is_at_end,
@@ -62,6 +63,7 @@ def start_state(
         state, metadata = restored
         _check_data(parts, metadata)
         # Not those of the plan: it has looked at the latest, which may have been damaged.
+        check_owner(metadata, parts.config)
         changed = allowed_changes(metadata, parts.config, checkpoints.folder)
         recorded = [change for change in changed if change.policy == "recorded"]
         tell_changes(metadata, parts.config, recorded, console.say)
@@ -93,11 +95,6 @@ def start_state(
         selected = select(source)
         metadata = selected.metadata
         path = selected.folder / str(selected.step)
-        if selected.step >= parts.config.num_steps:
-            raise ValueError(
-                f"branch_from: found step {selected.step}, expected one before num_steps "
-                f"({parts.config.num_steps}); add a larger --num_steps"
-            )
         if metadata.data_fingerprint != parts.data_fingerprint:
             console.warn(f"the data is not that of {source}; its tokens must mean the same")
         for step, damage in selected.passed_over.items():
@@ -147,6 +144,6 @@ def _check_data(parts: Parts, metadata: Metadata) -> None:
 def _tell(metadata: Metadata, console: Console) -> None:
     best = f"{metadata.best_eval_loss:.4f} at step {metadata.best_step}"
     console.say(
-        f"  best eval loss so far: {best if metadata.best_step else 'none'}; "
+        f"  best eval loss so far: {'none' if metadata.best_step is None else best}; "
         f"tokens seen: {metadata.tokens_seen / 1e9:.4f} B"
     )

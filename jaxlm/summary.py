@@ -5,7 +5,7 @@ from pathlib import Path
 from jaxlm import preflight
 from jaxlm.assemble import Parts
 from jaxlm.config import Config
-from jaxlm.console import Console
+from jaxlm.console import Console, format_bytes
 from jaxlm.folder import Best
 from jaxlm.resume import Plan
 
@@ -23,8 +23,8 @@ def tell_start(parts: Parts, console: Console) -> None:
     console.say(preflight.describe(config, abstract, parts.memory, parts.mesh.size))
     state_bytes = preflight.count_bytes(abstract)
     console.say(
-        f"checkpoints: {preflight.format_bytes(state_bytes)} each, at most "
-        f"{preflight.format_bytes(preflight.checkpoint_bytes(config, abstract))} on disk, every "
+        f"checkpoints: {format_bytes(state_bytes)} each, at most "
+        f"{format_bytes(preflight.checkpoint_bytes(config, abstract))} on disk, every "
         f"{config.checkpoint.save_interval} steps in {config.checkpoint_dir}"
     )
     if warning := preflight.disk_warning(config, abstract):
@@ -65,9 +65,12 @@ def tell_end(
     console.say(f"done: {step} steps")
     if best and best.step < step:
         evals = -(-(step - best.step) // config.eval_interval)
+        flags = f"--branch_from {config.run_dir}@best --run_dir {config.run_dir}-2"
+        if config.checkpoint.directory:
+            flags += f" --checkpoint_dir {config.checkpoint.directory}-2"
         console.say(
-            f"best was {evals} eval(s) ago, at step {best.step}; to go on from there, add\n"
-            f"  --branch_from {config.run_dir}@best --run_dir {config.run_dir}-2"
+            f"best was {evals} eval(s) ago, at step {best.step}; to go on from there with other "
+            f"settings (a lower --optim.learning_rate, say), the same command with\n  {flags}"
         )
     _tell_where(config, best, console)
 

@@ -113,7 +113,7 @@ def test_a_run_without_checkpoints(tmp_path: Path, out, capsys: pytest.CaptureFi
     (tmp_path / "checkpoints").mkdir()
     assert len(out("checkpoints", "list", str(tmp_path)).splitlines()) == 2
     said = refusal(capsys, "checkpoints", "list", str(tmp_path / "none"))
-    assert "none: found no folder of checkpoints, expected a run folder" in said
+    assert "none: found no checkpoints, expected a run folder" in said
 
 
 def test_diff_of_equal_checkpoints(at_home: Path, out, tmp_path: Path):

@@ -60,6 +60,9 @@ def run_command(command: str) -> int:
     try:
         match words:
             case ["launch.py", *flags]:
+                # The pages speak of the real config; the one of these tests has twelve steps.
+                at = flags.index("--num_steps") + 1 if "--num_steps" in flags else 0
+                flags[at : at + 1] = [str(min(int(flags[at]), 16))] if at else flags[:1]
                 return launch.run_main(lambda: launch.main(flags))
             case ["jaxlm", *args]:
                 return launch.run_main(lambda: cli.command(args))
@@ -86,6 +89,20 @@ def run_page(page: str, text: str) -> tuple[int, list[str]]:
             continue
         count += 1
     return count, not_run
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_flags_of_a_page_fit_the_real_configs(page: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(runs.REPO)
+    text = (runs.REPO / page).read_text().replace("\\\n", " ")
+    commands = re.findall(r"launch\.py (--config configs/[^#`\n]*)", text)
+    for flags in map(str.split, commands):
+        if "--help" in flags:
+            continue
+        config = launch.parse_config(flags, prog="launch.py")
+        if "--num_steps" in flags and "--run_dir" not in flags:
+            assert config.num_steps > launch.load_config(flags[1]).num_steps, flags
+    assert commands or page == "docs/library.md"
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ LATER = {
     "--mesh.data 1 --mesh.tensor 8": r"mesh: layers/0/.* which tensor = 8 does not divide",
     "--data.source text:none/*.txt": r"none/\*\.txt",
     "--model.vocab_size 100": r"model.vocab_size: found 100, expected at least 257",
-    "--branch_from runs/none@best": r"runs/none: found no folder of checkpoints",
+    "--branch_from runs/none@best": r"runs/none: found no checkpoints",
 }
 
 

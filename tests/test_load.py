@@ -146,7 +146,7 @@ def test_a_checkpoint_is_sound_as_a_whole_or_not(own_run: Path):
 
 
 def test_a_run_or_step_that_is_not_there(tiny_run: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="nowhere: found no folder of checkpoints"):
+    with pytest.raises(ValueError, match="nowhere: found no checkpoints"):
         load_model(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"@7: there is no such .*holds steps: 4, 8, 12$"):
         load_model(f"{tiny_run / runs.RUN}@7")

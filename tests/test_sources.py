@@ -343,9 +343,9 @@ def test_a_long_text_file_is_several_documents_divided_at_blank_lines(tmp_path: 
     (tmp_path / "all.txt").write_text(text)
     source = open_source(DataConfig(source=f"text:{tmp_path}/all.txt"))
     documents = list(source.documents())
-    assert len(documents) == 4
+    assert len(documents) == 10
     assert all(document.endswith(" end") for document in documents)
     assert "\n\n".join(documents) == text
     assert list(source.documents(1)) == documents[1:]
-    (tmp_path / "short.txt").write_text(text[:40_000])
+    (tmp_path / "short.txt").write_text(text[:39_000])
     assert len(list(open_source(DataConfig(source=f"text:{tmp_path}/short.txt")).documents())) == 1

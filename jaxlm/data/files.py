@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 _COMPRESSED = (".gz", ".bz2", ".zst")
-SECTION_CHARS = 50_000
+SECTION_CHARS = 20_000
 """A longer .txt or .md file is several documents, divided at blank lines."""
 Row = Callable[[], str]
 """A document not yet decoded, so that it costs little to pass over."""
