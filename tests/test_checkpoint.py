@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -368,3 +369,29 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
         os.waitpid(child, 0)
         os.close(ready)
         os.close(tell)
+
+
+def test_what_was_deleted_by_hand_does_not_take_the_best_with_it(tmp_path: Path) -> None:
+    with _open(tmp_path, keep_latest=1) as checkpoints:
+        for step, loss in ((1, 1.0), (2, 2.0)):
+            checkpoints.save(_state(step), _metadata(step, loss))
+        checkpoints.wait()
+        shutil.rmtree(tmp_path / "1")
+        assert checkpoints.best == (2, 2.0)
+        for step, loss in ((3, 3.0), (4, 4.0)):
+            checkpoints.save(_state(step), _metadata(step, loss))
+    assert list_steps(tmp_path) == [2, 4]
+
+
+def test_a_run_that_has_lost_its_folder_leaves_another_s_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    theirs = [folder / "4.orbax-checkpoint-tmp", folder / "deleting" / "1"]
+    with pytest.raises(CheckpointError, match="deleted or replaced"), _open(folder) as checkpoints:
+        checkpoints.save(_state(1), _metadata(1, None))
+        checkpoints.wait()
+        folder.rename(tmp_path / "moved")
+        for path in theirs:
+            path.mkdir(parents=True)
+        (folder / "holder.json").write_text("{}")
+        checkpoints.save(_state(2), _metadata(2, None))
+    assert all(path.exists() for path in theirs) and (folder / "holder.json").exists()

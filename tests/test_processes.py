@@ -151,3 +151,21 @@ def test_two_processes_train_stop_and_resume_as_one(config_file: Path, tmp_path:
     output = _finish(_launch(config_file, stopped, "--num_steps", "110"), 0)
     assert "bits may differ from a run in one piece: processes: was 2, is 1" in output
     assert json.loads((stopped / "config.json").read_text())["num_steps"] == 110
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_gone_does_not_cost_the_save(config_file: Path, tmp_path: Path) -> None:
+    clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
+    command = [sys.executable, str(ROOT / "launch.py"), "--config", str(config_file)]
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(
+            [*command, "--run_dir", str(tmp_path), "--num_steps", "3000"],
+            env=clean,
+            stdout=full,
+            stderr=full,
+        )
+        _wait_for_step(tmp_path, 10, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 75
+    last = max(list_steps(tmp_path / "checkpoints"))
+    assert untimed_rows(tmp_path)[-1]["step"] in range(last - 5, last + 1)

@@ -304,3 +304,36 @@ def test_a_branch_past_the_end_of_its_plan_is_refused(straight: Path, tmp_path: 
     config = tiny_config(tmp_path, branch_from=f"{straight}@12")
     with pytest.raises(ValueError, match="found step 12, expected one before num_steps"):
         train(config, **data())
+
+
+def test_a_run_folder_goes_with_one_checkpoint_folder(straight: Path, tmp_path: Path) -> None:
+    elsewhere = {"directory": str(tmp_path / "elsewhere")}
+    before = untimed_rows(straight)
+    with pytest.raises(ValueError, match="run_dir .* belongs to its own checkpoints"):
+        train(tiny_config(straight, checkpoint=elsewhere), **data())
+    assert untimed_rows(straight) == before and not (tmp_path / "elsewhere").exists()
+    other = {"directory": str(straight / "checkpoints")}
+    with pytest.raises(ValueError, match="which holds the run .*another --checkpoint_dir"):
+        train(tiny_config(tmp_path / "other", checkpoint=other), **data())
+
+
+def test_a_plan_that_is_cut_short_ends_with_an_eval_and_a_final(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path), batches=_StopAtOnce(0), eval_batches=TinyEvalSet())
+    result = train(tiny_config(tmp_path, num_steps=3), **data())
+    assert result.step == 3 and result.complete
+    train(tiny_config(tmp_path, num_steps=12), batches=_StopAtOnce(3), eval_batches=TinyEvalSet())
+    result = train(tiny_config(tmp_path, num_steps=4), **data())
+    assert result == (4, True, result.best)
+    selected = select(f"{tmp_path}@final")
+    assert selected.step == 4 and selected.metadata.eval_loss is not None
+
+
+def test_a_complete_run_whose_end_is_damaged_is_made_again(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path), **data())
+    before = untimed_rows(tmp_path)
+    last = tmp_path / "checkpoints" / "12"
+    largest = max(last.rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(b"x" * largest.stat().st_size)
+    assert train(tiny_config(tmp_path), **data()).complete
+    assert untimed_rows(tmp_path) == before
+    assert select(f"{tmp_path}@final").step == 12 and last.with_name("12.corrupt").exists()
