@@ -35,7 +35,7 @@ def make_train_step(
       `grad_norm` (before clipping), `learning_rate` and `nonfinite_steps`.
     """
 
-    def loss_and_grads(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Params]:
+    def loss_and_grads(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
         def loss_sum(params: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
             return loss(nnx.merge(blueprint.graphdef, params), part)
 
@@ -44,11 +44,11 @@ def make_train_step(
             (total, weight), grads = grad_of_sum(params, batch)
         else:
             (total, weight), grads = _accumulate(grad_of_sum, params, batch, num_microbatches)
-        return total / weight, weight, jax.tree.map(lambda grad: grad / weight, grads)
+        return total / weight, jax.tree.map(lambda grad: grad / weight, grads)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            loss_value, _, grads = loss_and_grads(state.params, batch)
+            loss_value, grads = loss_and_grads(state.params, batch)
         grad_norm = optax.tree_utils.tree_norm(grads)
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
