@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from jaxlm import attention
@@ -110,10 +111,8 @@ def assemble(
     eos_id = dataset.eos_id if dataset else None
     mask_id = eos_id if config.model.document_mask else None
     tx = make_optimizer(config.optim)
-    schedule = make_schedule(config.optim, config.num_steps)
     blueprint = make_blueprint(model or model_factory(config.model, platform), tx, mesh)
     train_loss = loss or next_token_loss(z_loss=config.z_loss, eos_id=mask_id)
-    train_step = make_train_step(blueprint, train_loss, tx, schedule, mesh, config.num_microbatches)
 
     def put(index: int) -> Batch:
         index = 0 if config.overfit_one_batch else index
@@ -123,11 +122,8 @@ def assemble(
         assert eval_batches is not None
         return put_batch(partial(eval_batches, index), mesh, micro_batch)
 
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), put(0)
-    )
+    compiled = _compile(config, blueprint, train_loss, tx, mesh, put(0))
     peak = peak_flops(mesh.devices.flat[0].device_kind)
-    compiled = train_step.lower(blueprint.abstract, shapes).compile()
     return Parts(
         config=config,
         mesh=mesh,
@@ -143,6 +139,29 @@ def assemble(
         eos_id=eos_id,
         tokenizer_path=dataset.tokenizer_path if dataset else None,
     )
+
+
+def _compile(
+    config: Config,
+    blueprint: Blueprint,
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    example: Batch,
+) -> jax.stages.Compiled:
+    train_step = make_train_step(
+        blueprint,
+        loss,
+        tx,
+        make_schedule(config.optim, config.num_steps),
+        mesh,
+        config.num_microbatches,
+        config.guard.spike_zscore,
+    )
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), example
+    )
+    return train_step.lower(blueprint.abstract, shapes).compile()
 
 
 def _check_batch(config: Config, mesh: Mesh) -> int:

@@ -7,12 +7,8 @@ proves what came back, and tells only what is true on disk.
 """
 
 import contextlib
-import fcntl
-import json
 import math
-import os
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,46 +23,32 @@ from orbax.checkpoint import checkpoint_managers
 
 from jaxlm import manifest
 from jaxlm.config import CheckpointConfig
-from jaxlm.durable import fsync, write_file
+from jaxlm.durable import fsync
 from jaxlm.folder import (
     CORRUPT,
+    SUPERSEDED,
     Best,
     Metadata,
     find_best,
     list_set_aside,
     list_steps,
-    read_metadata,
+    read_steps,
 )
+from jaxlm.lock import HOLDER, lock, unlock
 from jaxlm.restore import ITEMS, DamagedArrays, items_of, restore_items, state_of
-from jaxlm.state import TrainState, all_finite, fingerprint
+from jaxlm.retention import Retention
+from jaxlm.skips import Skip, held_by, skipped, to_json, write_skips
+from jaxlm.state import TrainState, all_finite, fingerprint, num_bytes
 
-HOLDER = "holder.json"
 _DELETING = "deleting"
 _REPLACED = ".replaced"
+_RETRY_S, _MAX_RETRY_S = 10.0, 600.0
 # What Orbax and TensorStore raise when the disk refuses.
 _SAVE_ERRORS = (OSError, ValueError, RuntimeError)
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be kept or had back; the message says what to do."""
-
-
-class _Retention:
-    """Keeps the newest, the best, and every so many: no setting can drop best or latest."""
-
-    def __init__(self, config: CheckpointConfig):
-        self._config = config
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        del context
-        steps = [info.step for info in checkpoints]
-        best = find_best({info.step: (info.metrics or {}).get("eval_loss") for info in checkpoints})
-        kept = set(steps[-self._config.keep_latest :])
-        if best:
-            kept.add(best.step)
-        if self._config.keep_every:
-            kept |= {step for step in steps if step % self._config.keep_every == 0}
-        return [step in kept for step in steps]
 
 
 class Checkpoints:
@@ -91,8 +73,10 @@ class Checkpoints:
         self._config = config
         self._on_commit = on_commit
         self._warn = warn
-        self._eval_losses: dict[int, float | None] = {}
+        self._steps: dict[int, Metadata] = {}
         self._saving: Metadata | None = None
+        self._retention = Retention(config)
+        self._num_failures = 0
         self._purger = threading.Thread()
         self._primary = jax.process_index() == 0
         self._last_save_s = time.monotonic()
@@ -103,9 +87,11 @@ class Checkpoints:
         Raises:
           CheckpointError: another trainer holds the folder.
         """
+        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         if self._primary:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.folder)
+            required = self._config.lock == "required"
+            self._lock = lock(self.folder, required=required, warn=self._warn)
             self._identify()
         with contextlib.ExitStack() as on_error:
             on_error.callback(self._unlock)
@@ -124,12 +110,11 @@ class Checkpoints:
                 self._finish_replacing(path)
         self._sync("opened")
         self._identify()
-        for step in list_steps(self.folder):
-            damage = manifest.find_damage(self.folder / str(step), contents=False)
-            if damage and self._config.verify != "off":
-                self._set_aside(step, damage)
-            else:
-                self._eval_losses[step] = read_metadata(self.folder, step).eval_loss
+        found = read_steps(self.folder, check=self._config.verify != "off")
+        self._steps, self._skips = found.sound, found.skips
+        for step, damage in found.damaged.items():
+            self._set_aside(step, damage)
+        self._put_aside(found.superseded, SUPERSEDED)
         self._manager = self._open_manager()
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
@@ -152,8 +137,10 @@ class Checkpoints:
             with contextlib.suppress(OSError):  # a disk that is read-only by now
                 if self._is_ours():
                     (self.folder / HOLDER).unlink(missing_ok=True)
-            _held.remove(self._lock)
-            os.close(self._lock)
+                    if not self._steps:  # a run that never began leaves nothing behind
+                        for path in (self.folder / _DELETING, *self._made):
+                            path.rmdir()
+            unlock(self._lock)
 
     @property
     def best(self) -> Best | None:
@@ -163,14 +150,39 @@ class Checkpoints:
     def best_with(self, step: int, eval_loss: float | None) -> Best | None:
         """The best, once a checkpoint of this step and eval loss is on disk too."""
         # What was deleted by hand under the run is no longer the best.
-        there = {s: x for s, x in self._eval_losses.items() if (self.folder / str(s)).exists()}
-        return find_best({**there, step: eval_loss})
+        losses = {
+            s: found.eval_loss
+            for s, found in self._steps.items()
+            if (self.folder / str(s)).exists()
+        }
+        return find_best({**losses, step: eval_loss})
+
+    @property
+    def latest(self) -> Metadata | None:
+        """The newest checkpoint that is on disk."""
+        return self._steps[max(self._steps)] if self._steps else None
+
+    @property
+    def skips(self) -> tuple[Skip, ...]:
+        """The batches that the run passes over."""
+        return tuple(self._skips)
+
+    def batch_index(self, step: int) -> int:
+        """The batch that the state of `step` takes in."""
+        return step + skipped(self._skips, step)
 
     @property
     def due_by_time(self) -> bool:
-        """Whether `save_interval_min` has passed since the last save."""
+        """Whether the clock wants a save: for its interval, or to try a failed one again."""
+        since_s = time.monotonic() - self._last_save_s
+        if self._num_failures:
+            return since_s >= min(_RETRY_S * 2 ** (self._num_failures - 1), _MAX_RETRY_S)
         minutes = self._config.save_interval_min
-        return minutes is not None and time.monotonic() - self._last_save_s >= 60 * minutes
+        return minutes is not None and since_s >= 60 * minutes
+
+    def is_sound(self, step: int) -> bool:
+        """Whether every byte of a step's files is as it was written."""
+        return not manifest.find_damage(self.folder / str(step))
 
     def restore_latest(self, abstract: TrainState) -> tuple[TrainState, Metadata] | None:
         """The newest state that is proven sound, or None in a folder that never held one.
@@ -180,20 +192,49 @@ class Checkpoints:
           ValueError: the checkpoint is of another model.
         """
         restored = None
-        while self._eval_losses and restored is None:
-            restored = self._restore(max(self._eval_losses), abstract)
-        if restored is None:
-            if aside := list_set_aside(self.folder):
-                raise CheckpointError(
-                    f"{self.folder} holds no sound checkpoint, only {', '.join(aside)}; bring "
-                    "back a copy of one, or start a new run with --run_dir"
-                )
-            return None
+        while restored is None and (latest := self.latest):
+            restored = self._restore(latest, abstract)
+        if restored is None and (aside := list_set_aside(self.folder)):
+            raise CheckpointError(
+                f"{self.folder} holds no sound checkpoint, only {', '.join(aside)}; bring "
+                "back a copy of one, or start a new run with --run_dir"
+            )
         while self._config.verify == "full" and (best := self.best):
             if not (damage := manifest.find_damage(self.folder / str(best.step))):
                 break
             self._set_aside(best.step, damage)
         return restored
+
+    def roll_back(self, before: int, step: int, why: str, *, max_rollbacks: int) -> None:
+        """Goes back to the newest sound checkpoint, and passes over the batches up to `step`.
+
+        Args:
+          before: the checkpoint's step is lower than this; without one, it is the run's beginning.
+          step: the batches that the run has taken in; those since the checkpoint are passed over.
+          why: the reason, for people.
+          max_rollbacks: of the whole run.
+
+        Raises:
+          CheckpointError: there have been as many already.
+        """
+        self.wait()
+        if sum(skip.num_batches > 0 for skip in self._skips) >= max_rollbacks:
+            raise CheckpointError(
+                f"{why}; the run has been rolled back guard.max_rollbacks = {max_rollbacks} "
+                "time(s) already. Lower --optim.learning_rate, or raise --guard.max_rollbacks"
+            )
+        to = next((s for s in sorted(self._steps)[::-1] if s < before and self.is_sound(s)), 0)
+        self.go_back(Skip(to, step - to, why))
+        self._warn(f"{why}: going back to step {to}, past the batches from there")
+
+    def go_back(self, skip: Skip) -> None:
+        """Makes `skip.from_step` the latest: newer ones are superseded, and follow retention."""
+        self._skips.append(skip)
+        if self._primary:
+            write_skips(self.folder, self._skips)
+        self._sync(f"went back to {skip.from_step}")
+        self._put_aside([step for step in self._steps if step > skip.from_step], SUPERSEDED)
+        self._manager.reload()
 
     def save(self, state: TrainState, metadata: Metadata) -> None:
         """Starts to save; returns once the state may be given to the next step.
@@ -210,10 +251,12 @@ class Checkpoints:
         if not all_finite(state.params):
             raise CheckpointError(
                 f"step {metadata.step}: params hold values that are not finite, so the state is "
-                f"not saved; the last sound step is {max(self._eval_losses, default=None)}"
+                f"not saved; the last sound step is {max(self._steps, default=None)}"
             )
         items = items_of(state)
-        metadata = replace(metadata, fingerprints=fingerprint(items))
+        self._retention.state_bytes = num_bytes(items)
+        skips = to_json(held_by(self._skips, metadata.step))
+        metadata = replace(metadata, fingerprints=fingerprint(items), skips=skips)
         loss = metadata.eval_loss
         metrics = None if loss is None or not math.isfinite(loss) else {"eval_loss": loss}
         args = {name: ocp.args.PyTreeSave(item) for name, item in items.items()}
@@ -270,7 +313,8 @@ class Checkpoints:
             self._save_failed(error)
             return
         metadata, self._saving = self._saving, None
-        self._eval_losses[metadata.step] = metadata.eval_loss
+        self._steps[metadata.step] = metadata
+        self._num_failures = 0
         self._purge()
         best = self.best is not None and self.best.step == metadata.step
         self._on_commit(metadata.step, str(self.folder / str(metadata.step)), best)
@@ -280,7 +324,7 @@ class Checkpoints:
             best_fn=lambda metrics: metrics["eval_loss"],
             best_mode="min",
             save_decision_policy=checkpoint_managers.AnySavePolicy([]),
-            preservation_policy=_Retention(self._config),
+            preservation_policy=self._retention,
             cleanup_tmp_directories=True,
             todelete_subdir=_DELETING,
             async_options=ocp.AsyncOptions(
@@ -301,39 +345,60 @@ class Checkpoints:
         (partial,) = self.folder.glob(f"{self._saving.step}.orbax-checkpoint-tmp*")
         manifest.write_manifest(partial)
 
-    def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Metadata] | None:
-        path = self.folder / str(step)
-        if self._config.verify == "full" and (damage := manifest.find_damage(path)):
-            return self._set_aside(step, damage)
-        metadata = read_metadata(self.folder, step)
-        verify = self._config.verify == "full"
+    def _restore(
+        self, metadata: Metadata, abstract: TrainState
+    ) -> tuple[TrainState, Metadata] | None:
+        path, verify = self.folder / str(metadata.step), self._config.verify == "full"
+        if verify and (damage := manifest.find_damage(path)):
+            return self._set_aside(metadata.step, damage)
         try:
             items = restore_items(path, metadata, items_of(abstract), verify=verify)
         except DamagedArrays as error:
-            return self._set_aside(step, [str(error)])
+            return self._set_aside(metadata.step, [str(error)])
         return state_of(items), metadata
 
     def _set_aside(self, step: int, damage: list[str]) -> None:
-        path = self.folder / str(step)
-        aside = path.with_name(f"{step}{CORRUPT}")
-        for number in range(2, 1000):
-            if not aside.exists():
-                break
-            aside = path.with_name(f"{step}{CORRUPT}-{number}")
-        self._sync(f"damaged {step}")  # every process has seen it
+        (name,) = self._put_aside([step], CORRUPT)
+        more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
+        self._warn(f"checkpoint {step} is damaged: {damage[0]}{more}; renamed to {name}")
+
+    def _put_aside(self, steps: Sequence[int], suffix: str) -> list[str]:
+        # The new names.
+        if not steps:
+            return []
+        self._sync(f"{suffix} {steps}")  # every process has seen them
+        names = []
+        for step in steps:
+            name, number = f"{step}{suffix}", 2
+            while (self.folder / name).exists():
+                name, number = f"{step}{suffix}-{number}", number + 1
+            names.append(name)
+        self._sync(f"named {steps}")
         if self._primary:
-            path.rename(aside)
+            for step, name in zip(steps, names, strict=True):
+                (self.folder / str(step)).rename(self.folder / name)
             fsync(self.folder)
-        self._sync(f"set aside {step}")
-        self._eval_losses.pop(step, None)
+            if suffix == SUPERSEDED:
+                self._thin_superseded()
+        self._sync(f"put aside {steps}")
+        for step in steps:
+            self._steps.pop(step, None)
         if hasattr(self, "_manager"):
             self._manager.reload()
-        more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
-        self._warn(f"checkpoint {step} is damaged: {damage[0]}{more}; renamed to {aside.name}")
+        return names
+
+    def _thin_superseded(self) -> None:
+        paths = sorted(
+            self.folder.glob(f"*{SUPERSEDED}*"), key=lambda path: int(path.name.partition(".")[0])
+        )
+        for path in paths[: -self._config.keep_latest]:
+            path.rename(self.folder / _DELETING / path.name)
+        self._purge()
 
     def _save_failed(self, error: Exception) -> None:
         assert self._saving is not None
         step, self._saving = self._saving.step, None
+        self._num_failures += 1
         self._check_folder()
         self._clear_partial()
         self._manager.reload()
@@ -344,7 +409,7 @@ class Checkpoints:
         )
         if self._config.on_save_error == "stop":
             raise CheckpointError(text + "; the same command goes on from the latest") from error
-        self._warn(text + "; training goes on (checkpoint.on_save_error is warn)")
+        self._warn(text + "; training goes on, and tries again (checkpoint.on_save_error is warn)")
 
     def _clear_partial(self) -> None:
         # What a failed save has written. Its other threads may still be at it, so it is looked
@@ -393,44 +458,3 @@ class Checkpoints:
     def _sync(self, name: str) -> None:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"{self.folder}: {name}")
-
-
-_held: set[int] = set()
-
-
-def _let_go() -> None:
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
-
-
-# A lock lives on in the children that its holder forks: they close their copy at once.
-os.register_at_fork(after_in_child=_let_go)
-
-
-def _lock(folder: Path) -> int:
-    """Locks the folder itself, so that there is no lock file to delete; returns the descriptor.
-
-    The kernel frees the lock when its holder dies.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise CheckpointError(
-            f"{folder} is in use by another trainer ({_holder(folder)}); wait for it, stop it, or "
-            "start a new run with --run_dir"
-        ) from None
-    _held.add(descriptor)
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.ctime()}
-    write_file(folder / HOLDER, json.dumps(holder).encode())
-    return descriptor
-
-
-def _holder(folder: Path) -> str:
-    try:
-        holder = json.loads((folder / HOLDER).read_bytes())
-        return f"process {holder['pid']} on {holder['host']} since {holder['started']}"
-    except (OSError, ValueError, KeyError):
-        return "it has not said which"

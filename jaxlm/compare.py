@@ -9,9 +9,8 @@ from jaxlm.console import format_bytes
 from jaxlm.folder import (
     find_best,
     find_checkpoints,
-    find_damaged,
     list_set_aside,
-    read_all_metadata,
+    read_steps,
     select,
 )
 from jaxlm.restore import restore_numpy
@@ -31,7 +30,7 @@ def describe_run(run: str) -> dict[str, Any]:
       ValueError: there is no such run.
     """
     folder = find_checkpoints(run)
-    found = read_all_metadata(folder)
+    found, damaged, *_ = read_steps(folder)
     best = find_best({step: metadata.eval_loss for step, metadata in found.items()})
     named = {"best": best.step if best else None, "latest": max(found, default=None)}
     named["final"] = max((step for step in found if found[step].final), default=None)
@@ -48,7 +47,7 @@ def describe_run(run: str) -> dict[str, Any]:
         "folder": str(folder),
         "checkpoints": rows,
         "set_aside": list_set_aside(folder),
-        "damaged": {str(step): damage[0] for step, damage in find_damaged(folder).items()},
+        "damaged": {str(step): damage[0] for step, damage in damaged.items()},
     }
 
 

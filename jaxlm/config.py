@@ -213,12 +213,21 @@ class CheckpointConfig:
     """A save that failed stops the run, or is reported while training goes on."""
     verify: Literal["full", "fast", "off"] = free("full")
     """At restore: full checks every file and every array, fast only file sizes, off nothing."""
+    disk_budget_gb: float | None = free(None)
+    """Bytes that the checkpoints may take (10^9); milestones of `keep_every` are thinned to it."""
+    on_low_disk: Literal["warn", "refuse"] = free("warn")
+    """Before the first step, if the disk is smaller than the plan: warn, or do not begin."""
+    lock: Literal["required", "if_possible"] = free("required")
+    """Where the file system has no locks: do not begin, or warn and trust that no other does."""
 
     def __post_init__(self) -> None:
         _check_at_least(self, "checkpoint.", 1, "save_interval", "keep_latest", "keep_every")
         if self.save_interval_min is not None:
             found = self.save_interval_min
             _check(found > 0, "checkpoint.save_interval_min", found, "above 0, or None")
+        if self.disk_budget_gb is not None:
+            found = self.disk_budget_gb
+            _check(found > 0, "checkpoint.disk_budget_gb", found, "above 0, or None")
         # Orbax would make a local folder of that name, or write where nothing can be locked.
         _check(
             "://" not in (self.directory or ""),
@@ -226,6 +235,30 @@ class CheckpointConfig:
             self.directory,
             "a local path; mount an object store as a folder",
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """What is done when a loss goes bad."""
+
+    max_nonfinite: int = recorded(10)
+    """Steps in a row whose loss or gradient is not finite, after which `on_nonfinite` applies."""
+    on_nonfinite: Literal["stop", "rollback"] = recorded("stop")
+    """Stop the run; or go back to a checkpoint, and pass over the batches in between."""
+    spike_zscore: float | None = recorded(None)
+    """Roll back if the loss stays so many standard deviations above its median; None never."""
+    spike_steps: int = recorded(3)
+    """Steps in a row above `spike_zscore` that make a spike."""
+    max_rollbacks: int = recorded(3)
+    """Rollbacks in the whole run, after which the next one stops it."""
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, "guard.", 1, "max_nonfinite", "spike_steps")
+        _check_at_least(self, "guard.", 0, "max_rollbacks")
+        if self.spike_zscore is not None:
+            _check(
+                self.spike_zscore > 0, "guard.spike_zscore", self.spike_zscore, "above 0, or None"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,6 +287,8 @@ class Config:
     """The devices."""
     checkpoint: CheckpointConfig = free(CheckpointConfig())
     """The checkpoints."""
+    guard: GuardConfig = recorded(GuardConfig())
+    """The divergence guard."""
     tracking: TrackingConfig = free(TrackingConfig())
     """The trackers."""
     num_steps: int = recorded(1000)
@@ -278,10 +313,12 @@ class Config:
     """Train on batch 0 forever: a first check that the model can learn."""
     branch_from: str | None = free(None)
     """Begin a new run with the full state of RUN@STEP (STEP: best, latest, final or a number)."""
+    init_from: str | None = free(None)
+    """Begin a new run, at step 0, with the weights alone of RUN@STEP."""
     run_dir: str = free("runs/default")
     """Folder of the run; launch.py names it runs/CONFIG by default."""
-    resume: Literal["auto", "never"] = free("auto")
-    """auto goes on from the latest sound checkpoint; never refuses a folder that holds any."""
+    resume: Literal["auto", "best", "never"] = free("auto")
+    """Go on from the latest sound checkpoint, or from the best; never refuses to go on at all."""
 
     def __post_init__(self) -> None:
         _check_at_least(self, "", 1, "num_steps", "batch_size", "seq_len", "num_microbatches")
@@ -302,6 +339,12 @@ class Config:
             warmup,
             f"less than num_steps ({self.num_steps}); "
             f"add --optim.warmup_steps {self.num_steps // 10}",
+        )
+        _check(
+            self.branch_from is None or self.init_from is None,
+            "init_from",
+            self.init_from,
+            "nothing beside branch_from, which takes the whole state",
         )
 
     @property

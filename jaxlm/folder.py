@@ -12,9 +12,13 @@ from typing import Any, NamedTuple
 
 from jaxlm import manifest
 from jaxlm.config import Config, from_dict
+from jaxlm.skips import Skip, held_by, read_skips, to_json
 
 TOKENIZER = "tokenizer.json"
 CORRUPT = ".corrupt"
+"""Ends the name of a step that was found damaged."""
+SUPERSEDED = ".superseded"
+"""Ends the name of a step that the run has gone back from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Metadata:
     """Identity of the run at its trackers."""
     lineage: list[dict[str, Any]]
     """What was changed on the way here, oldest first."""
+    skips: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Batches passed over on the way here: the fields of `jaxlm.skips.Skip`."""
     fingerprints: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     """Leaf name -> [dtype, shape, lane, lane], computed on the device before the save."""
 
@@ -106,31 +112,46 @@ def read_metadata(folder: Path, step: int) -> Metadata:
         ) from error
 
 
-def read_all_metadata(folder: Path) -> dict[int, Metadata]:
-    """Step -> metadata of every step whose small files are sound, ascending.
+class Steps(NamedTuple):
+    """What a quick look at a checkpoint folder finds."""
 
-    Nothing is repeated or changed on disk, so a trainer may delete a step in the meantime.
+    sound: dict[int, Metadata]
+    """Ascending. Of large files, only the size was looked at."""
+    damaged: dict[int, list[str]]
+    """Step -> what is wrong with it."""
+    superseded: list[int]
+    """Steps that the run has gone back from."""
+    skips: list[Skip]
+    """The batches that the run passes over."""
+
+
+def read_steps(folder: Path, *, check: bool = True) -> Steps:
+    """Looks at every step; nothing is changed on disk, and a trainer may be at work there.
+
+    Args:
+      folder: the checkpoint folder.
+      check: compare the files with the manifest.
+
+    Raises:
+      ValueError: `check` is off, and metadata cannot be read.
     """
-    found = {}
+    found, damaged = {}, {}
     for step in list_steps(folder):
-        if not manifest.find_damage(folder / str(step), contents=False):
-            try:
+        try:
+            damage = manifest.find_damage(folder / str(step), contents=False) if check else []
+            if damage and (folder / str(step)).exists():
+                damaged[step] = damage
+            elif not damage:
                 found[step] = read_metadata(folder, step)
-            except ValueError:
-                continue  # deleted between the two looks
-    return found
-
-
-def find_damaged(folder: Path) -> dict[int, list[str]]:
-    """Step -> what is wrong with it, of every step that `read_all_metadata` leaves out."""
-    looked_at = {
-        step: manifest.find_damage(folder / str(step), contents=False)
-        for step in list_steps(folder)
-    }
-    # A trainer may have deleted a step between the two looks.
-    return {
-        step: found for step, found in looked_at.items() if found and (folder / str(step)).exists()
-    }
+        except ValueError:
+            if not check:
+                raise  # else it was deleted between the two looks
+    # The list only grows. Where its file is lost, the checkpoints still have it.
+    lists = [[Skip(**entry) for entry in metadata.skips] for metadata in found.values()]
+    skips = max([read_skips(folder) or [], *lists], key=len)
+    superseded = [s for s, m in found.items() if m.skips != to_json(held_by(skips, s))]
+    sound = {step: found[step] for step in found if step not in superseded}
+    return Steps(sound, damaged, superseded, skips)
 
 
 def find_best(eval_losses: dict[int, float | None]) -> Best | None:
@@ -169,6 +190,11 @@ class Selected(NamedTuple):
     passed_over: dict[int, list[str]]
     """Damaged steps that would have come first, or may have, and what is wrong with them."""
 
+    @property
+    def path(self) -> Path:
+        """The step folder."""
+        return self.folder / str(self.step)
+
 
 def select(run: str, default: str = "best", *, contents: bool = True) -> Selected:
     """Finds `RUN@STEP`: STEP is `best`, `latest`, `final` or a number.
@@ -187,7 +213,7 @@ def select(run: str, default: str = "best", *, contents: bool = True) -> Selecte
     which = which or default
     folder = find_checkpoints(name)
     # Of a damaged step, no one can tell whether it was the best or a final one.
-    passed_over = find_damaged(folder) if which in ("best", "final") else {}
+    passed_over = read_steps(folder).damaged if which in ("best", "final") else {}
     for step in _candidates(folder, which):
         damage = manifest.find_damage(folder / str(step), contents=contents)
         if not damage:
@@ -208,7 +234,7 @@ def _candidates(folder: Path, which: str) -> list[int]:
         return [step for step in steps if step == int(which)]
     if which == "latest":
         return steps[::-1]
-    found = read_all_metadata(folder)
+    found = read_steps(folder).sound
     if which == "final":
         return [step for step in reversed(found) if found[step].final]
     if which != "best":

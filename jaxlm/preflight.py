@@ -8,14 +8,10 @@ import jax
 
 from jaxlm.config import Config
 from jaxlm.console import format_bytes, format_count
-from jaxlm.state import TrainState
+from jaxlm.retention import IN_TRANSIT
+from jaxlm.state import TrainState, num_bytes
 
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "OUT_OF_MEMORY")
-
-
-def count_bytes(abstract: Any) -> int:
-    """Bytes of all leaves, each counted once however many devices hold it."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
 
 
 def describe(config: Config, abstract: TrainState, memory: Any, mesh_size: int) -> str:
@@ -42,18 +38,31 @@ def describe(config: Config, abstract: TrainState, memory: Any, mesh_size: int) 
 
 
 def checkpoint_bytes(config: Config, abstract: TrainState) -> int:
-    """Bytes that the checkpoints of this plan take at most, besides those kept by `keep_every`.
+    """Bytes that the checkpoints of this plan take at most.
 
-    The newest, the best, the one being written, and the one being deleted.
+    The newest, the best, the milestones of `keep_every`, and those in transit.
+
+    Raises:
+      ValueError: the newest and the best alone are more than `disk_budget_gb`.
     """
-    return count_bytes(abstract) * (config.checkpoint.keep_latest + 3)
+    keep, state_bytes = config.checkpoint, num_bytes(abstract)
+    needed = state_bytes * (keep.keep_latest + 1 + IN_TRANSIT)
+    milestones = config.num_steps // keep.keep_every if keep.keep_every else 0
+    if keep.disk_budget_gb is None:
+        return needed + state_bytes * milestones
+    if needed > keep.disk_budget_gb * 1e9:
+        raise ValueError(
+            f"checkpoint.disk_budget_gb: found {keep.disk_budget_gb:g}, expected at least "
+            f"{needed / 1e9:.3g}: {keep.keep_latest + 1} checkpoints of "
+            f"{format_bytes(state_bytes)} kept and two in transit; raise it, or lower "
+            "--checkpoint.keep_latest"
+        )
+    return min(needed + state_bytes * milestones, int(keep.disk_budget_gb * 1e9))
 
 
-def disk_warning(config: Config, abstract: TrainState) -> str | None:
-    """A warning if the checkpoints will not fit on their disk, or None."""
-    state_bytes, needed = count_bytes(abstract), checkpoint_bytes(config, abstract)
-    if config.checkpoint.keep_every:
-        needed += state_bytes * (config.num_steps // config.checkpoint.keep_every)
+def disk_shortage(config: Config, abstract: TrainState) -> str | None:
+    """What to do if the checkpoints will not fit on their disk, or None if they will."""
+    needed = checkpoint_bytes(config, abstract)
     folder = Path(config.checkpoint_dir).absolute()
     used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     while not folder.exists():
@@ -63,8 +72,8 @@ def disk_warning(config: Config, abstract: TrainState) -> str | None:
         return None
     return (
         f"checkpoints need up to {format_bytes(needed)} in {config.checkpoint_dir}, and the disk "
-        f"has {format_bytes(free)}; free some, lower --checkpoint.keep_latest or raise "
-        "--checkpoint.keep_every"
+        f"has {format_bytes(free)}; free some, lower --checkpoint.keep_latest, raise "
+        "--checkpoint.keep_every, or set --checkpoint.disk_budget_gb"
     )
 
 

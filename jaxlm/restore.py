@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from jaxlm.folder import Metadata
+from jaxlm.guard import Guard
 from jaxlm.state import TrainState, fingerprint, path_name
 
 ITEMS = ("params", "opt_state", "state")
@@ -24,13 +25,14 @@ class DamagedArrays(ValueError):
 
 def items_of(state: TrainState) -> dict[str, Any]:
     """A state as the items of a checkpoint; each can be restored alone."""
-    counters = {"step": state.step, "nonfinite_steps": state.nonfinite_steps}
-    return {"params": state.params, "opt_state": state.opt_state, "state": counters}
+    rest = {"step": state.step, **state.guard._asdict()}
+    return {"params": state.params, "opt_state": state.opt_state, "state": rest}
 
 
 def state_of(items: dict[str, Any]) -> TrainState:
     """The inverse of `items_of`."""
-    return TrainState(items["params"], items["opt_state"], **items["state"])
+    rest = dict(items["state"])
+    return TrainState(items["params"], items["opt_state"], rest.pop("step"), Guard(**rest))
 
 
 def restore_items(

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Change, Config, changes
-from jaxlm.folder import Best, Metadata, find_best, list_steps, read_all_metadata, select
-from jaxlm.manifest import find_damage
+from jaxlm.folder import Metadata, list_steps, select
 from jaxlm.optim import make_schedule
 
 Say = Callable[[str], None]
@@ -26,47 +26,70 @@ class Plan(NamedTuple):
 
     config: Config
     """The config to train with."""
-    latest: Metadata | None
-    """The newest checkpoint, or None for a new run."""
     changed: list[Change]
-    """Fields that differ from it; none of them fixed."""
-    best: Best | None
-    """The best checkpoint on disk."""
+    """Fields that differ from those of the newest checkpoint; none of them fixed."""
     complete: bool
     """Whether there is nothing left to do, and latest and best are sound."""
 
 
-def plan_resume(config: Config) -> Plan:
-    """Holds the config against what its checkpoint folder was trained with.
+def check_folders(config: Config) -> None:
+    """Refuses what can be refused before anything is made or locked.
 
     Raises:
-      ValueError: a fixed field differs, or `resume` is `never` and the folder holds checkpoints.
+      ValueError: the folders hold another run, or must not hold any, or the checkpoint to begin
+        from is not there.
     """
     folder = Path(config.checkpoint_dir)
-    if config.resume == "never" and list_steps(folder):
+    steps = list_steps(folder)
+    if config.resume == "never" and steps:
         raise ValueError(
-            f"resume: found never, but {folder} holds checkpoints {list_steps(folder)}; "
+            f"resume: found never, but {folder} holds checkpoints {steps}; "
             "choose another --run_dir, or leave --resume out to go on from the latest"
         )
     _check_run_folder(config)
-    found = read_all_metadata(folder)
-    if not found:
-        _check_branch(config)
-        return Plan(config, None, [], None, False)
-    latest = found[max(found)]
+    if steps:
+        return
+    if config.init_from:
+        select(config.init_from, contents=False)
+    if config.branch_from:
+        step = select(config.branch_from, contents=False).step
+        if step >= config.num_steps:
+            raise ValueError(
+                f"branch_from: found step {step}, expected one before num_steps "
+                f"({config.num_steps}); add a larger --num_steps"
+            )
+
+
+def plan_resume(config: Config, checkpoints: Checkpoints) -> Plan:
+    """Holds the config against what its checkpoint folder was trained with.
+
+    Raises:
+      ValueError: a fixed field differs.
+    """
+    latest, best = checkpoints.latest, checkpoints.best
+    if latest is None:
+        return Plan(config, [], False)
     before = latest.run_config()
     if config.data.max_tokens is None:
         # Resolved at the run's start: a longer run goes through the same tokens more often.
         data = dataclasses.replace(config.data, max_tokens=before.data.max_tokens)
         config = dataclasses.replace(config, data=data)
-    changed = allowed_changes(latest, config, folder)
-    best = find_best({step: metadata.eval_loss for step, metadata in found.items()})
+    changed = _allowed_changes(latest, config, checkpoints.folder)
+    _check_owner(latest, config)
     complete = latest.final and is_at_end(config, latest.step, latest.num_worse_evals)
-    to_verify = {latest.step, best.step if best else latest.step} if complete else set()
-    sound = not any(find_damage(folder / str(step)) for step in to_verify)
-    if complete and sound:
-        check_owner(latest, config)
-    return Plan(config, latest, changed, best, complete and sound)
+    if not complete or goes_back(config, latest):
+        return Plan(config, changed, False)
+    to_verify = {latest.step, best.step if best else latest.step}
+    return Plan(config, changed, all(map(checkpoints.is_sound, to_verify)))
+
+
+def goes_back(config: Config, latest: Metadata) -> bool:
+    """Whether `--resume best` still has to go back.
+
+    A run that went back saves this setting in each checkpoint: when it is started again with the
+    same command, it goes on.
+    """
+    return config.resume == "best" and latest.config["resume"] != "best"
 
 
 def is_at_end(config: Config, step: int, num_worse_evals: int) -> bool:
@@ -75,13 +98,8 @@ def is_at_end(config: Config, step: int, num_worse_evals: int) -> bool:
     return step >= config.num_steps or (limit is not None and num_worse_evals >= limit)
 
 
-def allowed_changes(restored: Metadata, config: Config, folder: Path) -> list[Change]:
-    """The fields that differ from those of a checkpoint.
-
-    Raises:
-      ValueError: one of them is fixed.
-    """
-    differing = changes(restored.run_config(), config)
+def _allowed_changes(latest: Metadata, config: Config, folder: Path) -> list[Change]:
+    differing = changes(latest.run_config(), config)
     refused = [str(change) for change in differing if change.policy == "fixed"]
     if refused:
         raise ValueError(
@@ -101,24 +119,12 @@ def tell_changes(restored: Metadata, config: Config, recorded: list[Change], say
         say(f"learning rate at step {restored.step}: was {was:.3e}, is {now:.3e}")
 
 
-def check_owner(restored: Metadata, config: Config) -> None:
-    """Raises ValueError if `checkpoint_dir` was named for a new run, and holds another's."""
+def _check_owner(restored: Metadata, config: Config) -> None:
     owner = restored.config["run_dir"]
     if config.checkpoint.directory and owner != config.run_dir:
         raise ValueError(
             f"checkpoint.directory: found {config.checkpoint.directory}, which holds the run "
             f"{owner}; for a new run, name another --checkpoint_dir too, or leave it out"
-        )
-
-
-def _check_branch(config: Config) -> None:
-    if config.branch_from is None:
-        return
-    step = select(config.branch_from, contents=False).step
-    if step >= config.num_steps:
-        raise ValueError(
-            f"branch_from: found step {step}, expected one before num_steps "
-            f"({config.num_steps}); add a larger --num_steps"
         )
 
 

@@ -1,25 +1,29 @@
 """Where a run begins: at a new state, at its own latest checkpoint, or at another run's."""
 
+import contextlib
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from jaxlm.assemble import Parts
 from jaxlm.checkpoint import Checkpoints
-from jaxlm.config import to_dict
+from jaxlm.config import changes, to_dict
 from jaxlm.console import Console
 from jaxlm.durable import write_file
-from jaxlm.folder import TOKENIZER, Metadata, select
+from jaxlm.folder import TOKENIZER, Metadata, Selected, select
 from jaxlm.metrics import Metrics
 from jaxlm.restore import items_of, restore_items, state_of
 from jaxlm.resume import (
-    allowed_changes,
-    check_owner,
     compare_environments,
     describe_environment,
+    goes_back,
     is_at_end,
     tell_changes,
 )
+from jaxlm.skips import Skip
 from jaxlm.state import TrainState
 
 
@@ -43,7 +47,7 @@ class Start(NamedTuple):
     run_id: str | None = None
     """Identity at the trackers; None for a new run."""
     new_future: bool = False
-    """Settings have changed, so steps made before may be made otherwise now."""
+    """Steps made before may be made otherwise now, by other settings or other batches."""
     lineage: list[dict[str, Any]] = []  # never changed in place
     """What was changed on the way here."""
 
@@ -57,64 +61,107 @@ def start_state(
       CheckpointError: the folder holds checkpoints, and none is sound.
       ValueError: the checkpoint is of another model, or of other data.
     """
-    abstract, source = parts.blueprint.abstract, parts.config.branch_from
-    restored = checkpoints.restore_latest(abstract)
+    config, latest, best = parts.config, checkpoints.latest, checkpoints.best
+    if latest and best and goes_back(config, latest) and best.step < latest.step:
+        checkpoints.go_back(Skip(best.step, 0, "--resume best"))
+    restored = checkpoints.restore_latest(parts.blueprint.abstract)
     if restored:
-        state, metadata = restored
-        _check_data(parts, metadata)
-        # Not those of the plan: it has looked at the latest, which may have been damaged.
-        check_owner(metadata, parts.config)
-        changed = allowed_changes(metadata, parts.config, checkpoints.folder)
-        recorded = [change for change in changed if change.policy == "recorded"]
-        tell_changes(metadata, parts.config, recorded, console.say)
-        lineage = metadata.lineage
-        if source and not any("branched_from" in entry for entry in lineage):
-            console.warn("branch_from begins a new run; this folder has one, which goes on")
-        if recorded:
-            lineage = [*lineage, {"step": metadata.step, "changed": list(map(str, recorded))}]
-        console.say(f"Resuming from step {metadata.step} of {checkpoints.folder}")
-        _tell(metadata, console)
-        now = describe_environment(parts.mesh)
-        for difference in compare_environments(metadata.environment, now):
-            console.warn(f"bits may differ from a run in one piece: {difference}")
-        worse = metadata.num_worse_evals
-        at_end = is_at_end(parts.config, metadata.step, worse)
-        return state, Start(
-            step=metadata.step,
-            tokens_seen=metadata.tokens_seen,
-            nonfinite_steps=int(state.nonfinite_steps),
-            num_worse_evals=worse,
-            eval_loss=metadata.eval_loss,
-            owes_eval=parts.eval_due(metadata.step) and metadata.eval_loss is None,
-            owes_end=at_end and not metadata.final,
-            run_id=metadata.tracking_run_id,
-            new_future=bool(recorded),
-            lineage=lineage,
-        )
-    if source:
-        selected = select(source)
-        metadata = selected.metadata
-        path = selected.folder / str(selected.step)
-        if metadata.data_fingerprint != parts.data_fingerprint:
-            console.warn(f"the data is not that of {source}; its tokens must mean the same")
-        for step, damage in selected.passed_over.items():
-            console.warn(f"step {step} of {source} is damaged ({damage[0]}) and was passed over")
-        state = state_of(restore_items(path, metadata, items_of(abstract)))
-        console.say(f"Branching from step {selected.step} of {selected.folder}")
-        _tell(metadata, console)
-        lineage = [*metadata.lineage, {"step": selected.step, "branched_from": str(path)}]
-        return state, Start(
-            step=selected.step,
-            tokens_seen=metadata.tokens_seen,
-            nonfinite_steps=int(state.nonfinite_steps),
-            owes_eval=parts.eval_due(selected.step),
-            lineage=lineage,
-        )
-    return parts.blueprint.make(parts.config.seed), Start()
+        return restored[0], _resumed(parts, checkpoints, *restored, console)
+    if config.branch_from:
+        return _branch(parts, config.branch_from, console)
+    state = parts.blueprint.make(config.seed)
+    if config.init_from:
+        return _with_weights_of(parts, config.init_from, state, console)
+    return state, Start(new_future=bool(checkpoints.skips))
 
 
-def open_run_folder(parts: Parts, start: Start, console: Console) -> Metrics:
-    """Writes what lies beside the checkpoints, and opens the metrics where the run goes on."""
+def _resumed(
+    parts: Parts,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    metadata: Metadata,
+    console: Console,
+) -> Start:
+    config, lineage = parts.config, metadata.lineage
+    if metadata.data_fingerprint != parts.data_fingerprint:
+        raise ValueError(
+            f"data: found fingerprint {parts.data_fingerprint or 'none'}, but step "
+            f"{metadata.step} was trained on {metadata.data_fingerprint or 'none'}; bring back the "
+            "data of that run (its source has changed since), or add --run_dir for a new run"
+        )
+    began = any(entry.keys() & {"branched_from", "initialized_from"} for entry in lineage)
+    if (config.branch_from or config.init_from) and not began:
+        console.warn("branch_from and init_from begin a new run; this one has begun, and goes on")
+    # Against what was restored, which is not the plan's latest if that turned out to be damaged.
+    recorded = [c for c in changes(metadata.run_config(), config) if c.policy == "recorded"]
+    tell_changes(metadata, config, recorded, console.say)
+    if recorded:
+        lineage = [*lineage, {"step": metadata.step, "changed": list(map(str, recorded))}]
+    console.say(f"Resuming from step {metadata.step} of {checkpoints.folder}")
+    _tell(metadata, console)
+    now = describe_environment(parts.mesh)
+    for difference in compare_environments(metadata.environment, now):
+        console.warn(f"bits may differ from a run in one piece: {difference}")
+    at_end = is_at_end(config, metadata.step, metadata.num_worse_evals)
+    return Start(
+        step=metadata.step,
+        tokens_seen=metadata.tokens_seen,
+        nonfinite_steps=int(state.guard.nonfinite_steps),
+        num_worse_evals=metadata.num_worse_evals,
+        eval_loss=metadata.eval_loss,
+        owes_eval=parts.eval_due(metadata.step) and metadata.eval_loss is None,
+        owes_end=at_end and not metadata.final,
+        run_id=metadata.tracking_run_id,
+        new_future=bool(recorded) or len(checkpoints.skips) > len(metadata.skips),
+        lineage=lineage,
+    )
+
+
+def _branch(parts: Parts, source: str, console: Console) -> tuple[TrainState, Start]:
+    selected = _selected(parts, source, console)
+    metadata, path = selected.metadata, selected.path
+    state = state_of(restore_items(path, metadata, items_of(parts.blueprint.abstract)))
+    console.say(f"Branching from step {selected.step} of {selected.folder}")
+    _tell(metadata, console)
+    return state, Start(
+        step=selected.step,
+        tokens_seen=metadata.tokens_seen,
+        nonfinite_steps=int(state.guard.nonfinite_steps),
+        owes_eval=parts.eval_due(selected.step),
+        lineage=[*metadata.lineage, {"step": selected.step, "branched_from": str(path)}],
+    )
+
+
+def _with_weights_of(
+    parts: Parts, source: str, state: TrainState, console: Console
+) -> tuple[TrainState, Start]:
+    selected = _selected(parts, source, console)
+    wanted = {"params": parts.blueprint.abstract.params}
+    params = restore_items(selected.path, selected.metadata, wanted)["params"]
+    console.say(f"Beginning with the weights of step {selected.step} of {selected.folder}")
+    _tell(selected.metadata, console)
+    lineage = [*selected.metadata.lineage, {"step": 0, "initialized_from": str(selected.path)}]
+    return state._replace(params=params), Start(lineage=lineage)
+
+
+def _selected(parts: Parts, source: str, console: Console) -> Selected:
+    selected = select(source)
+    if selected.metadata.data_fingerprint != parts.data_fingerprint:
+        console.warn(f"the data is not that of {source}; its tokens must mean the same")
+    for step, damage in selected.passed_over.items():
+        console.warn(f"step {step} of {source} is damaged ({damage[0]}) and was passed over")
+    return selected
+
+
+def open_run_folder(
+    parts: Parts, start: Start, console: Console
+) -> AbstractContextManager[Metrics | None]:
+    """Writes what lies beside the checkpoints, and opens the metrics where the run goes on.
+
+    One process of several does this, and the others get None.
+    """
+    if jax.process_index() != 0:
+        return contextlib.nullcontext()
     config = parts.config
     run_dir, checkpoint_dir = Path(config.run_dir), Path(config.checkpoint_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -130,15 +177,6 @@ def open_run_folder(parts: Parts, start: Start, console: Console) -> Metrics:
         new_future=start.new_future,
         say=console.say,
     )
-
-
-def _check_data(parts: Parts, metadata: Metadata) -> None:
-    if metadata.data_fingerprint != parts.data_fingerprint:
-        raise ValueError(
-            f"data: found fingerprint {parts.data_fingerprint or 'none'}, but step "
-            f"{metadata.step} was trained on {metadata.data_fingerprint or 'none'}; bring back the "
-            "data of that run (its source has changed since), or add --run_dir for a new run"
-        )
 
 
 def _tell(metadata: Metadata, console: Console) -> None:

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxlm.guard import Guard, make_guard
 from jaxlm.sharding import param_sharding, replicated
 
 Params = Any  # nested dicts of arrays
@@ -23,8 +24,8 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     step: jax.Array
     """int32 []: batches taken in."""
-    nonfinite_steps: jax.Array
-    """int32 []: those of them that were not finite, and changed nothing else."""
+    guard: Guard
+    """What was out of the ordinary of late."""
 
 
 class Blueprint(NamedTuple):
@@ -68,8 +69,7 @@ def make_blueprint(model: ModelFactory, tx: optax.GradientTransformation, mesh: 
 
     def build(seed: jax.Array) -> TrainState:
         params = nnx.to_pure_dict(nnx.split(model(nnx.Rngs(params=jax.random.key(seed))))[1])
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(params, tx.init(params), zero, zero)
+        return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32), make_guard())
 
     whole = replicated(mesh)
     shapes = jax.eval_shape(build, jax.ShapeDtypeStruct((), jnp.uint32))
@@ -81,7 +81,8 @@ def make_blueprint(model: ModelFactory, tx: optax.GradientTransformation, mesh: 
         transform_non_params=lambda _: whole,
     )
     param_shardings = jax.tree.map(lambda param: param.sharding, abstract_params)
-    state_shardings: Any = (param_shardings, opt_state_shardings, whole, whole)
+    guard_shardings = jax.tree.map(lambda _: whole, shapes.guard)
+    state_shardings: Any = (param_shardings, opt_state_shardings, whole, guard_shardings)
     state_shardings = TrainState(*state_shardings)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -140,6 +141,11 @@ def _lanes(x: jax.Array) -> jax.Array:
         tuple(range(words.ndim)),
     )
     return jnp.stack(lanes)
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of all leaves, each counted once however many devices hold it."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def all_finite(tree: Any) -> bool:

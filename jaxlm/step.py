@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxlm.guard import observe
 from jaxlm.loss import Batch, Loss
 from jaxlm.sharding import batch_sharding, replicated
 from jaxlm.state import Blueprint, Params, TrainState
@@ -23,16 +24,17 @@ def make_train_step(
     schedule: optax.Schedule,
     mesh: Mesh,
     num_microbatches: int = 1,
+    spike_zscore: float | None = None,
 ) -> jax.stages.Wrapped:
     """The compiled update; it consumes the state that it is given (donation).
 
     The batch is taken in `num_microbatches` parts of its rows, whose loss and gradient sums add up
-    to those of the whole batch. If the loss or the gradient is not finite, the state keeps all but
-    its two counters.
+    to those of the whole batch. If the loss or the gradient is not finite, params and optimizer
+    stay as they were.
 
     Returns:
       `(state, batch) -> (state, metrics)`, metrics being float32 [] `loss` (mean over tokens),
-      `grad_norm` (before clipping), `learning_rate` and `nonfinite_steps`.
+      `grad_norm` (before clipping) and `learning_rate`, and the counts of `Guard`.
     """
 
     def loss_and_grads(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
@@ -60,14 +62,16 @@ def make_train_step(
             (params, opt_state),
             (state.params, state.opt_state),
         )
-        nonfinite_steps = state.nonfinite_steps + (~finite).astype(jnp.int32)
+        guard = observe(state.guard, loss_value, finite, spike_zscore)
         metrics = {
             "loss": loss_value,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            "nonfinite_steps": nonfinite_steps,
+            "nonfinite_steps": guard.nonfinite_steps,
+            "nonfinite_run": guard.nonfinite_run,
+            "spike_run": guard.spike_run,
         }
-        return TrainState(params, opt_state, state.step + 1, nonfinite_steps), metrics
+        return TrainState(params, opt_state, state.step + 1, guard), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.abstract)
     return jax.jit(

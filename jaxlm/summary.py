@@ -4,14 +4,18 @@ from pathlib import Path
 
 from jaxlm import preflight
 from jaxlm.assemble import Parts
-from jaxlm.config import Config
+from jaxlm.config import Change, Config
 from jaxlm.console import Console, format_bytes
-from jaxlm.folder import Best
-from jaxlm.resume import Plan
+from jaxlm.folder import Best, Metadata
+from jaxlm.state import num_bytes
 
 
 def tell_start(parts: Parts, console: Console) -> None:
-    """The config in short, what it needs, and what looks wrong about it."""
+    """The config in short, what it needs, and what looks wrong about it.
+
+    Raises:
+      ValueError: the disk is too small, and `on_low_disk` is `refuse`.
+    """
     config, abstract = parts.config, parts.blueprint.abstract
     model, optim = config.model, config.optim
     console.say(
@@ -21,14 +25,16 @@ def tell_start(parts: Parts, console: Console) -> None:
         f"{config.seq_len} tokens; {optim.schedule} schedule, learning rate {optim.learning_rate:g}"
     )
     console.say(preflight.describe(config, abstract, parts.memory, parts.mesh.size))
-    state_bytes = preflight.count_bytes(abstract)
+    state_bytes = num_bytes(abstract)
     console.say(
         f"checkpoints: {format_bytes(state_bytes)} each, at most "
         f"{format_bytes(preflight.checkpoint_bytes(config, abstract))} on disk, every "
         f"{config.checkpoint.save_interval} steps in {config.checkpoint_dir}"
     )
-    if warning := preflight.disk_warning(config, abstract):
-        console.warn(warning)
+    if shortage := preflight.disk_shortage(config, abstract):
+        if config.checkpoint.on_low_disk == "refuse":
+            raise ValueError(f"{shortage}, or add --checkpoint.on_low_disk warn")
+        console.warn(shortage)
     if not config.intervals_nest:
         console.warn(
             f"save_interval {config.checkpoint.save_interval} and eval_interval "
@@ -36,10 +42,10 @@ def tell_start(parts: Parts, console: Console) -> None:
         )
 
 
-def tell_complete(plan: Plan, console: Console) -> None:
+def tell_complete(
+    config: Config, latest: Metadata, best: Best | None, changed: list[Change], console: Console
+) -> None:
     """That there is nothing left to train, and how to go on."""
-    config, latest = plan.config, plan.latest
-    assert latest is not None
     if latest.step < config.num_steps:
         reason = f"ended at step {latest.step}: {latest.num_worse_evals} evals without a new best"
         more = "a larger --stop_after_worse_evals"
@@ -47,10 +53,10 @@ def tell_complete(plan: Plan, console: Console) -> None:
         reason = f"is complete at step {latest.step} (num_steps is {config.num_steps})"
         more = "a larger --num_steps"
     console.say(f"run {config.run_dir} {reason}")
-    for change in plan.changed:
+    for change in changed:
         console.say(f"  this command differs in {change}")
     console.say(f"to go on with it, add {more}; for a new run, add --run_dir")
-    _tell_where(config, plan.best, console)
+    _tell_where(config, best, console)
 
 
 def tell_end(

@@ -16,9 +16,9 @@ from jaxlm.console import Console
 from jaxlm.data.batches import prefetch
 from jaxlm.evaluate import EvalSet, evaluate
 from jaxlm.folder import Best, Metadata
-from jaxlm.loss import Loss
+from jaxlm.loss import Batch, Loss
 from jaxlm.metrics import Metrics, perplexity
-from jaxlm.resume import describe_environment, is_at_end, plan_resume
+from jaxlm.resume import check_folders, describe_environment, is_at_end, plan_resume
 from jaxlm.signals import StopRequest, stop_requests
 from jaxlm.start import Start, open_run_folder, start_state
 from jaxlm.state import ModelFactory, TrainState
@@ -27,6 +27,14 @@ from jaxlm.summary import tell_complete, tell_end, tell_start
 from jaxlm.throughput import Meter, flops_per_token
 
 Callback = Callable[[int, dict[str, float]], None]
+
+
+class _Diverged(Exception):
+    """The loss went bad, and the run is to go back."""
+
+    def __init__(self, step: int, num_steps: int, why: str) -> None:
+        super().__init__(why)
+        self.step, self.num_steps = step, num_steps
 
 
 class Result(NamedTuple):
@@ -66,21 +74,7 @@ def train(
     """
     primary = jax.process_index() == 0
     console = Console(config.num_steps, stream=None if primary else open(os.devnull, "w"))
-    plan = plan_resume(config)
-    if plan.complete:
-        assert plan.latest is not None
-        tell_complete(plan, console)
-        return Result(plan.latest.step, True, plan.best)
-    parts = assemble(
-        plan.config,
-        model=model,
-        loss=loss,
-        batches=batches,
-        eval_batches=eval_batches,
-        say=console.say,
-    )
-    config = parts.config
-    tell_start(parts, console)
+    check_folders(config)
     with contextlib.ExitStack() as stack:
         stack.callback(console.close)
         checkpoints = stack.enter_context(
@@ -91,16 +85,31 @@ def train(
                 warn=console.warn,
             )
         )
-        state, start = start_state(parts, checkpoints, console)
-        metrics = None
-        if primary:
-            metrics = stack.enter_context(open_run_folder(parts, start, console))
-        run = _Run(parts, checkpoints, metrics, console, callbacks, start)
+        plan = plan_resume(config, checkpoints)
+        if plan.complete and (latest := checkpoints.latest):
+            tell_complete(plan.config, latest, checkpoints.best, plan.changed, console)
+            return Result(latest.step, True, checkpoints.best)
+        parts = assemble(
+            plan.config,
+            model=model,
+            loss=loss,
+            batches=batches,
+            eval_batches=eval_batches,
+            say=console.say,
+        )
+        tell_start(parts, console)
         request = stack.enter_context(stop_requests(parts.mesh))
-        if start.owes_eval or start.owes_end:
-            run.pay(state)
-        result = run.loop(state, request)
-    tell_end(config, result.step, result.complete, result.best, console)
+        while True:  # once, and once more for each rollback: it is a resume, of its own accord
+            state, start = start_state(parts, checkpoints, console)
+            with open_run_folder(parts, start, console) as metrics:
+                run = _Run(parts, checkpoints, metrics, console, callbacks, start)
+                try:
+                    result = run.loop(state, request)
+                    break
+                except _Diverged as spike:
+                    before, limit = spike.step - spike.num_steps, config.guard.max_rollbacks
+                    checkpoints.roll_back(before, spike.step, str(spike), max_rollbacks=limit)
+    tell_end(parts.config, result.step, result.complete, result.best, console)
     return result
 
 
@@ -129,10 +138,12 @@ class _Run:
     def loop(self, state: TrainState, request: StopRequest) -> Result:
         """Steps to the end of the plan, or until asked to stop."""
         config, train_step = self.config, self.parts.train_step
+        if self.start.owes_eval or self.start.owes_end:
+            self.pay(state)
         step, stopping = self.start.step, False
         ended = self.at_end(step)
         stop = step if ended else config.num_steps
-        for index, batch in prefetch(self.parts.put, step, stop, depth=config.data.prefetch):
+        for index, batch in prefetch(self.put, step, stop, depth=config.data.prefetch):
             state, step_metrics = train_step(state, batch)
             self.read_metrics()  # those of an earlier step: the device is busy with this one
             step = index + 1
@@ -140,8 +151,7 @@ class _Run:
             stopping, save_due = request.agree(save=self.checkpoints.due_by_time)
             stopping = stopping and not ended
             save_due = save_due or step % config.checkpoint.save_interval == 0
-            if step == 1 or step % config.log_interval == 0 or ended:
-                self.unread = step, step_metrics
+            self.unread = step, step_metrics
             eval_loss, improved = None, False
             if self.parts.eval_due(step) and not stopping:
                 eval_loss, improved = self.evaluate(step, state)
@@ -155,6 +165,10 @@ class _Run:
         self.checkpoints.wait()
         return Result(step, ended, self.checkpoints.best)
 
+    def put(self, step: int) -> Batch:
+        """The batch that the state of this step takes in."""
+        return self.parts.put(self.checkpoints.batch_index(step))
+
     def at_end(self, step: int) -> bool:
         """Whether the plan ends here."""
         return is_at_end(self.config, step, self.num_worse_evals)
@@ -165,17 +179,40 @@ class _Run:
         return self.start.tokens_seen + done * self.config.tokens_per_step
 
     def read_metrics(self) -> None:
-        """Logs the row that is waiting, if any."""
+        """Looks at the step that is waiting, if any, and logs it if it is due.
+
+        Raises:
+          RuntimeError: too many steps in a row were not finite.
+          _Diverged: the run is to go back.
+        """
         if self.unread is None:
             return
         (step, on_device), self.unread = self.unread, None
         values = {name: float(value) for name, value in jax.device_get(on_device).items()}
         if (count := int(values["nonfinite_steps"])) > self.nonfinite_steps:
-            self.console.warn(
-                f"{count - self.nonfinite_steps} step(s) up to step {step} were not finite, and "
-                "left params and optimizer as they were"
-            )
             self.nonfinite_steps = count
+            self.console.warn(f"step {step} was not finite, and left params and optimizer alone")
+        self.check(step, int(values["nonfinite_run"]), int(values["spike_run"]))
+        if step == 1 or step % self.config.log_interval == 0 or self.at_end(step):
+            self.log_step(step, values)
+
+    def check(self, step: int, nonfinite_run: int, spike_run: int) -> None:
+        """Ends the run, or its present course, if the loss has gone bad."""
+        guard = self.config.guard
+        if spike_run >= guard.spike_steps:
+            raise _Diverged(step, spike_run, f"the loss spiked in {spike_run} steps up to {step}")
+        if nonfinite_run < guard.max_nonfinite:
+            return
+        why = f"{nonfinite_run} steps in a row up to {step} were not finite"
+        if guard.on_nonfinite == "rollback":
+            raise _Diverged(step, nonfinite_run, why)
+        raise RuntimeError(
+            f"{why}; lower --optim.learning_rate, go back with --resume best, or pass over such "
+            "batches with --guard.on_nonfinite rollback"
+        )
+
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        """One training row, for all that keep or show rows."""
         steps_per_s = self.meter.rate(step)
         tokens_per_s = steps_per_s * self.config.tokens_per_step
         row = {
@@ -183,7 +220,7 @@ class _Run:
             "train/perplexity": perplexity(values["loss"]),
             "train/learning_rate": values["learning_rate"],
             "train/grad_norm": values["grad_norm"],
-            "train/nonfinite_steps": count,
+            "train/nonfinite_steps": self.nonfinite_steps,
             "train/tokens_seen": self.tokens_seen(step),
             "train/tokens_per_s": tokens_per_s,
         }

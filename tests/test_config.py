@@ -11,6 +11,7 @@ from jaxlm.config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    GuardConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -28,6 +29,7 @@ PARTS = [
     OptimConfig,
     MeshConfig,
     CheckpointConfig,
+    GuardConfig,
     TrackingConfig,
     Config,
 ]

@@ -20,15 +20,15 @@ LAYERS = [
     {"start", "summary"},
     {"load", "compare", "doctor", "resume", "preflight"},
     {"assemble", "checkpoint"},
-    {"evaluate", "restore", "step"},
+    {"evaluate", "restore", "step", "retention"},
     {"console", "folder", "state", "data.prepare"},
-    {"data.dataset", "data.tokenizer", "data.sources", "data.batches", "metrics", "model"},
+    {"skips", "data.dataset", "data.tokenizer", "data.sources", "data.batches", "metrics", "model"},
     {"data.cache", "data.remote", "data.shards", "throughput", "optim", "loss", "signals"},
-    {"attention", "manifest", "sharding", "trackers", "data.files"},
+    {"attention", "guard", "lock", "manifest", "sharding", "trackers", "data.files"},
     {"config", "durable", "data.__init__"},
 ]
 # Arrays in, arrays out: these see no clock, file, log or thread.
-DEVICE_ROOM = {"attention", "loss", "model", "optim", "sharding", "state", "step"}
+DEVICE_ROOM = {"attention", "guard", "loss", "model", "optim", "sharding", "state", "step"}
 PURE = {"collections.abc", "flax", "functools", "jax", "jaxlm", "math", "numpy", "optax", "typing"}
 
 

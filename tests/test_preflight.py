@@ -15,11 +15,13 @@ from small import MODEL, blueprint_of
 
 from jaxlm import preflight
 from jaxlm.config import CheckpointConfig, Config
+from jaxlm.guard import LOSS_WINDOW
+from jaxlm.state import num_bytes
 
 ABSTRACT = blueprint_of().abstract
 NUM_PARAMS = sum(leaf.size for leaf in jax.tree.leaves(ABSTRACT.params))
-# float32 params and two moments, and three int32 counters: steps, bad steps, Adam's own.
-STATE_BYTES = 3 * 4 * NUM_PARAMS + 3 * 4
+# float32 params and two moments; int32 steps, Adam's own, and the three of the guard; its losses.
+STATE_BYTES = 3 * 4 * NUM_PARAMS + 5 * 4 + 4 * LOSS_WINDOW
 
 
 def config_in(folder: Path, num_steps: int = 1000, **checkpoint: Any) -> Config:
@@ -35,8 +37,8 @@ def set_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 
 
 def test_bytes_are_counted_once_however_many_devices_hold_them():
-    assert preflight.count_bytes(ABSTRACT) == STATE_BYTES
-    assert preflight.count_bytes(blueprint_of((4, 2, 1)).abstract) == STATE_BYTES
+    assert num_bytes(ABSTRACT) == STATE_BYTES
+    assert num_bytes(blueprint_of((4, 2, 1)).abstract) == STATE_BYTES
 
 
 @pytest.mark.parametrize("keep_latest", [1, 3])
@@ -45,9 +47,9 @@ def test_the_disk_plan_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     needed = STATE_BYTES * (keep_latest + 3)  # best, the one being written, the one being deleted
     assert preflight.checkpoint_bytes(config, ABSTRACT) == needed
     set_free(monkeypatch, needed)
-    assert preflight.disk_warning(config, ABSTRACT) is None
+    assert preflight.disk_shortage(config, ABSTRACT) is None
     set_free(monkeypatch, needed - 1)
-    warning = preflight.disk_warning(config, ABSTRACT)
+    warning = preflight.disk_shortage(config, ABSTRACT)
     assert warning and "lower --checkpoint.keep_latest" in warning
     assert f"in {tmp_path}/run/checkpoints" in warning
     assert not (tmp_path / "run").exists()  # only looked at
@@ -57,9 +59,9 @@ def test_what_is_kept_for_good_counts(tmp_path: Path, monkeypatch: pytest.Monkey
     config = config_in(tmp_path, num_steps=1000, keep_every=100)
     needed = STATE_BYTES * (6 + 10)
     set_free(monkeypatch, needed)
-    assert preflight.disk_warning(config, ABSTRACT) is None
+    assert preflight.disk_shortage(config, ABSTRACT) is None
     set_free(monkeypatch, needed - 1)
-    assert preflight.disk_warning(config, ABSTRACT)
+    assert preflight.disk_shortage(config, ABSTRACT)
 
 
 def test_what_the_run_holds_already_is_not_needed_again(
@@ -67,10 +69,10 @@ def test_what_the_run_holds_already_is_not_needed_again(
 ):
     config = config_in(tmp_path)
     set_free(monkeypatch, STATE_BYTES * 6 - 100)
-    assert preflight.disk_warning(config, ABSTRACT)
+    assert preflight.disk_shortage(config, ABSTRACT)
     (tmp_path / "checkpoints/4").mkdir(parents=True)
     (tmp_path / "checkpoints/4/array").write_bytes(b"x" * 100)
-    assert preflight.disk_warning(config, ABSTRACT) is None
+    assert preflight.disk_shortage(config, ABSTRACT) is None
 
 
 def test_the_plan_holds_for_a_real_run(tiny_run: Path):
@@ -104,7 +106,7 @@ def test_a_run_says_it_all_before_its_first_step(own_run: Path, monkeypatch: pyt
     before = said[: said.index("Step     1/3")]
     assert "51.4 k parameters; 256 tokens a step, 768 in all" in before
     assert re.search(r"memory on each of 8 device\(s\): .* temporaries", before)
-    assert "checkpoints: 616.3 kB each, at most 3.7 MB on disk, every 2 steps" in before
+    assert "checkpoints: 616.9 kB each, at most 3.7 MB on disk, every 2 steps" in before
     warnings = re.findall("Warning: (.*)", before)
     assert len(warnings) == 2
     assert warnings[0].startswith("checkpoints need up to 3.7 MB in runs/b/checkpoints, and the ")

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from small import MODEL, Bigram, blueprint_of, mesh_of, names_and_leaves
 
 from jaxlm.config import OptimConfig
+from jaxlm.guard import Guard
 from jaxlm.optim import make_optimizer
 from jaxlm.state import _lanes, all_finite, fingerprint, make_blueprint
 
@@ -21,7 +22,7 @@ def test_golden_paths_of_the_state():
     params = [name.removeprefix("params/") for name in names if name.startswith("params/")]
     assert len(params) == 3 + 9 * MODEL.num_layers
     adam = [f"opt_state/1/{moment}/{name}" for moment in ("mu", "nu") for name in params]
-    counters = ["step", "nonfinite_steps"]
+    counters = ["step", *(f"guard/{name}" for name in Guard._fields)]
     assert names == [f"params/{n}" for n in params] + ["opt_state/1/count"] + adam + counters
 
 
@@ -32,7 +33,7 @@ def test_the_state_is_made_as_it_was_planned():
         made = names_and_leaves(state)[name]
         assert (made.shape, made.dtype) == (planned.shape, planned.dtype), name
         assert made.sharding.is_equivalent_to(planned.sharding, made.ndim), name
-    assert int(state.step) == int(state.nonfinite_steps) == 0
+    assert int(state.step) == int(state.guard.nonfinite_steps) == 0
 
 
 def test_params_and_moments_are_split_alike_and_really():

@@ -20,6 +20,7 @@ from small import (
 )
 
 from jaxlm.config import OptimConfig
+from jaxlm.guard import make_guard
 from jaxlm.loss import next_token_loss
 from jaxlm.optim import make_optimizer, make_schedule
 from jaxlm.state import TrainState, fingerprint
@@ -46,7 +47,8 @@ def host_state(model: Any) -> TrainState:
     blueprint = blueprint_of(model=model)
     params = initial_params() if model is TRANSFORMER else blueprint.make(0).params
     zero = jnp.zeros((), jnp.int32)
-    return jax.device_get(TrainState(params, make_optimizer(OPTIM).init(params), zero, zero))
+    opt_state = make_optimizer(OPTIM).init(params)
+    return jax.device_get(TrainState(params, opt_state, zero, make_guard()))
 
 
 def initial(shape=ONE_DEVICE, model=TRANSFORMER) -> TrainState:
@@ -150,7 +152,7 @@ def test_n_batches_make_n_updates():
         assert int(state.step) == int(state.opt_state[1].count) == n
         assert float(metrics["learning_rate"]) == pytest.approx(float(SCHEDULE(n - 1)))
         seen.append(np.asarray(state.params["table_VV"]))
-    assert int(state.nonfinite_steps) == 0
+    assert int(state.guard.nonfinite_steps) == 0
     changed = [(a != b).any() for a, b in zip(seen[:-1], seen[1:], strict=True)]
     assert changed == [True] * NUM_STEPS  # the first one too: no step is wasted on a rate of 0
 
@@ -220,8 +222,12 @@ def test_a_step_that_is_not_finite_changes_only_its_counters(kind):
     after = fingerprint(state)
     assert np.isfinite(metrics["loss"]) == (kind == 2)
     assert np.isfinite(metrics["grad_norm"]) == (kind != 2)
-    assert {name for name in after if after[name] != before[name]} == {"step", "nonfinite_steps"}
-    assert (int(state.step), int(state.nonfinite_steps)) == (2, 1)
+    assert {name for name in after if after[name] != before[name]} == {
+        "step",
+        "guard/nonfinite_steps",
+        "guard/nonfinite_run",
+    }
+    assert (int(state.step), int(state.guard.nonfinite_steps)) == (2, 1)
     assert int(state.opt_state[1].count) == 1
 
     # And training goes on as if that batch had not been.
@@ -231,7 +237,7 @@ def test_a_step_that_is_not_finite_changes_only_its_counters(kind):
         quiet, _ = step(quiet, put(batch, mesh))
     assert fingerprint(state.params) == fingerprint(quiet.params)
     assert fingerprint(state.opt_state) == fingerprint(quiet.opt_state)
-    assert (int(state.step), int(state.nonfinite_steps)) == (3, 1)
+    assert (int(state.step), int(state.guard.nonfinite_steps)) == (3, 1)
     assert int(metrics["nonfinite_steps"]) == 1
 
 
@@ -239,10 +245,14 @@ def test_a_batch_without_a_token_changes_nothing():
     before = fingerprint(initial(model=Bigram).params)
     state, _ = run([masked(BATCHES[0], [0] * 8)], model=Bigram)
     assert fingerprint(state.params) == before
-    assert int(state.nonfinite_steps) == 1
+    assert int(state.guard.nonfinite_steps) == 1
 
 
 def test_a_finite_step_changes_every_leaf():
     before = fingerprint(initial(model=Bigram))
     after = fingerprint(run(BATCHES[:1], model=Bigram)[0])
-    assert {name for name in after if after[name] == before[name]} == {"nonfinite_steps"}
+    assert {name for name in after if after[name] == before[name]} == {
+        "guard/nonfinite_steps",
+        "guard/nonfinite_run",
+        "guard/spike_run",
+    }
