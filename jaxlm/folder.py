@@ -212,9 +212,10 @@ def select(run: str, default: str = "best", *, contents: bool = True) -> Selecte
     name, _, which = run.rpartition("@") if "@" in run else (run, "", "")
     which = which or default
     folder = find_checkpoints(name)
+    found = read_steps(folder)
     # Of a damaged step, no one can tell whether it was the best or a final one.
-    passed_over = read_steps(folder).damaged if which in ("best", "final") else {}
-    for step in _candidates(folder, which):
+    passed_over = found.damaged if which in ("best", "final") else {}
+    for step in _candidates(name, found, which):
         damage = manifest.find_damage(folder / str(step), contents=contents)
         if not damage:
             return Selected(folder, step, read_metadata(folder, step), passed_over)
@@ -228,20 +229,17 @@ def select(run: str, default: str = "best", *, contents: bool = True) -> Selecte
     )
 
 
-def _candidates(folder: Path, which: str) -> list[int]:
-    steps = list_steps(folder)
+def _candidates(run: str, found: Steps, which: str) -> list[int]:
+    steps = sorted(found.sound.keys() | found.damaged.keys(), reverse=True)
     if which.isdigit():
         return [step for step in steps if step == int(which)]
     if which == "latest":
-        return steps[::-1]
-    found = read_steps(folder).sound
+        return steps
     if which == "final":
-        return [step for step in reversed(found) if found[step].final]
+        return [step for step in steps if step in found.sound and found.sound[step].final]
     if which != "best":
-        raise ValueError(
-            f"{folder} @{which}: expected @best, @latest, @final or @ and a step number"
-        )
-    losses = {step: metadata.eval_loss for step, metadata in found.items()}
+        raise ValueError(f"{run}@{which}: expected @best, @latest, @final or @ and a step number")
+    losses = {step: metadata.eval_loss for step, metadata in found.sound.items()}
     ranked = []
     while best := find_best(losses):
         ranked.append(best.step)
