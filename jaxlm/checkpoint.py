@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import orbax.checkpoint as ocp
@@ -39,6 +39,7 @@ from jaxlm.folder import (
 )
 from jaxlm.restore import ITEMS, DamagedArrays, items_of, restore_items, state_of
 from jaxlm.state import TrainState, all_finite, fingerprint
+from jaxlm.strict import read_json
 
 HOLDER = "holder.json"
 _DELETING = "deleting"
@@ -49,6 +50,12 @@ _SAVE_ERRORS = (OSError, ValueError, RuntimeError)
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be kept or had back; the message says what to do."""
+
+
+class _Holder(TypedDict):
+    host: str
+    pid: int
+    started: str
 
 
 class _Retention:
@@ -430,7 +437,7 @@ def _lock(folder: Path) -> int:
 
 def _holder(folder: Path) -> str:
     try:
-        holder = json.loads((folder / HOLDER).read_bytes())
+        holder = read_json(folder / HOLDER, _Holder)
         return f"process {holder['pid']} on {holder['host']} since {holder['started']}"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         return "it has not said which"

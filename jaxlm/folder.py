@@ -4,14 +4,14 @@ Reading only; `jaxlm.checkpoint` writes. Anyone may read while a trainer runs.
 """
 
 import dataclasses
-import json
 import math
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from jaxlm import manifest
 from jaxlm.config import Config, from_dict
+from jaxlm.strict import conform, read_json, spell
 
 TOKENIZER = "tokenizer.json"
 CORRUPT = ".corrupt"
@@ -51,21 +51,33 @@ class Metadata:
     """Leaf name -> [dtype, shape, lane, lane], computed on the device before the save."""
 
     def run_config(self) -> Config:
-        """The config as dataclasses."""
-        return from_dict(self.config)
+        """The config as dataclasses.
+
+        Raises:
+          ValueError: another version wrote it, or no version.
+        """
+        try:
+            return from_dict(self.config)
+        except ValueError as error:
+            raise ValueError(f"the config in the metadata of step {self.step}: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values; an infinite loss becomes null."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """JSON values; a best loss that is infinite becomes null."""
+        values = {f.name: spell(getattr(self, f.name)) for f in dataclasses.fields(self)}
         if not math.isfinite(self.best_eval_loss):
             values["best_eval_loss"] = None
         return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Metadata":
-        """The inverse of `to_json`."""
-        best = values["best_eval_loss"]
-        return cls(**{**values, "best_eval_loss": math.inf if best is None else best})
+        """The inverse of `to_json`.
+
+        Raises:
+          ValueError: a field is missing, unknown or of another type.
+        """
+        if values.get("best_eval_loss", 0) is None:
+            values = {**values, "best_eval_loss": math.inf}
+        return conform(values, cls)
 
 
 class Best(NamedTuple):
@@ -98,8 +110,11 @@ def read_metadata(folder: Path, step: int) -> Metadata:
     """
     path = folder / str(step) / "meta" / "metadata"
     try:
-        return Metadata.from_json(json.loads(path.read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        metadata = Metadata.from_json(read_json(path, dict[str, Any]))
+        if metadata.step != step:
+            raise ValueError(f"it is of step {metadata.step}")
+        return metadata
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder / str(step)}: its metadata cannot be read ({error}); "
             "`jaxlm checkpoints list` shows the sound ones"
@@ -139,6 +154,24 @@ def find_best(eval_losses: dict[int, float | None]) -> Best | None:
     return min(finite, key=lambda best: (best.loss, best.step), default=None)
 
 
+class _Directory(TypedDict):
+    directory: str | None
+
+
+class _Recorded(TypedDict):
+    checkpoint: _Directory
+
+
+def recorded_directory(run_dir: Path) -> str | None:
+    """`checkpoint.directory` in the config.json of a run folder.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is not a config.
+    """
+    return read_json(run_dir / "config.json", _Recorded)["checkpoint"]["directory"]
+
+
 def find_checkpoints(run: str) -> Path:
     """The checkpoint folder of a run folder, or of itself.
 
@@ -146,9 +179,8 @@ def find_checkpoints(run: str) -> Path:
       ValueError: there is none.
     """
     path = Path(run)
-    config = path / "config.json"
-    if config.is_file():
-        recorded = json.loads(config.read_bytes())["checkpoint"]["directory"]
+    if (path / "config.json").is_file():
+        recorded = recorded_directory(path)
         path = Path(recorded) if recorded else path / "checkpoints"
     elif (path / "checkpoints").is_dir():
         path = path / "checkpoints"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.config import Change, Config, changes
-from jaxlm.folder import Best, Metadata, find_best, list_steps, read_all_metadata, select
+from jaxlm.folder import (
+    Best,
+    Metadata,
+    find_best,
+    list_steps,
+    read_all_metadata,
+    recorded_directory,
+    select,
+)
 from jaxlm.manifest import find_damage
 from jaxlm.optim import make_schedule
 
@@ -103,7 +110,7 @@ def tell_changes(restored: Metadata, config: Config, recorded: list[Change], say
 
 def check_owner(restored: Metadata, config: Config) -> None:
     """Raises ValueError if `checkpoint_dir` was named for a new run, and holds another's."""
-    owner = restored.config["run_dir"]
+    owner = restored.run_config().run_dir
     if config.checkpoint.directory and owner != config.run_dir:
         raise ValueError(
             f"checkpoint.directory: found {config.checkpoint.directory}, which holds the run "
@@ -124,10 +131,9 @@ def _check_branch(config: Config) -> None:
 
 def _check_run_folder(config: Config) -> None:
     # Its metrics.jsonl goes with one checkpoint folder; another's rows would replace them.
-    path = Path(config.run_dir) / "config.json"
-    if not path.is_file():
+    if not (Path(config.run_dir) / "config.json").is_file():
         return
-    there = json.loads(path.read_bytes())["checkpoint"]["directory"]
+    there = recorded_directory(Path(config.run_dir))
     if there != config.checkpoint.directory:
         raise ValueError(
             f"checkpoint.directory: found {config.checkpoint.directory}, but run_dir "

@@ -23,9 +23,11 @@ LAYERS = [
     {"evaluate", "restore", "step"},
     {"console", "folder", "state", "data.prepare"},
     {"data.dataset", "data.tokenizer", "data.sources", "data.batches", "metrics", "model"},
-    {"data.cache", "data.remote", "data.shards", "throughput", "optim", "loss", "signals"},
-    {"attention", "manifest", "sharding", "trackers", "data.files"},
-    {"config", "durable", "data.__init__"},
+    {"data.cache", "data.remote", "throughput", "optim", "loss", "signals"},
+    {"attention", "manifest", "sharding", "trackers", "data.files", "data.shards"},
+    {"config", "data.__init__"},
+    {"strict"},
+    {"durable"},
 ]
 # Arrays in, arrays out: these see no clock, file, log or thread.
 DEVICE_ROOM = {"attention", "loss", "model", "optim", "sharding", "state", "step"}
