@@ -37,7 +37,7 @@ from jaxlm.folder import (
 from jaxlm.lock import HOLDER, lock, unlock
 from jaxlm.restore import ITEMS, DamagedArrays, items_of, restore_items, state_of
 from jaxlm.retention import Retention
-from jaxlm.skips import Skip, held_by, skipped, to_json, write_skips
+from jaxlm.skips import Skip, held_by, skipped, write_skips
 from jaxlm.state import TrainState, all_finite, fingerprint, num_bytes
 
 _DELETING = "deleting"
@@ -255,7 +255,7 @@ class Checkpoints:
             )
         items = items_of(state)
         self._retention.state_bytes = num_bytes(items)
-        skips = to_json(held_by(self._skips, metadata.step))
+        skips = held_by(self._skips, metadata.step)
         metadata = replace(metadata, fingerprints=fingerprint(items), skips=skips)
         loss = metadata.eval_loss
         metrics = None if loss is None or not math.isfinite(loss) else {"eval_loss": loss}

@@ -76,8 +76,8 @@ def format_table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _loss(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _loss(value: float | str | None) -> str:
+    return "-" if value is None else f"{float(value):.4f}"
 
 
 class Difference(NamedTuple):

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from jaxlm.strict import conform
+
 T = TypeVar("T")
 Policy = Literal["free", "recorded", "fixed"]
 
@@ -369,25 +371,13 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(values: dict[str, Any], cls: type = Config, prefix: str = "") -> Any:
+def from_dict(values: dict[str, Any]) -> Config:
     """The inverse of `to_dict`.
 
     Raises:
-      ValueError: an unknown field, or a value that its rule refuses.
+      ValueError: an unknown field, or a value of another type or that its rule refuses.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    kwargs = {}
-    for name, value in values.items():
-        if name not in fields:
-            raise ValueError(
-                f"{prefix}{name}: not a field of this version of jaxlm; "
-                "it was written by another version, so restore it with that one"
-            )
-        kind = fields[name].type
-        if dataclasses.is_dataclass(kind):
-            value = from_dict(value, typing.cast(type, kind), f"{prefix}{name}.")
-        kwargs[name] = value
-    return cls(**kwargs)
+    return conform(values, Config)
 
 
 @dataclasses.dataclass(frozen=True)

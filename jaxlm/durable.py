@@ -1,6 +1,7 @@
 """Files that are, after a kill or a power cut at any instant, whole or absent."""
 
 import os
+import stat
 from pathlib import Path
 
 import google_crc32c
@@ -32,6 +33,21 @@ def write_file(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """All of a file that is not too large; nothing that would have to be waited for.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is no regular file (a pipe, a device, a folder), or larger.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("not a file")
+    if found.st_size > max_bytes:
+        raise ValueError(f"{found.st_size:,} bytes, expected at most {max_bytes:,}")
+    return path.read_bytes()
 
 
 def crc32c(path: Path, chunk_bytes: int = 1 << 22) -> int:

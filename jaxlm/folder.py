@@ -4,15 +4,15 @@ Reading only; `jaxlm.checkpoint` writes. Anyone may read while a trainer runs.
 """
 
 import dataclasses
-import json
 import math
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from jaxlm import manifest
 from jaxlm.config import Config, from_dict
 from jaxlm.skips import Skip, held_by, read_skips, to_json
+from jaxlm.strict import conform, read_json, spell
 
 TOKENIZER = "tokenizer.json"
 CORRUPT = ".corrupt"
@@ -51,27 +51,40 @@ class Metadata:
     """Identity of the run at its trackers."""
     lineage: list[dict[str, Any]]
     """What was changed on the way here, oldest first."""
-    skips: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """Batches passed over on the way here: the fields of `jaxlm.skips.Skip`."""
+    skips: list[Skip] = dataclasses.field(default_factory=list)
+    """Batches passed over on the way here."""
     fingerprints: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     """Leaf name -> [dtype, shape, lane, lane], computed on the device before the save."""
 
     def run_config(self) -> Config:
-        """The config as dataclasses."""
-        return from_dict(self.config)
+        """The config as dataclasses.
+
+        Raises:
+          ValueError: another version wrote it, or no version.
+        """
+        try:
+            return from_dict(self.config)
+        except ValueError as error:
+            raise ValueError(f"the config in the metadata of step {self.step}: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values; an infinite loss becomes null."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """JSON values; a best loss that is infinite becomes null."""
+        values = {f.name: spell(getattr(self, f.name)) for f in dataclasses.fields(self)}
         if not math.isfinite(self.best_eval_loss):
             values["best_eval_loss"] = None
+        values["skips"] = to_json(self.skips)
         return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Metadata":
-        """The inverse of `to_json`."""
-        best = values["best_eval_loss"]
-        return cls(**{**values, "best_eval_loss": math.inf if best is None else best})
+        """The inverse of `to_json`.
+
+        Raises:
+          ValueError: a field is missing, unknown or of another type.
+        """
+        if values.get("best_eval_loss", 0) is None:
+            values = {**values, "best_eval_loss": math.inf}
+        return conform(values, cls)
 
 
 class Best(NamedTuple):
@@ -104,8 +117,11 @@ def read_metadata(folder: Path, step: int) -> Metadata:
     """
     path = folder / str(step) / "meta" / "metadata"
     try:
-        return Metadata.from_json(json.loads(path.read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        metadata = Metadata.from_json(read_json(path, dict[str, Any]))
+        if metadata.step != step:
+            raise ValueError(f"it is of step {metadata.step}")
+        return metadata
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder / str(step)}: its metadata cannot be read ({error}); "
             "`jaxlm checkpoints list` shows the sound ones"
@@ -147,9 +163,9 @@ def read_steps(folder: Path, *, check: bool = True) -> Steps:
             if not check:
                 raise  # else it was deleted between the two looks
     # The list only grows. Where its file is lost, the checkpoints still have it.
-    lists = [[Skip(**entry) for entry in metadata.skips] for metadata in found.values()]
+    lists = [metadata.skips for metadata in found.values()]
     skips = max([read_skips(folder) or [], *lists], key=len)
-    superseded = [s for s, m in found.items() if m.skips != to_json(held_by(skips, s))]
+    superseded = [s for s, m in found.items() if m.skips != held_by(skips, s)]
     sound = {step: found[step] for step in found if step not in superseded}
     return Steps(sound, damaged, superseded, skips)
 
@@ -160,6 +176,24 @@ def find_best(eval_losses: dict[int, float | None]) -> Best | None:
     return min(finite, key=lambda best: (best.loss, best.step), default=None)
 
 
+class _Directory(TypedDict):
+    directory: str | None
+
+
+class _Recorded(TypedDict):
+    checkpoint: _Directory
+
+
+def recorded_directory(run_dir: Path) -> str | None:
+    """`checkpoint.directory` in the config.json of a run folder.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is not a config.
+    """
+    return read_json(run_dir / "config.json", _Recorded)["checkpoint"]["directory"]
+
+
 def find_checkpoints(run: str) -> Path:
     """The checkpoint folder of a run folder, or of itself.
 
@@ -167,9 +201,8 @@ def find_checkpoints(run: str) -> Path:
       ValueError: there is none.
     """
     path = Path(run)
-    config = path / "config.json"
-    if config.is_file():
-        recorded = json.loads(config.read_bytes())["checkpoint"]["directory"]
+    if (path / "config.json").is_file():
+        recorded = recorded_directory(path)
         path = Path(recorded) if recorded else path / "checkpoints"
     elif (path / "checkpoints").is_dir():
         path = path / "checkpoints"

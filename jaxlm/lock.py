@@ -8,8 +8,10 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypedDict
 
 from jaxlm.durable import write_file
+from jaxlm.strict import read_json
 
 HOLDER = "holder.json"
 """Who has the lock: for people, and trusted by nothing."""
@@ -17,6 +19,12 @@ HOLDER = "holder.json"
 # NFS gives no exclusive lock on what is not open for writing (EBADF), others give none at all.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL)
 _held: set[int] = set()
+
+
+class _Holder(TypedDict):
+    host: str
+    pid: int
+    started: str
 
 
 def _let_go() -> None:
@@ -78,7 +86,7 @@ def unlock(descriptor: int) -> None:
 
 def _holder(folder: Path) -> str:
     try:
-        holder = json.loads((folder / HOLDER).read_bytes())
+        holder = read_json(folder / HOLDER, _Holder)
         return f"process {holder['pid']} on {holder['host']} since {holder['started']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return "it has not said which"

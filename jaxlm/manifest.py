@@ -6,13 +6,15 @@ commit timestamp inside `_CHECKPOINT_METADATA`, and `commit_success.txt`.
 """
 
 import json
+import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import google_crc32c
 
-from jaxlm.durable import crc32c, fsync, write_file
+from jaxlm.durable import crc32c, fsync, read_file, write_file
+from jaxlm.strict import read_json, shown
 
 NAME = "manifest.json"
 _STEP_METADATA = "_CHECKPOINT_METADATA"
@@ -20,6 +22,15 @@ _COMMIT = "commit_success.txt"
 _COMMIT_TEXT = "Checkpoint commit was successful to "
 # Files up to this size hold the metadata: a fast check reads them, and skips the arrays.
 _SMALL_BYTES = 1 << 20
+
+
+class _Manifest(TypedDict):
+    crc32c: int
+    files: dict[str, dict[str, int]]
+
+
+class _StepMetadata(TypedDict):
+    commit_timestamp_nsecs: int | None
 
 
 def write_manifest(folder: Path) -> None:
@@ -48,23 +59,34 @@ def find_damage(folder: Path, *, contents: bool = True) -> list[str]:
     if not folder.is_dir():
         return ["it is not a folder" if folder.exists() else "it does not exist"]
     try:
-        manifest = json.loads((folder / NAME).read_bytes())
-        files: dict[str, Any] = manifest["files"]
-        body = json.dumps(files, sort_keys=True)
-        if manifest["crc32c"] != google_crc32c.value(body.encode()):
-            return [f"{NAME}: its own checksum does not match"]
+        manifest = read_json(folder / NAME, _Manifest)
     except FileNotFoundError:
         return [f"{NAME} is missing: the checkpoint is unfinished, emptied or not of jaxlm"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return [f"{NAME} cannot be read"]
-    except OSError as error:
-        return [f"{NAME}: {error.strerror}"]
+    except (OSError, ValueError) as error:
+        return [f"{NAME} cannot be read ({error})"]
+    body = json.dumps(manifest["files"], sort_keys=True)
+    if manifest["crc32c"] != google_crc32c.value(body.encode()):
+        return [f"{NAME}: its own checksum does not match"]
+    if strays := _find_strays(folder):
+        return strays
     damage = []
-    for name, entry in files.items():
-        found = _compare(folder / name, entry, contents)
+    for name, entry in manifest["files"].items():
+        found = _compare(folder, name, entry, contents)
         if found:
-            damage.append(f"{name}: {found}")
+            damage.append(f"{name if name.isprintable() else shown(name)}: {found}")
     return damage + _commit_damage(folder)
+
+
+def _find_strays(folder: Path) -> list[str]:
+    # Who reads the checkpoint would be led out of it, or would wait for a pipe for ever.
+    root = Path(os.path.realpath(folder))
+    paths = [Path(top, name) for top, *names in os.walk(folder) for name in sum(names, [])]
+    return [
+        f"{path.relative_to(folder)}: leads out of the checkpoint, or is not a file"
+        for path in paths
+        if not Path(os.path.realpath(path)).is_relative_to(root)
+        or not (path.is_file() or path.is_dir())
+    ]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -78,22 +100,25 @@ def _entry(path: Path) -> dict[str, int]:
     return {"bytes": path.stat().st_size, "crc32c": crc32c(path)}
 
 
-def _compare(path: Path, entry: dict[str, int], contents: bool) -> str | None:
+def _compare(folder: Path, name: str, entry: dict[str, int], contents: bool) -> str | None:
+    path = folder / name
     try:
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            return "leads out of the checkpoint"
         if "json_crc32c" in entry:
             same = _timeless_crc32c(path) == entry["json_crc32c"]
             return None if same else "content differs (checksum)"
         size = path.stat().st_size
-        if size != entry["bytes"]:
-            return f"{size} bytes, expected {entry['bytes']}"
-        if (contents or size <= _SMALL_BYTES) and crc32c(path) != entry["crc32c"]:
+        if size != entry.get("bytes"):
+            return f"{size} bytes, expected {entry.get('bytes')}"
+        if (contents or size <= _SMALL_BYTES) and crc32c(path) != entry.get("crc32c"):
             return "content differs (checksum)"
     except FileNotFoundError:
         return "missing"
     except OSError as error:
         return str(error.strerror)
-    except (ValueError, AttributeError, RecursionError):
-        return "cannot be read as JSON"
+    except ValueError as error:
+        return f"cannot be read ({error})"
     return None
 
 
@@ -101,10 +126,10 @@ def _commit_damage(folder: Path) -> list[str]:
     # The text names the folder as it was at the commit: a run may have moved since, but not a step.
     step = re.match(r"\d+", folder.name)
     try:
-        text = (folder / _COMMIT).read_text(encoding="utf-8")
+        text = read_file(folder / _COMMIT, _SMALL_BYTES).decode()
     except FileNotFoundError:
         return [f"{_COMMIT} is missing: the commit did not finish"]
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError):
         return [f"{_COMMIT} cannot be read"]
     if step and text.startswith(_COMMIT_TEXT) and Path(text[len(_COMMIT_TEXT) :]).name == step[0]:
         return []
@@ -112,6 +137,6 @@ def _commit_damage(folder: Path) -> list[str]:
 
 
 def _timeless_crc32c(path: Path) -> int:
-    values = json.loads(path.read_bytes())
-    values.pop("commit_timestamp_nsecs")
+    values: dict[str, Any] = {**read_json(path, _StepMetadata)}
+    del values["commit_timestamp_nsecs"]
     return google_crc32c.value(json.dumps(values, sort_keys=True).encode())

@@ -10,12 +10,24 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypedDict
 
 from jaxlm.config import Config
-from jaxlm.durable import write_file
+from jaxlm.durable import read_file, write_file
+from jaxlm.strict import conform, parse_json, read_json, spell
 from jaxlm.trackers import Row, open_trackers, require
 
 _HELD_NAME = "tracking.json"
+_MAX_BYTES = 1 << 30
+
+
+class _Step(TypedDict):
+    step: int
+
+
+class _Held(TypedDict):
+    run_id: str | None
+    last_step: int
 
 
 def perplexity(loss: float) -> float:
@@ -33,40 +45,30 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Row]:
       FileNotFoundError: there is no such file.
       ValueError: a line before the last is not a row.
     """
-    rows, lines = [], Path(path).read_bytes().rstrip(b"\n").split(b"\n")
+    rows, lines = [], read_file(Path(path), _MAX_BYTES).rstrip(b"\n").split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(_parse(line))
-        except (ValueError, RecursionError) as error:
+            rows.append(conform(parse_json(line, dict[str, float]), _Step))
+        except ValueError as error:
             if number < len(lines):
                 raise ValueError(
                     f"{path}, line {number}: found {line[:80]!r}, expected a JSON object with an "
-                    "integer step and numbers; mend or delete that line, then start again"
+                    f"integer step and numbers ({error}); mend or delete that line, then start "
+                    "again"
                 ) from error
     return rows
 
 
-def _parse(line: bytes) -> Row:
-    row = json.loads(line)
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
-        raise ValueError("not a row")
-    return {name: float(value) if isinstance(value, str) else value for name, value in row.items()}
-
-
 def _line(row: Row) -> bytes:
-    spelled = {math.inf: "Infinity", -math.inf: "-Infinity"}
-    row = {
-        name: value if math.isfinite(value) else spelled.get(value, "NaN")
-        for name, value in row.items()
-    }
+    row = {name: spell(value) for name, value in row.items()}
     return json.dumps(row, allow_nan=False).encode() + b"\n"
 
 
-def _held_by_wandb(path: Path) -> Row:
+def _held_by_wandb(path: Path) -> _Held:
     # Outlives a kill between the cut and the next checkpoint: the W&B run in use, and the last
     # step that it may have, be it cut off here since.
     try:
-        return json.loads(path.with_name(_HELD_NAME).read_bytes())
+        return read_json(path.with_name(_HELD_NAME), _Held)
     except (FileNotFoundError, ValueError):
         return {"run_id": None, "last_step": 0}
 

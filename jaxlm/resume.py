@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Change, Config, changes
-from jaxlm.folder import Metadata, list_steps, select
+from jaxlm.folder import Metadata, list_steps, recorded_directory, select
 from jaxlm.optim import make_schedule
 
 Say = Callable[[str], None]
@@ -89,7 +88,7 @@ def goes_back(config: Config, latest: Metadata) -> bool:
     A run that went back saves this setting in each checkpoint: when it is started again with the
     same command, it goes on.
     """
-    return config.resume == "best" and latest.config["resume"] != "best"
+    return config.resume == "best" and latest.run_config().resume != "best"
 
 
 def is_at_end(config: Config, step: int, num_worse_evals: int) -> bool:
@@ -120,7 +119,7 @@ def tell_changes(restored: Metadata, config: Config, recorded: list[Change], say
 
 
 def _check_owner(restored: Metadata, config: Config) -> None:
-    owner = restored.config["run_dir"]
+    owner = restored.run_config().run_dir
     if config.checkpoint.directory and owner != config.run_dir:
         raise ValueError(
             f"checkpoint.directory: found {config.checkpoint.directory}, which holds the run "
@@ -130,10 +129,9 @@ def _check_owner(restored: Metadata, config: Config) -> None:
 
 def _check_run_folder(config: Config) -> None:
     # Its metrics.jsonl goes with one checkpoint folder; another's rows would replace them.
-    path = Path(config.run_dir) / "config.json"
-    if not path.is_file():
+    if not (Path(config.run_dir) / "config.json").is_file():
         return
-    there = json.loads(path.read_bytes())["checkpoint"]["directory"]
+    there = recorded_directory(Path(config.run_dir))
     if there != config.checkpoint.directory:
         raise ValueError(
             f"checkpoint.directory: found {config.checkpoint.directory}, but run_dir "

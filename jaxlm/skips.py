@@ -5,25 +5,33 @@ else of a rollback happens, so a kill at any instant leaves either the run befor
 after it. Each checkpoint holds the list as it was, which tells what a rollback has superseded.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypedDict
 
 import google_crc32c
 
 from jaxlm.durable import write_file
+from jaxlm.strict import read_json
 
 NAME = "skips.json"
 
 
-class Skip(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Skip:
     """From the state of `from_step` on, so many batches are passed over."""
 
     from_step: int
     num_batches: int
     """0 where the run only went back."""
     why: str
+
+
+class _File(TypedDict):
+    crc32c: int
+    skips: list[Skip]
 
 
 def skipped(skips: Iterable[Skip], step: int) -> int:
@@ -39,13 +47,12 @@ def held_by(skips: Iterable[Skip], step: int) -> list[Skip]:
 def read_skips(folder: Path) -> list[Skip] | None:
     """The skips of a checkpoint folder, or None if the file is damaged; empty if there is none."""
     try:
-        found = json.loads((folder / NAME).read_bytes())
-        skips = [Skip(**entry) for entry in found["skips"]]
-        return skips if found["crc32c"] == _checksum(skips) else None
+        found = read_json(folder / NAME, _File)
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except ValueError:
         return None
+    return found["skips"] if found["crc32c"] == _checksum(found["skips"]) else None
 
 
 def write_skips(folder: Path, skips: list[Skip]) -> None:
@@ -56,7 +63,7 @@ def write_skips(folder: Path, skips: list[Skip]) -> None:
 
 def to_json(skips: Iterable[Skip]) -> list[dict[str, Any]]:
     """JSON values."""
-    return [skip._asdict() for skip in skips]
+    return [dataclasses.asdict(skip) for skip in skips]
 
 
 def _checksum(skips: list[Skip]) -> int:

@@ -23,9 +23,12 @@ LAYERS = [
     {"evaluate", "restore", "step", "retention"},
     {"console", "folder", "state", "data.prepare"},
     {"skips", "data.dataset", "data.tokenizer", "data.sources", "data.batches", "metrics", "model"},
-    {"data.cache", "data.remote", "data.shards", "throughput", "optim", "loss", "signals"},
-    {"attention", "guard", "lock", "manifest", "sharding", "trackers", "data.files"},
-    {"config", "durable", "data.__init__"},
+    {"data.cache", "data.remote", "throughput", "optim", "loss", "signals"},
+    {"attention", "guard", "lock", "manifest", "sharding", "trackers", "data.files"}
+    | {"data.shards"},
+    {"config", "data.__init__"},
+    {"strict"},
+    {"durable"},
 ]
 # Arrays in, arrays out: these see no clock, file, log or thread.
 DEVICE_ROOM = {"attention", "guard", "loss", "model", "optim", "sharding", "state", "step"}

@@ -70,7 +70,7 @@ def test_a_spike_is_passed_over_and_written_down(spoilt_run: Path) -> None:
     assert (skip.from_step, skip.num_batches) == (12, 3)
     assert skip.why == "the loss spiked in 2 steps up to 15"
     metadata = read_metadata(folder, 24)
-    assert metadata.skips == [skip._asdict()]
+    assert metadata.skips == [skip]
     assert read_metadata(folder, 20).skips == metadata.skips
     assert metadata.tokens_seen == 24 * 8 * 16
     rows = untimed_rows(spoilt_run)

@@ -2,16 +2,42 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 import filelock
 
+from jaxlm.data.shards import Record, Shard
+from jaxlm.strict import read_json
+
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
+
+
+class Progress(TypedDict):
+    """How far a preparation has come: what PROGRESS holds, and MANIFEST besides its own."""
+
+    source: str
+    revision: str
+    next_document: int
+    tokenizer: Record | None
+    train: list[Shard]
+    eval: list[Shard]
+
+
+class Manifest(TypedDict):
+    """What MANIFEST holds of prepared data."""
+
+    tokenizer: Record
+    train: list[Shard]
+    eval: list[Shard]
+    vocab_size: int
+    eos_id: int
+    dtype: Literal["<u2", "<u4"]
+    exhausted: bool
+    fingerprint: str
 
 
 def data_folder(cache_dir: str | None) -> Path:
@@ -70,27 +96,19 @@ def list_caches(cache_dir: str | None = None) -> list[CacheEntry]:
 def _entry(folder: Path) -> CacheEntry:
     complete = (folder / MANIFEST).exists()
     path = folder / (MANIFEST if complete else PROGRESS)
-    about = load_json(path)
+    try:
+        about = read_json(path, Progress)
+    except (FileNotFoundError, ValueError):
+        about = None
     files = [file for file in folder.iterdir() if file.suffix != ".tmp"]
     return CacheEntry(
         name=folder.name,
-        source=about.get("source", "?"),
-        num_tokens=sum(
-            shard["num_tokens"] for split in ("train", "eval") for shard in about.get(split, ())
-        ),
+        source=about["source"] if about else "?",
+        num_tokens=sum(s["num_tokens"] for s in about["train"] + about["eval"]) if about else 0,
         num_bytes=sum(file.stat().st_size for file in files),
         complete=complete,
         last_used_s=(path if path.exists() else folder).stat().st_mtime,
     )
-
-
-def load_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, or an empty one if there is none that can be read."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def clear_caches(cache_dir: str | None = None, names: Sequence[str] | None = None) -> list[str]:

@@ -126,9 +126,10 @@ def _txt_rows(path: str, field: str) -> Iterator[Row]:
 
 def _jsonl_rows(path: str, field: str) -> Iterator[Row]:
     def parse(line: bytes, number: int, offset: int) -> str:
+        text = _decode(line, path, offset)
         try:
-            row = json.loads(_decode(line, path, offset))
-        except json.JSONDecodeError as error:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {number}: not JSON ({error}); mend it") from error
         return text_of(row, field, f"{path} line {number}")
 

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from jaxlm.config import DataConfig
 from jaxlm.data import tokenizer as tokenizer_lib
-from jaxlm.data.cache import MANIFEST, PROGRESS, data_folder, load_json, locked
+from jaxlm.data.cache import MANIFEST, PROGRESS, Progress, data_folder, locked
 from jaxlm.data.dataset import (
     Dataset,
     check_vocabulary,
@@ -33,6 +33,7 @@ from jaxlm.data.dataset import (
 )
 from jaxlm.data.shards import damage, write_durably
 from jaxlm.data.sources import Source, open_source
+from jaxlm.strict import read_json
 
 FORMAT = 1
 SHARD_TOKENS = 2**25
@@ -131,16 +132,21 @@ class _Preparation:
         """What an earlier preparation finished before it was stopped, if all of it is sound."""
         fresh = {"source": self.source.name, "revision": self.source.revision, "format": FORMAT}
         fresh |= {"next_document": 0, "tokenizer": None, "train": [], "eval": []}
-        found = load_json(self.folder / PROGRESS)
-        if not found:
+        try:
+            found = {**read_json(self.folder / PROGRESS, Progress)}
+            records = filter(None, [found["tokenizer"], *found["train"], *found["eval"]])
+            problem = next(filter(None, (damage(self.folder, each) for each in records)), None)
+            if found["revision"] != fresh["revision"]:
+                problem = f"the source was {found['revision']}, is {fresh['revision']}"
+            elif found["next_document"] < 0:
+                problem = f"{PROGRESS} says to go on from document {found['next_document']}"
+            if problem is None:
+                self.log(f"Going on with the preparation, from document {found['next_document']:,}")
+                return found
+        except FileNotFoundError:
             return fresh
-        records = [found["tokenizer"], *found["train"], *found["eval"]]
-        problem = next(filter(None, (damage(self.folder, record) for record in records)), None)
-        if found["revision"] != fresh["revision"]:
-            problem = f"the source was {found['revision']}, is {fresh['revision']}"
-        if problem is None:
-            self.log(f"Going on with the preparation, from document {found['next_document']:,}")
-            return found
+        except ValueError as error:
+            problem = str(error)
         self.log(f"Starting the preparation over: {problem}")
         shutil.rmtree(self.folder)
         self.folder.mkdir()

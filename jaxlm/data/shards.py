@@ -1,18 +1,31 @@
 """Token shards: files of little-endian token ids, each known by its size and its crc32c."""
 
 import errno
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import google_crc32c
 import numpy as np
 
 from jaxlm.durable import crc32c, write_file
+from jaxlm.strict import shown
 
-Record = dict[str, Any]
-"""What a file held when it was written: name, num_bytes, crc32c."""
+
+class Record(TypedDict):
+    """What a file held when it was written."""
+
+    name: str
+    num_bytes: int
+    crc32c: int
+
+
+class Shard(Record):
+    """A record of token ids."""
+
+    num_tokens: int
 
 
 def write_durably(path: Path, data: bytes) -> Record:
@@ -40,7 +53,9 @@ def write_durably(path: Path, data: bytes) -> Record:
 def damage(folder: Path, record: Record) -> str | None:
     """How a file differs from its record, or None if it does not; reads all of it."""
     path = folder / record["name"]
-    if not path.exists():
+    if not re.fullmatch(r"[\w-][\w.-]{,99}", record["name"]):
+        return f"{shown(record['name'])} is not the name of a file in it"
+    if not path.is_file():
         return f"{path.name} is missing"
     found = path.stat().st_size
     if found != record["num_bytes"]:

@@ -9,9 +9,12 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Tokenizer
 
+from jaxlm.durable import read_file
+
 EOS = "<|endoftext|>"
 _EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>")
 _SAMPLE_BYTES = 50_000_000
+_MAX_BYTES = 1 << 28
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -70,7 +73,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
 
         path = remote.download_tokenizer(str(name_or_path))
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_buffer(read_file(path, _MAX_BYTES))
     except Exception as error:  # tokenizers raises no narrower class.
         raise ValueError(
             f"tokenizer {path}: cannot be read ({error}); expected a tokenizer.json of the "
