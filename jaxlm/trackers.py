@@ -3,7 +3,6 @@
 A tracker is a convenience: once training has begun, one that fails is reported once and dropped.
 """
 
-import importlib
 import os
 import secrets
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config import Config, TrackingConfig, to_dict
+from jaxlm.extras import MODULES, needs
 
 Row = dict[str, Any]
 
@@ -93,19 +93,10 @@ def require(tracking: TrackingConfig) -> None:
     """
     # Else wandb asks the name server for its error-report host at every start, offline as well.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    wanted = [("wandb", "wandb", tracking.wandb != "off")]
-    wanted += [("tensorboard", "tensorboardX", tracking.tensorboard)]
-    for extra, package, is_wanted in wanted:
-        if not is_wanted:
-            continue
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            found = getattr(tracking, extra)
-            raise ImportError(
-                f"tracking.{extra}: found {found!r}, which needs the package {package} ({error}); "
-                f"pip install 'jaxlm[{extra}]', or leave this option out"
-            ) from error
+    if tracking.wandb != "off":
+        needs(MODULES["wandb"], f"tracking.wandb {tracking.wandb}")
+    if tracking.tensorboard:
+        needs(MODULES["tensorboard"], "tracking.tensorboard")
 
 
 def _init_wandb(config: Config, run_id: str) -> Any:

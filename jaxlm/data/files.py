@@ -3,7 +3,6 @@
 import functools
 import glob
 import hashlib
-import importlib
 import importlib.metadata
 import io
 import itertools
@@ -11,8 +10,9 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from types import ModuleType
 from typing import Any
+
+from jaxlm.extras import needs
 
 _COMPRESSED = (".gz", ".bz2", ".zst")
 SECTION_CHARS = 20_000
@@ -96,7 +96,7 @@ def _reader(path: str) -> Callable[[str, str], Iterator[Row]]:
 def _lines(path: str) -> Iterator[bytes]:
     if path.endswith(_COMPRESSED):
         # Not fsspec, which takes a .zst that was cut short for a whole one.
-        stream = needs("pyarrow", "text", path).input_stream(path)
+        stream = needs("pyarrow", path).input_stream(path)
     else:
         stream = io.FileIO(path)
     with io.BufferedReader(stream, 1 << 20) as file:
@@ -140,7 +140,7 @@ def _jsonl_rows(path: str, field: str) -> Iterator[Row]:
 
 
 def _parquet_rows(path: str, field: str) -> Iterator[Row]:
-    parquet = needs("pyarrow.parquet", "text", path)
+    parquet = needs("pyarrow.parquet", path)
     try:
         file = parquet.ParquetFile(path)
     except ValueError as error:  # pyarrow does not name the file.
@@ -194,15 +194,3 @@ def _decode(data: bytes, where: str, offset: int) -> str:
             f"{where}: not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}); "
             "convert it, for example with `iconv -f latin1 -t utf-8`"
         ) from error
-
-
-def needs(module: str, extra: str, what: str) -> ModuleType:
-    """Imports a module of an extra.
-
-    Raises:
-      ImportError: it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{what}: needs `pip install 'jaxlm[{extra}]'` ({error})") from error

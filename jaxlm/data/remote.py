@@ -18,7 +18,8 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from jaxlm.data.files import files_revision, needs, text_of
+from jaxlm.data.files import files_revision, text_of
+from jaxlm.extras import needs
 
 _PROBE_S = 5.0
 
@@ -49,7 +50,7 @@ class HuggingFace:
 
     def documents(self, start: int = 0) -> Iterator[str]:
         """The rows, as they arrive; a seek is as fast as the library's."""
-        datasets = needs("datasets", "hf", f"data.source {self.name}")
+        datasets = needs("datasets", f"data.source {self.name}")
         rows = datasets.load_dataset(
             self._repo,
             self._config or None,
@@ -79,10 +80,10 @@ class Tfds:
     @functools.cached_property
     def _builder(self) -> Any:
         what = f"data.source {self.name}"
-        tfds = needs("tensorflow_datasets", "tfds", what)
+        tfds = needs("tensorflow_datasets", what)
         if self._folder is not None:
             return tfds.builder_from_directory(self._folder)
-        needs("tensorflow_datasets.text", "tfds", what)  # It registers c4 and wiki40b.
+        needs("tensorflow_datasets.text", what)  # It registers c4 and wiki40b.
         elsewhere = "prepare it where that is to be had, and give the folder, as tfds_dir:FOLDER"
         builder = tfds.builder(self._spec, file_format="array_record")
         if not builder.data_path.exists():
