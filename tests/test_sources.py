@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.config import DataConfig
-from jaxlm.data import files, remote
+from jaxlm.data import remote
 from jaxlm.data.sources import open_source
 
 DOCUMENTS = [f"document {n}\r\nnaïve 日本語 🎯\n" * (n % 4) for n in range(50)]
@@ -111,14 +111,6 @@ def test_compressed(tmp_path, suffix):
         (tmp_path / f"b.txt{suffix}").write_bytes(damaged)
         with pytest.raises(ValueError, match=f"b.txt{suffix}: damaged or cut short"):
             list(source(f"text:{tmp_path}/*{suffix}").documents())
-
-
-def test_passing_over_documents_does_not_decode_them(tmp_path, monkeypatch):
-    (tmp_path / "a.jsonl").write_bytes(jsonl())
-    parsed = []
-    monkeypatch.setattr(files.json, "loads", lambda text: parsed.append(text) or {"text": "parsed"})
-    assert list(source(f"text:{tmp_path}/a.jsonl").documents(45)) == ["parsed"] * 5
-    assert len(parsed) == 5
 
 
 def test_no_such_file(tmp_path):

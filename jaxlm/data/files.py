@@ -1,6 +1,5 @@
-"""Text from files on this machine: documents in a fixed order, with a cheap seek."""
+"""Text from files on this machine: documents in a fixed order."""
 
-import functools
 import glob
 import hashlib
 import importlib.metadata
@@ -17,8 +16,6 @@ from jaxlm.extras import needs
 _COMPRESSED = (".gz", ".bz2", ".zst")
 SECTION_CHARS = 20_000
 """A longer .txt or .md file is several documents, divided at blank lines."""
-Row = Callable[[], str]
-"""A document not yet decoded, so that it costs little to pass over."""
 
 
 class Embedded:
@@ -60,15 +57,14 @@ class TextFiles:
                 f"data.source {self.name}: no file matches in {os.getcwd()}; expected .txt, .md, "
                 ".jsonl or .parquet files. Check the path, and quote a pattern"
             )
-        self._rows = [_reader(path) for path in self._paths]
+        self._readers = [_reader(path) for path in self._paths]
         self.key = self.revision = files_revision(self._paths)
 
     def documents(self, start: int = 0) -> Iterator[str]:
-        """The documents of each file; those before `start` are passed over, not decoded."""
-        files = zip(self._rows, self._paths, strict=True)
-        rows = itertools.chain.from_iterable(read(path, self._field) for read, path in files)
-        for row in itertools.islice(rows, start, None):
-            yield row()
+        """The documents of each file; those before `start` are read and passed over."""
+        files = zip(self._readers, self._paths, strict=True)
+        texts = itertools.chain.from_iterable(read(path, self._field) for read, path in files)
+        return itertools.islice(texts, start, None)
 
 
 def files_revision(paths: Iterable[str]) -> str:
@@ -78,19 +74,15 @@ def files_revision(paths: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
 
 
-def _reader(path: str) -> Callable[[str, str], Iterator[Row]]:
+def _reader(path: str) -> Callable[[str, str], Iterator[str]]:
     stem, suffix = os.path.splitext(path)
-    match os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix:
-        case ".txt" | ".md":
-            return _txt_rows
-        case ".jsonl":
-            return _jsonl_rows
-        case ".parquet":
-            return _parquet_rows
-    raise ValueError(
-        f"data.source: cannot tell what {path} is; expected .txt, .md, .jsonl or .parquet, the "
-        f"first three perhaps with {', '.join(_COMPRESSED)} after it"
-    )
+    kind = os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix
+    if kind not in _READERS:
+        raise ValueError(
+            f"data.source: cannot tell what {path} is; expected {', '.join(_READERS)}, all but the "
+            f"last perhaps with {', '.join(_COMPRESSED)} after it"
+        )
+    return _READERS[kind]
 
 
 def _lines(path: str) -> Iterator[bytes]:
@@ -114,53 +106,50 @@ def _read_txt(path: str) -> str:
     return _decode(b"".join(_lines(path)), path, 0)
 
 
-def _txt_rows(path: str, field: str) -> Iterator[Row]:
+def _read_sections(path: str, field: str) -> Iterator[str]:
     del field  # the whole file is text
     text, start = _read_txt(path), 0
     for blank in re.finditer(r"\n\s*\n", text):
         if blank.start() - start >= SECTION_CHARS and len(text) - blank.end() >= SECTION_CHARS:
-            yield functools.partial(text.__getitem__, slice(start, blank.start()))
+            yield text[start : blank.start()]
             start = blank.end()
-    yield functools.partial(text.__getitem__, slice(start, None))
+    yield text[start:]
 
 
-def _jsonl_rows(path: str, field: str) -> Iterator[Row]:
-    def parse(line: bytes, number: int, offset: int) -> str:
-        try:
-            row = json.loads(_decode(line, path, offset))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number}: not JSON ({error}); mend it") from error
-        return text_of(row, field, f"{path} line {number}")
-
+def _read_jsonl(path: str, field: str) -> Iterator[str]:
     offset = 0
     for number, line in enumerate(_lines(path), 1):
         if not line.isspace():
-            yield functools.partial(parse, line, number, offset)
+            try:
+                row = json.loads(_decode(line, path, offset))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} line {number}: not JSON ({error}); mend it") from error
+            yield text_of(row, field, f"{path} line {number}")
         offset += len(line)
 
 
-def _parquet_rows(path: str, field: str) -> Iterator[Row]:
+def _read_parquet(path: str, field: str) -> Iterator[str]:
     parquet = needs("pyarrow.parquet", path)
     try:
-        file = parquet.ParquetFile(path)
-    except ValueError as error:  # pyarrow does not name the file.
+        with parquet.ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                raise _no_field(path, field, file.schema_arrow.names)
+            for group in range(file.num_row_groups):
+                for row in file.read_row_group(group, [field]).to_pylist():
+                    yield text_of(row, field, f"{path} row group {group}")
+    except (
+        OSError,
+        needs("pyarrow", path).ArrowInvalid,
+    ) as error:  # pyarrow does not name the file.
         raise _damaged(path, error) from error
-    if field not in file.schema_arrow.names:
-        raise _no_field(path, field, file.schema_arrow.names)
 
-    @functools.lru_cache(1)
-    def read_group(group: int) -> list[Any]:
-        try:
-            return file.read_row_group(group, [field])[field].to_pylist()
-        except OSError as error:
-            raise _damaged(path, error) from error
 
-    def read(group: int, row: int) -> str:
-        return text_of({field: read_group(group)[row]}, field, f"{path} row group {group}")
-
-    for group in range(file.num_row_groups):
-        for row in range(file.metadata.row_group(group).num_rows):
-            yield functools.partial(read, group, row)
+_READERS = {
+    ".txt": _read_sections,
+    ".md": _read_sections,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
 
 
 def text_of(row: Any, field: str, where: str) -> str:

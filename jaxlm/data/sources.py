@@ -1,4 +1,4 @@
-"""Where text comes from: an iterator of documents in a fixed order, with a cheap seek."""
+"""Where text comes from: an iterator of documents in a fixed order."""
 
 from collections.abc import Iterator
 from typing import Protocol
