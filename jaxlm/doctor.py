@@ -11,23 +11,17 @@ import jax
 
 from jaxlm.console import format_bytes
 from jaxlm.data.cache import data_folder, list_caches
+from jaxlm.extras import MODULES
 from jaxlm.throughput import peak_flops
 
 _PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
-_EXTRAS = {
-    "wandb": "wandb",
-    "tensorboard": "tensorboardX",
-    "hf": "datasets",
-    "tfds": "tensorflow_datasets",
-    "text": "pyarrow",
-}
 
 
 def examine() -> list[str]:
     """The findings, a line each."""
     lines = [f"python {platform.python_version()} on {platform.platform()}"]
     lines += [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
-    there = [extra for extra, module in _EXTRAS.items() if importlib.util.find_spec(module)]
+    there = [extra for extra, module in MODULES.items() if importlib.util.find_spec(module)]
     lines.append(f"extras: {', '.join(there) or 'none'}")
     devices = jax.devices()
     peak = peak_flops(devices[0].device_kind)

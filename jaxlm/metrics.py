@@ -7,27 +7,20 @@ Keys are `step` and the metric names. JSON has no NaN and no infinities, so thes
 import json
 import math
 import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypedDict
 
 from jaxlm.config import Config
 from jaxlm.durable import read_file, write_file
-from jaxlm.strict import conform, parse_json, read_json, spell
-from jaxlm.trackers import Row, open_trackers, require
+from jaxlm.strict import conform, parse_json, spell
+from jaxlm.trackers import Row, Trackers, require
 
-_HELD_NAME = "tracking.json"
 _MAX_BYTES = 1 << 30
 
 
 class _Step(TypedDict):
     step: int
-
-
-class _Held(TypedDict):
-    run_id: str | None
-    last_step: int
 
 
 def perplexity(loss: float) -> float:
@@ -64,26 +57,14 @@ def _line(row: Row) -> bytes:
     return json.dumps(row, allow_nan=False).encode() + b"\n"
 
 
-def _held_by_wandb(path: Path) -> _Held:
-    # Outlives a kill between the cut and the next checkpoint: the W&B run in use, and the last
-    # step that it may have, be it cut off here since.
-    try:
-        return read_json(path.with_name(_HELD_NAME), _Held)
-    except (FileNotFoundError, ValueError):
-        return {"run_id": None, "last_step": 0}
-
-
 class Metrics:
     """Writes metrics.jsonl, and feeds the trackers from it.
 
-    At the start, the rows after the restored step are cut off: the run makes them again. Where
-    they will not be the same ones, W&B gets a new run, as it takes no row back.
+    At the start, the rows after the restored step are cut off: the run makes them again.
 
     Attributes:
       run_id: the W&B run; goes into each checkpoint.
     """
-
-    run_id: str
 
     def __init__(
         self,
@@ -112,8 +93,7 @@ class Metrics:
         require(config.tracking)
         path = Path(config.run_dir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = path.read_bytes() if path.exists() else None
-        rows = read_metrics(path) if content else []
+        rows = read_metrics(path) if path.exists() else []
         kept = [
             row
             for row in rows
@@ -121,20 +101,10 @@ class Metrics:
             and row["step"] <= restored_step
             and not (owed_eval and row["step"] == restored_step and "eval/loss" in row)
         ]
-        held = _held_by_wandb(path)
-        last_step = max([held["last_step"], *(row["step"] for row in rows)])
-        taken_back = last_step > restored_step or len(kept) < len(rows)
-        self.run_id = held["run_id"] or run_id or ""
-        if run_id is None or (new_future and taken_back):
-            self.run_id, last_step = secrets.token_hex(4), 0
-        claim = {"run_id": self.run_id, "last_step": last_step}
-        if claim != held:
-            write_file(path.with_name(_HELD_NAME), json.dumps(claim).encode() + b"\n")
-        lines = b"".join(_line(row) for row in kept)
-        if lines != content:
-            write_file(path, lines)
+        write_file(path, b"".join(map(_line, kept)))
         self._file = path.open("ab", buffering=0)
-        self._trackers = open_trackers(config, self.run_id, kept, say=say)
+        self._trackers = Trackers(config, kept, run_id=run_id, new_future=new_future, say=say)
+        self.run_id = self._trackers.run_id
 
     def __enter__(self) -> "Metrics":
         return self

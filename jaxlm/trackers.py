@@ -3,8 +3,8 @@
 A tracker is a convenience: once training has begun, one that fails is reported once and dropped.
 """
 
-import importlib
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,19 +12,57 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config import Config, TrackingConfig, to_dict
+from jaxlm.extras import MODULES, needs
 
 Row = dict[str, Any]
 
 
 class Trackers:
-    """All trackers of a run as one, which never raises."""
+    """The trackers that the config asks for, as one, which never raises.
 
-    def __init__(self, say: Callable[[str], None]):
+    Attributes:
+      run_id: the W&B run.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        history: Sequence[Row],
+        *,
+        run_id: str | None = None,
+        new_future: bool = False,
+        say: Callable[[str], None] = print,
+    ):
+        """Opens the trackers, and gives each the rows it lacks.
+
+        Args:
+          config: the run's config.
+          history: rows of metrics.jsonl up to here, oldest first.
+          run_id: the W&B run so far, or None for a new one.
+          new_future: the rows after the history may differ from those made before.
+          say: takes a line for the person who watches the run.
+        """
         self._trackers: dict[str, _Wandb | _TensorBoard] = {}
         self._say = say
+        self.run_id = run_id if run_id and not new_future else secrets.token_hex(4)
+        if config.tracking.wandb != "off":
+            self._open("W&B", lambda: self._wandb(config, history, run_id))
+        if config.tracking.tensorboard:
+            self._open("TensorBoard", lambda: _TensorBoard(config, history))
 
-    def open(self, name: str, tracker: Callable[[], "_Wandb | _TensorBoard"]) -> None:
-        """Adds a tracker; if it cannot be opened, says so and goes on without."""
+    def _wandb(self, config: Config, history: Sequence[Row], earlier: str | None) -> "_Wandb":
+        run = None
+        if earlier and earlier != self.run_id and config.tracking.wandb == "online":
+            # It goes on, unless it has rows that will not be made again: it takes none back.
+            run = _init_wandb(config, earlier)
+            if run.step > (history[-1]["step"] + 1 if history else 0):
+                run.finish()
+                run = None
+            else:
+                self.run_id = earlier
+        return _Wandb(config, run or _init_wandb(config, self.run_id), history, self._say)
+
+    def _open(self, name: str, tracker: Callable[[], "_Wandb | _TensorBoard"]) -> None:
         self._guard(name, lambda: self._trackers.update({name: tracker()}))
 
     def log(self, step: int, row: Row) -> None:
@@ -55,42 +93,36 @@ def require(tracking: TrackingConfig) -> None:
     """
     # Else wandb asks the name server for its error-report host at every start, offline as well.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    wanted = [("wandb", "wandb", tracking.wandb != "off")]
-    wanted += [("tensorboard", "tensorboardX", tracking.tensorboard)]
-    for extra, package, is_wanted in wanted:
-        if not is_wanted:
-            continue
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            found = getattr(tracking, extra)
-            raise ImportError(
-                f"tracking.{extra}: found {found!r}, which needs the package {package} ({error}); "
-                f"pip install 'jaxlm[{extra}]', or leave this option out"
-            ) from error
+    if tracking.wandb != "off":
+        needs(MODULES["wandb"], f"tracking.wandb {tracking.wandb}")
+    if tracking.tensorboard:
+        needs(MODULES["tensorboard"], "tracking.tensorboard")
 
 
-def open_trackers(
-    config: Config, run_id: str, history: Sequence[Row], *, say: Callable[[str], None] = print
-) -> Trackers:
-    """Opens the trackers that the config asks for, and gives each the rows it lacks.
+def _init_wandb(config: Config, run_id: str) -> Any:
+    import wandb
 
-    Args:
-      config: the run's config.
-      run_id: the W&B run to begin or to continue.
-      history: rows of metrics.jsonl up to here, oldest first.
-      say: takes a line for the person who watches the run.
-
-    Raises:
-      ImportError: the package of a tracker is missing.
-    """
-    require(config.tracking)
-    trackers = Trackers(say)
-    if config.tracking.wandb != "off":
-        trackers.open("W&B", lambda: _Wandb(config, run_id, history, say))
-    if config.tracking.tensorboard:
-        trackers.open("TensorBoard", lambda: _TensorBoard(config, history))
-    return trackers
+    online = config.tracking.wandb == "online"
+    hooks = sys.exit, sys.excepthook
+    try:
+        return wandb.init(
+            project=config.tracking.wandb_project,
+            name=Path(config.run_dir).resolve().name,
+            id=run_id,
+            mode="online" if online else "offline",
+            resume="allow" if online else None,
+            reinit="create_new",  # A run of the caller's own stays as it is.
+            dir=config.run_dir,
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                disable_code=True,
+                init_timeout=20,
+                finish_timeout=60,
+            ),
+        )
+    finally:
+        sys.exit, sys.excepthook = hooks  # wandb wraps both, and never puts them back.
 
 
 class _Wandb:
@@ -101,37 +133,14 @@ class _Wandb:
     Online, the rows that the server lacks are sent.
     """
 
-    def __init__(self, config: Config, run_id: str, history: Sequence[Row], say: Callable):
-        import wandb
-
-        self._config, self._step = config, 0
+    def __init__(self, config: Config, run: Any, history: Sequence[Row], say: Callable):
+        self._config, self._run, self._step = config, run, 0
         self._pending: Row = {}
         self._online = config.tracking.wandb == "online"
-        hooks = sys.exit, sys.excepthook
-        try:
-            self._run = wandb.init(
-                project=config.tracking.wandb_project,
-                name=Path(config.run_dir).resolve().name,
-                id=run_id,
-                mode="online" if self._online else "offline",
-                resume="allow" if self._online else None,
-                reinit="create_new",  # A run of the caller's own stays as it is.
-                dir=config.run_dir,
-                config=to_dict(config),
-                allow_val_change=True,
-                settings=wandb.Settings(
-                    silent=True,
-                    console="off",
-                    disable_code=True,
-                    init_timeout=20,
-                    finish_timeout=60,
-                ),
-            )
-        finally:
-            sys.exit, sys.excepthook = hooks  # wandb wraps both, and never puts them back.
+        run.config.update(to_dict(config), allow_val_change=True)
         if self._online:
-            say(f"W&B: {self._run.url}")
-        first = self._run.step
+            say(f"W&B: {run.url}")
+        first = run.step
         for row in history:
             if row["step"] >= first:
                 self.log(row["step"], row)

@@ -27,7 +27,7 @@ LAYERS = [
     {"attention", "guard", "lock", "manifest", "sharding", "trackers", "data.files"}
     | {"data.shards"},
     {"config", "data.__init__"},
-    {"strict"},
+    {"extras", "strict"},
     {"durable"},
 ]
 # Arrays in, arrays out: these see no clock, file, log or thread.

@@ -177,36 +177,6 @@ def test_the_id_of_the_checkpoint_counts_where_the_run_folder_is_gone(tmp_path):
     assert id_of_start(tmp_path / "elsewhere", run_id="abc", restored_step=20) == "abc"
 
 
-def test_a_kill_keeps_the_id_and_a_new_future_of_rows_taken_back_changes_it(tmp_path):
-    write(tmp_path)
-    old = id_of_start(tmp_path, restored_step=40)
-    assert id_of_start(tmp_path, restored_step=40, new_future=True) == old  # nothing is taken back
-    assert id_of_start(tmp_path, restored_step=20) == old
-    new = id_of_start(tmp_path, run_id=old, restored_step=10, new_future=True)
-    assert new != old
-
-
-def test_rows_cut_in_an_earlier_start_count_as_taken_back(tmp_path):
-    write(tmp_path)
-    old = id_of_start(tmp_path, restored_step=20)  # killed before it logs: W&B has step 40
-    assert id_of_start(tmp_path, run_id=old, restored_step=20, new_future=True) != old
-
-
-def test_a_new_id_outlives_a_kill_before_the_next_checkpoint(tmp_path):
-    write(tmp_path)
-    old = id_of_start(tmp_path, restored_step=40)
-    new = id_of_start(tmp_path, run_id=old, restored_step=20, new_future=True)
-    # The checkpoint still names the old run, which has the rows that were taken back.
-    again = id_of_start(tmp_path, run_id=old, restored_step=20, new_future=True)
-    assert again == new != old
-
-
-def test_a_damaged_tracking_record_does_not_stop_the_run(tmp_path):
-    write(tmp_path)
-    (tmp_path / "tracking.json").write_text("{")
-    assert id_of_start(tmp_path, run_id="abc", restored_step=40) == "abc"
-
-
 @pytest.mark.parametrize(
     "tracking, package, extra",
     [

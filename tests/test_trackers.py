@@ -13,7 +13,7 @@ import pytest
 
 from jaxlm.config import Config, OptimConfig, TrackingConfig, to_dict
 from jaxlm.metrics import Metrics, read_metrics
-from jaxlm.trackers import open_trackers
+from jaxlm.trackers import Trackers
 
 needs_wandb = pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="no wandb")
 needs_tensorboard = pytest.mark.skipif(
@@ -105,7 +105,7 @@ def read_wandb(folder: Path) -> tuple[list[dict], dict]:
                 }
                 step = row.pop("_step")
                 rows.append({"step": step, **{k: v for k, v in row.items() if k[0] != "_"}})
-            for item in record.run.config.update:
+            for item in record.config.update:
                 config[item.key] = json.loads(item.value_json)
 
 
@@ -155,13 +155,14 @@ class Server:
     def __init__(self, monkeypatch):
         self.runs: dict[str, dict[int, dict]] = {}
         self.dropped: list[int] = []
+        self.mode = "online"
         module = types.ModuleType("wandb")
         module.init = self.init
         module.Settings = lambda **_: None
         monkeypatch.setitem(sys.modules, "wandb", module)
 
-    def init(self, *, id: str, resume: str, mode: str, **_: object) -> types.SimpleNamespace:
-        assert (resume, mode) == ("allow", "online")
+    def init(self, *, id: str, resume: str | None, mode: str, **_: object) -> types.SimpleNamespace:
+        assert (resume, mode) == ("allow" if self.mode == "online" else None, self.mode)
         rows = self.runs.setdefault(id, {})
 
         def log(row: dict, step: int, commit: bool) -> None:
@@ -171,23 +172,33 @@ class Server:
             else:
                 self.dropped.append(step)
 
-        first = max(rows, default=-1) + 1
-        return types.SimpleNamespace(step=first, log=log, finish=lambda exit_code: None, url="u")
+        return types.SimpleNamespace(
+            step=max(rows, default=-1) + 1,
+            log=log,
+            finish=lambda exit_code=0: None,
+            url="u",
+            config=types.SimpleNamespace(update=lambda config, allow_val_change: None),
+        )
 
 
 ONLINE = TrackingConfig(wandb="online")
 
 
-def online(run_dir: Path, **options) -> Metrics:
+def online(run_dir: Path, tracking: TrackingConfig = ONLINE, **options) -> Metrics:
     config = Config(
         run_dir=str(run_dir),
         num_steps=100,
         eval_interval=20,
         optim=OptimConfig(warmup_steps=10),
-        tracking=ONLINE,
+        tracking=tracking,
     )
     defaults = {"run_id": "abc", "owed_eval": False, "new_future": False, "restored_step": 0}
     return Metrics(config, say=lambda _: None, **{**defaults, **options})
+
+
+def id_of_start(run_dir: Path, **options) -> str:
+    with online(run_dir, **options) as run:
+        return run.run_id
 
 
 def as_server(run_dir: Path) -> dict[int, dict]:
@@ -253,18 +264,43 @@ def test_rows_taken_back_go_on_in_a_new_run(tmp_path, monkeypatch):
         train(run, 10, 70)
     old = run.run_id
     before = dict(server.runs[old])
+    # A start that is killed before it logs: the rows are gone from here, and not from W&B.
+    assert id_of_start(tmp_path, run_id=old, restored_step=40) == old
+    with online(tmp_path, run_id=old, restored_step=40, new_future=True) as run:
+        train(run, 50, 60, scale=2)
+    between = run.run_id
+    # Killed before the next checkpoint, which would have named the new run.
     with online(tmp_path, run_id=old, restored_step=40, new_future=True) as run:
         train(run, 50, 100, scale=3)
-    assert run.run_id != old
-    assert server.runs == {old: before, run.run_id: as_server(tmp_path)}
+    assert len({old, between, run.run_id}) == 3
+    assert server.runs[old] == before and server.runs[run.run_id] == as_server(tmp_path)
+    assert server.dropped == []
+
+
+@pytest.mark.parametrize("where", ["online", "offline", "off"])
+def test_a_new_future_keeps_the_run_only_where_the_server_is_not_ahead(
+    tmp_path, monkeypatch, where
+):
+    server = Server(monkeypatch)
+    with online(tmp_path, run_id=None) as run:
+        train(run, 10, 40)
+    old = run.run_id
+    if where == "online":
+        assert id_of_start(tmp_path, run_id=old, restored_step=40, new_future=True) == old
+        assert list(server.runs) == [old]
+    else:
+        server.mode = where
+        options = {"run_id": old, "restored_step": 40, "tracking": TrackingConfig(wandb=where)}
+        assert id_of_start(tmp_path, **options) == old
+        assert id_of_start(tmp_path, **options, new_future=True) != old
 
 
 def test_a_tracker_that_fails_is_reported_once_and_the_others_go_on(tmp_path, monkeypatch):
     said, logged = [], []
     server = Server(monkeypatch)
     config = Config(run_dir=str(tmp_path), tracking=ONLINE)
-    trackers = open_trackers(config, "abc", [], say=said.append)
-    trackers.open("Good", lambda: types.SimpleNamespace(log=lambda *row: logged.append(row)))
+    trackers = Trackers(config, [], run_id="abc", say=said.append)
+    trackers._open("Good", lambda: types.SimpleNamespace(log=lambda *row: logged.append(row)))
 
     def fail(*_: object, **__: object) -> None:
         raise ConnectionResetError("Connection lost")
@@ -278,7 +314,7 @@ def test_a_tracker_that_fails_is_reported_once_and_the_others_go_on(tmp_path, mo
     ]
     assert [step for step, _ in logged] == [1, 2, 3]
     assert server.runs == {"abc": {}}
-    trackers.open("Bad", fail)  # one that cannot even be opened
+    trackers._open("Bad", fail)  # one that cannot even be opened
     assert said[2].startswith("Bad failed; the run goes on")
 
 
@@ -286,9 +322,9 @@ def test_an_interrupt_is_not_mistaken_for_a_failure(tmp_path):
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    trackers = open_trackers(Config(run_dir=str(tmp_path)), "abc", [])
+    trackers = Trackers(Config(run_dir=str(tmp_path)), [])
     with pytest.raises(KeyboardInterrupt):
-        trackers.open("Slow", interrupted)
+        trackers._open("Slow", interrupted)
 
 
 def read_tensorboard(folder: Path) -> list[dict]:

