@@ -14,6 +14,7 @@ from jaxlm.folder import (
     select,
 )
 from jaxlm.restore import restore_numpy
+from jaxlm.skips import to_json
 from jaxlm.state import path_name
 
 
@@ -22,7 +23,8 @@ def describe_run(run: str) -> dict[str, Any]:
 
     Returns:
       `run`, `folder`, `set_aside` (names of damaged ones), `damaged` (those not yet set aside, as
-      step -> what is wrong, as far as a quick look shows), and `checkpoints`: for each, ascending,
+      step -> what is wrong, as far as a quick look shows), `skips` (where the run has gone back, as
+      `from_step`, `num_batches` and `why`), and `checkpoints`: for each, ascending,
       `step`, `tokens_seen`, `eval_loss`, `best_eval_loss`, `bytes`, and `is`, a list of `best`,
       `latest` and `final`.
 
@@ -30,7 +32,7 @@ def describe_run(run: str) -> dict[str, Any]:
       ValueError: there is no such run.
     """
     folder = find_checkpoints(run)
-    found, damaged, *_ = read_steps(folder)
+    found, damaged, _, skips = read_steps(folder)
     best = find_best({step: metadata.eval_loss for step, metadata in found.items()})
     named = {"best": best.step if best else None, "latest": max(found, default=None)}
     named["final"] = max((step for step in found if found[step].final), default=None)
@@ -47,6 +49,7 @@ def describe_run(run: str) -> dict[str, Any]:
         "folder": str(folder),
         "checkpoints": rows,
         "set_aside": list_set_aside(folder),
+        "skips": to_json(skips),
         "damaged": {str(step): damage[0] for step, damage in damaged.items()},
     }
 
@@ -69,6 +72,9 @@ def format_table(runs: list[dict[str, Any]]) -> str:
                 f"{format_bytes(row['bytes']):>9} | {', '.join(row['is'])}".rstrip()
             )
     for run in runs:
+        for skip in run["skips"]:
+            past = f"past {skip['num_batches']} batches: " if skip["num_batches"] else ""
+            lines.append(f"went back to step {skip['from_step']}, {past}{skip['why']}")
         for step, damage in run["damaged"].items():
             lines.append(f"damaged: {run['folder']}/{step}: {damage}")
         if run["set_aside"]:

@@ -14,7 +14,7 @@ from tiny import VOCAB, TinyBatches, TinyEvalSet, tiny_config, untimed_rows
 
 from jaxlm import checkpoint, durable, guard, skips
 from jaxlm.checkpoint import CheckpointError
-from jaxlm.compare import diff_checkpoints
+from jaxlm.compare import describe_run, diff_checkpoints, format_table
 from jaxlm.config import Config, GuardConfig, OptimConfig
 from jaxlm.folder import list_steps, read_metadata, read_steps, select
 from jaxlm.skips import Skip, held_by, skipped
@@ -73,6 +73,8 @@ def test_a_spike_is_passed_over_and_written_down(spoilt_run: Path) -> None:
     assert metadata.skips == [skip]
     assert read_metadata(folder, 20).skips == metadata.skips
     assert metadata.tokens_seen == 24 * 8 * 16
+    table = format_table([describe_run(str(spoilt_run))])
+    assert "went back to step 12, past 3 batches: the loss spiked in 2 steps up to 15" in table
     rows = untimed_rows(spoilt_run)
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 25))
     assert max(row["train/loss"] for row in rows[13:] if "train/loss" in row) < 4.2
