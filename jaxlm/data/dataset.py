@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.data.cache import MANIFEST, load_json
-from jaxlm.data.shards import TokenShards, damage
+from jaxlm.data.shards import TokenShards
+from jaxlm.durable import crc32c
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +23,7 @@ class Dataset:
     fingerprint: str
     """Identity of the tokens: the same tokens have the same, wherever they came from."""
     tokenizer_path: Path
-    vocab_size: int
-    """Ids of the tokenizer."""
     eos_id: int
-    exhausted: bool
-    """The source ended before max_tokens."""
 
 
 def digest(values: dict[str, Any]) -> str:
@@ -50,8 +47,7 @@ def open_dataset(folder: Path, vocab_size: int) -> Dataset:
     if not manifest or manifest.get("fingerprint") != manifest_fingerprint(manifest):
         problem = f"{MANIFEST} was altered"
     else:
-        records = [manifest["tokenizer"], *manifest["train"], *manifest["eval"]]
-        problem = next(filter(None, (damage(folder, record) for record in records)), None)
+        problem = find_damage(folder, manifest)
     if problem:
         raise ValueError(
             f"prepared data in {folder} is damaged: {problem}. Delete it with "
@@ -61,17 +57,28 @@ def open_dataset(folder: Path, vocab_size: int) -> Dataset:
     check_vocabulary(str(tokenizer_path), manifest["vocab_size"], vocab_size)
     with contextlib.suppress(OSError):  # A cache that we may only read keeps no time of use.
         os.utime(folder / MANIFEST)
-    splits = {
-        split: TokenShards([folder / shard["name"] for shard in manifest[split]], manifest["dtype"])
+    train, held_out = (
+        TokenShards([folder / shard["name"] for shard in manifest[split]], manifest["dtype"])
         for split in ("train", "eval")
-    }
-    kept = ("fingerprint", "vocab_size", "eos_id", "exhausted")
-    return Dataset(
-        directory=folder,
-        tokenizer_path=tokenizer_path,
-        **splits,
-        **{name: manifest[name] for name in kept},
     )
+    return Dataset(
+        folder, train, held_out, manifest["fingerprint"], tokenizer_path, manifest["eos_id"]
+    )
+
+
+def find_damage(folder: Path, about: dict[str, Any]) -> str | None:
+    """How a file differs from its record in a manifest or in progress, or None; reads all of it."""
+    for record in [about["tokenizer"], *about["train"], *about["eval"]]:
+        path = folder / record["name"]
+        if not path.exists():
+            return f"{path.name} is missing"
+        found = path.stat().st_size
+        if found != record["num_bytes"]:
+            return f"{path.name} has {found:,} bytes, expected {record['num_bytes']:,}"
+        crc = crc32c(path)
+        if crc != record["crc32c"]:
+            return f"{path.name} has crc32c {crc:08x}, expected {record['crc32c']:08x}"
+    return None
 
 
 def check_vocabulary(what: str, found: int, vocab_size: int) -> None:
