@@ -334,13 +334,13 @@ def test_each_field_of_the_manifest_is_vouched_for(corpus, tmp_path):
 
 def test_text_that_changes_while_it_is_read(tmp_path, monkeypatch):
     corpus = write(tmp_path / "a.jsonl", documents())
-    original = prepare._tokenizer
+    original = prepare._new_tokenizer
 
     def touch(*args):
         os.utime(corpus)
         return original(*args)
 
-    monkeypatch.setattr(prepare, "_tokenizer", touch)
+    monkeypatch.setattr(prepare, "_new_tokenizer", touch)
     with pytest.raises(ValueError, match="changed while it was read"):
         run(config_of(corpus, tmp_path))
     assert not list(tmp_path.rglob("manifest.json"))

@@ -124,7 +124,12 @@ def _make(
 ) -> None:
     """Prepares what is not yet, and publishes."""
     progress = _progress(folder, source, log)
-    tokenizer = _tokenizer(folder, progress, source, config.tokenizer, vocab_size, log)
+    tokenizer_path = folder / "tokenizer.json"
+    if not progress["tokenizer"]:
+        new = _new_tokenizer(source, config.tokenizer, vocab_size, log)
+        progress["tokenizer"] = _write(tokenizer_path, new.to_str(pretty=True).encode())
+        _write_json(folder / PROGRESS, progress)
+    tokenizer = tokenizer_lib.load_tokenizer(tokenizer_path)
     num_ids = tokenizer_lib.num_ids(tokenizer)
     eos_id = tokenizer_lib.find_eos(tokenizer, config.eos_token)
     # A special token spelled out in a document is text, never a boundary.
@@ -179,23 +184,15 @@ def _progress(folder: Path, source: Source, log: Log) -> dict[str, Any]:
     return fresh
 
 
-def _tokenizer(
-    folder: Path, progress: dict[str, Any], source: Source, name: str, vocab_size: int, log: Log
-) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    if progress["tokenizer"]:
-        return tokenizer_lib.load_tokenizer(path)
-    if name == "train":
-        log(f"Training a tokenizer of {vocab_size:,} tokens on {source.name}")
-        documents = enumerate(source.documents(0))
-        training = (document for index, document in documents if not is_held_out(index))
-        tokenizer = tokenizer_lib.train_tokenizer(training, vocab_size)
-    else:
+def _new_tokenizer(source: Source, name: str, vocab_size: int, log: Log) -> Tokenizer:
+    if name != "train":
         tokenizer = tokenizer_lib.load_tokenizer(name)
         check_vocabulary(name, tokenizer_lib.num_ids(tokenizer), vocab_size)
-    progress["tokenizer"] = _write(path, tokenizer.to_str(pretty=True).encode())
-    _write_json(folder / PROGRESS, progress)
-    return tokenizer
+        return tokenizer
+    log(f"Training a tokenizer of {vocab_size:,} tokens on {source.name}")
+    documents = enumerate(source.documents(0))
+    training = (document for index, document in documents if not is_held_out(index))
+    return tokenizer_lib.train_tokenizer(training, vocab_size)
 
 
 def _write_shards(
