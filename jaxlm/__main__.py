@@ -1,6 +1,5 @@
 """The `jaxlm` command: flags in, one call each."""
 
-import dataclasses
 import json
 import sys
 import time
@@ -53,13 +52,13 @@ def list_cache(cache_dir: str | None = None, *, json: bool = False) -> int:
 
     entries = list_caches(cache_dir)
     lines = [
-        f"{entry.name}: {format_count(entry.num_tokens)} tokens of {entry.source}, "
-        f"{format_bytes(entry.num_bytes)}{'' if entry.complete else ' (unfinished)'}, "
-        f"last used {time.strftime('%Y-%m-%d', time.localtime(entry.last_used_s))}"
+        f"{entry['name']}: {format_count(entry['num_tokens'])} tokens of {entry['source']}, "
+        f"{format_bytes(entry['num_bytes'])}{'' if entry['complete'] else ' (unfinished)'}, "
+        f"last used {time.strftime('%Y-%m-%d', time.localtime(entry['last_used_s']))}"
         for entry in entries
     ]
     text = "\n".join(lines or [f"nothing in {data_folder(cache_dir)}"])
-    _show([dataclasses.asdict(entry) for entry in entries], text, json)
+    _show(entries, text, json)
     return 0
 
 

@@ -37,10 +37,8 @@ def format_duration(duration_s: float) -> str:
     """Seconds as hh:mm:ss, with days in front where there are any."""
     if not math.isfinite(duration_s):
         return "--:--:--"
-    minutes, seconds = divmod(max(0, round(duration_s)), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return (f"{days}d " if days else "") + f"{hours:02d}:{minutes:02d}:{seconds:02d}"
+    days, rest_s = divmod(max(0, round(duration_s)), 86_400)
+    return (f"{days}d " if days else "") + time.strftime("%H:%M:%S", time.gmtime(rest_s))
 
 
 def _number(value: float) -> str:

@@ -35,7 +35,7 @@ def examine() -> list[str]:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         lines.append(f"memory: {format_bytes(memory)}")
     cache = data_folder(None)
-    held = format_bytes(sum(entry.num_bytes for entry in list_caches()))
+    held = format_bytes(sum(entry["num_bytes"] for entry in list_caches()))
     lines.append(f"cache: {cache} holds {held}; `jaxlm cache list` shows what")
     here = Path.cwd()
     lines.append(f"disk: {format_bytes(shutil.disk_usage(here).free)} free in {here}")

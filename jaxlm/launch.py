@@ -1,5 +1,6 @@
 """From a command line to a run: the config file, its flags, and what a person sees of an error."""
 
+import argparse
 import os
 import runpy
 import signal
@@ -23,16 +24,12 @@ def parse_config(args: Sequence[str], prog: str) -> Config:
 
     Exits with code 2 and a message if the flags do not fit; `--help` lists them all.
     """
-    args = list(args)
-    path = None
-    for index, arg in enumerate(args):
-        name, equals, value = arg.partition("=")
-        if name == "--config":
-            del args[index]
-            path = value if equals else (args.pop(index) if index < len(args) else None)
-            break
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?")
+    known, flags = parser.parse_known_args(args)
+    path = known.config
     config = load_config(path) if path else Config()
-    if path is None and not {"-h", "--help"} & set(args):
+    if path is None and not {"-h", "--help"} & set(flags):
         found = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py"))) or "none here"
         raise ValueError(f"--config: found nothing, expected a config file such as: {found}")
     return tyro.cli(
@@ -40,7 +37,7 @@ def parse_config(args: Sequence[str], prog: str) -> Config:
         prog=f"{prog} --config {path or 'FILE'}",
         description="Defaults are those of the config file.",
         default=config,
-        args=args,
+        args=flags,
     )
 
 

@@ -199,18 +199,18 @@ def test_prepare_and_cache(
     out("prepare", "--config", "configs/tiny.py", "--data.eval_tokens", "600")
     assert not Path("runs").exists()
 
-    first, second = list_caches()
+    first, second = [entry["name"] for entry in list_caches()]
     lines = out("cache", "list").splitlines()
-    assert [line.split(":")[0] for line in lines] == [first.name, second.name]
+    assert [line.split(":")[0] for line in lines] == [first, second]
     assert all("tokens of text:texts/*.txt" in line for line in lines)
     found = json.loads(out("cache", "list", "--json"))
-    assert [entry["name"] for entry in found] == [first.name, second.name]
+    assert [entry["name"] for entry in found] == [first, second]
     assert all(entry["complete"] for entry in found)
 
-    assert out("cache", "clear", first.name) == f"deleted {first.name}\n"
-    assert [entry.name for entry in list_caches()] == [second.name]
-    assert f"no {first.name} in" in refusal(capsys, "cache", "clear", first.name)
-    assert out("cache", "clear") == f"deleted {second.name}\n"
+    assert out("cache", "clear", first) == f"deleted {first}\n"
+    assert [entry["name"] for entry in list_caches()] == [second]
+    assert f"no {first} in" in refusal(capsys, "cache", "clear", first)
+    assert out("cache", "clear") == f"deleted {second}\n"
     assert list_caches() == []
     elsewhere = ["--cache_dir", str(tmp_path / "other")]
     assert out("cache", "list", *elsewhere) == f"nothing in {tmp_path}/other/data\n"

@@ -5,15 +5,17 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxlm.data.cache import MANIFEST, Manifest
-from jaxlm.data.shards import TokenShards, damage
-from jaxlm.strict import read_json
+from jaxlm.data.cache import MANIFEST, Manifest, Record
+from jaxlm.data.shards import TokenShards
+from jaxlm.durable import crc32c
+from jaxlm.strict import read_json, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +28,7 @@ class Dataset:
     fingerprint: str
     """Identity of the tokens: the same tokens have the same, wherever they came from."""
     tokenizer_path: Path
-    vocab_size: int
-    """Ids of the tokenizer."""
     eos_id: int
-    exhausted: bool
-    """The source ended before max_tokens."""
 
 
 def digest(values: Mapping[str, Any]) -> str:
@@ -50,45 +48,52 @@ def open_dataset(folder: Path, vocab_size: int) -> Dataset:
     Raises:
       ValueError: a file is damaged, or the model's `vocab_size` is too small.
     """
-    manifest = None
     try:
         manifest = read_json(folder / MANIFEST, Manifest)
-        problem = _find_problem(manifest, folder)
+        _check(folder, manifest)
     except (FileNotFoundError, ValueError) as error:
-        problem = f"{MANIFEST} was altered ({error})"
-    if manifest is None or problem:
         raise ValueError(
-            f"prepared data in {folder} is damaged: {problem}. Delete it with "
+            f"prepared data in {folder} is damaged: {error}. Delete it with "
             f"`jaxlm cache clear {folder.name}`; the next run then prepares it anew"
-        )
+        ) from error
     tokenizer_path = folder / manifest["tokenizer"]["name"]
     check_vocabulary(str(tokenizer_path), manifest["vocab_size"], vocab_size)
     with contextlib.suppress(OSError):  # A cache that we may only read keeps no time of use.
         os.utime(folder / MANIFEST)
-    splits = {
-        split: TokenShards([folder / shard["name"] for shard in manifest[split]], manifest["dtype"])
+    train, held_out = (
+        TokenShards([folder / shard["name"] for shard in manifest[split]], manifest["dtype"])
         for split in ("train", "eval")
-    }
+    )
     return Dataset(
-        directory=folder,
-        tokenizer_path=tokenizer_path,
-        **splits,
-        fingerprint=manifest["fingerprint"],
-        vocab_size=manifest["vocab_size"],
-        eos_id=manifest["eos_id"],
-        exhausted=manifest["exhausted"],
+        folder, train, held_out, manifest["fingerprint"], tokenizer_path, manifest["eos_id"]
     )
 
 
-def _find_problem(manifest: Manifest, folder: Path) -> str | None:
-    if manifest["fingerprint"] != manifest_fingerprint(manifest):
-        return f"{MANIFEST} was altered"
+def _check(folder: Path, manifest: Manifest) -> None:
+    shards = [*manifest["train"], *manifest["eval"]]
     itemsize = np.dtype(manifest["dtype"]).itemsize
-    for split in (manifest["train"], manifest["eval"]):
-        if not split or not all(s["num_bytes"] == s["num_tokens"] * itemsize > 0 for s in split):
-            return f"{MANIFEST} was altered (the sizes of the shards)"
-    records = [manifest["tokenizer"], *manifest["train"], *manifest["eval"]]
-    return next(filter(None, (damage(folder, record) for record in records)), None)
+    sizes = {shard["num_bytes"] == shard["num_tokens"] * itemsize > 0 for shard in shards}
+    if manifest["fingerprint"] != manifest_fingerprint(manifest) or sizes != {True}:
+        raise ValueError(f"{MANIFEST} was altered")
+    if damage := find_damage(folder, [manifest["tokenizer"], *shards]):
+        raise ValueError(damage)
+
+
+def find_damage(folder: Path, records: Iterable[Record]) -> str | None:
+    """How a file differs from its record, or None if none does; reads all of it."""
+    for record in records:
+        path = folder / record["name"]
+        if not re.fullmatch(r"[\w-][\w.-]{,99}", record["name"]):
+            return f"{shown(record['name'])} is not the name of a file in it"
+        if not path.is_file():
+            return f"{path.name} is missing"
+        found = path.stat().st_size
+        if found != record["num_bytes"]:
+            return f"{path.name} has {found:,} bytes, expected {record['num_bytes']:,}"
+        crc = crc32c(path)
+        if crc != record["crc32c"]:
+            return f"{path.name} has crc32c {crc:08x}, expected {record['crc32c']:08x}"
+    return None
 
 
 def check_vocabulary(what: str, found: int, vocab_size: int) -> None:

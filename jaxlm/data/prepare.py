@@ -6,6 +6,7 @@ without one is unfinished, and goes on from its `progress.json`.
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -17,22 +18,25 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
+import google_crc32c
 import numpy as np
 import rich.progress
 from tokenizers import Tokenizer
 
 from jaxlm.config import DataConfig
 from jaxlm.data import tokenizer as tokenizer_lib
-from jaxlm.data.cache import MANIFEST, PROGRESS, Progress, data_folder, locked
+from jaxlm.data.cache import MANIFEST, PROGRESS, Progress, data_folder
 from jaxlm.data.dataset import (
     Dataset,
     check_vocabulary,
     digest,
+    find_damage,
     manifest_fingerprint,
     open_dataset,
 )
-from jaxlm.data.shards import damage, write_durably
 from jaxlm.data.sources import Source, open_source
+from jaxlm.durable import write_file
 from jaxlm.strict import read_json
 
 FORMAT = 1
@@ -75,10 +79,10 @@ def prepare(config: DataConfig, *, vocab_size: int, max_tokens: int, log: Log = 
     folder = data_folder(config.cache_dir) / f"{label}-{digest(recipe)}"
     if not (folder / MANIFEST).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder, log):
+        with _locked(folder, log):
             if not (folder / MANIFEST).exists():
                 folder.mkdir(exist_ok=True)
-                _Preparation(folder, source, config, vocab_size, max_tokens, log).run()
+                _make(folder, source, config, vocab_size, max_tokens, log)
     return open_dataset(folder, vocab_size)
 
 
@@ -96,6 +100,16 @@ def _recipe(config: DataConfig, source: Source, vocab_size: int, max_tokens: int
     }  # fmt: skip
 
 
+def _locked(folder: Path, log: Log) -> contextlib.AbstractContextManager[object]:
+    """The lock beside a folder, which ends with the process however that ends."""
+    lock = filelock.FileLock(f"{folder}.lock", poll_interval=0.1)
+    try:
+        return lock.acquire(timeout=0)
+    except filelock.Timeout:
+        log(f"Another process is preparing {folder.name}: waiting for it")
+        return lock.acquire()
+
+
 def is_held_out(index: int) -> bool:
     """Whether document `index` is for evaluation: one of each 20, chosen by a hash.
 
@@ -106,138 +120,135 @@ def is_held_out(index: int) -> bool:
     return place == (chosen if block else 1)
 
 
-class _Preparation:
-    """A dataset on its way to its manifest."""
+def _make(
+    folder: Path, source: Source, config: DataConfig, vocab_size: int, max_tokens: int, log: Log
+) -> None:
+    """Prepares what is not yet, and publishes."""
+    progress = _progress(folder, source, log)
+    tokenizer_path = folder / "tokenizer.json"
+    if not progress["tokenizer"]:
+        new = _new_tokenizer(source, config.tokenizer, vocab_size, log)
+        progress["tokenizer"] = _write(tokenizer_path, new.to_str(pretty=True).encode())
+        _write_json(folder / PROGRESS, progress)
+    tokenizer = tokenizer_lib.load_tokenizer(tokenizer_path)
+    num_ids = tokenizer_lib.num_ids(tokenizer)
+    eos_id = tokenizer_lib.find_eos(tokenizer, config.eos_token)
+    # A special token spelled out in a document is text, never a boundary.
+    tokenizer.encode_special_tokens = True
+    dtype = np.dtype("<u2" if num_ids <= 2**16 else "<u4")
+    limits = {"train": max_tokens, "eval": config.eval_tokens}
+    counts = {split: sum(shard["num_tokens"] for shard in progress[split]) for split in limits}
+    waiting: dict[str, list[np.ndarray]] = {split: [] for split in limits}
+    with _progress_bar(max_tokens, log) as show:
+        # Stopped between the last shard and the manifest: there is nothing left to read.
+        chunks = _chunks(source.documents(progress["next_document"]))
+        while counts["train"] < max_tokens and (chunk := next(chunks, None)):
+            for ids in _encode(tokenizer, chunk, eos_id, dtype):
+                held_out = is_held_out(progress["next_document"])
+                split = "eval" if held_out and counts["eval"] < limits["eval"] else "train"
+                ids = ids[: limits[split] - counts[split]]
+                waiting[split].append(ids)
+                counts[split] += len(ids)
+                progress["next_document"] += 1
+            show(counts["train"])
+            if sum(map(len, itertools.chain(*waiting.values()))) >= SHARD_TOKENS:
+                _write_shards(folder, progress, waiting)
+    _check_corpus(config, source, progress["next_document"], **counts)
+    _write_shards(folder, progress, waiting)
+    manifest = progress | {
+        "vocab_size": num_ids,
+        "eos_id": eos_id,
+        "dtype": dtype.str,
+        "exhausted": counts["train"] < max_tokens,
+    }
+    _write_json(folder / MANIFEST, manifest | {"fingerprint": manifest_fingerprint(manifest)})
+    (folder / PROGRESS).unlink()
+    log(f"Prepared {counts['train']:,} training and {counts['eval']:,} held-out tokens in {folder}")
 
-    def __init__(
-        self,
-        folder: Path,
-        source: Source,
-        config: DataConfig,
-        vocab_size: int,
-        max_tokens: int,
-        log: Log,
-    ) -> None:
-        self.folder, self.source, self.config, self.log = folder, source, config, log
-        self.vocab_size = vocab_size
-        self.limits = {"train": max_tokens, "eval": config.eval_tokens}
-        self.progress = self._resume()
-        self.counts = {
-            split: sum(shard["num_tokens"] for shard in self.progress[split])
-            for split in self.limits
-        }
-        self.waiting: dict[str, list[np.ndarray]] = {split: [] for split in self.limits}
 
-    def _resume(self) -> dict[str, Any]:
-        """What an earlier preparation finished before it was stopped, if all of it is sound."""
-        fresh = {"source": self.source.name, "revision": self.source.revision, "format": FORMAT}
-        fresh |= {"next_document": 0, "tokenizer": None, "train": [], "eval": []}
-        try:
-            found = {**read_json(self.folder / PROGRESS, Progress)}
-            records = filter(None, [found["tokenizer"], *found["train"], *found["eval"]])
-            problem = next(filter(None, (damage(self.folder, each) for each in records)), None)
-            if found["revision"] != fresh["revision"]:
-                problem = f"the source was {found['revision']}, is {fresh['revision']}"
-            elif found["next_document"] < 0:
-                problem = f"{PROGRESS} says to go on from document {found['next_document']}"
-            if problem is None:
-                self.log(f"Going on with the preparation, from document {found['next_document']:,}")
-                return found
-        except FileNotFoundError:
-            return fresh
-        except ValueError as error:
-            problem = str(error)
-        self.log(f"Starting the preparation over: {problem}")
-        shutil.rmtree(self.folder)
-        self.folder.mkdir()
+def _progress(folder: Path, source: Source, log: Log) -> dict[str, Any]:
+    """What an earlier preparation finished before it was stopped, if all of it is sound."""
+    fresh = {"source": source.name, "revision": source.revision, "format": FORMAT}
+    fresh |= {"next_document": 0, "tokenizer": None, "train": [], "eval": []}
+    try:
+        found = {**read_json(folder / PROGRESS, Progress)}
+        records = [found["tokenizer"], *found["train"], *found["eval"]]
+        problem = find_damage(folder, filter(None, records))
+        if found["revision"] != fresh["revision"]:
+            problem = f"the source was {found['revision']}, is {fresh['revision']}"
+        elif found["next_document"] < 0:
+            problem = f"{PROGRESS} says to go on from document {found['next_document']}"
+        if problem is None:
+            log(f"Going on with the preparation, from document {found['next_document']:,}")
+            return found
+    except FileNotFoundError:
         return fresh
+    except ValueError as error:
+        problem = str(error)
+    log(f"Starting the preparation over: {problem}")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    return fresh
 
-    def run(self) -> None:
-        """Prepares what is not yet, and publishes."""
-        tokenizer = self._tokenizer()
-        eos_id = tokenizer_lib.find_eos(tokenizer, self.config.eos_token)
-        # A special token spelled out in a document is text, never a boundary.
-        tokenizer.encode_special_tokens = True
-        dtype = np.dtype("<u2" if tokenizer_lib.num_ids(tokenizer) <= 2**16 else "<u4")
-        with _progress_bar(self.limits["train"], self.log) as show:
-            # Stopped between the last shard and the manifest: there is nothing left to read.
-            chunks = _chunks(self.source.documents(self.progress["next_document"]))
-            while not self._full() and (chunk := next(chunks, None)):
-                for ids in _encode(tokenizer, chunk, eos_id, dtype):
-                    self._take(ids)
-                show(self.counts["train"])
-                if sum(len(ids) for ids in itertools.chain(*self.waiting.values())) >= SHARD_TOKENS:
-                    self._write_shards()
-        self._check_corpus()
-        self._write_shards()
-        manifest = self.progress | {
-            "vocab_size": tokenizer_lib.num_ids(tokenizer),
-            "eos_id": eos_id,
-            "dtype": dtype.str,
-            "exhausted": not self._full(),
-        }
-        manifest["fingerprint"] = manifest_fingerprint(manifest)
-        self._save(MANIFEST, manifest)
-        (self.folder / PROGRESS).unlink()
-        train, held_out = self.counts["train"], self.counts["eval"]
-        self.log(f"Prepared {train:,} training and {held_out:,} held-out tokens in {self.folder}")
 
-    def _full(self) -> bool:
-        return self.counts["train"] >= self.limits["train"]
-
-    def _save(self, name: str, values: dict[str, Any]) -> None:
-        write_durably(self.folder / name, json.dumps(values, indent=1).encode())
-
-    def _tokenizer(self) -> Tokenizer:
-        path = self.folder / "tokenizer.json"
-        if self.progress["tokenizer"]:
-            return tokenizer_lib.load_tokenizer(path)
-        name = self.config.tokenizer
-        if name == "train":
-            self.log(f"Training a tokenizer of {self.vocab_size:,} tokens on {self.source.name}")
-            documents = enumerate(self.source.documents(0))
-            training = (document for index, document in documents if not is_held_out(index))
-            tokenizer = tokenizer_lib.train_tokenizer(training, self.vocab_size)
-        else:
-            tokenizer = tokenizer_lib.load_tokenizer(name)
-            check_vocabulary(name, tokenizer_lib.num_ids(tokenizer), self.vocab_size)
-        self.progress["tokenizer"] = write_durably(path, tokenizer.to_str(pretty=True).encode())
-        self._save(PROGRESS, self.progress)
+def _new_tokenizer(source: Source, name: str, vocab_size: int, log: Log) -> Tokenizer:
+    if name != "train":
+        tokenizer = tokenizer_lib.load_tokenizer(name)
+        check_vocabulary(name, tokenizer_lib.num_ids(tokenizer), vocab_size)
         return tokenizer
+    log(f"Training a tokenizer of {vocab_size:,} tokens on {source.name}")
+    documents = enumerate(source.documents(0))
+    training = (document for index, document in documents if not is_held_out(index))
+    return tokenizer_lib.train_tokenizer(training, vocab_size)
 
-    def _take(self, ids: np.ndarray) -> None:
-        """Adds the next document to its split, or what of it there is room for."""
-        held_out = is_held_out(self.progress["next_document"])
-        split = "eval" if held_out and self.counts["eval"] < self.limits["eval"] else "train"
-        ids = ids[: self.limits[split] - self.counts[split]]
-        self.waiting[split].append(ids)
-        self.counts[split] += len(ids)
-        self.progress["next_document"] += 1
 
-    def _write_shards(self) -> None:
-        for split, arrays in self.waiting.items():
-            if any(map(len, arrays)):
-                tokens = np.concatenate(arrays)
-                name = f"{split}-{len(self.progress[split]):05}.bin"
-                record = write_durably(self.folder / name, tokens.tobytes())
-                self.progress[split].append(record | {"num_tokens": len(tokens)})
-            arrays.clear()
-        self._save(PROGRESS, self.progress)
+def _write_shards(
+    folder: Path, progress: dict[str, Any], waiting: dict[str, list[np.ndarray]]
+) -> None:
+    for split, arrays in waiting.items():
+        if any(map(len, arrays)):
+            tokens = np.concatenate(arrays)
+            path = folder / f"{split}-{len(progress[split]):05}.bin"
+            record = _write(path, tokens.tobytes())
+            progress[split].append(record | {"num_tokens": len(tokens)})
+        arrays.clear()
+    _write_json(folder / PROGRESS, progress)
 
-    def _check_corpus(self) -> None:
-        if open_source(self.config).key != self.source.key:
-            raise ValueError(
-                f"data.source {self.source.name}: changed while it was read; try again"
-            )
-        train, held_out = self.counts["train"], self.counts["eval"]
-        if not (train and held_out):
-            raise ValueError(
-                f"{'corpus cannot be split' if train or held_out else 'empty corpus'}: "
-                f"{self.source.name} has {self.progress['next_document']:,} documents, which gave "
-                f"{train:,} training and {held_out:,} held-out tokens; expected at least 2 with "
-                "text, since whole documents are held out: divide the text among .txt files, or "
-                "lines of a .jsonl"
-            )
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    _write(path, json.dumps(values, indent=1).encode())
+
+
+def _write(path: Path, data: bytes) -> dict[str, Any]:
+    """Writes a whole file, and gives the record of it that `find_damage` goes by."""
+    try:
+        write_file(path, data)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            error.errno,
+            f"{error.strerror} while writing {len(data):,} bytes ({free:,} free): make room, or "
+            "name another place with --data.cache-dir or JAXLM_CACHE. What was finished is kept, "
+            "and the same command goes on from there",
+            str(path),
+        ) from error
+    return {"name": path.name, "num_bytes": len(data), "crc32c": google_crc32c.value(data)}
+
+
+def _check_corpus(
+    config: DataConfig, source: Source, num_documents: int, train: int, eval: int
+) -> None:
+    if open_source(config).key != source.key:
+        raise ValueError(f"data.source {source.name}: changed while it was read; try again")
+    if not (train and eval):
+        raise ValueError(
+            f"{'corpus cannot be split' if train or eval else 'empty corpus'}: {source.name} has "
+            f"{num_documents:,} documents, which gave {train:,} training and {eval:,} held-out "
+            "tokens; expected at least 2 with text, since whole documents are held out: divide "
+            "the text among .txt files, or lines of a .jsonl"
+        )
 
 
 def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -257,30 +268,31 @@ def _encode(
 ) -> Iterator[np.ndarray]:
     """The tokens of each document, EOS at the end; none for one without text."""
     pieces = [
-        [text[start : start + PIECE_CHARS] for start in range(0, len(text), PIECE_CHARS)]
-        for text in documents
+        (number, text[start : start + PIECE_CHARS])
+        for number, text in enumerate(documents)
+        for start in range(0, len(text), PIECE_CHARS)
     ]
-    flat = list(itertools.chain(*pieces))
-    encodings = iter(tokenizer.encode_batch_fast(flat, add_special_tokens=False))
-    for own in pieces:
-        ids = list(itertools.chain(*(next(encodings).ids for _ in own)))
-        yield np.array([*ids, eos_id] if ids else [], dtype)
+    texts = [piece for _, piece in pieces]
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    ids = [[] for _ in documents]
+    for (number, _), encoding in zip(pieces, encodings, strict=True):
+        ids[number] += encoding.ids
+    for own in ids:
+        yield np.array([*own, eos_id] if own else [], dtype)
 
 
 @contextlib.contextmanager
 def _progress_bar(total: int, log: Log) -> Iterator[Callable[[int], None]]:
     """Gives what to call with the tokens so far: a bar in a terminal, else a line now and then."""
-    if sys.stdout.isatty():
-        with rich.progress.Progress(transient=True) as bar:
-            task = bar.add_task("Preparing tokens", total=total)
-            yield lambda done: bar.update(task, completed=done)
-        return
     last_s = time.monotonic()
+    with rich.progress.Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task("Preparing tokens", total=total)
 
-    def show(done: int) -> None:
-        nonlocal last_s
-        if time.monotonic() - last_s >= 10:
-            last_s = time.monotonic()
-            log(f"Preparing tokens: {done:,} of at most {total:,} ({done / total:.0%})")
+        def show(done: int) -> None:
+            nonlocal last_s
+            bar.update(task, completed=done)
+            if bar.disable and time.monotonic() - last_s >= 10:
+                last_s = time.monotonic()
+                log(f"Preparing tokens: {done:,} of at most {total:,} ({done / total:.0%})")
 
-    yield show
+        yield show

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
@@ -32,16 +32,16 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
             f"model.vocab_size: found {vocab_size}, expected at least 257 to train a tokenizer "
             f"(the 256 bytes and {EOS})"
         )
-    num_bytes = 0
-
-    def sample() -> Iterator[str]:
-        nonlocal num_bytes
-        for document in documents:
-            num_bytes += len(document.encode())
-            yield document
-            if num_bytes >= _SAMPLE_BYTES:
-                return
-
+    sample, num_bytes = [], 0
+    for document in documents:
+        sample.append(document)
+        num_bytes += len(document.encode())
+        if num_bytes >= _SAMPLE_BYTES:
+            break
+    if num_bytes == 0:
+        raise ValueError(
+            "empty corpus: there is no text to train a tokenizer on; check data.source"
+        )
     tokenizer = Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -51,11 +51,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(sample(), trainer)
-    if num_bytes == 0:
-        raise ValueError(
-            "empty corpus: there is no text to train a tokenizer on; check data.source"
-        )
+    tokenizer.train_from_iterator(sample, trainer)
     return tokenizer
 
 
