@@ -32,6 +32,26 @@ def prepare(flags: Positional[tuple[str, ...]] = ()) -> int:
     return 0
 
 
+def prove_resume(flags: Positional[tuple[str, ...]] = ()) -> int:
+    """Kill and resume a short run of a config, and compare the bits: prove-resume --config FILE.
+
+    Args:
+      flags: --prove_steps, --prove_kills, --prove_seed and --out; and those of launch.py.
+    """
+    from jaxlm.durable import write_file
+    from jaxlm.prove import Settings, describe, prove
+
+    settings, own = tyro.cli(
+        Settings, prog="jaxlm prove-resume --config FILE", args=flags, return_unknown_args=True
+    )
+    config = parse_config(own, prog="jaxlm prove-resume")
+    certificate = prove(config, own, settings)
+    if settings.out:
+        write_file(settings.out, json.dumps(certificate, indent=2).encode() + b"\n")
+    print("\n".join(describe(certificate)))
+    return 0 if certificate["proven"] else 1
+
+
 def doctor() -> int:
     """Say what this machine has for a run: versions, devices, caches, disk."""
     from jaxlm.doctor import examine
@@ -137,6 +157,7 @@ def _group(doc: str, **commands: Callable[..., int]) -> Callable[[int], int]:
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "prepare": prepare,
+    "prove-resume": prove_resume,
     "cache": _group("Look at and clear prepared tokens.", list=list_cache, clear=clear_cache),
     "checkpoints": _group(
         "Look at checkpoints.", list=list_checkpoints, compare=compare_runs, diff=diff
@@ -147,8 +168,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 def command(args: Sequence[str]) -> int:
     """Runs one command; returns its exit code."""
-    if args and args[0] == "prepare":
-        return prepare(tuple(args[1:]))  # its flags are those of a config
+    if args and args[0] in ("prepare", "prove-resume"):
+        return COMMANDS[args[0]](tuple(args[1:]))  # its flags are those of a config
     return tyro.cli(OmitSubcommandPrefixes[_choice(COMMANDS)], prog="jaxlm", args=list(args))
 
 

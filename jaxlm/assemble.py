@@ -1,6 +1,7 @@
 """The parts of a run, from its config or from a caller's own model, loss and data."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Sized
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxlm import attention
 from jaxlm.config import Config, ModelConfig
-from jaxlm.data.batches import EvalBatches, TrainBatches
+from jaxlm.data.batches import EvalBatches, TrainBatches, recorded
 from jaxlm.data.prepare import Dataset, default_max_tokens, prepare
 from jaxlm.evaluate import EvalSet, EvalStep
 from jaxlm.loss import Batch, Loss, next_token_loss
@@ -108,6 +109,8 @@ def assemble(
         eval_batches = eval_batches or EvalBatches(
             dataset.eval, batch_size=micro_batch, seq_len=config.seq_len
         )
+    record = os.environ.get("JAXLM_RECORD_BATCHES")
+    rows_of = recorded(batches, Path(record)) if record else batches
     eos_id = dataset.eos_id if dataset else None
     mask_id = eos_id if config.model.document_mask else None
     tx = make_optimizer(config.optim)
@@ -116,7 +119,7 @@ def assemble(
 
     def put(index: int) -> Batch:
         index = 0 if config.overfit_one_batch else index
-        return put_batch(partial(batches, index), mesh, config.batch_size)
+        return put_batch(partial(rows_of, index), mesh, config.batch_size)
 
     def put_eval(index: int) -> Batch:
         assert eval_batches is not None

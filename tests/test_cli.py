@@ -235,11 +235,11 @@ def test_doctor(out):
     ("args", "told"),
     [
         (["checkpoints", "lst", runs.RUN], ["list, compare, diff"]),
-        (["doctr"], ["prepare, cache, checkpoints, doctor"]),
+        (["doctr"], ["prepare, prove-resume, cache, checkpoints, doctor"]),
         (["checkpoints", "list", runs.RUN, "--jsn"], ["--jsn", "--json"]),
         (["cache", "list", "--cach_dir", "x"], ["Perhaps you meant", "--cache-dir"]),
         (["prepare", "--config", "configs/tiny.py", "--data.sorce", "x"], ["--data.source STR"]),
-        ([], ["prepare, cache, checkpoints, doctor"]),
+        ([], ["prepare, prove-resume, cache, checkpoints, doctor"]),
     ],
     ids=lambda value: " ".join(value) or "nothing",
 )

@@ -15,9 +15,10 @@ FILES = sorted((ROOT / "jaxlm").rglob("*.py"))
 # From top to bottom; a module imports from rows below its own. A new module gets its place here.
 LAYERS = [
     {"__main__"},
+    {"prove"},
     {"__init__", "launch"},
     {"train"},
-    {"start", "summary"},
+    {"start", "summary", "attempt"},
     {"load", "compare", "doctor", "resume", "preflight"},
     {"assemble", "checkpoint"},
     {"evaluate", "restore", "step", "retention"},

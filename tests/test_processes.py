@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import untimed_rows
 
+from jaxlm.attempt import untimed_rows
 from jaxlm.compare import diff_checkpoints
 from jaxlm.folder import list_steps, read_metadata
 

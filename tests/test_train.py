@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import BATCH, TinyBatches, TinyEvalSet, data, tiny_config, untimed_rows
+from tiny import BATCH, TinyBatches, TinyEvalSet, data, tiny_config
 
+from jaxlm.attempt import untimed_rows
 from jaxlm.compare import diff_checkpoints
 from jaxlm.config import Config, MeshConfig, TrackingConfig
 from jaxlm.folder import list_steps, read_metadata, select

@@ -1,6 +1,5 @@
 """A run of a second: a very small model on tokens made here, for tests of everything around it."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,10 +65,3 @@ class TinyEvalSet:
 def data() -> dict[str, Any]:
     """The `batches` and `eval_batches` of `train`."""
     return {"batches": TinyBatches(), "eval_batches": TinyEvalSet()}
-
-
-def untimed_rows(run_dir: Path | str) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl but for what the clock has put there."""
-    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
-    timed = ("train/tokens_per_s", "train/mfu")
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]

@@ -7,8 +7,11 @@ r // W.
 """
 
 import collections
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -121,6 +124,27 @@ class EvalBatches:
         for name, values in (("inputs", tokens[:-1]), ("targets", tokens[1:]), ("loss_mask", 1)):
             batch[name].reshape(-1)[:count] = values
         return {name: array_BT[rows] for name, array_BT in batch.items()}
+
+
+def recorded(
+    batches: Callable[[int, slice], dict[str, np.ndarray]], path: Path
+) -> Callable[[int, slice], dict[str, np.ndarray]]:
+    """`batches`, with the SHA-256 of all that they give appended to a file, one JSON object a line.
+
+    Its keys are `batch` (the index), `rows` (first and last plus one) and `sha256`.
+    """
+
+    def give(index: int, rows: slice) -> dict[str, np.ndarray]:
+        batch = batches(index, rows)
+        sha256 = hashlib.sha256()
+        for name in sorted(batch):
+            sha256.update(name.encode() + batch[name].tobytes())
+        row = {"batch": index, "rows": [rows.start, rows.stop], "sha256": sha256.hexdigest()}
+        with path.open("ab", buffering=0) as file:
+            file.write(json.dumps(row).encode() + b"\n")
+        return batch
+
+    return give
 
 
 def prefetch(
