@@ -19,7 +19,7 @@ from typing import Any
 from jaxlm.attempt import Attempt, Kill, compare_runs, facts_of
 from jaxlm.config import Config, to_dict
 from jaxlm.data.prepare import default_max_tokens
-from jaxlm.folder import read_all_metadata
+from jaxlm.folder import read_steps
 from jaxlm.launch import STOPPED
 
 COMMAND = (sys.executable, "-c")
@@ -82,7 +82,7 @@ def prove(config: Config, flags: Sequence[str], settings: Settings) -> dict[str,
         print(f"in one piece: {whole_s:.1f} s")
         kills, wrong = _break([*flags, *own], broken, whole_s, settings)
         wrong = wrong or compare_runs(whole, broken)
-        metadata = read_all_metadata(whole / "checkpoints")[settings.prove_steps]
+        metadata = read_steps(whole / "checkpoints").sound[settings.prove_steps]
         steps = [_by_step(run, settings.prove_steps) for run in (whole, broken)]
     return {
         "proven": not wrong,

@@ -42,7 +42,7 @@ from jaxlm import launch, preflight, train  # noqa: E402, F401 - all that a star
 from jaxlm.attempt import Attempt, Kill, Process, compare_runs, untimed_rows  # noqa: E402
 from jaxlm.data.batches import TrainBatches  # noqa: E402
 from jaxlm.data.cache import MANIFEST  # noqa: E402
-from jaxlm.folder import CORRUPT, list_steps, read_all_metadata  # noqa: E402
+from jaxlm.folder import CORRUPT, list_steps, read_steps  # noqa: E402
 from jaxlm.manifest import find_damage  # noqa: E402
 
 NUM_STEPS, EVAL_INTERVAL = 60, 10
@@ -326,7 +326,7 @@ class Chaos:
 
 
 def owes_eval(run_dir: Path) -> bool:
-    found = read_all_metadata(run_dir / "checkpoints")
+    found = read_steps(run_dir / "checkpoints").sound
     return bool(found) and eval_due(max(found)) and found[max(found)].eval_loss is None
 
 
