@@ -109,8 +109,7 @@ def assemble(
         eval_batches = eval_batches or EvalBatches(
             dataset.eval, batch_size=micro_batch, seq_len=config.seq_len
         )
-    record = os.environ.get("JAXLM_RECORD_BATCHES")
-    rows_of = recorded(batches, Path(record)) if record else batches
+    rows_of = recorded(batches, os.environ.get("JAXLM_RECORD_BATCHES"))
     eos_id = dataset.eos_id if dataset else None
     mask_id = eos_id if config.model.document_mask else None
     tx = make_optimizer(config.optim)

@@ -23,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Read when JAX is imported: one device, and compiled programs that outlive a kill.
 os.environ.pop("XLA_FLAGS", None)
@@ -39,13 +40,13 @@ import runs  # noqa: E402
 
 import jaxlm.start  # noqa: E402
 from jaxlm import launch, preflight, train  # noqa: E402, F401 - all that a start imports
-from jaxlm.attempt import Attempt, Kill, Process, compare_runs, untimed_rows  # noqa: E402
+from jaxlm.attempt import Attempt, Kill, Process, compare_runs  # noqa: E402
 from jaxlm.data.batches import TrainBatches  # noqa: E402
 from jaxlm.data.cache import MANIFEST  # noqa: E402
 from jaxlm.folder import CORRUPT, list_steps, read_steps  # noqa: E402
 from jaxlm.manifest import find_damage  # noqa: E402
 
-NUM_STEPS, EVAL_INTERVAL = 60, 10
+NUM_STEPS, EVAL_INTERVAL = 80, 10
 CONFIG = f"""
 from jaxlm.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig
 
@@ -93,11 +94,23 @@ class Watched(Attempt):
                 return "manifest" if any("manifest.json" in n for n in inside) else "array write"
         if names_in(self.checkpoints / "deleting"):
             return "deletion"
-        newest = self.checkpoints / str(max(list_steps(self.checkpoints), default=None))
+        newest = self.checkpoints / str(max((int(n) for n in names if n.isdigit()), default=None))
         if self.is_new(newest) and changed(newest) > changed(self.run_dir / "metrics.jsonl"):
             return "commit"  # nothing was logged since the rename
-        last = (untimed_rows(self.run_dir) or [{"step": 0}])[-1]
+        last = self._last_row()
         return "eval" if "eval/loss" in last or eval_due(last["step"]) else "step"
+
+    def last_step(self) -> int:
+        return self._last_row()["step"]
+
+    def _last_row(self) -> dict[str, Any]:
+        # Of the last whole line alone: this is asked for a thousand times a second.
+        try:
+            end = (self.run_dir / "metrics.jsonl").read_bytes()[-2000:]
+        except FileNotFoundError:
+            return {"step": 0}
+        lines = end[: end.rfind(b"\n") + 1].splitlines()
+        return json.loads(lines[-1]) if lines else {"step": 0}
 
     def _phase_of_start(self, names: list[str]) -> str:
         for lock in self.data.glob("*.lock"):
@@ -289,6 +302,8 @@ class Chaos:
         """The phase that can be had now and was tried least."""
         if self.plan == "random":
             return "random"
+        if self.sabotage:
+            return "eval"  # there is a checkpoint then, and there are rows after it
         possible = set(PHASES)
         steps = list_steps(run_dir / "checkpoints")
         sound = [s for s in steps if not find_damage(run_dir / "checkpoints" / str(s))]
@@ -300,6 +315,9 @@ class Chaos:
         if owes_eval(run_dir):
             possible = {"replacing"}
         least = min(self.tried[phase] for phase in possible)
+        for first in ("preparing", "compile"):  # out of reach after this start
+            if first in possible and self.tried[first] == least:
+                return first
         return self.rng.choice(sorted(p for p in possible if self.tried[p] == least))
 
     def _there(self, aim: str) -> Callable[[Watched], bool]:
@@ -314,7 +332,7 @@ class Chaos:
             if phase in (aim, "step"):
                 begun.append(attempt.last_step())
             # What is over in a moment may go unseen: strike elsewhere rather than let it end.
-            missed = phase == "step" and begun[-1] > begun[0] + 2 * EVAL_INTERVAL
+            missed = phase == "step" and begun[-1] > begun[0] + further + EVAL_INTERVAL
             return missed or (phase == aim and begun[-1] >= begun[0] + further)
 
         return there
@@ -322,7 +340,15 @@ class Chaos:
     def _to_owe_an_eval(self) -> Callable[[Watched], bool]:
         # The row of a step is logged once the next one is under way, just before signals are
         # looked for: after this one, there is time for one to arrive.
-        return lambda attempt: attempt.phase() == "step" and eval_due(attempt.last_step() + 2)
+        begun: list[int] = []
+
+        def there(attempt: Watched) -> bool:
+            if attempt.phase() != "step":
+                return False
+            begun.append(attempt.last_step())
+            return eval_due(begun[-1] + 2) or begun[-1] > begun[0] + 2 * EVAL_INTERVAL
+
+        return there
 
 
 def owes_eval(run_dir: Path) -> bool:

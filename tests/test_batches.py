@@ -1,3 +1,4 @@
+import json
 import threading
 import time
 
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm.data.batches import EvalBatches, TrainBatches, permute, prefetch
+from jaxlm.data.batches import EvalBatches, TrainBatches, permute, prefetch, recorded
 from jaxlm.data.shards import TokenShards
 
 
@@ -182,6 +183,21 @@ def test_a_seek_is_the_sequence(tmp_path):
         assert same(train_batches(tokens)(n), straight[n])
     assert not same(train_batches(tokens, seed=1)(17), straight[17])  # control
     assert not same(train_batches(tokens)(18), straight[17])  # control
+
+
+def test_what_is_given_is_recorded(tmp_path):
+    batches = train_batches(shards(tmp_path, [200]))
+    path = tmp_path / "hashes"
+    assert recorded(batches, None) is batches
+    given = recorded(batches, str(path))
+    for index, rows in ((0, slice(0, 4)), (1, slice(0, 2)), (1, slice(0, 2)), (1, slice(2, 4))):
+        assert same(given(index, rows), batches(index, rows))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["batch"], row["rows"]) for row in rows] == [
+        (0, [0, 4]), (1, [0, 2]), (1, [0, 2]), (1, [2, 4])
+    ]  # fmt: skip
+    hashes = [row["sha256"] for row in rows]
+    assert hashes[1] == hashes[2] and len(set(hashes)) == 3
 
 
 def test_far_batches_do_not_overflow(tmp_path):

@@ -17,8 +17,10 @@ from jaxlm import __main__ as cli
 from jaxlm import launch
 
 PAGES = ["README.md", "docs/checkpoints.md", "docs/library.md"]
-# Tested elsewhere, or not to be had here: an install, the whole suite, an accelerator.
-NOT_RUN = re.compile(r"^(pip install|uv run pytest|uv run --extra|python -m venv|git clone)\b")
+# Tested elsewhere, or not to be had here: an install, the whole suite, an accelerator, a proof.
+NOT_RUN = re.compile(
+    r"^(pip install|uv run pytest|jaxlm prove-resume|uv run --extra|python -m venv|git clone)\b"
+)
 # The names of the folders that a page takes for granted, beside runs/tiny.
 SECOND_RUN = "runs/tiny-2"
 
@@ -145,7 +147,7 @@ def test_a_broken_snippet_is_found(home: Path):
         run_page("x", f"```bash\njaxlm checkpoints list {runs.RUN}  # exit code 1\n```\n")
 
 
-@pytest.mark.parametrize("page", [*PAGES, "ARCHITECTURE.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", [*PAGES, "docs/trust.md", "ARCHITECTURE.md", "CONTRIBUTING.md"])
 def test_the_links_of(page: str):
     path = runs.REPO / page
     targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text())

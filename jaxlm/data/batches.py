@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -126,13 +125,17 @@ class EvalBatches:
         return {name: array_BT[rows] for name, array_BT in batch.items()}
 
 
-def recorded(
-    batches: Callable[[int, slice], dict[str, np.ndarray]], path: Path
-) -> Callable[[int, slice], dict[str, np.ndarray]]:
+Rows = Callable[[int, slice], dict[str, np.ndarray]]
+
+
+def recorded(batches: Rows, path: str | None) -> Rows:
     """`batches`, with the SHA-256 of all that they give appended to a file, one JSON object a line.
 
-    Its keys are `batch` (the index), `rows` (first and last plus one) and `sha256`.
+    Its keys are `batch` (the index), `rows` (first, and last plus one) and `sha256`. Without a
+    path, `batches` as they are.
     """
+    if path is None:
+        return batches
 
     def give(index: int, rows: slice) -> dict[str, np.ndarray]:
         batch = batches(index, rows)
@@ -140,7 +143,7 @@ def recorded(
         for name in sorted(batch):
             sha256.update(name.encode() + batch[name].tobytes())
         row = {"batch": index, "rows": [rows.start, rows.stop], "sha256": sha256.hexdigest()}
-        with path.open("ab", buffering=0) as file:
+        with open(path, "ab", buffering=0) as file:
             file.write(json.dumps(row).encode() + b"\n")
         return batch
 
