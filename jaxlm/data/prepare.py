@@ -134,12 +134,13 @@ class _Preparation:
         fresh |= {"next_document": 0, "tokenizer": None, "train": [], "eval": []}
         try:
             found = {**read_json(self.folder / PROGRESS, Progress)}
-            records = filter(None, [found["tokenizer"], *found["train"], *found["eval"]])
+            shards = [*found["train"], *found["eval"]]
+            records = filter(None, [found["tokenizer"], *shards])
             problem = next(filter(None, (damage(self.folder, each) for each in records)), None)
             if found["revision"] != fresh["revision"]:
                 problem = f"the source was {found['revision']}, is {fresh['revision']}"
-            elif found["next_document"] < 0:
-                problem = f"{PROGRESS} says to go on from document {found['next_document']}"
+            if min([found["next_document"], *(shard["num_tokens"] for shard in shards)]) < 0:
+                problem = f"{PROGRESS} was altered"
             if problem is None:
                 self.log(f"Going on with the preparation, from document {found['next_document']:,}")
                 return found
