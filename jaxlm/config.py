@@ -8,6 +8,8 @@ Every field says what a resume may do with it:
 """
 
 import dataclasses
+import math
+import re
 import typing
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -42,9 +44,14 @@ def fixed(default: T) -> T:
     return _field(default, "fixed")
 
 
+# A config is shown and written to many places: none is for a URL with a password or a signed query.
+_KEY_IN_URL = re.compile(r"(?<=://)([^/\s]*@|\S*\?)[^\s']*")
+
+
 def _check(ok: bool, name: str, found: object, expected: str) -> None:
     if not ok:
-        raise ValueError(f"{name}: found {found!r}, expected {expected}")
+        shown = _KEY_IN_URL.sub("…", repr(found))
+        raise ValueError(f"{name}: found {shown}, expected {expected}")
 
 
 def _check_at_least(config: Any, prefix: str, minimum: float, *names: str) -> None:
@@ -323,6 +330,11 @@ class Config:
     """Go on from the latest sound checkpoint, or from the best; never refuses to go on at all."""
 
     def __post_init__(self) -> None:
+        for name, (value, _) in leaves(self).items():
+            if isinstance(value, float):
+                _check(math.isfinite(value), name, value, "a finite number")
+            if isinstance(value, str):
+                _check(not _KEY_IN_URL.search(value), name, value, "a URL without a key in it")
         _check_at_least(self, "", 1, "num_steps", "batch_size", "seq_len", "num_microbatches")
         _check_at_least(self, "", 1, "eval_interval", "stop_after_worse_evals", "log_interval")
         _check_at_least(self, "", 0, "z_loss", "seed")

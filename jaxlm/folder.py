@@ -206,7 +206,11 @@ def find_checkpoints(run: str) -> Path:
         path = Path(recorded) if recorded else path / "checkpoints"
     elif (path / "checkpoints").is_dir():
         path = path / "checkpoints"
-    if not (list_steps(path) or list_set_aside(path) or path.name == "checkpoints"):
+    try:
+        found = list_steps(path) or list_set_aside(path)
+    except OSError as error:
+        raise ValueError(f"{run}: its checkpoints cannot be listed ({error.strerror})") from error
+    if not found and path.name != "checkpoints":
         raise ValueError(
             f"{run}: found no checkpoints, expected a run folder (such as runs/tiny) "
             "or its checkpoints folder"

@@ -43,6 +43,11 @@ def load_model(
     selected = select(run)
     metadata = selected.metadata
     config = metadata.run_config()
+    if model is None and config.model.num_layers > len(metadata.fingerprints):
+        raise ValueError(
+            f"{selected.folder / str(selected.step)}: its config has {config.model.num_layers:,} "
+            f"layers, and it holds {len(metadata.fingerprints)} arrays; it was altered"
+        )
     mesh = mesh or make_mesh(MeshConfig())
     factory = model or model_factory(config.model, mesh.devices.flat[0].platform)
     blueprint = make_blueprint(factory, make_optimizer(config.optim), mesh)

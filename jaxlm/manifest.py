@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 import google_crc32c
 
 from jaxlm.durable import crc32c, fsync, read_file, write_file
-from jaxlm.strict import read_json, shown
+from jaxlm.strict import read_json
 
 NAME = "manifest.json"
 _STEP_METADATA = "_CHECKPOINT_METADATA"
@@ -71,9 +71,9 @@ def find_damage(folder: Path, *, contents: bool = True) -> list[str]:
         return strays
     damage = []
     for name, entry in manifest["files"].items():
-        found = _compare(folder, name, entry, contents)
-        if found:
-            damage.append(f"{name if name.isprintable() else shown(name)}: {found}")
+        if found := _compare(folder, name, entry, contents):
+            line = f"{name}: {found}"
+            damage.append(line if line.isprintable() else ascii(line))
     return damage + _commit_damage(folder)
 
 

@@ -1,5 +1,8 @@
 """The arrays of a checkpoint, back on a mesh and proven to be those that were saved."""
 
+import contextlib
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,9 @@ from jaxlm.state import TrainState, fingerprint, path_name
 
 ITEMS = ("params", "opt_state", "state")
 """The items of a checkpoint that hold arrays; `meta` is JSON."""
+
+# What Orbax and TensorStore raise of files that they did not write.
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 # Orbax warns of what is as it should be, and logs an error that it raises too: we tell it once.
 absl_logging.set_verbosity(absl_logging.FATAL)
@@ -49,12 +55,13 @@ def restore_items(
 
     Raises:
       ValueError: an item has other leaves, dtypes or shapes.
-      DamagedArrays: an array differs from what was saved.
+      DamagedArrays: an item cannot be read, or an array differs from what was saved.
     """
     _check_layout(metadata.fingerprints, abstract, path)
     restored, folder = {}, path.absolute()  # Orbax takes no relative path
     for name, tree in abstract.items():
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _reading(folder / name) as checkpointer:
+            _check_bytes(folder / name, tree)
             restored[name] = checkpointer.restore(
                 folder / name,
                 args=ocp.args.PyTreeRestore(
@@ -73,17 +80,43 @@ def restore_items(
 
 
 def restore_numpy(path: Path) -> dict[str, Any]:
-    """All items of a step folder as numpy arrays: two states may not fit on the devices."""
+    """All items of a step folder as numpy arrays: two states may not fit on the devices.
+
+    Raises:
+      DamagedArrays: an item cannot be read.
+    """
     restored, path = {}, path.absolute()
     to_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
     for name in ITEMS:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            tree = checkpointer.metadata(path / name).item_metadata.tree
+        with _reading(path / name) as checkpointer:
+            about: Any = checkpointer.metadata(path / name).item_metadata  # None if unreadable
+            tree = about.tree
+            _check_bytes(path / name, tree)
             args = jax.tree.map(lambda _: to_numpy, tree)
             restored[name] = checkpointer.restore(
                 path / name, args=ocp.args.PyTreeRestore(restore_args=args)
             )
     return restored
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[ocp.Checkpointer]:
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            yield checkpointer
+    except _UNREADABLE as error:
+        reason = str(error).partition("\n")[0]
+        raise DamagedArrays(f"{path}: cannot be read ({type(error).__name__}: {reason})") from error
+
+
+def _check_bytes(path: Path, tree: Any) -> None:
+    # Saved as they are, arrays take no more memory than disk: what claims to be larger is not.
+    wanted = sum(
+        math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+    )
+    found = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    if found < wanted:
+        raise ValueError(f"{found:,} bytes, for arrays of {wanted:,}")
 
 
 def _check_layout(saved: dict[str, list[Any]], abstract: dict[str, Any], path: Path) -> None:

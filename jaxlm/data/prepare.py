@@ -172,12 +172,12 @@ def _progress(folder: Path, source: Source, log: Log) -> dict[str, Any]:
     fresh |= {"next_document": 0, "tokenizer": None, "train": [], "eval": []}
     try:
         found = {**read_json(folder / PROGRESS, Progress)}
-        records = [found["tokenizer"], *found["train"], *found["eval"]]
-        problem = find_damage(folder, filter(None, records))
+        shards = [*found["train"], *found["eval"]]
+        problem = find_damage(folder, filter(None, [found["tokenizer"], *shards]))
         if found["revision"] != fresh["revision"]:
             problem = f"the source was {found['revision']}, is {fresh['revision']}"
-        elif found["next_document"] < 0:
-            problem = f"{PROGRESS} says to go on from document {found['next_document']}"
+        if min([found["next_document"], *(shard["num_tokens"] for shard in shards)]) < 0:
+            problem = f"{PROGRESS} was altered"
         if problem is None:
             log(f"Going on with the preparation, from document {found['next_document']:,}")
             return found

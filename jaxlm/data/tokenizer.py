@@ -70,7 +70,9 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         path = remote.download_tokenizer(str(name_or_path))
     try:
         return Tokenizer.from_buffer(read_file(path, _MAX_BYTES))
-    except Exception as error:  # tokenizers raises no narrower class.
+    except BaseException as error:  # tokenizers raises no narrower class, and Rust may panic.
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise ValueError(
             f"tokenizer {path}: cannot be read ({error}); expected a tokenizer.json of the "
             "Hugging Face tokenizers library"
