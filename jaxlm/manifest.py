@@ -16,6 +16,7 @@ from jaxlm.durable import crc32c, fsync, write_file
 
 NAME = "manifest.json"
 _STEP_METADATA = "_CHECKPOINT_METADATA"
+_METADATA = "meta/metadata"
 _COMMIT = "commit_success.txt"
 _COMMIT_TEXT = "Checkpoint commit was successful to "
 # Files up to this size hold the metadata: a fast check reads them, and skips the arrays.
@@ -64,7 +65,8 @@ def find_damage(folder: Path, *, contents: bool = True) -> list[str]:
         found = _compare(folder / name, entry, contents)
         if found:
             damage.append(f"{name}: {found}")
-    return damage + _commit_damage(folder)
+    damage += _unlisted(folder, files) + _commit_damage(folder)
+    return damage or _step_damage(folder)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -92,9 +94,31 @@ def _compare(path: Path, entry: dict[str, int], contents: bool) -> str | None:
         return "missing"
     except OSError as error:
         return str(error.strerror)
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "cannot be read as JSON"
     return None
+
+
+def _unlisted(folder: Path, files: dict[str, Any]) -> list[str]:
+    # Orbax would take them in: an eval loss put into a step without one, say, decides what is kept.
+    listed = {folder / NAME, folder / _COMMIT}
+    for path in (folder / name for name in files):
+        listed |= {path, *path.parents}
+    # Hidden files are the system's (.DS_Store, .nfs…), and nothing reads them.
+    found = sorted(p for p in folder.rglob("*") if p not in listed and not p.name.startswith("."))
+    return [f"{path.relative_to(folder).as_posix()}: not a part of it" for path in found]
+
+
+def _step_damage(folder: Path) -> list[str]:
+    # All files of another step, with their manifest, agree with each other.
+    named = re.match(r"\d+", folder.name)
+    try:
+        step = json.loads((folder / _METADATA).read_bytes())["step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return [f"{_METADATA} cannot be read"]
+    if named is None or step == int(named[0]):
+        return []
+    return [f"{_METADATA}: found step {step}, expected {named[0]}"]
 
 
 def _commit_damage(folder: Path) -> list[str]:
