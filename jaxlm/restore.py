@@ -1,5 +1,6 @@
 """The arrays of a checkpoint, back on a mesh and proven to be those that were saved."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,23 @@ def restore_items(
     return restored
 
 
-def restore_numpy(path: Path) -> dict[str, Any]:
-    """All items of a step folder as numpy arrays: two states may not fit on the devices."""
+def find_changed_arrays(path: Path, metadata: Metadata) -> list[str]:
+    """The arrays of a step folder that are not those that were saved; it takes no model.
+
+    One item after the other is on this machine, and one array after the other on the device.
+    """
+    saved, found = metadata.fingerprints, {}
+    for name in ITEMS:
+        found |= fingerprint(restore_numpy(path, (name,)))
+    names = sorted(saved.keys() | found.keys())
+    return [name for name in names if saved.get(name) != found.get(name)]
+
+
+def restore_numpy(path: Path, items: Sequence[str] = ITEMS) -> dict[str, Any]:
+    """Items of a step folder as numpy arrays: two states may not fit on the devices."""
     restored, path = {}, path.absolute()
     to_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-    for name in ITEMS:
+    for name in items:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.metadata(path / name).item_metadata.tree
             args = jax.tree.map(lambda _: to_numpy, tree)

@@ -28,8 +28,8 @@ from jaxlm.state import fingerprint, make_blueprint
 from jaxlm.train import train
 
 STEPS, BEST, LATEST = [3, 6, 9, 12], 9, 12
-# Large enough for arrays that Orbax keeps apart from its index: the nodes of that have checksums, the
-# arrays have none, and are restored wrong without a word.
+# Large enough for arrays that Orbax keeps apart from its index: that has checksums, the arrays have
+# none, and are restored wrong without a word.
 MODEL = replace(tiny_config("unused").model, d_model=64, d_ff=96)
 
 

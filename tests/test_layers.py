@@ -17,7 +17,7 @@ LAYERS = [
     {"__main__"},
     {"__init__", "launch"},
     {"train"},
-    {"start", "summary"},
+    {"start", "summary", "score"},
     {"load", "compare", "doctor", "resume", "preflight"},
     {"assemble", "checkpoint"},
     {"evaluate", "restore", "step"},
