@@ -1,5 +1,6 @@
 """The `jaxlm` command: flags in, one call each."""
 
+import functools
 import json
 import sys
 import time
@@ -136,6 +137,92 @@ def diff(a: Positional[str], b: Positional[str]) -> int:
     return 1 if differences else 0
 
 
+def verify_checkpoints(run: Positional[str], *, eval: bool = False, json: bool = False) -> int:
+    """Check every file and every array of every step; exit code 0 only if all are sound, else 1.
+
+    Touches nothing on disk; a trainer may be at work in the folder.
+
+    Args:
+      run: a run folder, or a checkpoint folder.
+      eval: also evaluate the best one again: its loss must be the recorded one.
+      json: print JSON.
+    """
+    from rich.progress import track
+
+    from jaxlm.folder import find_checkpoints, list_steps
+    from jaxlm.score import score, verify_step
+
+    folder, found = find_checkpoints(run), {}
+    steps = list_steps(folder)
+    if not steps:
+        raise ValueError(f"{folder}: found no checkpoint to verify")
+    for step in track(steps, "Verifying", transient=True, disable=json or not sys.stdout.isatty()):
+        if (damage := verify_step(folder, step)) is not None:  # not deleted by a trainer
+            found[step] = damage
+            if not json:
+                print(f"{step}: {'; '.join(damage) or 'sound'}", flush=True)
+    values, sound = {"folder": str(folder), "steps": found}, not any(found.values())
+    if eval:
+        (best,) = score([f"{run}@best"], say=_note(json))
+        values["eval"] = best.to_json() | {"as_recorded": best.as_recorded}
+        sound = sound and best.as_recorded
+        if not json:
+            for what in best.differences:
+                print(f"bits may differ from the recorded ones: {what}")
+            equal = "equal to the bit" if best.loss == best.recorded_loss else "equal in rounding"
+            print(
+                f"eval loss of step {best.step}: recorded {best.recorded_loss!r}, found "
+                f"{best.loss!r}: {equal if best.as_recorded else 'not the same'}"
+            )
+    if json:
+        _show(values, "", json)
+    return 0 if sound else 1
+
+
+def evaluate(
+    runs: Positional[tuple[str, ...]],
+    *,
+    paired: bool = False,
+    source: str | None = None,
+    json: bool = False,
+) -> int:
+    """Evaluate checkpoints on the held-out sets of their runs, or tell which of two is better.
+
+    Args:
+      runs: RUN@STEP each; STEP is best, latest, final or a number, and best if left out.
+      paired: of two, the difference over the same batches, with a 95% confidence interval.
+      source: take the held-out documents of another source, such as text:GLOB.
+      json: print JSON.
+    """
+    from jaxlm.score import paired_difference, score
+
+    if not runs or (paired and len(runs) != 2):
+        expected = "two of them with --paired" if paired else "at least one"
+        raise ValueError(f"RUN@STEP: found {len(runs)}, expected {expected}")
+    scores = score(runs, source=source, paired=paired, say=_note(json))
+    values: list[Any] = [s.to_json() for s in scores]
+    lines = [
+        f"{s.run} (step {s.step}): loss {s.loss:.4f}, perplexity {s.perplexity:.2f}, "
+        f"{s.num_tokens:,} tokens held out of {s.source}"
+        for s in scores
+    ]
+    if paired:
+        found = paired_difference(scores[0].sums, scores[1].sums)
+        verdict = "cannot tell" if found.better is None else f"{scores[found.better].run} is better"
+        values.append({**found._asdict(), "verdict": verdict})
+        lines.append(
+            f"difference: {found.mean:+.5f}, 95% confidence {found.low:+.5f} to {found.high:+.5f}, "
+            f"over {found.num_batches} batches: {verdict}"
+        )
+    _show(values if len(values) != 1 else values[0], "\n".join(lines), json)
+    return 0
+
+
+def _note(as_json: bool) -> Callable[[str], None]:
+    # JSON is alone on standard output.
+    return functools.partial(print, file=sys.stderr) if as_json else print
+
+
 def _show(values: Any, text: str, as_json: bool) -> None:
     print(json.dumps(values, indent=2) if as_json else text)
 
@@ -160,8 +247,13 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "prove-resume": prove_resume,
     "cache": _group("Look at and clear prepared tokens.", list=list_cache, clear=clear_cache),
     "checkpoints": _group(
-        "Look at checkpoints.", list=list_checkpoints, compare=compare_runs, diff=diff
+        "Look at checkpoints.",
+        list=list_checkpoints,
+        compare=compare_runs,
+        diff=diff,
+        verify=verify_checkpoints,
     ),
+    "eval": evaluate,
     "doctor": doctor,
 }
 

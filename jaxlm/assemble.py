@@ -94,10 +94,10 @@ def assemble(
     """
     mesh = make_mesh(config.mesh)
     platform = mesh.devices.flat[0].platform
-    micro_batch = _check_batch(config, mesh)
+    _check_batch(config, mesh)
     dataset = None
     if batches is None:
-        config, dataset = _prepare(config, say)
+        config, dataset = prepare_data(config, say)
         batches = TrainBatches(
             dataset.train,
             batch_size=config.batch_size,
@@ -106,26 +106,21 @@ def assemble(
             fingerprint=dataset.fingerprint,
         )
         _tell_epochs(config, dataset, batches.windows_per_epoch, say)
-        eval_batches = eval_batches or EvalBatches(
-            dataset.eval, batch_size=micro_batch, seq_len=config.seq_len
-        )
+        eval_batches = eval_batches or held_out_batches(config, dataset)
     rows_of = recorded(batches, os.environ.get("JAXLM_RECORD_BATCHES"))
-    eos_id = dataset.eos_id if dataset else None
-    mask_id = eos_id if config.model.document_mask else None
     tx = make_optimizer(config.optim)
     blueprint = make_blueprint(model or model_factory(config.model, platform), tx, mesh)
-    train_loss = loss or next_token_loss(z_loss=config.z_loss, eos_id=mask_id)
+    mask = mask_id(config, dataset)
+    train_loss = loss or next_token_loss(z_loss=config.z_loss, eos_id=mask)
 
     def put(index: int) -> Batch:
         index = 0 if config.overfit_one_batch else index
         return put_batch(partial(rows_of, index), mesh, config.batch_size)
 
-    def put_eval(index: int) -> Batch:
-        assert eval_batches is not None
-        return put_batch(partial(eval_batches, index), mesh, micro_batch)
-
     compiled = _compile(config, blueprint, train_loss, tx, mesh, put(0))
     peak = peak_flops(mesh.devices.flat[0].device_kind)
+    eval_loss = loss or next_token_loss(eos_id=mask)
+    eval_step, put_eval = assemble_eval(config, blueprint, mesh, eval_batches, eval_loss)
     return Parts(
         config=config,
         mesh=mesh,
@@ -133,12 +128,12 @@ def assemble(
         train_step=compiled,
         memory=compiled.memory_analysis(),
         peak_flops=peak * mesh.size if peak else None,
-        eval_step=make_eval_step(blueprint, loss or next_token_loss(eos_id=mask_id), mesh),
+        eval_step=eval_step,
         put=put,
         put_eval=put_eval,
         num_eval_batches=len(eval_batches) if isinstance(eval_batches, Sized) else 0,
         data_fingerprint=str(getattr(batches, "fingerprint", "")),
-        eos_id=eos_id,
+        eos_id=dataset.eos_id if dataset else None,
         tokenizer_path=dataset.tokenizer_path if dataset else None,
     )
 
@@ -166,18 +161,40 @@ def _compile(
     return train_step.lower(blueprint.abstract, shapes).compile()
 
 
-def _check_batch(config: Config, mesh: Mesh) -> int:
+def assemble_eval(
+    config: Config, blueprint: Blueprint, mesh: Mesh, batches: EvalSet | None, loss: Loss
+) -> tuple[EvalStep, Callable[[int], Batch]]:
+    """The eval step of a run, and what puts a held-out batch on the mesh for it."""
+
+    def put(index: int) -> Batch:
+        assert batches is not None
+        return put_batch(partial(batches, index), mesh, config.micro_batch_size)
+
+    return make_eval_step(blueprint, loss, mesh), put
+
+
+def _check_batch(config: Config, mesh: Mesh) -> None:
     ways = int(np.prod([mesh.shape[axis] for axis in AXES_OF["batch"]]))
-    micro_batch = config.batch_size // config.num_microbatches
-    if micro_batch % ways:
+    if config.micro_batch_size % ways:
         raise ValueError(
             f"batch_size: found {config.batch_size} in {config.num_microbatches} microbatch(es) of "
-            f"{micro_batch}, expected a multiple of mesh.data x mesh.fsdp = {ways} in each"
+            f"{config.micro_batch_size}, expected a multiple of mesh.data x mesh.fsdp = {ways} in "
+            "each"
         )
-    return micro_batch
 
 
-def _prepare(config: Config, say: Callable[[str], None]) -> tuple[Config, Dataset]:
+def mask_id(config: Config, dataset: Dataset | None) -> int | None:
+    """The token at whose end attention stops, where the model keeps to documents."""
+    return dataset.eos_id if dataset and config.model.document_mask else None
+
+
+def held_out_batches(config: Config, dataset: Dataset) -> EvalBatches:
+    """The held-out set in the batches of the run's evals."""
+    return EvalBatches(dataset.eval, batch_size=config.micro_batch_size, seq_len=config.seq_len)
+
+
+def prepare_data(config: Config, say: Callable[[str], None]) -> tuple[Config, Dataset]:
+    """The config with what was left open filled in, and its data, from the cache or made now."""
     max_tokens = default_max_tokens(config.data, config.num_steps * config.tokens_per_step)
     data = dataclasses.replace(config.data, max_tokens=max_tokens)
     dataset = prepare(data, vocab_size=config.model.vocab_size, max_tokens=max_tokens, log=say)

@@ -367,6 +367,11 @@ class Config:
         return self.batch_size * self.seq_len
 
     @property
+    def micro_batch_size(self) -> int:
+        """Sequences that a step, or an eval, takes at once."""
+        return self.batch_size // self.num_microbatches
+
+    @property
     def checkpoint_dir(self) -> str:
         """Folder of the checkpoints."""
         return self.checkpoint.directory or f"{self.run_dir}/checkpoints"

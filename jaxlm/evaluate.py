@@ -23,11 +23,12 @@ class EvalSet(Protocol):
         ...
 
 
-def evaluate(eval_step: EvalStep, params: Params, put: Callable[[int], Batch], count: int) -> float:
-    """The mean loss per token (nats) over the whole set.
+def batch_sums(
+    eval_step: EvalStep, params: Params, put: Callable[[int], Batch], count: int
+) -> np.ndarray:
+    """Loss sum (nats) and number of tokens of each batch of the set: float64 [count, 2].
 
-    Every token weighs the same, whatever batch it is in; the order is fixed, so the same state on
-    the same mesh gives the same bits.
+    The order is fixed, so the same state on the same mesh gives the same bits.
 
     Args:
       eval_step: the compiled `(params, batch) -> (loss sum, number of tokens)`.
@@ -36,5 +37,18 @@ def evaluate(eval_step: EvalStep, params: Params, put: Callable[[int], Batch], c
       count: number of batches.
     """
     sums = [eval_step(params, batch) for _, batch in prefetch(put, 0, count, depth=2)]
-    losses, tokens = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
+    return np.asarray(jax.device_get(sums), np.float64)
+
+
+def evaluate(eval_step: EvalStep, params: Params, put: Callable[[int], Batch], count: int) -> float:
+    """The mean loss per token (nats) over the whole set; arguments are those of `batch_sums`.
+
+    Every token weighs the same, whatever batch it is in.
+    """
+    return mean_loss(batch_sums(eval_step, params, put, count))
+
+
+def mean_loss(sums: np.ndarray) -> float:
+    """The mean loss per token (nats) of `batch_sums`."""
+    losses, tokens = sums.sum(axis=0)
     return float(losses / tokens)

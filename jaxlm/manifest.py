@@ -18,6 +18,7 @@ from jaxlm.strict import read_json
 
 NAME = "manifest.json"
 _STEP_METADATA = "_CHECKPOINT_METADATA"
+_METADATA = "meta/metadata"
 _COMMIT = "commit_success.txt"
 _COMMIT_TEXT = "Checkpoint commit was successful to "
 # Files up to this size hold the metadata: a fast check reads them, and skips the arrays.
@@ -74,7 +75,8 @@ def find_damage(folder: Path, *, contents: bool = True) -> list[str]:
         if found := _compare(folder, name, entry, contents):
             line = f"{name}: {found}"
             damage.append(line if line.isprintable() else ascii(line))
-    return damage + _commit_damage(folder)
+    damage += _unlisted(folder, manifest["files"]) + _commit_damage(folder)
+    return damage or _step_damage(folder)
 
 
 def _find_strays(folder: Path) -> list[str]:
@@ -120,6 +122,28 @@ def _compare(folder: Path, name: str, entry: dict[str, int], contents: bool) -> 
     except ValueError as error:
         return f"cannot be read ({error})"
     return None
+
+
+def _unlisted(folder: Path, files: dict[str, Any]) -> list[str]:
+    # Orbax would take them in: an eval loss put into a step without one, say, decides what is kept.
+    listed = {folder / NAME, folder / _COMMIT}
+    for path in (folder / name for name in files):
+        listed |= {path, *path.parents}
+    # Hidden files are the system's (.DS_Store, .nfs…), and nothing reads them.
+    found = sorted(p for p in folder.rglob("*") if p not in listed and not p.name.startswith("."))
+    return [f"{path.relative_to(folder).as_posix()}: not a part of it" for path in found]
+
+
+def _step_damage(folder: Path) -> list[str]:
+    # All files of another step, with their manifest, agree with each other.
+    named = re.match(r"\d+", folder.name)
+    try:
+        step = read_json(folder / _METADATA, dict[str, Any])["step"]
+    except (OSError, ValueError, KeyError):
+        return [f"{_METADATA} cannot be read"]
+    if named is None or step == int(named[0]):
+        return []
+    return [f"{_METADATA}: found step {step}, expected {named[0]}"]
 
 
 def _commit_damage(folder: Path) -> list[str]:

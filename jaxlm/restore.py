@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +79,27 @@ def restore_items(
     return restored
 
 
-def restore_numpy(path: Path) -> dict[str, Any]:
-    """All items of a step folder as numpy arrays: two states may not fit on the devices.
+def find_changed_arrays(path: Path, metadata: Metadata) -> list[str]:
+    """The arrays of a step folder that are not those that were saved; it takes no model.
+
+    One item after the other is on this machine, and one array after the other on the device.
+    """
+    saved, found = metadata.fingerprints, {}
+    for name in ITEMS:
+        found |= fingerprint(restore_numpy(path, (name,)))
+    names = sorted(saved.keys() | found.keys())
+    return [name for name in names if saved.get(name) != found.get(name)]
+
+
+def restore_numpy(path: Path, items: Sequence[str] = ITEMS) -> dict[str, Any]:
+    """Items of a step folder as numpy arrays: two states may not fit on the devices.
 
     Raises:
       DamagedArrays: an item cannot be read.
     """
     restored, path = {}, path.absolute()
     to_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-    for name in ITEMS:
+    for name in items:
         with _reading(path / name) as checkpointer:
             about: Any = checkpointer.metadata(path / name).item_metadata  # None if unreadable
             tree = about.tree

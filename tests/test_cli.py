@@ -186,6 +186,73 @@ def test_diff_refuses_what_it_cannot_compare(own_run: Path, capsys: pytest.Captu
     assert "@8: damaged (step 8: opt_state/" in said
 
 
+def test_verify_looks_at_every_step_and_changes_nothing(own_run: Path, out):
+    run = own_run / runs.RUN
+    assert out("checkpoints", "verify", str(run)) == "4: sound\n8: sound\n12: sound\n"
+    name = runs.damage(run / "checkpoints/8", "opt_state").relative_to(run / "checkpoints/8")
+    before = {path: path.stat() for path in run.rglob("*")}
+    said = out("checkpoints", "verify", str(run), code=1).splitlines()
+    assert said == ["4: sound", f"8: {name}: content differs (checksum)", "12: sound"]
+    found = json.loads(out("checkpoints", "verify", str(run), "--json", code=1))
+    assert found["steps"]["4"] == [] and found["steps"]["8"] != []
+    after = {path: path.stat() for path in run.rglob("*")}
+    times = ("st_ino", "st_size", "st_mtime_ns")
+    assert [[getattr(stat, t) for t in times] for stat in before.values()] == [
+        [getattr(stat, t) for t in times] for stat in after.values()
+    ]
+    assert before.keys() == after.keys()
+
+
+def test_verify_of_nothing_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "checkpoints").mkdir()
+    said = refusal(capsys, "checkpoints", "verify", str(tmp_path))
+    assert "found no checkpoint to verify" in said
+
+
+def test_verify_finds_the_recorded_loss_of_the_best(own_run: Path, out, monkeypatch):
+    monkeypatch.chdir(own_run)
+    loss = runs.eval_losses(Path(runs.RUN))[runs.BEST]
+    said = out("checkpoints", "verify", runs.RUN, "--eval").splitlines()
+    assert said[-1] == (
+        f"eval loss of step {runs.BEST}: recorded {loss!r}, found {loss!r}: equal to the bit"
+    )
+    # A loss that was written down wrong: whole by its manifest, and not what the model has.
+    metadata = Path(runs.RUN) / "checkpoints" / str(runs.BEST) / "meta/metadata"
+    text = metadata.read_text()
+    metadata.write_text(text.replace(f'"eval_loss": {loss!r}', f'"eval_loss": {loss - 1e-9!r}', 1))
+    assert metadata.read_text() != text
+    monkeypatch.setattr("jaxlm.manifest.find_damage", lambda *_, **__: [])
+    monkeypatch.setattr("jaxlm.score.find_damage", lambda *_, **__: [])
+    said = out("checkpoints", "verify", runs.RUN, "--eval", code=1).splitlines()
+    assert said[-1].endswith(f"found {loss!r}: not the same")
+
+
+def test_eval_of_one_and_of_several(at_home: Path, out, capsys: pytest.CaptureFixture):
+    losses = runs.eval_losses(at_home / runs.RUN)
+    line = out("eval", runs.RUN).splitlines()[-1]
+    assert line.startswith(f"{runs.RUN}@best (step 8): loss {losses[8]:.4f}, perplexity ")
+    assert line.endswith(" 999 tokens held out of text:texts/*.txt")
+    cli.command(["eval", f"{runs.RUN}@8", f"{runs.RUN}@12", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [(row["step"], row["loss"]) for row in found] == [(8, losses[8]), (12, losses[12])]
+    assert [row["num_tokens"] for row in found] == [999, 999]
+    cli.command(["eval", runs.RUN, "--source", "text:texts/0*.txt", "--json"])
+    other = json.loads(capsys.readouterr().out)
+    assert other["loss"] != losses[8] and other["recorded_loss"] is None
+    assert abs(other["loss"] - losses[8]) < 0.5  # the same tokenizer: words of one lexicon
+
+
+def test_eval_of_two_tells_which_is_better(at_home: Path, out, capsys: pytest.CaptureFixture):
+    losses = runs.eval_losses(at_home / runs.RUN)
+    a, b = f"{runs.RUN}@12", f"{runs.RUN}@best"
+    line = out("eval", a, b, "--paired").splitlines()[-1]
+    assert line.startswith(f"difference: {losses[12] - losses[8]:+.5f}, 95% confidence +")
+    assert line.endswith(f" over 4 batches: {b} is better")
+    assert out("eval", b, a, "--paired").splitlines()[-1].endswith(f": {b} is better")
+    assert out("eval", b, b, "--paired").splitlines()[-1].endswith(": cannot tell")
+    assert "found 1, expected two of them with --paired" in refusal(capsys, "eval", b, "--paired")
+
+
 def test_prepare_and_cache(
     tmp_path: Path, out, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
@@ -234,12 +301,12 @@ def test_doctor(out):
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (["checkpoints", "lst", runs.RUN], ["list, compare, diff"]),
-        (["doctr"], ["prepare, prove-resume, cache, checkpoints, doctor"]),
+        (["checkpoints", "lst", runs.RUN], ["list, compare, diff, verify"]),
+        (["doctr"], ["prepare, prove-resume, cache, checkpoints, eval, doctor"]),
         (["checkpoints", "list", runs.RUN, "--jsn"], ["--jsn", "--json"]),
         (["cache", "list", "--cach_dir", "x"], ["Perhaps you meant", "--cache-dir"]),
         (["prepare", "--config", "configs/tiny.py", "--data.sorce", "x"], ["--data.source STR"]),
-        ([], ["prepare, prove-resume, cache, checkpoints, doctor"]),
+        ([], ["prepare, prove-resume, cache, checkpoints, eval, doctor"]),
     ],
     ids=lambda value: " ".join(value) or "nothing",
 )

@@ -172,7 +172,7 @@ def test_every_flag_named_in_the_docs_exists(home: Path, capsys: pytest.CaptureF
     known = {
         flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w.-]+)", capsys.readouterr().out)
     }
-    known |= {"config", "help", "json", "extra", "group"}
+    known |= {"config", "help", "json", "extra", "group", "eval", "paired", "source"}
     for page in PAGES:
         text = (runs.REPO / page).read_text()
         named = {

@@ -18,7 +18,7 @@ LAYERS = [
     {"prove"},
     {"__init__", "launch"},
     {"train"},
-    {"start", "summary", "attempt"},
+    {"start", "summary", "attempt", "score"},
     {"load", "compare", "doctor", "resume", "preflight"},
     {"assemble", "checkpoint"},
     {"evaluate", "restore", "step", "retention"},

@@ -1,0 +1,193 @@
+"""Checkpoints judged from outside: what is told of them is so, and how sure it is."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import runs
+from scipy import stats
+
+from jaxlm import restore
+from jaxlm import score as score_module
+from jaxlm.assemble import prepare_data
+from jaxlm.folder import read_metadata
+from jaxlm.manifest import write_manifest
+from jaxlm.score import paired_difference, score, verify_step
+
+NUM_TRIALS = 4000
+
+
+def sums_of(rng: np.random.Generator, num_batches: int, gap: float) -> list[np.ndarray]:
+    """Two checkpoints on batches that are hard or easy for both, the last one short."""
+    tokens = np.full(num_batches, 100.0)
+    tokens[-1] = 30
+    hard = rng.normal(3, 0.5, num_batches)
+    noise = (rng.gamma(4, 1 / 4, num_batches) - 1) * 0.02 / np.sqrt(tokens / 100)  # skewed
+    losses = [(hard + gap + noise) * tokens, hard * tokens]
+    return [np.stack([total, tokens], axis=1) for total in losses]
+
+
+def coverage(num_batches: int, margin: Any = None) -> float:
+    """The share of intervals that hold the true gap; `margin` replaces the interval's own."""
+    rng, gap, held = np.random.default_rng(0), 0.01, 0
+    for _ in range(NUM_TRIALS):
+        a, b = sums_of(rng, num_batches, gap)
+        found = paired_difference(a, b)
+        half = (found.high - found.low) / 2 if margin is None else margin(a, b, found)
+        held += abs(found.mean - gap) <= half
+    return held / NUM_TRIALS
+
+
+@pytest.mark.parametrize("num_batches", [5, 40, 200])
+def test_95_of_100_intervals_hold_the_true_difference(num_batches: int) -> None:
+    assert coverage(num_batches) == pytest.approx(0.95, abs=0.025)
+
+
+def test_other_intervals_would_not() -> None:
+    """The negative control: normal quantiles on few batches, and losses that are not paired."""
+
+    def normal(a: np.ndarray, b: np.ndarray, found: Any) -> float:
+        return (found.high - found.low) / 2 * 1.96 / stats.t.ppf(0.975, len(a) - 1)
+
+    def unpaired(a: np.ndarray, b: np.ndarray, found: Any) -> float:
+        means = [sums[:, 0] / sums[:, 1] for sums in (a, b)]
+        return 1.96 * np.sqrt(sum(x.var(ddof=1) / len(x) for x in means))
+
+    assert coverage(5, normal) < 0.91
+    assert coverage(40, unpaired) == 1  # far too wide to tell anything
+
+
+def test_the_difference_is_that_of_the_two_losses() -> None:
+    rng = np.random.default_rng(1)
+    a, b = (np.stack([rng.gamma(9, 10, 30), rng.integers(1, 100, 30)], axis=1) for _ in range(2))
+    b[:, 1] = a[:, 1]
+    losses = [sums[:, 0].sum() / sums[:, 1].sum() for sums in (a, b)]
+    assert paired_difference(a, b).mean == pytest.approx(losses[0] - losses[1])
+    unweighted = np.mean(a[:, 0] / a[:, 1]) - np.mean(b[:, 0] / b[:, 1])
+    assert paired_difference(a, b).mean != pytest.approx(unweighted, rel=0.01)
+    # Equal batches: the textbook interval of paired differences.
+    a[:, 1] = b[:, 1] = 50
+    expected = stats.ttest_rel(a[:, 0] / 50, b[:, 0] / 50).confidence_interval(0.95)
+    found = paired_difference(a, b)
+    assert (found.low, found.high) == pytest.approx(tuple(expected))
+
+
+def test_the_verdict() -> None:
+    a, b = sums_of(np.random.default_rng(0), 40, 0.05)
+    assert [paired_difference(*pair).better for pair in ((a, b), (b, a), (a, a))] == [1, 0, None]
+    with pytest.raises(ValueError, match="found 1 batch, expected at least 2"):
+        paired_difference(a[:1], b[:1])
+
+
+def test_the_recorded_loss_to_the_bit(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_run)
+    losses = runs.eval_losses(Path(runs.RUN))
+    found = score([f"{runs.RUN}@{step}" for step in losses], say=str)
+    assert [one.loss for one in found] == list(losses.values())
+    assert all(one.as_recorded and not one.differences for one in found)
+    near = found[0]._replace(recorded_loss=found[0].loss * (1 + 1e-12))
+    assert not near.as_recorded and near._replace(differences=["x"]).as_recorded
+    assert not near._replace(differences=["x"], recorded_loss=found[0].loss * 1.01).as_recorded
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_any_number_of_devices(tiny_run: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.chdir(tiny_run)
+    devices = jax.devices()[:count]
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    (found,) = score([runs.RUN], say=str)
+    assert found.loss == pytest.approx(runs.eval_losses(Path(runs.RUN))[8], rel=1e-5)
+    assert found.as_recorded and any("mesh.data: was 8, is" in what for what in found.differences)
+
+
+def like_tiny(name: str, **config: Any) -> str:
+    """A run that says of its best checkpoint that it was made with another config."""
+    run = Path(shutil.copytree(runs.RUN, f"runs/{name}"))
+    path = run / "checkpoints" / str(runs.BEST)
+    metadata = read_metadata(path.parent, runs.BEST)
+    data = {**metadata.config["data"], **config.pop("data", {})}
+    metadata = replace(metadata, config={**metadata.config, **config, "data": data})
+    _, dataset = prepare_data(metadata.run_config(), str)
+    metadata = replace(metadata, data_fingerprint=dataset.fingerprint)
+    (path / "meta" / "metadata").write_text(json.dumps(metadata.to_json()))
+    write_manifest(path)
+    return str(run)
+
+
+def test_pairs_without_common_batches_are_refused(
+    own_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(own_run)
+    said = "runs/tiny@best and runs/{}@best differ in {}, so they have no batches in common"
+    short = like_tiny("short", seq_len=16)
+    with pytest.raises(ValueError, match=said.format("short", "seq_len")):
+        score([runs.RUN, short], paired=True, say=str)
+    fewer = like_tiny("fewer", data={"eval_tokens": 600})
+    with pytest.raises(ValueError, match=said.format("fewer", ".*held-out set")):
+        score([runs.RUN, fewer], paired=True, say=str)
+    # Batches of another size are no hindrance.
+    small = like_tiny("small", batch_size=4)
+    sums = [one.sums for one in score([runs.RUN, small], paired=True, say=str)]
+    assert np.array_equal(*sums) and len(score([small], say=str)[0].sums) == 2 * len(sums[0])
+
+
+def test_other_data_than_that_of_the_run_is_refused(
+    own_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(own_run)
+    (own_run / "texts" / "01.txt").write_text("other words in what is held out " * 99)
+    with pytest.raises(ValueError, match="found data .*, expected that of the run, .*--source"):
+        score([runs.RUN], say=str)
+
+
+# --- verification, while a trainer is at work
+
+
+def test_a_changed_array_is_found_behind_a_sound_manifest(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def altered(path: Path, items: tuple[str, ...]) -> dict[str, Any]:
+        arrays = whole(path, items)
+        if "params" in arrays:
+            embedding = arrays["params"]["embedding_VD"] = arrays["params"]["embedding_VD"].copy()
+            embedding.view(np.uint32)[3, 5] ^= 1
+        return arrays
+
+    whole = restore.restore_numpy
+    folder = tiny_run / runs.RUN / "checkpoints"
+    assert verify_step(folder, 8) == []
+    monkeypatch.setattr(restore, "restore_numpy", altered)
+    assert verify_step(folder, 8) == ["params/embedding_VD differs from what was saved"]
+
+
+def test_a_step_deleted_or_replaced_meanwhile_is_no_damage(
+    own_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = own_run / runs.RUN / "checkpoints"
+    find_damage, whole = score_module.find_damage, own_run / "whole"
+    shutil.copytree(folder / "8", whole)
+    looks: list[Path] = []
+
+    def look(path: Path) -> list[str]:
+        looks.append(path)
+        shutil.rmtree(path / "params", ignore_errors=True)  # a trainer has begun
+        found = find_damage(path)
+        if len(looks) == 1:
+            shutil.rmtree(path)
+            if path.name == "8":
+                shutil.copytree(whole, path)
+                monkeypatch.setattr(score_module, "find_damage", find_damage)
+        return found
+
+    monkeypatch.setattr(score_module, "find_damage", look)
+    assert verify_step(folder, 4) is None
+    looks.clear()
+    assert verify_step(folder, 8) == []
+    (folder / "8" / "params" / "_METADATA").unlink()
+    assert verify_step(folder, 8) == ["params/_METADATA: missing"]
