@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 import google_crc32c
 
 from jaxlm.durable import crc32c, fsync, read_file, write_file
-from jaxlm.strict import read_json
+from jaxlm.strict import read_json, shown
 
 NAME = "manifest.json"
 _STEP_METADATA = "_CHECKPOINT_METADATA"
@@ -73,8 +73,8 @@ def find_damage(folder: Path, *, contents: bool = True) -> list[str]:
     damage = []
     for name, entry in manifest["files"].items():
         if found := _compare(folder, name, entry, contents):
-            line = f"{name}: {found}"
-            damage.append(line if line.isprintable() else ascii(line))
+            label = name if name.isprintable() and len(name) < 1000 else shown(name)
+            damage.append(f"{label}: {found}")
     damage += _unlisted(folder, manifest["files"]) + _commit_damage(folder)
     return damage or _step_damage(folder)
 
@@ -120,7 +120,7 @@ def _compare(folder: Path, name: str, entry: dict[str, int], contents: bool) -> 
     except OSError as error:
         return str(error.strerror)
     except ValueError as error:
-        return f"cannot be read ({error})"
+        return f"cannot be read ({error.__cause__ or error})"  # without the path
     return None
 
 

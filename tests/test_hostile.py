@@ -221,6 +221,14 @@ def test_a_step_may_itself_lie_elsewhere_and_link_inside(step: Path, tmp_path: P
     assert manifest.find_damage(step) == []
 
 
+@pytest.mark.parametrize("name", ["x" * 9000, "{" + "[" * 9000, "\x1b[2J", "a\0b"])
+@pytest.mark.parametrize("entry", [{"bytes": 0}, {"json_crc32c": 0}])
+def test_a_name_of_any_length_gives_a_short_line(step: Path, name: str, entry: dict[str, int]):
+    reseal(step, {name: entry})
+    (line,) = manifest.find_damage(step)
+    assert line.isprintable() and len(line) < 300
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", "1", '{"commit_timestamp_nsecs": "x"}'])
 def test_a_step_metadata_without_its_time_is_damage(step: Path, text: str):
     (step / "_CHECKPOINT_METADATA").write_text(text)
