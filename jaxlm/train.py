@@ -11,6 +11,7 @@ import jax
 
 from jaxlm.assemble import Parts, TrainSet, assemble
 from jaxlm.checkpoint import Checkpoints
+from jaxlm.cluster import check_alike
 from jaxlm.config import Config, to_dict
 from jaxlm.console import Console
 from jaxlm.data.batches import prefetch
@@ -80,6 +81,7 @@ def train(
         say=console.say,
     )
     config = parts.config
+    check_alike("data", {"fingerprint": parts.data_fingerprint})
     tell_start(parts, console)
     with contextlib.ExitStack() as stack:
         stack.callback(console.close)

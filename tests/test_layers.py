@@ -25,7 +25,7 @@ LAYERS = [
     {"data.dataset", "data.tokenizer", "data.sources", "data.batches", "metrics", "model"},
     {"data.cache", "data.remote", "data.shards", "throughput", "optim", "loss", "signals"},
     {"attention", "manifest", "sharding", "trackers", "data.files"},
-    {"config", "durable", "data.__init__"},
+    {"cluster", "config", "durable", "data.__init__"},
 ]
 # Arrays in, arrays out: these see no clock, file, log or thread.
 DEVICE_ROOM = {"attention", "loss", "model", "optim", "sharding", "state", "step"}
