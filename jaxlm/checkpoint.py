@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from jaxlm import manifest
+from jaxlm.cluster import barrier
 from jaxlm.config import CheckpointConfig
 from jaxlm.durable import fsync
 from jaxlm.folder import (
@@ -328,7 +329,9 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             todelete_subdir=_DELETING,
             async_options=ocp.AsyncOptions(
-                timeout_secs=300, post_finalization_callback=self._write_manifest
+                timeout_secs=self._config.save_timeout_s,
+                barrier_sync_fn=barrier if jax.process_count() > 1 else None,
+                post_finalization_callback=self._write_manifest,
             ),
         )
         # Uncompressed: zstd would save 8% of the bytes and double the time.
@@ -407,7 +410,8 @@ class Checkpoints:
             f"saving step {step} failed: {error}; on disk and untouched: {kept}. "
             f"Look at the disk of {self.folder}"
         )
-        if self._config.on_save_error == "stop":
+        # With several processes, Orbax's barriers are out of step after an error.
+        if self._config.on_save_error == "stop" or jax.process_count() > 1:
             raise CheckpointError(text + "; the same command goes on from the latest") from error
         self._warn(text + "; training goes on, and tries again (checkpoint.on_save_error is warn)")
 

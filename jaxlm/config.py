@@ -219,7 +219,9 @@ class CheckpointConfig:
     keep_every: int | None = free(None)
     """Keep for good each checkpoint whose step is a multiple of this (steps)."""
     on_save_error: Literal["stop", "warn"] = free("stop")
-    """A save that failed stops the run, or is reported while training goes on."""
+    """A save that failed stops the run, or is reported while training goes on (one process)."""
+    save_timeout_s: int = free(300)
+    """With several processes: how long a save may take until all stop with an error (seconds)."""
     verify: Literal["full", "fast", "off"] = free("full")
     """At restore: full checks every file and every array, fast only file sizes, off nothing."""
     disk_budget_gb: float | None = free(None)
@@ -231,6 +233,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         _check_at_least(self, "checkpoint.", 1, "save_interval", "keep_latest", "keep_every")
+        _check_at_least(self, "checkpoint.", 1, "save_timeout_s")
         if self.save_interval_min is not None:
             found = self.save_interval_min
             _check(found > 0, "checkpoint.save_interval_min", found, "above 0, or None")

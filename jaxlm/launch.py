@@ -13,7 +13,7 @@ from types import FrameType
 
 import tyro
 
-from jaxlm.config import Config
+from jaxlm.config import Config, leaves
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and saved (EX_TEMPFAIL): start it again to go on."""
@@ -61,29 +61,33 @@ def load_config(path: str) -> Config:
 def main(args: Sequence[str] | None = None) -> int:
     """Trains; returns the exit code: 0 at the end of the plan, 75 if stopped on the way."""
     config = parse_config(sys.argv[1:] if args is None else args, prog="launch.py")
+    # Until the loop takes over, there is nothing to save: stop at once, with the same code.
+    before = signal.signal(signal.SIGTERM, _stop_now)
+    try:
+        if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+            return _train(config)
+        from jaxlm.cluster import Cluster
+
+        with Cluster(explain):
+            return _train(config)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _train(config: Config) -> int:
     import jax  # after the flags: --help and a wrong flag answer at once
 
+    from jaxlm.cluster import check_alike
     from jaxlm.preflight import memory_advice
     from jaxlm.train import train
 
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        # Its own SIGTERM service would make our handlers deaf.
-        jax.config.update("jax_enable_preemption_service", False)
-        # Where a cluster does not say which process this is, these two do.
-        count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-        jax.distributed.initialize(
-            num_processes=int(count) if count else None, process_id=int(index) if index else None
-        )
-    # Until the loop takes over, there is nothing to save: stop at once, with the same code.
-    before = signal.signal(signal.SIGTERM, _stop_now)
+    check_alike("settings", {name: value for name, (value, _) in leaves(config).items()})
     try:
         return 0 if train(config).complete else STOPPED
     except jax.errors.JaxRuntimeError as error:
         if advice := memory_advice(error, config):
             raise SystemExit(f"error: {str(error).splitlines()[0]}\n{advice}") from error
         raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _stop_now(number: int, frame: FrameType | None) -> None:
@@ -97,14 +101,24 @@ def run_main(main: Callable[[], int | None]) -> int:
     """
     try:
         return main() or 0
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the latest checkpoint", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        innermost = traceback.extract_tb(error.__traceback__)[-1]
-        ours = Path(__file__).parent in Path(innermost.filename).parents
-        on_purpose = ours and (innermost.line or "").startswith("raise")
-        if not on_purpose or os.environ.get("JAXLM_TRACEBACK"):
+    except (KeyboardInterrupt, ValueError, OSError, ImportError, RuntimeError) as error:
+        code, text = explain(error)
+        if text is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        print(text, file=sys.stderr)
+        return code
+
+
+def explain(error: BaseException) -> tuple[int, str | None]:
+    """Exit code and message of an error; no message for a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; the same command goes on from the latest checkpoint"
+    if isinstance(error, SystemExit):
+        return (error.code, "stopped") if isinstance(error.code, int) else (1, str(error.code))
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(__file__).parent in Path(innermost.filename).parents
+    on_purpose = ours and (innermost.line or "").startswith("raise")
+    on_purpose &= isinstance(error, (ValueError, OSError, ImportError, RuntimeError))
+    if not on_purpose or os.environ.get("JAXLM_TRACEBACK"):
+        return 1, None
+    return 1, f"error: {error}"

@@ -11,6 +11,7 @@ import jax
 
 from jaxlm.assemble import Parts, TrainSet, assemble
 from jaxlm.checkpoint import Checkpoints
+from jaxlm.cluster import check_alike
 from jaxlm.config import Config, to_dict
 from jaxlm.console import Console
 from jaxlm.data.batches import prefetch
@@ -97,6 +98,7 @@ def train(
             eval_batches=eval_batches,
             say=console.say,
         )
+        check_alike("data", {"fingerprint": parts.data_fingerprint})
         tell_start(parts, console)
         request = stack.enter_context(stop_requests(parts.mesh))
         while True:  # once, and once more for each rollback: it is a resume, of its own accord

@@ -28,7 +28,7 @@ LAYERS = [
     {"attention", "guard", "lock", "manifest", "sharding", "trackers", "data.files"}
     | {"data.shards"},
     {"config", "data.__init__"},
-    {"extras", "strict"},
+    {"cluster", "extras", "strict"},
     {"durable"},
 ]
 # Arrays in, arrays out: these see no clock, file, log or thread.

@@ -1,0 +1,168 @@
+"""Several processes that train as one: how they start, and how none of them outlives another."""
+
+import ctypes
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import jax
+from jax._src.distributed import global_state
+from jax.errors import JaxRuntimeError
+
+LOST = 75
+"""Exit code where another process was lost (EX_TEMPFAIL): start all again, and they go on."""
+_HEARTBEAT_TIMEOUT_S = 10
+_LINGER_S = 1.0
+_PATIENCE_MS = 3_600_000
+_VERDICT = "jaxlm/verdict"
+_checks = itertools.count()
+# How the loss of a process reads, in a collective or at a barrier.
+_SIGNS = ("Gloo", "NCCL", "UNAVAILABLE", "CoordinationService", "heartbeat")
+_ADVICE = "start all processes again, and they go on from the latest"
+
+
+class Cluster:
+    """The processes of a run, while they train.
+
+    The first that ends in an error tells all, and each of them prints that error and exits with
+    its code, wherever it is. One that can tell nothing any more is missed: at once in a collective,
+    else within seconds. They leave by `os._exit`, since the usual way out waits for the lost one.
+
+    Args:
+      explain: error -> exit code and message; no message for a bug, which keeps its traceback.
+    """
+
+    def __init__(self, explain: Callable[[BaseException], tuple[int, str | None]]):
+        self._explain = explain
+        self._over = False
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        # Its own SIGTERM service would make our handlers deaf.
+        jax.config.update("jax_enable_preemption_service", False)
+        # Where a cluster does not say which process this is, these two do.
+        count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+        jax.distributed.initialize(
+            num_processes=int(count) if count else None,
+            process_id=int(index) if index else None,
+            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_S,
+        )
+        # Who misses another is aborted by JAX, in a thread of its own and without a word to
+        # Python, whose own handlers would come too late.
+        ctypes.pythonapi.PyOS_setsig(signal.SIGABRT, _aborted)
+        self._watcher.start()
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self._over = True
+            jax.distributed.shutdown()  # waits for all, and ends the watch
+            self._watcher.join()
+            signal.signal(signal.SIGABRT, signal.SIG_DFL)
+            return
+        code, text = _if_lost(error) or self._explain(error)
+        if text is None:
+            traceback.print_exception(error)
+            text = f"{type(error).__name__}: {error}"
+        tell_all(code, text)
+        self._watcher.join(_HEARTBEAT_TIMEOUT_S)
+        os._exit(code)
+
+    def _watch(self) -> None:
+        verdict = None
+        while verdict is None:
+            try:
+                verdict = global_state.client.blocking_key_value_get(_VERDICT, _PATIENCE_MS)
+            except JaxRuntimeError as error:
+                if self._over:
+                    return
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    _leave(LOST, f"process 0 was lost ({_first_line(error)}); {_ADVICE}")
+        code, text = json.loads(verdict)
+        if jax.process_index() == 0:
+            time.sleep(_LINGER_S)  # the others are told by this one
+        _leave(code, text)
+
+
+def tell_all(code: int, text: str) -> None:
+    """Ends every process of the run with this exit code and message, unless one was told before."""
+    index, count = jax.process_index(), jax.process_count()
+    verdict = json.dumps([code, f"process {index} of {count}: {text}"])
+    with suppress(JaxRuntimeError):  # another was first, or there is nobody left to tell
+        global_state.client.key_value_set(_VERDICT, verdict)
+
+
+def barrier(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier, where a save that has failed here waits for nobody.
+
+    After an error Orbax comes here all the same, waits for those who wait elsewhere, and tells in
+    the end of that alone.
+
+    Raises:
+      Exception: the error on the way here; one of a saving thread is told to all.
+    """
+    if error := sys.exc_info()[1]:
+        if threading.current_thread() is not threading.main_thread():
+            told = f"error: a save failed: {error}; look at the disk. {_ADVICE}"
+            tell_all(*(_if_lost(error) or (1, told)))
+        raise error
+    global_state.client.wait_at_barrier(key, timeout_ms)
+
+
+def check_alike(name: str, value: dict[str, Any]) -> None:
+    """Refuses a process whose settings or data are not those of process 0.
+
+    Args:
+      name: what is compared, for the message.
+      value: names and JSON values.
+
+    Raises:
+      ValueError: they differ.
+    """
+    if jax.process_count() == 1:
+        return
+    index, key = jax.process_index(), f"jaxlm/alike/{next(_checks)}"
+    if index == 0:
+        global_state.client.key_value_set(key, json.dumps(value))
+        return
+    first = json.loads(global_state.client.blocking_key_value_get(key, _PATIENCE_MS))
+    value = json.loads(json.dumps(value))
+    differing = [
+        f"{field}: {first.get(field)!r} on process 0, {value.get(field)!r} on process {index}"
+        for field in sorted(first.keys() | value.keys())
+        if first.get(field) != value.get(field)
+    ]
+    if differing:
+        raise ValueError(
+            f"{name}: the processes of a run must be started alike, but found\n  "
+            + "\n  ".join(differing)
+        )
+
+
+def _if_lost(error: BaseException) -> tuple[int, str] | None:
+    cause: BaseException | None = error
+    while cause and not any(sign in str(cause) for sign in _SIGNS):
+        cause = cause.__cause__ or cause.__context__
+    return cause and (LOST, f"another process was lost ({_first_line(cause)}); {_ADVICE}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _leave(code: int, text: str) -> None:
+    with suppress(OSError):  # a terminal that is gone
+        os.write(2, f"{text}\n".encode())
+    os._exit(code)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(number: int) -> None:
+    _leave(LOST, f"aborted: most likely another process was lost, see above; {_ADVICE}")

@@ -1,0 +1,98 @@
+"""One of several processes, started by tests/test_cluster.py: `member.py WHAT WHO [FOLDER]`.
+
+WHO is the process that something happens to; each prints `ready` before that.
+"""
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxlm.cluster import Cluster, barrier, check_alike
+from jaxlm.launch import explain, run_main
+
+
+def ready() -> None:
+    """Lets the test go on, once all processes are there."""
+    barrier(key="ready", timeout_ms=120_000)
+    print("ready", flush=True)
+    time.sleep(0.5)
+
+
+def collectives(mine: bool) -> None:
+    """One after the other, as in training, for two minutes."""
+    for number in range(12_000):
+        multihost_utils.process_allgather(np.ones(3))
+        if number == 3:
+            ready()
+        time.sleep(0.01)
+
+
+def wait(mine: bool) -> None:
+    """In no collective: data is prepared, a program compiled, a disk is slow."""
+    ready()
+    time.sleep(120)
+
+
+def differ(mine: bool) -> None:
+    """One has another seed."""
+    ready()
+    check_alike("settings", {"seed": int(mine), "steps": [1, 2]})
+    time.sleep(120)
+
+
+def fail(mine: bool) -> None:
+    """One has a bug; the others are where it cannot be seen."""
+    ready()
+    if mine:
+        raise KeyError("a bug")
+    time.sleep(120)
+
+
+def end(mine: bool) -> None:
+    """All is well, and one is late."""
+    check_alike("settings", {"seed": 0})
+    check_alike("data", {"fingerprint": "a"})
+    ready()
+    time.sleep(2 * mine)
+
+
+def save(mine: bool, hang: bool = False) -> None:
+    """The disk of one is full, or does not answer, from the second save on."""
+    from test_checkpoint import BLUEPRINT as blueprint
+    from test_checkpoint import CheckpointConfig, _metadata, checkpoint
+
+    config = CheckpointConfig(save_timeout_s=4)
+    folder = Path(sys.argv[3])
+    with checkpoint.Checkpoints(folder, config, on_commit=print, warn=print) as checkpoints:
+        for step in range(1, 3):
+            state = blueprint.make(step)
+            checkpoints.save(state._replace(step=state.step + step), _metadata(step, None))
+            checkpoints.wait()
+            if step == 1:
+                ready()
+                if mine and hang:
+                    checkpoint.manifest.write_manifest = lambda path: time.sleep(60)
+                elif mine:
+                    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+
+
+def hang(mine: bool) -> None:
+    """See `save`."""
+    save(mine, hang=True)
+
+
+def main() -> int:
+    what, who = globals()[sys.argv[1]], int(sys.argv[2])
+    with Cluster(explain):
+        what(jax.process_index() == who)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

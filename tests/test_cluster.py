@@ -1,0 +1,163 @@
+"""Several real processes: what becomes of the others when something happens to one."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from jaxlm.folder import list_steps
+
+MEMBER = Path(__file__).parent / "member.py"
+
+
+class Ended(NamedTuple):
+    code: int
+    after_s: float
+    output: str
+
+
+class Members:
+    """Processes of one run, and what they print."""
+
+    def __init__(self, folder: Path, count: int, *args: object) -> None:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
+        clean |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
+        self.outputs = [folder / f"{index}.output" for index in range(count)]
+        self.processes = []
+        for index, path in enumerate(self.outputs):
+            with path.open("w") as output:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, str(MEMBER), *map(str, args)],
+                        env={**clean, "JAX_PROCESS_ID": str(index)},
+                        stdout=output,
+                        stderr=output,
+                    )
+                )
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + 180
+        while not all("ready\n" in path.read_text() for path in self.outputs):
+            told = [path.read_text() for path in self.outputs]
+            assert time.monotonic() < deadline, told
+            time.sleep(0.01)
+
+    def ends(self, *, but: int | None = None) -> list[Ended]:
+        """How each of them ends, but for the one that something was done to."""
+        start = time.monotonic()
+        after_s: dict[int, float] = {}
+        others = [index for index in range(len(self.processes)) if index != but]
+        while len(after_s) < len(others):
+            for index in others:
+                if self.processes[index].poll() is not None:
+                    after_s.setdefault(index, time.monotonic() - start)
+            assert time.monotonic() < start + 60, [path.read_text() for path in self.outputs]
+            time.sleep(0.01)
+        found = [
+            Ended(self.processes[index].returncode, after_s[index], self.outputs[index].read_text())
+            for index in others
+        ]
+        print([(end.code, round(end.after_s, 2)) for end in found])
+        return found
+
+
+@contextmanager
+def running(folder: Path, count: int, *args: object) -> Iterator[Members]:
+    members = Members(folder, count, *args)
+    try:
+        members.wait_until_ready()
+        yield members
+    finally:
+        for process in members.processes:
+            process.kill()
+            process.wait()
+
+
+def ends_after(folder: Path, what: str, number: signal.Signals, who: int) -> list[Ended]:
+    with running(folder, 4, what, who) as members:
+        members.processes[who].send_signal(number)
+        ends = members.ends(but=who)
+    assert len(ends) == 3
+    return ends
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_process_killed_in_a_collective_takes_the_others_along_at_once(
+    tmp_path: Path, who: int
+) -> None:
+    for end in ends_after(tmp_path, "collectives", signal.SIGKILL, who):
+        assert end.code == 75 and end.after_s < 2, end
+        assert "lost" in end.output.splitlines()[-1]
+        assert end.output.endswith("start all processes again, and they go on from the latest\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "number"),
+    [("collectives", signal.SIGSTOP), ("wait", signal.SIGKILL), ("wait", signal.SIGSTOP)],
+)
+def test_a_process_that_is_missed_ends_the_others_in_seconds(
+    tmp_path: Path, what: str, number: signal.Signals
+) -> None:
+    for end in ends_after(tmp_path, what, number, 1):
+        assert end.code == 75 and end.after_s < 15, end
+        assert "another process was lost" in end.output.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_is_told_by_all(tmp_path: Path) -> None:
+    with running(tmp_path, 3, "fail", 2) as members:
+        ends = members.ends()
+    for index, end in enumerate(ends):
+        assert end.code == 1 and end.after_s < 2 + 1
+        assert end.output.splitlines()[-1] == "process 2 of 3: KeyError: 'a bug'"
+        assert ("Traceback" in end.output) == (index == 2)
+
+
+@pytest.mark.slow
+def test_a_process_that_was_started_otherwise_is_refused(tmp_path: Path) -> None:
+    with running(tmp_path, 3, "differ", 1) as members:
+        ends = members.ends()
+    for end in ends:
+        assert end.code == 1
+        assert end.output.splitlines()[-1] == "  seed: 0 on process 0, 1 on process 1"
+        assert "process 1 of 3: error: settings: the processes of a run must be" in end.output
+
+
+@pytest.mark.slow
+def test_processes_that_end_well_wait_for_the_late_one(tmp_path: Path) -> None:
+    with running(tmp_path, 3, "end", 1) as members:
+        ends = members.ends()
+    assert [(end.code, "lost" in end.output) for end in ends] == [(0, False)] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("save", "process 1 of 3: error: a save failed: .*File too large"),
+        ("hang", "a save failed: Timed out"),
+    ],
+)
+def test_a_save_that_fails_on_one_stops_all_and_all_tell_why(
+    tmp_path: Path, what: str, told: str
+) -> None:
+    with running(tmp_path, 3, what, 1 if what == "save" else 0, tmp_path / "saved") as members:
+        ends = members.ends()
+    for end in ends:
+        assert end.code == 1 and end.after_s < 15, end
+        assert re.search(told, end.output.splitlines()[-1]), end
+    assert list_steps(tmp_path / "saved") == [1]
