@@ -8,6 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
+from jaxlm.durable import DiskError
 from jaxlm.folder import Metadata
 from jaxlm.guard import Guard
 from jaxlm.state import TrainState, fingerprint, path_name
@@ -49,18 +50,22 @@ def restore_items(
 
     Raises:
       ValueError: an item has other leaves, dtypes or shapes.
+      DiskError: the arrays cannot be read.
       DamagedArrays: an array differs from what was saved.
     """
     _check_layout(metadata.fingerprints, abstract, path)
     restored, folder = {}, path.absolute()  # Orbax takes no relative path
     for name, tree in abstract.items():
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            restored[name] = checkpointer.restore(
-                folder / name,
-                args=ocp.args.PyTreeRestore(
-                    item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
-                ),
-            )
+        args = ocp.args.PyTreeRestore(
+            item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
+        )
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                restored[name] = checkpointer.restore(folder / name, args=args)
+        except (OSError, ValueError) as error:
+            raise DiskError(
+                f"{path / name} cannot be read ({error}); look at its disk, then start again"
+            ) from error
     if verify:
         found = fingerprint(restored)
         changed = [name for name in found if found[name] != metadata.fingerprints[name]]
