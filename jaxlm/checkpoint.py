@@ -86,13 +86,20 @@ class Checkpoints:
         """Locks the folder, clears what a killed run left half-done, and sets damaged steps aside.
 
         Raises:
-          CheckpointError: another trainer holds the folder.
+          RuntimeError: another trainer holds the folder.
+          CheckpointError: the folder cannot be written.
         """
         self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         if self._primary:
-            self.folder.mkdir(parents=True, exist_ok=True)
             required = self._config.lock == "required"
-            self._lock = lock(self.folder, required=required, warn=self._warn)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = lock(self.folder, required=required, warn=self._warn)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.folder} cannot be written ({error.strerror}); look at its disk, or "
+                    "choose another --run_dir"
+                ) from error
             self._identify()
         with contextlib.ExitStack() as on_error:
             on_error.callback(self._unlock)
@@ -150,18 +157,18 @@ class Checkpoints:
 
     def best_with(self, step: int, eval_loss: float | None) -> Best | None:
         """The best, once a checkpoint of this step and eval loss is on disk too."""
-        # What was deleted by hand under the run is no longer the best.
-        losses = {
-            s: found.eval_loss
-            for s, found in self._steps.items()
-            if (self.folder / str(s)).exists()
-        }
+        losses = {s: found.eval_loss for s, found in self._on_disk.items()}
         return find_best({**losses, step: eval_loss})
 
     @property
     def latest(self) -> Metadata | None:
         """The newest checkpoint that is on disk."""
-        return self._steps[max(self._steps)] if self._steps else None
+        return max(self._on_disk.values(), key=lambda found: found.step, default=None)
+
+    @property
+    def _on_disk(self) -> dict[int, Metadata]:
+        # Without what was deleted by hand under the run.
+        return {s: m for s, m in self._steps.items() if (self.folder / str(s)).exists()}
 
     @property
     def skips(self) -> tuple[Skip, ...]:
@@ -176,7 +183,7 @@ class Checkpoints:
     def due_by_time(self) -> bool:
         """Whether the clock wants a save: for its interval, or to try a failed one again."""
         since_s = time.monotonic() - self._last_save_s
-        if self._num_failures:
+        if self._num_failures and not self._saving:
             return since_s >= min(_RETRY_S * 2 ** (self._num_failures - 1), _MAX_RETRY_S)
         minutes = self._config.save_interval_min
         return minutes is not None and since_s >= 60 * minutes
@@ -234,11 +241,18 @@ class Checkpoints:
         if self._primary:
             write_skips(self.folder, self._skips)
         self._sync(f"went back to {skip.from_step}")
-        self._put_aside([step for step in self._steps if step > skip.from_step], SUPERSEDED)
+        self._put_aside([step for step in self._on_disk if step > skip.from_step], SUPERSEDED)
         self._manager.reload()
 
-    def save(self, state: TrainState, metadata: Metadata) -> None:
+    def save(
+        self, state: TrainState, metadata: Metadata, before: Callable[[], None] = lambda: None
+    ) -> None:
         """Starts to save; returns once the state may be given to the next step.
+
+        Args:
+          state: the state.
+          metadata: what the checkpoint says of it.
+          before: brings to the disk what must be there first; if it fails, so does the save.
 
         Raises:
           CheckpointError: this or the last save failed (by `on_save_error`), the folder is gone,
@@ -265,6 +279,7 @@ class Checkpoints:
         self._saving = metadata
         self._last_save_s = time.monotonic()
         try:
+            before()
             saved = self._manager.save(
                 metadata.step,
                 args=ocp.args.Composite(**args, meta=meta),
@@ -275,22 +290,26 @@ class Checkpoints:
         except _SAVE_ERRORS as error:
             self._save_failed(error)
 
-    def replace(self, state: TrainState, metadata: Metadata) -> None:
+    def replace(
+        self, state: TrainState, metadata: Metadata, before: Callable[[], None] = lambda: None
+    ) -> None:
         """Saves a step that may be there already; at any instant, the one or the other is."""
         self.wait()
         current = self.folder / str(metadata.step)
         if not current.exists():
-            return self.save(state, metadata)
+            return self.save(state, metadata, before)
         aside = self.folder / f"{metadata.step}{_REPLACED}"
         if self._primary:
             current.rename(aside)
             fsync(self.folder)
         self._sync("replacing")
         self._manager.reload()
-        self.save(state, metadata)
-        self.wait()
-        if self._primary:
-            self._finish_replacing(aside)
+        try:
+            self.save(state, metadata, before)
+            self.wait()
+        finally:
+            if self._primary and aside.exists():  # a folder that is gone has its error already
+                self._finish_replacing(aside)
         self._sync("replaced")
         self._manager.reload()
 
@@ -345,6 +364,9 @@ class Checkpoints:
     def _write_manifest(self) -> None:
         # Runs in the saving thread of the primary process, after the arrays and before the rename.
         assert self._saving is not None
+        # Orbax writes `_CHECKPOINT_METADATA` in a thread of its own, and has no public way to wait.
+        self._manager._non_blocking_metadata_store.wait_until_finished()
+        self._check_folder()  # TensorStore makes a deleted one again, with half of the arrays
         (partial,) = self.folder.glob(f"{self._saving.step}.orbax-checkpoint-tmp*")
         manifest.write_manifest(partial)
 

@@ -1,10 +1,38 @@
 """Files that are, after a kill or a power cut at any instant, whole or absent."""
 
+import contextlib
+import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import google_crc32c
+
+NO_ANSWER = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+"""What says nothing about a file but that it cannot be had now."""
+
+
+class DiskError(RuntimeError):
+    """A disk or its server gives no answer about a file, which may be sound for all we know."""
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ANSWER:
+            raise
+        raise no_answer(path, str(error.strerror)) from error
+
+
+def no_answer(path: Path, reason: str) -> DiskError:
+    """The error to raise."""
+    return DiskError(
+        f"{path} cannot be read ({reason}), and may be sound: it was left as it is. "
+        "Look at its disk, then start again"
+    )
 
 
 def fsync(path: Path) -> None:
@@ -41,19 +69,26 @@ def read_file(path: Path, max_bytes: int) -> bytes:
     Raises:
       OSError: it cannot be read.
       ValueError: it is no regular file (a pipe, a device, a folder), or larger.
+      DiskError: the disk gives no answer.
     """
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError("not a file")
-    if found.st_size > max_bytes:
-        raise ValueError(f"{found.st_size:,} bytes, expected at most {max_bytes:,}")
-    return path.read_bytes()
+    with _reading(path):
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("not a file")
+        if found.st_size > max_bytes:
+            raise ValueError(f"{found.st_size:,} bytes, expected at most {max_bytes:,}")
+        return path.read_bytes()
 
 
 def crc32c(path: Path, chunk_bytes: int = 1 << 22) -> int:
-    """The checksum of a file's content, read in chunks."""
+    """The checksum of a file's content, read in chunks.
+
+    Raises:
+      OSError: it cannot be read.
+      DiskError: the disk gives no answer.
+    """
     checksum = google_crc32c.Checksum()
-    with path.open("rb", buffering=0) as file:
+    with _reading(path), path.open("rb", buffering=0) as file:
         while chunk := file.read(chunk_bytes):
             checksum.update(chunk)
     return int.from_bytes(checksum.digest(), "big")

@@ -50,6 +50,7 @@ def lock(folder: Path, *, required: bool, warn: Callable[[str], None]) -> int:
 
     Raises:
       RuntimeError: another process has the lock, or there are no locks to be had.
+      OSError: nothing can be written there.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -74,7 +75,11 @@ def lock(folder: Path, *, required: bool, warn: Callable[[str], None]) -> int:
         warn(f"{text}: see to it that there is no second trainer")
     _held.add(descriptor)
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.ctime()}
-    write_file(folder / HOLDER, json.dumps(holder).encode())
+    try:
+        write_file(folder / HOLDER, json.dumps(holder).encode())
+    except OSError:
+        unlock(descriptor)
+        raise
     return descriptor
 
 

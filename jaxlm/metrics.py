@@ -4,6 +4,7 @@ Keys are `step` and the metric names. JSON has no NaN and no infinities, so thes
 "NaN", "Infinity" and "-Infinity", which `read_metrics` turns into floats again.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -103,6 +104,7 @@ class Metrics:
         ]
         write_file(path, b"".join(map(_line, kept)))
         self._file = path.open("ab", buffering=0)
+        self._unwritten = b""  # what the disk would not take so far
         self._trackers = Trackers(config, kept, run_id=run_id, new_future=new_future, say=say)
         self.run_id = self._trackers.run_id
 
@@ -111,20 +113,29 @@ class Metrics:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._trackers.close(failed=kind is not None)
-        self.flush()
-        self._file.close()
+        try:
+            with self._file:
+                self.flush()
+        except OSError:
+            if kind is None:  # else the error of the run itself goes first
+                raise
 
     def log(self, step: int, row: dict[str, float]) -> None:
-        """Appends one row, then hands it to the trackers.
-
-        Raises:
-          OSError: the row could not be written (a full disk).
-        """
-        line = _line({"step": step, **row})
-        while line:  # An unbuffered write may take in a part only.
-            line = line[self._file.write(line) :]
+        """Appends one row, then hands it to the trackers; what a full disk refuses waits."""
+        self._unwritten += _line({"step": step, **row})
+        with contextlib.suppress(OSError):
+            self._write()
         self._trackers.log(step, row)
 
     def flush(self) -> None:
-        """Waits until every row so far is on the disk; called before a checkpoint is committed."""
+        """Waits until every row so far is on the disk; called before a checkpoint is committed.
+
+        Raises:
+          OSError: the disk does not take them; the next call tries again.
+        """
+        self._write()
         os.fsync(self._file.fileno())
+
+    def _write(self) -> None:
+        while self._unwritten:  # an unbuffered write may take in a part only
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]

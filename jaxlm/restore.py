@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
+from jaxlm.durable import NO_ANSWER, no_answer
 from jaxlm.folder import Metadata
 from jaxlm.guard import Guard
 from jaxlm.state import TrainState, fingerprint, path_name
@@ -55,6 +56,7 @@ def restore_items(
 
     Raises:
       ValueError: an item has other leaves, dtypes or shapes.
+      DiskError: the disk gives no answer.
       DamagedArrays: an item cannot be read, or an array differs from what was saved.
     """
     _check_layout(metadata.fingerprints, abstract, path)
@@ -118,6 +120,9 @@ def _reading(path: Path) -> Iterator[ocp.Checkpointer]:
             yield checkpointer
     except _UNREADABLE as error:
         reason = str(error).partition("\n")[0]
+        # TensorStore tells of a disk without an answer in words, as of damage.
+        if any(f"OS error {code}:" in str(error) for code in NO_ANSWER):
+            raise no_answer(path, reason) from error
         raise DamagedArrays(f"{path}: cannot be read ({type(error).__name__}: {reason})") from error
 
 

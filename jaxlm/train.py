@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from jaxlm.assemble import Parts, TrainSet, assemble
-from jaxlm.checkpoint import Checkpoints
+from jaxlm.checkpoint import CheckpointError, Checkpoints
 from jaxlm.cluster import check_alike
 from jaxlm.config import Config, to_dict
 from jaxlm.console import Console
@@ -165,6 +165,13 @@ class _Run:
             if ended or stopping:
                 break
         self.checkpoints.wait()
+        latest = self.checkpoints.latest
+        if (ended or stopping) and (latest is None or latest.step < step):
+            raise CheckpointError(
+                f"the run is at step {step}, and the newest checkpoint on disk is "
+                f"{latest.step if latest else 'none'}: its last save failed. Look at the disk of "
+                f"{self.checkpoints.folder}; the same command makes the lost steps again"
+            )
         return Result(step, ended, self.checkpoints.best)
 
     def put(self, step: int) -> Batch:
@@ -239,6 +246,11 @@ class _Run:
         for callback in self.callbacks:
             callback(step, row)
 
+    def flush(self) -> None:
+        """Brings every row so far to the disk."""
+        if self.metrics:
+            self.metrics.flush()
+
     def evaluate(self, step: int, state: TrainState) -> tuple[float, bool]:
         """The held-out loss, and whether it is better than the best checkpoint on disk."""
         self.read_metrics()
@@ -259,19 +271,16 @@ class _Run:
         """Starts to save this step, once every row up to it is on disk."""
         self.read_metrics()
         with self.meter.paused():
-            if self.metrics:
-                self.metrics.flush()
             self.checkpoints.wait()
-            self.checkpoints.save(state, self.metadata(step, eval_loss, final))
+            self.checkpoints.save(state, self.metadata(step, eval_loss, final), self.flush)
 
     def pay(self, state: TrainState) -> None:
         """Makes what a stop left out, the eval and the end of the plan, and commits it."""
         step, loss = self.start.step, self.start.eval_loss
         if self.start.owes_eval:
             loss, _ = self.evaluate(step, state)
-        if self.metrics:
-            self.metrics.flush()
-        self.checkpoints.replace(state, self.metadata(step, loss, final=self.at_end(step)))
+        metadata = self.metadata(step, loss, final=self.at_end(step))
+        self.checkpoints.replace(state, metadata, self.flush)
 
     def metadata(self, step: int, eval_loss: float | None, final: bool) -> Metadata:
         """What a checkpoint of this step says of itself."""

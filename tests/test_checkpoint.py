@@ -23,8 +23,9 @@ from jaxlm import lock
 from jaxlm.checkpoint import CheckpointError, Checkpoints
 from jaxlm.config import CheckpointConfig, Config, MeshConfig, to_dict
 from jaxlm.folder import Metadata, list_steps, select
+from jaxlm.restore import items_of
 from jaxlm.sharding import make_mesh
-from jaxlm.state import TrainState, make_blueprint
+from jaxlm.state import TrainState, make_blueprint, num_bytes
 
 
 class _Matrix(nnx.Module):
@@ -124,6 +125,26 @@ def test_worsening_losses_drop_neither_best_nor_latest(tmp_path: Path, keep_late
 def test_keep_every_keeps_for_good(tmp_path: Path) -> None:
     _save_all(tmp_path, dict.fromkeys(range(1, 8)), keep_latest=1, keep_every=3)
     assert list_steps(tmp_path) == [3, 6, 7]
+
+
+STATE_BYTES = num_bytes(items_of(BLUEPRINT.abstract))
+
+
+@pytest.mark.parametrize(
+    ("room", "milestones"),
+    [(14, [2, 4, 6, 8, 10, 12]), (9, [4, 8, 12]), (7, [8]), (5, []), (4, [])],
+)
+def test_a_disk_budget_thins_the_milestones_and_never_best_or_latest(
+    tmp_path: Path, room: int, milestones: list[int]
+) -> None:
+    # Of the room, two are for what is being written and deleted.
+    losses = {step: float(step) for step in range(1, 15)}  # the first stays the best
+    budget = room * STATE_BYTES / 1e9
+    keep = {"keep_latest": 2, "keep_every": 2, "disk_budget_gb": budget}
+    _save_all(tmp_path, dict(losses), **keep)
+    kept = list_steps(tmp_path)
+    assert kept == sorted({1, 13, 14, *milestones})
+    assert len(kept) <= max(room - 2, 3)
 
 
 @pytest.mark.parametrize("worse", [math.nan, math.inf, -math.inf])
@@ -324,6 +345,43 @@ def test_a_second_trainer_is_refused_and_told_who_holds_the_folder(tmp_path: Pat
         _open(tmp_path).__enter__()
     with _open(tmp_path):  # and free at once when it is closed
         pass
+
+
+def test_a_deleted_holder_file_lets_no_second_trainer_in(tmp_path: Path) -> None:
+    with _open(tmp_path):
+        for text in (None, "{}"):  # deleted, and made again
+            (tmp_path / "holder.json").unlink(missing_ok=True)
+            if text:
+                (tmp_path / "holder.json").write_text(text)
+            with pytest.raises(RuntimeError, match="it has not said which"):
+                _open(tmp_path).__enter__()
+
+
+def test_the_lock_goes_with_the_folder_that_is_renamed(tmp_path: Path) -> None:
+    folder, moved = tmp_path / "checkpoints", tmp_path / "moved"
+    with pytest.raises(CheckpointError, match="deleted or replaced"), _open(folder) as checkpoints:
+        checkpoints.save(_state(1), _metadata(1, None))
+        checkpoints.wait()
+        folder.rename(moved)
+        with pytest.raises(RuntimeError, match="in use by another trainer"):
+            _open(moved).__enter__()
+        with _open(folder) as second:  # the folder made anew is another one: who made it has it
+            second.save(_state(7), _metadata(7, None))
+            second.wait()
+            checkpoints.save(_state(2), _metadata(2, None))
+    assert (list_steps(moved), list_steps(folder)) == ([1], [7])
+
+
+def test_a_latest_deleted_by_hand_does_not_stop_a_rollback(tmp_path: Path) -> None:
+    with _open(tmp_path) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(_state(step), _metadata(step, None))
+        checkpoints.wait()
+        shutil.rmtree(tmp_path / "3")
+        assert checkpoints.latest and checkpoints.latest.step == 2
+        checkpoints.roll_back(4, 4, "a spike", max_rollbacks=1)
+        restored = checkpoints.restore_latest(BLUEPRINT.abstract)
+        assert restored and restored[1].step == 2
 
 
 def test_commits_are_told_only_once_they_are_on_disk(tmp_path: Path) -> None:

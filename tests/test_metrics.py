@@ -1,9 +1,12 @@
+import contextlib
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +218,40 @@ def test_perplexity():
     assert perplexity(math.inf) == math.inf
     assert math.isnan(perplexity(math.nan))
     assert metrics.perplexity(math.log(119.9)) == pytest.approx(119.9)
+
+
+@contextlib.contextmanager
+def room_for(num_bytes: int) -> Iterator[None]:
+    # A write past the limit takes in a part, and the next one fails, as on a full disk.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 70, 130, 1000])
+def test_rows_that_a_full_disk_refuses_are_written_once_there_is_room(tmp_path, num_bytes):
+    with start(tmp_path, run_id=None, restored_step=0) as run:
+        with room_for(num_bytes):
+            log_all(run, ROWS[:3])
+            if num_bytes < 200:
+                with pytest.raises(OSError, match="too large"):
+                    run.flush()
+                assert (tmp_path / "metrics.jsonl").stat().st_size == num_bytes
+        run.log(30, {"train/loss": 4.25})
+        assert same(read_metrics(tmp_path / "metrics.jsonl"), ROWS[:4])
+    assert same(read_metrics(tmp_path / "metrics.jsonl"), ROWS[:4])
+
+
+def test_rows_that_are_never_written_fail_a_run_but_hide_no_error_of_its_own(tmp_path):
+    for error, expected in ((None, OSError), (KeyError("own"), KeyError)):
+        with (
+            room_for(0),
+            pytest.raises(expected),
+            start(tmp_path, run_id=None, restored_step=0) as run,
+        ):
+            log_all(run, ROWS)
+            if error:
+                raise error

@@ -114,6 +114,19 @@ def test_a_run_says_it_all_before_its_first_step(own_run: Path, monkeypatch: pyt
     assert warnings[1].startswith("save_interval 2 and eval_interval 3 seldom meet")
 
 
+def test_a_low_disk_and_a_small_budget_are_refused_before_the_first_step(
+    own_run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    set_free(monkeypatch, 1000)
+    flags = "--run_dir runs/b --checkpoint.on_low_disk refuse"
+    with pytest.raises(ValueError, match=r"need up to 3.7 MB in runs/b.*the disk has 1.0 kB"):
+        runs.launched(own_run, flags)
+    set_free(monkeypatch, 10**9)
+    with pytest.raises(ValueError, match=r"found 0.001, expected at least 0.0037: 4 checkpoints"):
+        runs.launched(own_run, f"{flags} --checkpoint.disk_budget_gb 0.001")
+    assert not (own_run / "runs/b").exists()
+
+
 @pytest.mark.parametrize("sign", ["RESOURCE_EXHAUSTED: x", "Out of memory allocating 9 bytes"])
 def test_memory_advice(sign: str):
     config = Config(batch_size=12)

@@ -1,73 +1,22 @@
 """The real launch command, killed, stopped, and run by several processes at once."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from launching import finish, launch, wait_for_step, write_config
 
 from jaxlm.attempt import untimed_rows
 from jaxlm.compare import diff_checkpoints
 from jaxlm.folder import list_steps, read_metadata
 
-ROOT = Path(__file__).parent.parent
-CONFIG = """
-from jaxlm.config import *
-config = Config(
-    model=ModelConfig(vocab_size=300, num_layers=2, d_model=32, d_ff=64, num_heads=2,
-                      num_kv_heads=2, head_dim=16),
-    data=DataConfig(source="text:{texts}/*.txt"),
-    optim=OptimConfig(learning_rate=3e-3, warmup_steps=3),
-    checkpoint=CheckpointConfig(save_interval=10),
-    num_steps=300, batch_size=4, seq_len=32, eval_interval=25, log_interval=5,
-)
-"""
-
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("config")
-    for number in range(40):
-        words = [f"{'abcdefgh'[(number + k * k) % 8]}{k % 7}" for k in range(300)]
-        (folder / f"{number}.txt").write_text(" ".join(words))
-    path = folder / "small.py"
-    path.write_text(CONFIG.format(texts=folder))
-    return path
-
-
-def _launch(config_file: Path, run_dir: Path, *flags: str, **env: str) -> subprocess.Popen:
-    # One device, and whatever else conftest has set for this process left out.
-    clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
-    command = [sys.executable, str(ROOT / "launch.py"), "--config", str(config_file)]
-    return subprocess.Popen(
-        [*command, "--run_dir", str(run_dir), *flags],
-        env={**clean, **env},
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if any(found >= step for found in list_steps(run_dir / "checkpoints")):
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    raise AssertionError(f"no step {step} within two minutes")
-
-
-def _finish(process: subprocess.Popen, code: int) -> str:
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode == code, output
-    return output
+    return write_config(tmp_path_factory.mktemp("config"))
 
 
 @pytest.mark.slow
@@ -75,38 +24,38 @@ def test_killed_and_stopped_it_ends_with_the_bits_of_a_run_in_one_piece(
     config_file: Path, tmp_path: Path
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    _finish(_launch(config_file, whole), 0)
-    process = _launch(config_file, broken)
-    _wait_for_step(broken, 20, process)
+    finish(launch(config_file, whole), 0)
+    process = launch(config_file, broken)
+    wait_for_step(broken, 20, process)
     process.kill()
-    _finish(process, -signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
     for step, number in ((60, signal.SIGTERM), (110, signal.SIGINT)):
-        process = _launch(config_file, broken)
-        _wait_for_step(broken, step, process)
+        process = launch(config_file, broken)
+        wait_for_step(broken, step, process)
         process.send_signal(number)
-        assert "finishing this step, then saving" in _finish(process, 75)
-    process = _launch(config_file, broken)
-    _wait_for_step(broken, 200, process)
+        assert "finishing this step, then saving" in finish(process, 75)
+    process = launch(config_file, broken)
+    wait_for_step(broken, 200, process)
     process.kill()
-    _finish(process, -signal.SIGKILL)
-    assert "Resuming from step" in _finish(_launch(config_file, broken), 0)
+    finish(process, -signal.SIGKILL)
+    assert "Resuming from step" in finish(launch(config_file, broken), 0)
     assert diff_checkpoints(f"{broken}@300", f"{whole}@300") == []
     assert untimed_rows(broken) == untimed_rows(whole)
-    assert "is complete at step 300" in _finish(_launch(config_file, broken), 0)
+    assert "is complete at step 300" in finish(launch(config_file, broken), 0)
 
 
 @pytest.mark.slow
 def test_a_second_trainer_of_the_same_folder_is_refused(config_file: Path, tmp_path: Path) -> None:
-    first = _launch(config_file, tmp_path / "run")
-    _wait_for_step(tmp_path / "run", 10, first)
+    first = launch(config_file, tmp_path / "run")
+    wait_for_step(tmp_path / "run", 10, first)
     checkpoints = ("--checkpoint_dir", str(tmp_path / "run" / "checkpoints"))
-    second = _launch(config_file, tmp_path / "other", *checkpoints)
-    assert f"in use by another trainer (process {first.pid} on" in _finish(second, 1)
+    second = launch(config_file, tmp_path / "other", *checkpoints)
+    assert f"in use by another trainer (process {first.pid} on" in finish(second, 1)
     assert not (tmp_path / "other").exists()
     first.kill()
-    _finish(first, -signal.SIGKILL)
-    third = _launch(config_file, tmp_path / "run", "--num_steps", "120")
-    _finish(third, 0)  # a dead holder's lock is free at once
+    finish(first, -signal.SIGKILL)
+    third = launch(config_file, tmp_path / "run", "--num_steps", "120")
+    finish(third, 0)  # a dead holder's lock is free at once
 
 
 def _free_port() -> int:
@@ -117,24 +66,24 @@ def _free_port() -> int:
 
 @pytest.mark.slow
 def test_two_processes_train_stop_and_resume_as_one(config_file: Path, tmp_path: Path) -> None:
-    def launch(run_dir: Path) -> list[subprocess.Popen]:
+    def launch_both(run_dir: Path) -> list[subprocess.Popen]:
         cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{_free_port()}", "JAX_NUM_PROCESSES": "2"}
         flags = ("--num_steps", "100")
         return [
-            _launch(config_file, run_dir, *flags, **cluster, JAX_PROCESS_ID=str(index))
+            launch(config_file, run_dir, *flags, **cluster, JAX_PROCESS_ID=str(index))
             for index in range(2)
         ]
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    for process in launch(whole):
-        _finish(process, 0)
-    processes = launch(stopped)
-    _wait_for_step(stopped, 20, processes[0])
+    for process in launch_both(whole):
+        finish(process, 0)
+    processes = launch_both(stopped)
+    wait_for_step(stopped, 20, processes[0])
     processes[1].send_signal(signal.SIGTERM)  # to the one that is not in charge
     for process in processes:
-        _finish(process, 75)
-    for process in launch(stopped):
-        _finish(process, 0)
+        finish(process, 75)
+    for process in launch_both(stopped):
+        finish(process, 0)
     assert diff_checkpoints(f"{stopped}@100", f"{whole}@100") == []
     assert untimed_rows(stopped) == untimed_rows(whole)
     metadata = read_metadata(whole / "checkpoints", 100)
@@ -142,29 +91,22 @@ def test_two_processes_train_stop_and_resume_as_one(config_file: Path, tmp_path:
 
     # One process goes on from what two have saved, and two batches are the same as one.
     alone = tmp_path / "alone"
-    _finish(_launch(config_file, alone, "--num_steps", "100"), 0)
+    finish(launch(config_file, alone, "--num_steps", "100"), 0)
     losses = [
         [row["eval/loss"] for row in untimed_rows(run) if "eval/loss" in row]
         for run in (whole, alone)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    output = _finish(_launch(config_file, stopped, "--num_steps", "110"), 0)
+    output = finish(launch(config_file, stopped, "--num_steps", "110"), 0)
     assert "bits may differ from a run in one piece: processes: was 2, is 1" in output
     assert json.loads((stopped / "config.json").read_text())["num_steps"] == 110
 
 
 @pytest.mark.slow
 def test_a_terminal_that_is_gone_does_not_cost_the_save(config_file: Path, tmp_path: Path) -> None:
-    clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
-    command = [sys.executable, str(ROOT / "launch.py"), "--config", str(config_file)]
     with open("/dev/full", "w") as full:
-        process = subprocess.Popen(
-            [*command, "--run_dir", str(tmp_path), "--num_steps", "3000"],
-            env=clean,
-            stdout=full,
-            stderr=full,
-        )
-        _wait_for_step(tmp_path, 10, process)
+        process = launch(config_file, tmp_path, "--num_steps", "3000", stdout=full)
+        wait_for_step(tmp_path, 10, process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=120) == 75
     last = max(list_steps(tmp_path / "checkpoints"))

@@ -1,0 +1,82 @@
+"""Runs on disks and clocks that fail; tests/shim.c and tests/faulty.py make the faults."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import ROOT, finish, launch, wait_for_step, write_config
+from tiny import untimed_rows
+
+from jaxlm.compare import diff_checkpoints
+from jaxlm.folder import list_steps, select
+
+pytestmark = pytest.mark.slow
+FAKETIME = list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> str:
+    if not shutil.which("cc"):
+        pytest.skip("needs a C compiler, cc")
+    library = tmp_path_factory.mktemp("shim") / "shim.so"
+    source = str(Path(__file__).with_name("shim.c"))
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return str(library)
+
+
+def test_every_fault_of_the_disk(shim: str) -> None:
+    private = ["unshare", "--mount"]
+    if subprocess.run([*private, "true"], capture_output=True).returncode:
+        private = []  # what needs a mount is skipped there, and says so
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", ""]
+    result = subprocess.run(
+        [*private, *command, str(Path(__file__).with_name("faulty.py"))],
+        env={**os.environ, "LD_PRELOAD": shim, "FAULT": "none"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+    print(result.stdout)
+
+
+def test_what_a_person_sees_of_a_disk_that_fails(
+    config_file: Path, tmp_path: Path, shim: str
+) -> None:
+    fault = {"LD_PRELOAD": shim, "FAULT": f"write 28 {tmp_path}/*/20.orbax*/params* 0 99999 0"}
+    output = finish(launch(config_file, tmp_path, **fault), 1)
+    assert output.rstrip().splitlines()[-1].startswith("error: saving step 20 failed: ")
+    assert "No space left on device" in output and "Traceback" not in output
+
+
+@pytest.mark.skipif(not FAKETIME, reason="needs libfaketime (Debian's faketime)")
+def test_a_clock_that_jumps(config_file: Path, tmp_path: Path) -> None:
+    clock = tmp_path / "clock"
+    clock.write_text("+0d")
+    fake = {
+        "LD_PRELOAD": str(FAKETIME[0]),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    whole, jumping = tmp_path / "whole", tmp_path / "jumping"
+    finish(launch(config_file, whole), 0)
+    process = launch(config_file, jumping, **fake)
+    for step, jump in ((20, "+365d"), (80, "-365d"), (140, "+0d"), (200, "-365d")):
+        wait_for_step(jumping, step, process)
+        clock.write_text(jump)
+    finish(process, 0)
+    years = {path.stat().st_mtime // (300 * 86400) for path in jumping.rglob("*")}
+    assert len(years) > 1, "the clock did not jump"
+    assert diff_checkpoints(f"{jumping}@300", f"{whole}@300") == []
+    assert untimed_rows(jumping) == untimed_rows(whole)
+    assert list_steps(jumping / "checkpoints") == list_steps(whole / "checkpoints")
+    assert select(f"{jumping}@best").step == select(f"{whole}@best").step
