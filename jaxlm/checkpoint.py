@@ -8,6 +8,7 @@ proves what came back, and tells only what is true on disk.
 
 import contextlib
 import math
+import os
 import shutil
 import threading
 import time
@@ -46,6 +47,8 @@ _REPLACED = ".replaced"
 _RETRY_S, _MAX_RETRY_S = 10.0, 600.0
 # What Orbax and TensorStore raise when the disk refuses.
 _SAVE_ERRORS = (OSError, ValueError, RuntimeError)
+
+Flush = Callable[[], None]
 
 
 class CheckpointError(RuntimeError):
@@ -86,30 +89,18 @@ class Checkpoints:
         """Locks the folder, clears what a killed run left half-done, and sets damaged steps aside.
 
         Raises:
-          RuntimeError: another trainer holds the folder.
-          CheckpointError: the folder cannot be written.
+          RuntimeError: another trainer holds the folder, or it cannot be written.
         """
         self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         if self._primary:
             required = self._config.lock == "required"
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock = lock(self.folder, required=required, warn=self._warn)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{self.folder} cannot be written ({error.strerror}); look at its disk, or "
-                    "choose another --run_dir"
-                ) from error
-            self._identify()
+            self._lock = lock(self.folder, required=required, warn=self._warn)
+            self._opened = self.folder.stat()
         with contextlib.ExitStack() as on_error:
             on_error.callback(self._unlock)
             self._open()
             on_error.pop_all()
         return self
-
-    def _identify(self) -> None:
-        found = self.folder.stat()
-        self._identity = found.st_dev, found.st_ino
 
     def _open(self) -> None:
         if self._primary:
@@ -117,7 +108,7 @@ class Checkpoints:
             for path in self.folder.glob(f"*{_REPLACED}"):
                 self._finish_replacing(path)
         self._sync("opened")
-        self._identify()
+        self._opened = self.folder.stat()
         found = read_steps(self.folder, check=self._config.verify != "off")
         self._steps, self._skips = found.sound, found.skips
         for step, damage in found.damaged.items():
@@ -244,9 +235,7 @@ class Checkpoints:
         self._put_aside([step for step in self._on_disk if step > skip.from_step], SUPERSEDED)
         self._manager.reload()
 
-    def save(
-        self, state: TrainState, metadata: Metadata, before: Callable[[], None] = lambda: None
-    ) -> None:
+    def save(self, state: TrainState, metadata: Metadata, before: Flush = lambda: None) -> None:
         """Starts to save; returns once the state may be given to the next step.
 
         Args:
@@ -290,9 +279,7 @@ class Checkpoints:
         except _SAVE_ERRORS as error:
             self._save_failed(error)
 
-    def replace(
-        self, state: TrainState, metadata: Metadata, before: Callable[[], None] = lambda: None
-    ) -> None:
+    def replace(self, state: TrainState, metadata: Metadata, before: Flush = lambda: None) -> None:
         """Saves a step that may be there already; at any instant, the one or the other is."""
         self.wait()
         current = self.folder / str(metadata.step)
@@ -446,11 +433,9 @@ class Checkpoints:
 
     def _is_ours(self) -> bool:
         # Whether the path still leads to the folder that was opened, and not to another one.
-        try:
-            found = self.folder.stat()
-        except OSError:
-            return False
-        return (found.st_dev, found.st_ino) == self._identity
+        with contextlib.suppress(OSError):
+            return os.path.samestat(self.folder.stat(), self._opened)
+        return False
 
     def _check_folder(self) -> None:
         if not self._is_ours():

@@ -38,7 +38,7 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 def lock(folder: Path, *, required: bool, warn: Callable[[str], None]) -> int:
-    """Locks a folder; the kernel frees the lock when its holder dies, however it dies.
+    """Locks a folder, made if missing; the kernel frees it when its holder dies, however it dies.
 
     Args:
       folder: the folder.
@@ -49,9 +49,13 @@ def lock(folder: Path, *, required: bool, warn: Callable[[str], None]) -> int:
       What `unlock` takes.
 
     Raises:
-      RuntimeError: another process has the lock, or there are no locks to be had.
-      OSError: nothing can be written there.
+      RuntimeError: another process has the lock, there are no locks to be had, or the folder cannot
+        be written.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(folder, error) from error
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,9 +81,9 @@ def lock(folder: Path, *, required: bool, warn: Callable[[str], None]) -> int:
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.ctime()}
     try:
         write_file(folder / HOLDER, json.dumps(holder).encode())
-    except OSError:
+    except OSError as error:
         unlock(descriptor)
-        raise
+        raise _not_writable(folder, error) from error
     return descriptor
 
 
@@ -87,6 +91,13 @@ def unlock(descriptor: int) -> None:
     """Frees the lock."""
     _held.remove(descriptor)
     os.close(descriptor)
+
+
+def _not_writable(folder: Path, error: OSError) -> RuntimeError:
+    return RuntimeError(
+        f"{folder} cannot be written ({error.strerror}); look at its disk, or choose another "
+        "--run_dir"
+    )
 
 
 def _holder(folder: Path) -> str:

@@ -250,7 +250,7 @@ def test_a_run_whose_last_save_fails_does_not_say_that_it_is_done(
 def test_a_disk_that_is_full_from_the_start(small_disk: Path, whole: Path) -> None:
     run_dir = cut_back(whole, small_disk)
     ballast = fill(small_disk)
-    with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\)"):
+    with pytest.raises(RuntimeError, match=r"cannot be written \(No space left on device\)"):
         run(run_dir)
     ballast.unlink()
     check_it_ends_as(whole, run_dir)
@@ -287,7 +287,7 @@ def test_a_disk_that_turns_read_only(
     if policy == "stop":
         with pytest.raises(CheckpointError, match=r"saving step [46] failed: .*untouched: 3"):
             run(tmp_path / "run", callback=at, **changes)
-        with pytest.raises(CheckpointError, match=r"cannot be written \(Read-only file system\)"):
+        with pytest.raises(RuntimeError, match=r"cannot be written \(Read-only file system\)"):
             run(tmp_path / "run", **changes)
         make_read_only(own_mount, but="rw")
     else:
