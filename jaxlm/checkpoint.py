@@ -63,6 +63,9 @@ class Checkpoints:
       config: when to keep what.
       on_commit: called with (step, path, whether it is the best) once a checkpoint is on disk.
       warn: called with a line about anything that is not as it should be.
+
+    Attributes:
+      skips: the batches that the run passes over.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Checkpoints:
         self._config = config
         self._on_commit = on_commit
         self._warn = warn
+        self.skips: list[Skip] = []
         self._steps: dict[int, Metadata] = {}
         self._saving: Metadata | None = None
         self._retention = Retention(config)
@@ -110,7 +114,7 @@ class Checkpoints:
         self._sync("opened")
         self._opened = self.folder.stat()
         found = read_steps(self.folder, check=self._config.verify != "off")
-        self._steps, self._skips = found.sound, found.skips
+        self._steps, self.skips = found.sound, found.skips
         for step, damage in found.damaged.items():
             self._set_aside(step, damage)
         self._put_aside(found.superseded, SUPERSEDED)
@@ -161,14 +165,9 @@ class Checkpoints:
         # Without what was deleted by hand under the run.
         return {s: m for s, m in self._steps.items() if (self.folder / str(s)).exists()}
 
-    @property
-    def skips(self) -> tuple[Skip, ...]:
-        """The batches that the run passes over."""
-        return tuple(self._skips)
-
     def batch_index(self, step: int) -> int:
         """The batch that the state of `step` takes in."""
-        return step + skipped(self._skips, step)
+        return step + skipped(self.skips, step)
 
     @property
     def due_by_time(self) -> bool:
@@ -217,7 +216,7 @@ class Checkpoints:
           CheckpointError: there have been as many already.
         """
         self.wait()
-        if sum(skip.num_batches > 0 for skip in self._skips) >= max_rollbacks:
+        if sum(skip.num_batches > 0 for skip in self.skips) >= max_rollbacks:
             raise CheckpointError(
                 f"{why}; the run has been rolled back guard.max_rollbacks = {max_rollbacks} "
                 "time(s) already. Lower --optim.learning_rate, or raise --guard.max_rollbacks"
@@ -228,9 +227,9 @@ class Checkpoints:
 
     def go_back(self, skip: Skip) -> None:
         """Makes `skip.from_step` the latest: newer ones are superseded, and follow retention."""
-        self._skips.append(skip)
+        self.skips.append(skip)
         if self._primary:
-            write_skips(self.folder, self._skips)
+            write_skips(self.folder, self.skips)
         self._sync(f"went back to {skip.from_step}")
         self._put_aside([step for step in self._on_disk if step > skip.from_step], SUPERSEDED)
         self._manager.reload()
@@ -259,7 +258,7 @@ class Checkpoints:
             )
         items = items_of(state)
         self._retention.state_bytes = num_bytes(items)
-        skips = held_by(self._skips, metadata.step)
+        skips = held_by(self.skips, metadata.step)
         metadata = replace(metadata, fingerprints=fingerprint(items), skips=skips)
         loss = metadata.eval_loss
         metrics = None if loss is None or not math.isfinite(loss) else {"eval_loss": loss}
@@ -385,7 +384,6 @@ class Checkpoints:
             while (self.folder / name).exists():
                 name, number = f"{step}{suffix}-{number}", number + 1
             names.append(name)
-        self._sync(f"named {steps}")
         if self._primary:
             for step, name in zip(steps, names, strict=True):
                 (self.folder / str(step)).rename(self.folder / name)

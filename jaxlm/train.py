@@ -15,6 +15,7 @@ from jaxlm.cluster import check_alike
 from jaxlm.config import Config, to_dict
 from jaxlm.console import Console
 from jaxlm.data.batches import prefetch
+from jaxlm.divergence import Diverged, check_losses
 from jaxlm.evaluate import EvalSet, evaluate
 from jaxlm.folder import Best, Metadata
 from jaxlm.loss import Batch, Loss
@@ -28,14 +29,6 @@ from jaxlm.summary import tell_complete, tell_end, tell_start
 from jaxlm.throughput import Meter, flops_per_token
 
 Callback = Callable[[int, dict[str, float]], None]
-
-
-class _Diverged(Exception):
-    """The loss went bad, and the run is to go back."""
-
-    def __init__(self, step: int, num_steps: int, why: str) -> None:
-        super().__init__(why)
-        self.step, self.num_steps = step, num_steps
 
 
 class Result(NamedTuple):
@@ -108,7 +101,7 @@ def train(
                 try:
                     result = run.loop(state, request)
                     break
-                except _Diverged as spike:
+                except Diverged as spike:
                     before, limit = spike.step - spike.num_steps, config.guard.max_rollbacks
                     checkpoints.roll_back(before, spike.step, str(spike), max_rollbacks=limit)
     tell_end(parts.config, result.step, result.complete, result.best, console)
@@ -192,7 +185,7 @@ class _Run:
 
         Raises:
           RuntimeError: too many steps in a row were not finite.
-          _Diverged: the run is to go back.
+          Diverged: the run is to go back.
         """
         if self.unread is None:
             return
@@ -201,24 +194,10 @@ class _Run:
         if (count := int(values["nonfinite_steps"])) > self.nonfinite_steps:
             self.nonfinite_steps = count
             self.console.warn(f"step {step} was not finite, and left params and optimizer alone")
-        self.check(step, int(values["nonfinite_run"]), int(values["spike_run"]))
+        runs = int(values["nonfinite_run"]), int(values["spike_run"])
+        check_losses(self.config.guard, step, *runs)
         if step == 1 or step % self.config.log_interval == 0 or self.at_end(step):
             self.log_step(step, values)
-
-    def check(self, step: int, nonfinite_run: int, spike_run: int) -> None:
-        """Ends the run, or its present course, if the loss has gone bad."""
-        guard = self.config.guard
-        if spike_run >= guard.spike_steps:
-            raise _Diverged(step, spike_run, f"the loss spiked in {spike_run} steps up to {step}")
-        if nonfinite_run < guard.max_nonfinite:
-            return
-        why = f"{nonfinite_run} steps in a row up to {step} were not finite"
-        if guard.on_nonfinite == "rollback":
-            raise _Diverged(step, nonfinite_run, why)
-        raise RuntimeError(
-            f"{why}; lower --optim.learning_rate, go back with --resume best, or pass over such "
-            "batches with --guard.on_nonfinite rollback"
-        )
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
         """One training row, for all that keep or show rows."""

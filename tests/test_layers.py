@@ -25,7 +25,7 @@ LAYERS = [
     {"console", "folder", "state", "data.prepare"},
     {"skips", "data.dataset", "data.tokenizer", "data.sources", "data.batches", "metrics", "model"},
     {"data.cache", "data.remote", "throughput", "optim", "loss", "signals"},
-    {"attention", "guard", "lock", "manifest", "sharding", "trackers", "data.files"}
+    {"attention", "divergence", "guard", "lock", "manifest", "sharding", "trackers", "data.files"}
     | {"data.shards"},
     {"config", "data.__init__"},
     {"cluster", "extras", "strict"},
