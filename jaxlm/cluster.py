@@ -25,7 +25,7 @@ _PATIENCE_MS = 3_600_000
 _VERDICT = "jaxlm/verdict"
 _checks = itertools.count()
 # How the loss of a process reads, in a collective or at a barrier.
-_SIGNS = ("Gloo", "NCCL", "UNAVAILABLE", "CoordinationService", "heartbeat")
+_SIGNS = ("Gloo", "NCCL", "UNAVAILABLE")
 _ADVICE = "start all processes again, and they go on from the latest"
 
 
@@ -110,7 +110,7 @@ def barrier(*, key: str, timeout_ms: int) -> None:
     """
     if error := sys.exc_info()[1]:
         if threading.current_thread() is not threading.main_thread():
-            told = f"error: a save failed: {error}; look at the disk. {_ADVICE}"
+            told = f"error: a save failed: {error}; look at the disk, then {_ADVICE}"
             tell_all(*(_if_lost(error) or (1, told)))
         raise error
     global_state.client.wait_at_barrier(key, timeout_ms)
