@@ -62,7 +62,7 @@ def lock(folder: Path, *, required: bool, warn: Callable[[str], None]) -> int:
     except BlockingIOError:
         os.close(descriptor)
         raise RuntimeError(
-            f"{folder} is in use by another trainer ({_holder(folder)}); wait for it, stop it, or "
+            f"{folder} is in use by another trainer ({describe_holder(folder)}); wait for it, stop it, or "
             "start a new run with --run_dir"
         ) from None
     except OSError as error:
@@ -100,7 +100,8 @@ def _not_writable(folder: Path, error: OSError) -> RuntimeError:
     )
 
 
-def _holder(folder: Path) -> str:
+def describe_holder(folder: Path) -> str:
+    """Who has the lock, as far as is known."""
     try:
         holder = read_json(folder / HOLDER, _Holder)
         return f"process {holder['pid']} on {holder['host']} since {holder['started']}"

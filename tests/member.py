@@ -6,14 +6,19 @@ WHO is the process that something happens to; each prints `ready` before that.
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from tiny import TinyBatches, tiny_config
 
+from jaxlm import manifest
 from jaxlm.cluster import Cluster, barrier, check_alike
+from jaxlm.config import DataConfig
 from jaxlm.launch import explain, run_main
+from jaxlm.train import train
 
 
 def ready() -> None:
@@ -61,30 +66,40 @@ def end(mine: bool) -> None:
     time.sleep(2 * mine)
 
 
-def save(mine: bool, hang: bool = False) -> None:
-    """The disk of one is full, or does not answer, from the second save on."""
-    from test_checkpoint import BLUEPRINT as blueprint
-    from test_checkpoint import CheckpointConfig, _metadata, checkpoint
-
-    config = CheckpointConfig(save_timeout_s=4)
-    folder = Path(sys.argv[3])
-    with checkpoint.Checkpoints(folder, config, on_commit=print, warn=print) as checkpoints:
-        for step in range(1, 3):
-            state = blueprint.make(step)
-            checkpoints.save(state._replace(step=state.step + step), _metadata(step, None))
-            checkpoints.wait()
-            if step == 1:
-                ready()
-                if mine and hang:
-                    checkpoint.manifest.write_manifest = lambda path: time.sleep(60)
-                elif mine:
-                    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+def save(mine: bool) -> None:
+    """The disk of one is full once step 4 is saved."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    train_until(lambda: mine and resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard)))
 
 
 def hang(mine: bool) -> None:
-    """See `save`."""
-    save(mine, hang=True)
+    """The disk of one does not answer once step 4 is saved."""
+
+    def break_disk() -> None:
+        if mine:
+            manifest.write_manifest = lambda path: time.sleep(60)
+
+    train_until(break_disk)
+
+
+def train_until(break_disk: Callable[[], object]) -> None:
+    """Trains, and breaks the disk between two saves."""
+
+    class Batches(TinyBatches):
+        def __call__(self, index: int, rows: slice) -> dict[str, np.ndarray]:
+            if index == 7:
+                while not (folder / "checkpoints" / "4").exists():
+                    time.sleep(0.01)
+                ready()
+                break_disk()
+            return super().__call__(index, rows)
+
+    folder = Path(sys.argv[3])
+    checkpoint = {"save_timeout_s": 4}
+    config = tiny_config(
+        folder, eval_interval=100, checkpoint=checkpoint, data=DataConfig(prefetch=1)
+    )
+    train(config, batches=Batches())
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ from fuzz import fuzz_readers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm import folder, manifest, metrics
+from jaxlm import folder, manifest, metrics, skips
 from jaxlm.compare import diff_checkpoints
 from jaxlm.config import Config, OptimConfig, from_dict, to_dict
 from jaxlm.data import tokenizer
@@ -31,7 +31,7 @@ from jaxlm.restore import DamagedArrays
 from jaxlm.strict import conform, parse_json, read_json
 
 NAMES = [
-    *("manifest", "step metadata", "commit", "metadata", "config", "metrics", "tracking"),
+    *("manifest", "step metadata", "commit", "metadata", "config", "metrics", "skips", "holder"),
     *("data manifest", "progress", "tokenizer"),
 ]
 
@@ -167,7 +167,7 @@ def test_every_reader_takes_or_refuses_hostile_files(tmp_path: Path, name: str):
 
 def test_the_fuzzer_finds_a_careless_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     careless = lambda path, kind: json.loads(path.read_bytes())  # noqa: E731
-    for module, name in ((manifest, "manifest"), (folder, "metadata"), (metrics, "tracking")):
+    for module, name in ((manifest, "manifest"), (folder, "metadata"), (skips, "skips")):
         with monkeypatch.context() as patch, pytest.raises(BaseException):  # noqa: B017, PT011
             patch.setattr(module, "read_json", careless)
             reader = fuzz_readers.make_readers(tmp_path / name)[name]
@@ -266,13 +266,6 @@ def test_a_metric_that_is_no_number_is_named(tmp_path: Path, value: str):
     path.write_text(f'{{"step": 1, "a": {value}}}\n{{"step": 2}}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1"):
         metrics.read_metrics(path)
-
-
-@pytest.mark.parametrize("text", ["[]", "{}", '{"run_id": 1, "last_step": 1}', '{"last_step": {}}'])
-def test_a_tracking_record_of_another_kind_counts_as_none(tmp_path: Path, text: str):
-    (tmp_path / "tracking.json").write_text(text)
-    found = metrics._held_by_wandb(tmp_path / "metrics.jsonl")
-    assert found == {"run_id": None, "last_step": 0}
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """The real launch command, killed, stopped, and run by several processes at once."""
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from launching import finish, launch, wait_for_step, write_config
 
 from jaxlm.attempt import untimed_rows
 from jaxlm.compare import diff_checkpoints
-from jaxlm.folder import list_steps, read_metadata
+from jaxlm.folder import list_set_aside, list_steps, read_metadata
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +66,21 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
+def _launch_all(
+    config_file: Path, run_dir: Path, count: int, *flags: str
+) -> list[subprocess.Popen]:
+    cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{_free_port()}"}
+    cluster["JAX_NUM_PROCESSES"] = str(count)
+    return [
+        launch(config_file, run_dir, *flags, **cluster, JAX_PROCESS_ID=str(index))
+        for index in range(count)
+    ]
+
+
 @pytest.mark.slow
 def test_two_processes_train_stop_and_resume_as_one(config_file: Path, tmp_path: Path) -> None:
     def launch_both(run_dir: Path) -> list[subprocess.Popen]:
-        cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{_free_port()}", "JAX_NUM_PROCESSES": "2"}
-        flags = ("--num_steps", "100")
-        return [
-            launch(config_file, run_dir, *flags, **cluster, JAX_PROCESS_ID=str(index))
-            for index in range(2)
-        ]
+        return _launch_all(config_file, run_dir, 2, "--num_steps", "100")
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for process in launch_both(whole):
@@ -100,6 +108,50 @@ def test_two_processes_train_stop_and_resume_as_one(config_file: Path, tmp_path:
     output = finish(launch(config_file, stopped, "--num_steps", "110"), 0)
     assert "bits may differ from a run in one piece: processes: was 2, is 1" in output
     assert json.loads((stopped / "config.json").read_text())["num_steps"] == 110
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_goes_on_from_any_other(config_file: Path, tmp_path: Path) -> None:
+    def run(name: str, count: int) -> Path:
+        for process in _launch_all(config_file, tmp_path / name, count, *flags):
+            finish(process, 0)
+        return tmp_path / name
+
+    def go_on(source: Path, step: int, name: str, count: int) -> Path:
+        checkpoint = f"checkpoints/{step}"
+        shutil.copytree(source / checkpoint, tmp_path / name / checkpoint)
+        run(name, count)
+        # The restored state has the fingerprints of the saved one, or this had been said.
+        assert list_set_aside(tmp_path / name / "checkpoints") == []
+        return tmp_path / name
+
+    def losses(run_dir: Path, after: int) -> list[float]:
+        names = ("train/loss", "eval/loss")
+        rows = [row for row in untimed_rows(run_dir) if row["step"] > after]
+        return [row[name] for row in rows for name in names if name in row]
+
+    flags = ("--num_steps", "60", "--checkpoint.keep_latest", "9", "--eval_interval", "20")
+    one, four = run("one", 1), run("four", 4)
+    two = go_on(one, 20, "one-two", 2)
+    assert len(losses(one, 20)) == 8 + 2
+    assert losses(two, 20) == pytest.approx(losses(one, 20), rel=1e-4)
+    assert losses(go_on(two, 40, "two-four", 4), 40) == pytest.approx(losses(one, 40), rel=1e-4)
+    assert losses(go_on(four, 20, "four-one", 1), 20) == pytest.approx(losses(one, 20), rel=1e-4)
+    assert losses(one, 20) != pytest.approx(losses(one, 0)[:10], rel=1e-4)
+
+    # One of four is killed: the others leave, and the same number goes on to the same bits.
+    broken = tmp_path / "broken"
+    processes = _launch_all(config_file, broken, 4, *flags)
+    wait_for_step(broken, 20, processes[0])
+    processes[2].kill()
+    killed = time.monotonic()
+    for process in processes[:2] + processes[3:]:
+        assert "start all processes again" in finish(process, 75)
+    assert time.monotonic() - killed < 15
+    assert max(list_steps(broken / "checkpoints")) < 60
+    run("broken", 4)
+    assert diff_checkpoints(f"{broken}@60", f"{four}@60") == []
+    assert untimed_rows(broken) == untimed_rows(four)
 
 
 @pytest.mark.slow

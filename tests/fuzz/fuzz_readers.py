@@ -25,9 +25,8 @@ import google_crc32c
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from jaxlm import folder, manifest, metrics  # noqa: E402
+from jaxlm import folder, lock, manifest, metrics, skips  # noqa: E402
 from jaxlm.data import cache, dataset, prepare, tokenizer  # noqa: E402
-from jaxlm.data.shards import write_durably  # noqa: E402
 
 DEEP = 3_000
 HOSTILE = [
@@ -114,16 +113,22 @@ def _run_readers(home: Path) -> dict[str, Reader]:
         assert all(type(row["step"]) is int for row in read)
         b"".join(metrics._line(row) for row in read)
 
-    def read_held() -> None:
-        held = metrics._held_by_wandb(run / "metrics.jsonl")
-        assert type(held["last_step"]) is int and isinstance(held["run_id"], str | None)
+    def read_passed_over() -> None:
+        read = skips.read_skips(run)
+        assert read is None or skips.skipped(read, 9) == skips.skipped(skips.held_by(read, 10), 9)
 
+    def read_holder() -> None:
+        assert lock.describe_holder(run)
+
+    skips.write_skips(run, [skips.Skip(12, 3, "a spike"), skips.Skip(40, 0, "--resume best")])
+    passed_over = (run / skips.NAME).read_text()
+    holder = json.dumps({"host": "here", "pid": 1234, "started": "Mon Jan  1 00:00:00 2024"})
     config = json.dumps({"checkpoint": {"directory": None, "keep_latest": 3}, "num_steps": 12})
-    held = json.dumps({"run_id": "0a1b2c3d", "last_step": 7})
     return {
         "config": Reader(run / "config.json", config, lambda: folder.find_checkpoints(str(run))),
         "metrics": Reader(run / "metrics.jsonl", "\n".join(map(json.dumps, rows)), read_metrics),
-        "tracking": Reader(run / "tracking.json", held, read_held, tolerant=True),
+        "skips": Reader(run / skips.NAME, passed_over, read_passed_over, tolerant=True),
+        "holder": Reader(run / lock.HOLDER, holder, read_holder, tolerant=True),
     }
 
 
@@ -134,9 +139,9 @@ def _data_readers(home: Path) -> dict[str, Reader]:
         place = home / name / "data" / "text-0"
         place.mkdir(parents=True)
         values: dict[str, Any] = {"source": "text:x", "revision": "r", "format": 1}
-        values |= {"tokenizer": write_durably(place / "tokenizer.json", trained.encode())}
+        values |= {"tokenizer": prepare._write(place / "tokenizer.json", trained.encode())}
         for split in ("train", "eval"):
-            record = write_durably(place / f"{split}-00000.bin", bytes(20))
+            record = prepare._write(place / f"{split}-00000.bin", bytes(20))
             values |= {split: [{**record, "num_tokens": 10}]}
         values |= {"next_document": 4, "vocab_size": 280, "eos_id": 0, "dtype": "<u2"}
         values |= {"exhausted": True}
@@ -144,15 +149,16 @@ def _data_readers(home: Path) -> dict[str, Reader]:
         sample = json.dumps(values)
 
         def open_data(place: Path = place) -> None:
-            assert all(entry.num_bytes >= 0 for entry in cache.list_caches(str(place.parents[1])))
+            assert all(
+                entry["num_bytes"] >= 0 for entry in cache.list_caches(str(place.parents[1]))
+            )
             read = dataset.open_dataset(place, 300)
             assert read.train.num_tokens > 0 and read.train.read(0, 1).dtype.kind == "u"
 
         def resume(place: Path = place) -> None:
-            source = types.SimpleNamespace(name="text:x", revision="r")
-            this: Any = types.SimpleNamespace(folder=place, source=source, log=lambda line: None)
+            source: Any = types.SimpleNamespace(name="text:x", revision="r")
             sound = {path: path.read_bytes() for path in place.iterdir()}
-            read = prepare._Preparation._resume(this)
+            read = prepare._progress(place, source, lambda line: None)
             assert read["next_document"] >= 0 and sum(s["num_tokens"] for s in read["train"]) >= 0
             for path, content in sound.items() if not any(place.iterdir()) else ():
                 path.write_bytes(content)
