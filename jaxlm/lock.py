@@ -62,8 +62,8 @@ def lock(folder: Path, *, required: bool, warn: Callable[[str], None]) -> int:
     except BlockingIOError:
         os.close(descriptor)
         raise RuntimeError(
-            f"{folder} is in use by another trainer ({describe_holder(folder)}); wait for it, stop it, or "
-            "start a new run with --run_dir"
+            f"{folder} is in use by another trainer ({describe_holder(folder)}); wait for it, stop "
+            "it, or start a new run with --run_dir"
         ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:

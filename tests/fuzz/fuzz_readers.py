@@ -67,7 +67,7 @@ def _checkpoint_readers(home: Path) -> dict[str, Reader]:
     config |= {"optim": {"clip_norm": None}, "data": {"eos_token": "x"}, "num_steps": 1200}
     metadata = folder.Metadata(
         3, 384, 2.5, 2.5, 3, 0, True, config, "abc", 1, {"cores": 2, "versions": {"jax": "0"}},
-        "0a1b2c3d", [{"step": 1, "changed": ["a: was 1, is 2"]}], prints,
+        "0a1b2c3d", [{"step": 1, "changed": ["a: was 1, is 2"]}], [skips.Skip(1, 2, "")], prints,
     )  # fmt: skip
     for name in ("manifest", "step metadata", "commit", "metadata"):
         step = home / name / "checkpoints" / "3"
