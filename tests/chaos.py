@@ -64,6 +64,7 @@ PHASES = ("preparing", "compile", "restore", "setting aside")
 PHASES += ("step", "eval", "array write", "manifest", "commit", "deletion", "replacing")
 # Those that are over in a moment are struck at once.
 DELAY_S = {"preparing": 0.05, "compile": 0.2, "restore": 0.2, "step": 0.02, "array write": 0.01}
+TAKEN = "finishing this step"
 MOST_KILLS = 25
 """Of one run, so that it comes to its end."""
 
@@ -286,12 +287,16 @@ class Chaos:
             return
         # A run that stops as it should leaves no trace of where it was.
         phase, step = attempt.phase(), attempt.last_step()
+        log = Path(f"{attempt.run_dir}.log")
+        num_taken = log.read_text().count(TAKEN) if log.exists() else 0
         twice = self.rng.random() < 0.5
         numbers = [self.number] * (2 if twice else 1)
         kill = attempt.strike(*numbers, gap_s=self.rng.uniform(0, 0.03) if twice else 0)
         self.kills.append(kill._replace(phase=phase, step=step))
         allowed = {0, launch.STOPPED}  # 0: it was at the end of its plan
-        if self.number == signal.SIGINT and (twice or phase in ("starting", *PHASES[:4])):
+        # Before the loop there is nothing to save, and Ctrl-C acts at once.
+        at_once = twice or log.read_text().count(TAKEN) == num_taken
+        if self.number == signal.SIGINT and at_once:
             allowed |= {130, -signal.SIGINT}
         if self.number == signal.SIGTERM and (twice or phase == "starting"):
             allowed |= {-signal.SIGTERM}
