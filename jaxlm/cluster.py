@@ -79,7 +79,7 @@ class Cluster:
         verdict = None
         while verdict is None:
             try:
-                verdict = global_state.client.blocking_key_value_get(_VERDICT, _PATIENCE_MS)
+                verdict = _client().blocking_key_value_get(_VERDICT, _PATIENCE_MS)
             except JaxRuntimeError as error:
                 if self._over:
                     return
@@ -96,7 +96,7 @@ def tell_all(code: int, text: str) -> None:
     index, count = jax.process_index(), jax.process_count()
     verdict = json.dumps([code, f"process {index} of {count}: {text}"])
     with suppress(JaxRuntimeError):  # another was first, or there is nobody left to tell
-        global_state.client.key_value_set(_VERDICT, verdict)
+        _client().key_value_set(_VERDICT, verdict)
 
 
 def barrier(*, key: str, timeout_ms: int) -> None:
@@ -113,7 +113,7 @@ def barrier(*, key: str, timeout_ms: int) -> None:
             told = f"error: a save failed: {error}; look at the disk, then {_ADVICE}"
             tell_all(*(_if_lost(error) or (1, told)))
         raise error
-    global_state.client.wait_at_barrier(key, timeout_ms)
+    _client().wait_at_barrier(key, timeout_ms)
 
 
 def check_alike(name: str, value: dict[str, Any]) -> None:
@@ -130,9 +130,9 @@ def check_alike(name: str, value: dict[str, Any]) -> None:
         return
     index, key = jax.process_index(), f"jaxlm/alike/{next(_checks)}"
     if index == 0:
-        global_state.client.key_value_set(key, json.dumps(value))
+        _client().key_value_set(key, json.dumps(value))
         return
-    first = json.loads(global_state.client.blocking_key_value_get(key, _PATIENCE_MS))
+    first = json.loads(_client().blocking_key_value_get(key, _PATIENCE_MS))
     value = json.loads(json.dumps(value))
     differing = [
         f"{field}: {first.get(field)!r} on process 0, {value.get(field)!r} on process {index}"
@@ -144,6 +144,11 @@ def check_alike(name: str, value: dict[str, Any]) -> None:
             f"{name}: the processes of a run must be started alike, but found\n  "
             + "\n  ".join(differing)
         )
+
+
+def _client() -> Any:
+    assert global_state.client is not None, "jax.distributed has not been started"
+    return global_state.client
 
 
 def _if_lost(error: BaseException) -> tuple[int, str] | None:
