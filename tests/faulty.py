@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import data, tiny_config, untimed_rows
+from tiny import data, tiny_config
 
 from jaxlm import checkpoint
+from jaxlm.attempt import untimed_rows
 from jaxlm.checkpoint import CheckpointError
 from jaxlm.compare import diff_checkpoints
 from jaxlm.durable import DiskError

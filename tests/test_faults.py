@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from launching import ROOT, finish, launch, wait_for_step, write_config
-from tiny import untimed_rows
 
+from jaxlm.attempt import untimed_rows
 from jaxlm.compare import diff_checkpoints
 from jaxlm.folder import list_steps, select
 

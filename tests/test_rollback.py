@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import VOCAB, TinyBatches, TinyEvalSet, tiny_config, untimed_rows
+from tiny import VOCAB, TinyBatches, TinyEvalSet, tiny_config
 
 from jaxlm import checkpoint, durable, guard, skips
+from jaxlm.attempt import untimed_rows
 from jaxlm.checkpoint import CheckpointError
 from jaxlm.compare import describe_run, diff_checkpoints, format_table
 from jaxlm.config import Config, GuardConfig, OptimConfig
