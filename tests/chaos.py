@@ -63,7 +63,7 @@ config = Config(
 PHASES = ("preparing", "compile", "restore", "setting aside")
 PHASES += ("step", "eval", "array write", "manifest", "commit", "deletion", "replacing")
 # Those that are over in a moment are struck at once.
-DELAY_S = {"preparing": 0.05, "compile": 0.2, "restore": 0.2, "step": 0.02, "array write": 0.01}
+DELAY_S = {"preparing": 0.05, "compile": 0.2, "restore": 0.2, "step": 0.005, "array write": 0.01}
 TAKEN = "finishing this step"
 MOST_KILLS = 25
 """Of one run, so that it comes to its end."""
@@ -329,7 +329,8 @@ class Chaos:
         if aim == "random":
             instant_s = self.rng.uniform(0, self.whole_s)
             return lambda attempt: attempt.age_s() >= instant_s
-        further = self.rng.randint(0, 8) if aim in PHASES[4:-1] else 0
+        # Steps without a save under way are seldom seen: the first one is taken.
+        further = self.rng.randint(0, 8) if aim in PHASES[5:-1] else 0
         begun: list[int] = []
 
         def there(attempt: Watched) -> bool:
@@ -348,7 +349,7 @@ class Chaos:
         begun: list[int] = []
 
         def there(attempt: Watched) -> bool:
-            if attempt.phase() != "step":
+            if attempt.phase() not in PHASES[4:]:
                 return False
             begun.append(attempt.last_step())
             return eval_due(begun[-1] + 2) or begun[-1] > begun[0] + 2 * EVAL_INTERVAL
@@ -401,7 +402,8 @@ def main() -> int:
         ):
             break
         run_dir = HOME / f"broken-{number}"
-        chaos.break_run(run_dir, min(max(args.kills - len(chaos.kills), 12), MOST_KILLS))
+        missing = args.kills - len(chaos.kills)
+        chaos.break_run(run_dir, min(missing, MOST_KILLS) if missing > 0 else len(PHASES))
         found = compared(whole, run_dir)
         differences += found
         print(f"run {number}: {len(chaos.kills)} kills, {len(found)} differences", flush=True)
