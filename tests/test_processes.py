@@ -66,7 +66,7 @@ def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
 
 
 def _finish(process: subprocess.Popen, code: int) -> str:
-    output, _ = process.communicate(timeout=180)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == code, output
     return output
 
