@@ -20,7 +20,7 @@ from jax.errors import JaxRuntimeError
 LOST = 75
 """Exit code where another process was lost (EX_TEMPFAIL): start all again, and they go on."""
 _HEARTBEAT_TIMEOUT_S = 10
-_LINGER_S = 1.0
+_LINGER_S = 0.5
 _PATIENCE_MS = 3_600_000
 _VERDICT = "jaxlm/verdict"
 _checks = itertools.count()

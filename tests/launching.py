@@ -63,6 +63,6 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
 
 def finish(process: subprocess.Popen, code: int) -> str:
     """The output of a process that is to end with this exit code."""
-    output, _ = process.communicate(timeout=180)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == code, output
     return output

@@ -49,9 +49,12 @@ class Members:
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + 180
-        while not all("ready\n" in path.read_text() for path in self.outputs):
+        while True:
+            ended = self.processes[0].poll() is not None
             told = [path.read_text() for path in self.outputs]
-            assert time.monotonic() < deadline and self.processes[0].poll() is None, told
+            if all("ready\n" in output for output in told):
+                return
+            assert not ended and time.monotonic() < deadline, told
             time.sleep(0.01)
 
     def ends(self, *, but: int | None = None) -> list[Ended]:
