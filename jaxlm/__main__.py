@@ -149,7 +149,7 @@ def verify_checkpoints(run: Positional[str], *, eval: bool = False, json: bool =
     """
     from rich.progress import track
 
-    from jaxlm.folder import find_checkpoints, list_steps
+    from jaxlm.folder import find_checkpoints, list_set_aside, list_steps
     from jaxlm.score import score, verify_step
 
     folder, found = find_checkpoints(run), {}
@@ -161,7 +161,10 @@ def verify_checkpoints(run: Positional[str], *, eval: bool = False, json: bool =
             found[step] = damage
             if not json:
                 print(f"{step}: {'; '.join(damage) or 'sound'}", flush=True)
-    values, sound = {"folder": str(folder), "steps": found}, not any(found.values())
+    sound, aside = not any(found.values()), list_set_aside(folder)
+    values = {"folder": str(folder), "steps": found, "set_aside": aside}
+    if aside and not json:
+        print(f"damaged, set aside earlier: {', '.join(aside)}")
     if eval:
         (best,) = score([f"{run}@best"], say=_note(json))
         values["eval"] = best.to_json() | {"as_recorded": best.as_recorded}
@@ -174,8 +177,8 @@ def verify_checkpoints(run: Positional[str], *, eval: bool = False, json: bool =
                 f"eval loss of step {best.step}: recorded {best.recorded_loss!r}, found "
                 f"{best.loss!r}: {equal if best.as_recorded else 'not the same'}"
             )
-    if json:
-        _show(values, "", json)
+    num_damaged = sum(map(bool, found.values()))
+    _show(values, f"{num_damaged} of {len(found)} steps are damaged", json)
     return 0 if sound else 1
 
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 import jax
-from jax._src.distributed import global_state
+from jax._src.distributed import global_state  # the coordination service has no public client
 from jax.errors import JaxRuntimeError
 
 LOST = 75
@@ -153,9 +153,13 @@ def _client() -> Any:
 
 def _if_lost(error: BaseException) -> tuple[int, str] | None:
     cause: BaseException | None = error
-    while cause and not any(sign in str(cause) for sign in _SIGNS):
+    while cause and not _is_loss(cause):
         cause = cause.__cause__ or cause.__context__
     return cause and (LOST, f"another process was lost ({_first_line(cause)}); {_ADVICE}")
+
+
+def _is_loss(error: BaseException) -> bool:
+    return isinstance(error, JaxRuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def _first_line(error: BaseException) -> str:

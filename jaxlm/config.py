@@ -223,7 +223,7 @@ class CheckpointConfig:
     save_timeout_s: int = free(300)
     """With several processes: how long a save may take until all stop with an error (seconds)."""
     verify: Literal["full", "fast", "off"] = free("full")
-    """At restore: full checks every file and every array, fast only file sizes, off nothing."""
+    """At restore: full checks every file and array, fast sizes and small files, off nothing."""
     disk_budget_gb: float | None = free(None)
     """Bytes that the checkpoints may take (10^9); milestones of `keep_every` are thinned to it."""
     on_low_disk: Literal["warn", "refuse"] = free("warn")

@@ -31,6 +31,6 @@ def check_losses(config: GuardConfig, step: int, nonfinite_run: int, spike_run: 
     if config.on_nonfinite == "rollback":
         raise Diverged(step, nonfinite_run, why)
     raise RuntimeError(
-        f"{why}; lower --optim.learning_rate, go back with --resume best, or pass over such "
-        "batches with --guard.on_nonfinite rollback"
+        f"{why}; lower --optim.learning_rate (and add --resume best to go back first), or pass "
+        "over such batches with --guard.on_nonfinite rollback"
     )

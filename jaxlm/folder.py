@@ -210,7 +210,7 @@ def find_checkpoints(run: str) -> Path:
         found = list_steps(path) or list_set_aside(path)
     except OSError as error:
         raise ValueError(f"{run}: its checkpoints cannot be listed ({error.strerror})") from error
-    if not found and path.name != "checkpoints":
+    if not found and not (path.name == "checkpoints" and path.is_dir()):
         raise ValueError(
             f"{run}: found no checkpoints, expected a run folder (such as runs/tiny) "
             "or its checkpoints folder"

@@ -101,6 +101,9 @@ def run_main(main: Callable[[], int | None]) -> int:
     """
     try:
         return main() or 0
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # what a shell says of a process that SIGPIPE ended
     except (KeyboardInterrupt, ValueError, OSError, ImportError, RuntimeError) as error:
         code, text = explain(error)
         if text is None:

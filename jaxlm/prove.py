@@ -118,6 +118,7 @@ def _own_flags(config: Config, steps: int) -> list[str]:
         "log_interval": 1,
         "stop_after_worse_evals": None,
         "branch_from": None,
+        "init_from": None,
         "resume": "auto",
         "checkpoint.save_interval_min": None,
         "checkpoint.keep_latest": 2,

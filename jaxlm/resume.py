@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Change, Config, changes
-from jaxlm.folder import Metadata, list_steps, recorded_directory, select
+from jaxlm.folder import Best, Metadata, list_steps, recorded_directory, select
 from jaxlm.optim import make_schedule
 
 Say = Callable[[str], None]
@@ -76,19 +76,20 @@ def plan_resume(config: Config, checkpoints: Checkpoints) -> Plan:
     changed = _allowed_changes(latest, config, checkpoints.folder)
     _check_owner(latest, config)
     complete = latest.final and is_at_end(config, latest.step, latest.num_worse_evals)
-    if not complete or goes_back(config, latest):
+    if not complete or (best and goes_back(config, latest, best)):
         return Plan(config, changed, False)
     to_verify = {latest.step, best.step if best else latest.step}
     return Plan(config, changed, all(map(checkpoints.is_sound, to_verify)))
 
 
-def goes_back(config: Config, latest: Metadata) -> bool:
-    """Whether `--resume best` still has to go back.
+def goes_back(config: Config, latest: Metadata, best: Best) -> bool:
+    """Whether `--resume best` is still to go back.
 
     A run that went back saves this setting in each checkpoint: when it is started again with the
     same command, it goes on.
     """
-    return config.resume == "best" and latest.run_config().resume != "best"
+    asked = config.resume == "best" and best.step < latest.step
+    return asked and latest.run_config().resume != "best"
 
 
 def is_at_end(config: Config, step: int, num_worse_evals: int) -> bool:

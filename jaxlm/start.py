@@ -62,7 +62,7 @@ def start_state(
       ValueError: the checkpoint is of another model, or of other data.
     """
     config, latest, best = parts.config, checkpoints.latest, checkpoints.best
-    if latest and best and goes_back(config, latest) and best.step < latest.step:
+    if latest and best and goes_back(config, latest, best):
         checkpoints.go_back(Skip(best.step, 0, "--resume best"))
     restored = checkpoints.restore_latest(parts.blueprint.abstract)
     if restored:

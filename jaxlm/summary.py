@@ -7,6 +7,7 @@ from jaxlm.assemble import Parts
 from jaxlm.config import Change, Config
 from jaxlm.console import Console, format_bytes
 from jaxlm.folder import Best, Metadata
+from jaxlm.resume import goes_back
 from jaxlm.state import num_bytes
 
 
@@ -40,6 +41,21 @@ def tell_start(parts: Parts, console: Console) -> None:
             f"save_interval {config.checkpoint.save_interval} and eval_interval "
             f"{config.eval_interval} seldom meet; keep them equal to have a checkpoint at each eval"
         )
+
+
+def tell_resume_best(
+    config: Config, latest: Metadata | None, best: Best | None, console: Console
+) -> None:
+    """Why `--resume best` does not go back, where it does not."""
+    if config.resume != "best" or not (latest and best) or goes_back(config, latest, best):
+        return
+    if best.step == latest.step:
+        console.say(f"the best, step {best.step}, is the latest: there is nothing to go back from")
+        return
+    console.warn(
+        f"a run with --resume best made step {latest.step}, so it goes on from there; to begin "
+        f"again at step {best.step}, add --branch_from {config.run_dir}@best --run_dir NEW"
+    )
 
 
 def tell_complete(

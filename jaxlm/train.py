@@ -25,7 +25,7 @@ from jaxlm.signals import StopRequest, stop_requests
 from jaxlm.start import Start, open_run_folder, start_state
 from jaxlm.state import ModelFactory, TrainState
 from jaxlm.step import StepMetrics
-from jaxlm.summary import tell_complete, tell_end, tell_start
+from jaxlm.summary import tell_complete, tell_end, tell_resume_best, tell_start
 from jaxlm.throughput import Meter, flops_per_token
 
 Callback = Callable[[int, dict[str, float]], None]
@@ -80,6 +80,7 @@ def train(
             )
         )
         plan = plan_resume(config, checkpoints)
+        tell_resume_best(config, checkpoints.latest, checkpoints.best, console)
         if plan.complete and (latest := checkpoints.latest):
             tell_complete(plan.config, latest, checkpoints.best, plan.changed, console)
             return Result(latest.step, True, checkpoints.best)

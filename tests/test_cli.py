@@ -188,11 +188,14 @@ def test_diff_refuses_what_it_cannot_compare(own_run: Path, capsys: pytest.Captu
 
 def test_verify_looks_at_every_step_and_changes_nothing(own_run: Path, out):
     run = own_run / runs.RUN
-    assert out("checkpoints", "verify", str(run)) == "4: sound\n8: sound\n12: sound\n"
+    assert out("checkpoints", "verify", str(run)) == (
+        "4: sound\n8: sound\n12: sound\n0 of 3 steps are damaged\n"
+    )
     name = runs.damage(run / "checkpoints/8", "opt_state").relative_to(run / "checkpoints/8")
     before = {path: path.stat() for path in run.rglob("*")}
     said = out("checkpoints", "verify", str(run), code=1).splitlines()
-    assert said == ["4: sound", f"8: {name}: content differs (checksum)", "12: sound"]
+    damaged = f"8: {name}: content differs (checksum)"
+    assert said == ["4: sound", damaged, "12: sound", "1 of 3 steps are damaged"]
     found = json.loads(out("checkpoints", "verify", str(run), "--json", code=1))
     assert found["steps"]["4"] == [] and found["steps"]["8"] != []
     after = {path: path.stat() for path in run.rglob("*")}
@@ -213,7 +216,7 @@ def test_verify_finds_the_recorded_loss_of_the_best(own_run: Path, out, monkeypa
     monkeypatch.chdir(own_run)
     loss = runs.eval_losses(Path(runs.RUN))[runs.BEST]
     said = out("checkpoints", "verify", runs.RUN, "--eval").splitlines()
-    assert said[-1] == (
+    assert said[-2] == (
         f"eval loss of step {runs.BEST}: recorded {loss!r}, found {loss!r}: equal to the bit"
     )
     # A loss that was written down wrong: whole by its manifest, and not what the model has.
@@ -224,7 +227,7 @@ def test_verify_finds_the_recorded_loss_of_the_best(own_run: Path, out, monkeypa
     monkeypatch.setattr("jaxlm.manifest.find_damage", lambda *_, **__: [])
     monkeypatch.setattr("jaxlm.score.find_damage", lambda *_, **__: [])
     said = out("checkpoints", "verify", runs.RUN, "--eval", code=1).splitlines()
-    assert said[-1].endswith(f"found {loss!r}: not the same")
+    assert said[-2].endswith(f"found {loss!r}: not the same")
 
 
 def test_eval_of_one_and_of_several(at_home: Path, out, capsys: pytest.CaptureFixture):

@@ -229,7 +229,8 @@ def test_with_verification_off_flips_are_silent(folder: Path, pristine: Path) ->
             except ValueError:  # it is no longer JSON, or no longer of this model
                 continue
             silent[kind] += not reports and had != saved(pristine)
-    assert min(silent.values()) >= 3, silent
+    arrays, metadata = silent.values()  # of its metadata, most are no longer of their types
+    assert arrays >= 3 and metadata >= 1, silent
 
 
 # --- every other kind of damage, each on the whole way of a trainer

@@ -72,8 +72,9 @@ def open_dataset(folder: Path, vocab_size: int) -> Dataset:
 def _check(folder: Path, manifest: Manifest) -> None:
     shards = [*manifest["train"], *manifest["eval"]]
     itemsize = np.dtype(manifest["dtype"]).itemsize
-    sizes = {shard["num_bytes"] == shard["num_tokens"] * itemsize > 0 for shard in shards}
-    if manifest["fingerprint"] != manifest_fingerprint(manifest) or sizes != {True}:
+    fit = [shard["num_bytes"] == shard["num_tokens"] * itemsize > 0 for shard in shards]
+    sound = all(fit) and manifest["train"] and manifest["eval"]
+    if manifest["fingerprint"] != manifest_fingerprint(manifest) or not sound:
         raise ValueError(f"{MANIFEST} was altered")
     if damage := find_damage(folder, [manifest["tokenizer"], *shards]):
         raise ValueError(damage)
