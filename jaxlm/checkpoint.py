@@ -10,7 +10,6 @@ import contextlib
 import math
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from jaxlm import manifest
+from jaxlm.aside import DELETING, Purger, list_old_superseded, put_aside
 from jaxlm.cluster import barrier
 from jaxlm.config import CheckpointConfig
 from jaxlm.durable import fsync
@@ -39,10 +39,9 @@ from jaxlm.folder import (
 from jaxlm.lock import HOLDER, lock, unlock
 from jaxlm.restore import ITEMS, DamagedArrays, items_of, restore_items, state_of
 from jaxlm.retention import Retention
-from jaxlm.skips import Skip, held_by, skipped, write_skips
+from jaxlm.skips import Skip, held_by, read_skips, skipped, write_skips
 from jaxlm.state import TrainState, all_finite, fingerprint, num_bytes
 
-_DELETING = "deleting"
 _REPLACED = ".replaced"
 _RETRY_S, _MAX_RETRY_S = 10.0, 600.0
 # What Orbax and TensorStore raise when the disk refuses.
@@ -85,7 +84,7 @@ class Checkpoints:
         self._saving: Metadata | None = None
         self._retention = Retention(config)
         self._num_failures = 0
-        self._purger = threading.Thread()
+        self._purger = Purger(self.folder)
         self._primary = jax.process_index() == 0
         self._last_save_s = time.monotonic()
 
@@ -115,6 +114,8 @@ class Checkpoints:
         self._opened = self.folder.stat()
         found = read_steps(self.folder, check=self._config.verify != "off")
         self._steps, self.skips = found.sound, found.skips
+        if read_skips(self.folder) is None:
+            self._warn("skips.json is damaged; what the checkpoints hold of it is used instead")
         for step, damage in found.damaged.items():
             self._set_aside(step, damage)
         self._put_aside(found.superseded, SUPERSEDED)
@@ -131,8 +132,7 @@ class Checkpoints:
             self._warn(str(own))
         finally:
             self._clear_partial()
-            if self._purger.ident:
-                self._purger.join()
+            self._purger.join()
             self._unlock()
 
     def _unlock(self) -> None:
@@ -141,7 +141,7 @@ class Checkpoints:
                 if self._is_ours():
                     (self.folder / HOLDER).unlink(missing_ok=True)
                     if not self._steps:  # a run that never began leaves nothing behind
-                        for path in (self.folder / _DELETING, *self._made):
+                        for path in (self.folder / DELETING, *self._made):
                             path.rmdir()
             unlock(self._lock)
 
@@ -203,17 +203,34 @@ class Checkpoints:
             self._set_aside(best.step, damage)
         return restored
 
-    def roll_back(self, before: int, step: int, why: str, *, max_rollbacks: int) -> None:
+    def restore_best(self, abstract: TrainState) -> tuple[TrainState, Metadata] | None:
+        """The best state that is proven sound, or None if there is none."""
+        restored = None
+        while restored is None and (best := self.best):
+            restored = self._restore(self._steps[best.step], abstract)
+        return restored
+
+    def inherit(self, skips: list[Skip]) -> None:
+        """Passes over what the run that this one branches from did; does nothing once it has."""
+        if skips and not self.skips:
+            self.skips = skips
+            if self._primary:
+                write_skips(self.folder, skips)
+
+    def roll_back(
+        self, before: int, step: int, why: str, *, beginning: int, max_rollbacks: int
+    ) -> None:
         """Goes back to the newest sound checkpoint, and passes over the batches up to `step`.
 
         Args:
           before: the checkpoint's step is lower than this; without one, it is the run's beginning.
           step: the batches that the run has taken in; those since the checkpoint are passed over.
           why: the reason, for people.
+          beginning: the step of the run's first state.
           max_rollbacks: of the whole run.
 
         Raises:
-          CheckpointError: there have been as many already.
+          CheckpointError: there have been as many already, or all that is older is damaged.
         """
         self.wait()
         if sum(skip.num_batches > 0 for skip in self.skips) >= max_rollbacks:
@@ -221,8 +238,16 @@ class Checkpoints:
                 f"{why}; the run has been rolled back guard.max_rollbacks = {max_rollbacks} "
                 "time(s) already. Lower --optim.learning_rate, or raise --guard.max_rollbacks"
             )
-        to = next((s for s in sorted(self._steps)[::-1] if s < before and self.is_sound(s)), 0)
-        self.go_back(Skip(to, step - to, why))
+        sound = (s for s in sorted(self._steps)[::-1] if s < before and self.is_sound(s))
+        to = next(sound, None)
+        if to is None and (aside := list_set_aside(self.folder)):
+            raise CheckpointError(
+                f"{why}; no older checkpoint is sound, there is only {', '.join(aside)}, and a run "
+                "does not begin anew among these: start another one with --run_dir"
+            )
+        to = beginning if to is None else to
+        # Batches, not steps: an earlier rollback may have passed over some in between.
+        self.go_back(Skip(to, self.batch_index(step - 1) + 1 - self.batch_index(to), why))
         self._warn(f"{why}: going back to step {to}, past the batches from there")
 
     def go_back(self, skip: Skip) -> None:
@@ -231,7 +256,8 @@ class Checkpoints:
         if self._primary:
             write_skips(self.folder, self.skips)
         self._sync(f"went back to {skip.from_step}")
-        self._put_aside([step for step in self._on_disk if step > skip.from_step], SUPERSEDED)
+        newer = [step for step in list_steps(self.folder) if step > skip.from_step]
+        self._put_aside(newer, SUPERSEDED)
         self._manager.reload()
 
     def save(self, state: TrainState, metadata: Metadata, before: Flush = lambda: None) -> None:
@@ -332,7 +358,7 @@ class Checkpoints:
             save_decision_policy=checkpoint_managers.AnySavePolicy([]),
             preservation_policy=self._retention,
             cleanup_tmp_directories=True,
-            todelete_subdir=_DELETING,
+            todelete_subdir=DELETING,
             async_options=ocp.AsyncOptions(
                 timeout_secs=self._config.save_timeout_s,
                 barrier_sync_fn=barrier if jax.process_count() > 1 else None,
@@ -378,32 +404,15 @@ class Checkpoints:
         if not steps:
             return []
         self._sync(f"{suffix} {steps}")  # every process has seen them
-        names = []
-        for step in steps:
-            name, number = f"{step}{suffix}", 2
-            while (self.folder / name).exists():
-                name, number = f"{step}{suffix}-{number}", number + 1
-            names.append(name)
-        if self._primary:
-            for step, name in zip(steps, names, strict=True):
-                (self.folder / str(step)).rename(self.folder / name)
-            fsync(self.folder)
-            if suffix == SUPERSEDED:
-                self._thin_superseded()
+        names = put_aside(self.folder, steps, suffix) if self._primary else list(map(str, steps))
+        if self._primary and suffix == SUPERSEDED:
+            self._purger.purge(*list_old_superseded(self.folder, self._config.keep_latest))
         self._sync(f"put aside {steps}")
         for step in steps:
             self._steps.pop(step, None)
         if hasattr(self, "_manager"):
             self._manager.reload()
         return names
-
-    def _thin_superseded(self) -> None:
-        paths = sorted(
-            self.folder.glob(f"*{SUPERSEDED}*"), key=lambda path: int(path.name.partition(".")[0])
-        )
-        for path in paths[: -self._config.keep_latest]:
-            path.rename(self.folder / _DELETING / path.name)
-        self._purge()
 
     def _save_failed(self, error: Exception) -> None:
         assert self._saving is not None
@@ -449,20 +458,11 @@ class Checkpoints:
                 self._set_aside(int(current.name), ["it is unfinished"])
             aside.rename(current)
         else:
-            aside.rename(self.folder / _DELETING / aside.name)
-            self._purge()
+            self._purger.purge(aside)
 
     def _purge(self) -> None:
-        # Orbax only renames into this folder; the space is ours to free, off the training thread.
-        if not (self._primary and self._is_ours()):
-            return
-        doomed = self.folder / _DELETING
-        doomed.mkdir(exist_ok=True)
-        if self._purger.ident:
-            self._purger.join()
-        paths = list(doomed.iterdir())
-        self._purger = threading.Thread(target=lambda: [shutil.rmtree(p, True) for p in paths])
-        self._purger.start()
+        if self._primary and self._is_ours():
+            self._purger.purge()
 
     def _sync(self, name: str) -> None:
         if jax.process_count() > 1:

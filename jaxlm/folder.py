@@ -160,8 +160,8 @@ def read_steps(folder: Path, *, check: bool = True) -> Steps:
             elif not damage:
                 found[step] = read_metadata(folder, step)
         except ValueError:
-            if not check:
-                raise  # else it was deleted between the two looks
+            if not check or (folder / str(step)).exists():
+                raise  # whole, but of another version; else it was deleted between the two looks
     # The list only grows. Where its file is lost, the checkpoints still have it.
     lists = [metadata.skips for metadata in found.values()]
     skips = max([read_skips(folder) or [], *lists], key=len)

@@ -36,7 +36,13 @@ class _File(TypedDict):
 
 def skipped(skips: Iterable[Skip], step: int) -> int:
     """Batches passed over before the one that the state of `step` takes in."""
-    return sum(skip.num_batches for skip in skips if skip.from_step <= step)
+    total, reach = 0, step
+    for skip in reversed(list(skips)):
+        if skip.from_step <= reach:
+            total += skip.num_batches
+        if skip.num_batches:  # it passes over all that older entries beyond it did
+            reach = min(reach, skip.from_step)
+    return total
 
 
 def held_by(skips: Iterable[Skip], step: int) -> list[Skip]:

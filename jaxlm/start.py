@@ -13,7 +13,7 @@ from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import changes, to_dict
 from jaxlm.console import Console
 from jaxlm.durable import write_file
-from jaxlm.folder import TOKENIZER, Metadata, Selected, select
+from jaxlm.folder import TOKENIZER, Metadata, Selected, read_steps, select
 from jaxlm.metrics import Metrics
 from jaxlm.restore import items_of, restore_items, state_of
 from jaxlm.resume import (
@@ -53,22 +53,32 @@ class Start(NamedTuple):
 
 
 def start_state(
-    parts: Parts, checkpoints: Checkpoints, console: Console
+    parts: Parts, checkpoints: Checkpoints, console: Console, *, rolled_back: bool = False
 ) -> tuple[TrainState, Start]:
     """The state to go on from, restored or new.
+
+    Args:
+      parts: the parts of the run.
+      checkpoints: its folder.
+      console: told where it goes on.
+      rolled_back: the run has just gone back by itself, so `--resume best` is not asked again.
 
     Raises:
       CheckpointError: the folder holds checkpoints, and none is sound.
       ValueError: the checkpoint is of another model, or of other data.
     """
     config, latest, best = parts.config, checkpoints.latest, checkpoints.best
-    if latest and best and goes_back(config, latest, best):
-        checkpoints.go_back(Skip(best.step, 0, "--resume best"))
-    restored = checkpoints.restore_latest(parts.blueprint.abstract)
+    abstract, restored = parts.blueprint.abstract, None
+    if not rolled_back and latest and best and goes_back(config, latest, best):
+        restored = checkpoints.restore_best(abstract)
+    if restored:
+        _check_data(parts, restored[1])  # before newer ones are set aside
+        checkpoints.go_back(Skip(restored[1].step, 0, "--resume best"))
+    restored = restored or checkpoints.restore_latest(abstract)
     if restored:
         return restored[0], _resumed(parts, checkpoints, *restored, console)
     if config.branch_from:
-        return _branch(parts, config.branch_from, console)
+        return _branch(parts, checkpoints, config.branch_from, console)
     state = parts.blueprint.make(config.seed)
     if config.init_from:
         return _with_weights_of(parts, config.init_from, state, console)
@@ -83,12 +93,7 @@ def _resumed(
     console: Console,
 ) -> Start:
     config, lineage = parts.config, metadata.lineage
-    if metadata.data_fingerprint != parts.data_fingerprint:
-        raise ValueError(
-            f"data: found fingerprint {parts.data_fingerprint or 'none'}, but step "
-            f"{metadata.step} was trained on {metadata.data_fingerprint or 'none'}; bring back the "
-            "data of that run (its source has changed since), or add --run_dir for a new run"
-        )
+    _check_data(parts, metadata)
     began = any(entry.keys() & {"branched_from", "initialized_from"} for entry in lineage)
     if (config.branch_from or config.init_from) and not began:
         console.warn("branch_from and init_from begin a new run; this one has begun, and goes on")
@@ -117,8 +122,21 @@ def _resumed(
     )
 
 
-def _branch(parts: Parts, source: str, console: Console) -> tuple[TrainState, Start]:
+def _check_data(parts: Parts, metadata: Metadata) -> None:
+    if metadata.data_fingerprint != parts.data_fingerprint:
+        raise ValueError(
+            f"data: found fingerprint {parts.data_fingerprint or 'none'}, but step "
+            f"{metadata.step} was trained on {metadata.data_fingerprint or 'none'}; bring back the "
+            "data of that run (its source has changed since), or add --run_dir for a new run"
+        )
+
+
+def _branch(
+    parts: Parts, checkpoints: Checkpoints, source: str, console: Console
+) -> tuple[TrainState, Start]:
     selected = _selected(parts, source, console)
+    skips = read_steps(selected.folder).skips
+    checkpoints.inherit([skip for skip in skips if skip.from_step <= selected.step])
     metadata, path = selected.metadata, selected.path
     state = state_of(restore_items(path, metadata, items_of(parts.blueprint.abstract)))
     console.say(f"Branching from step {selected.step} of {selected.folder}")
@@ -185,3 +203,9 @@ def _tell(metadata: Metadata, console: Console) -> None:
         f"  best eval loss so far: {'none' if metadata.best_step is None else best}; "
         f"tokens seen: {metadata.tokens_seen / 1e9:.4f} B"
     )
+
+
+def beginning_of(lineage: list[dict[str, Any]]) -> int:
+    """The step of a run's first state."""
+    begun = [e["step"] for e in lineage if e.keys() & {"branched_from", "initialized_from"}]
+    return begun[-1] if begun else 0

@@ -22,7 +22,7 @@ from jaxlm.loss import Batch, Loss
 from jaxlm.metrics import Metrics, perplexity
 from jaxlm.resume import check_folders, describe_environment, is_at_end, plan_resume
 from jaxlm.signals import StopRequest, stop_requests
-from jaxlm.start import Start, open_run_folder, start_state
+from jaxlm.start import Start, beginning_of, open_run_folder, start_state
 from jaxlm.state import ModelFactory, TrainState
 from jaxlm.step import StepMetrics
 from jaxlm.summary import tell_complete, tell_end, tell_resume_best, tell_start
@@ -95,16 +95,23 @@ def train(
         check_alike("data", {"fingerprint": parts.data_fingerprint})
         tell_start(parts, console)
         request = stack.enter_context(stop_requests(parts.mesh))
+        rolled_back = False
         while True:  # once, and once more for each rollback: it is a resume, of its own accord
-            state, start = start_state(parts, checkpoints, console)
+            state, start = start_state(parts, checkpoints, console, rolled_back=rolled_back)
             with open_run_folder(parts, start, console) as metrics:
                 run = _Run(parts, checkpoints, metrics, console, callbacks, start)
                 try:
                     result = run.loop(state, request)
                     break
                 except Diverged as spike:
-                    before, limit = spike.step - spike.num_steps, config.guard.max_rollbacks
-                    checkpoints.roll_back(before, spike.step, str(spike), max_rollbacks=limit)
+                    checkpoints.roll_back(
+                        spike.step - spike.num_steps,
+                        spike.step,
+                        str(spike),
+                        beginning=beginning_of(start.lineage),
+                        max_rollbacks=config.guard.max_rollbacks,
+                    )
+                    rolled_back = True
     tell_end(parts.config, result.step, result.complete, result.best, console)
     return result
 

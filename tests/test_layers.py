@@ -21,7 +21,7 @@ LAYERS = [
     {"start", "summary", "attempt", "score"},
     {"load", "compare", "doctor", "resume", "preflight"},
     {"assemble", "checkpoint"},
-    {"evaluate", "restore", "step", "retention"},
+    {"aside", "evaluate", "restore", "step", "retention"},
     {"console", "folder", "state", "data.prepare"},
     {"skips", "data.dataset", "data.tokenizer", "data.sources", "data.batches", "metrics", "model"},
     {"data.cache", "data.remote", "throughput", "optim", "loss", "signals"},

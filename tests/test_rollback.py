@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from tiny import VOCAB, TinyBatches, TinyEvalSet, tiny_config
 
-from jaxlm import checkpoint, durable, guard, skips
+from jaxlm import aside, checkpoint, durable, guard, manifest, skips
 from jaxlm.attempt import untimed_rows
 from jaxlm.checkpoint import CheckpointError
 from jaxlm.compare import describe_run, diff_checkpoints, format_table
@@ -120,7 +122,7 @@ def _kill_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, when: int)
         (checkpoint, "write_skips"),  # before the entry is on disk
         (durable, "fsync"),  # after the replace of some file
         (checkpoint.Checkpoints, "_put_aside"),  # entry written, nothing renamed
-        (checkpoint.Checkpoints, "_thin_superseded"),  # renamed
+        (checkpoint, "list_old_superseded"),  # renamed
         (checkpoint.Checkpoints, "restore_latest"),
     ],
 )
@@ -176,15 +178,13 @@ def test_superseded_checkpoints_are_no_ones_best_or_latest(tmp_path: Path) -> No
 def test_superseded_checkpoints_follow_retention(tmp_path: Path) -> None:
     config = _config(tmp_path, checkpoint={"save_interval": 1, "keep_latest": 2}, num_steps=16)
     assert _train(config, 13, 14).complete
-    aside = sorted(p.name for p in (tmp_path / "checkpoints").glob("*.superseded*"))
-    assert aside == ["13.superseded", "14.superseded"][-len(aside) :] and len(aside) <= 2
+    found = sorted(p.name for p in (tmp_path / "checkpoints").glob("*.superseded*"))
+    assert found == ["13.superseded", "14.superseded"]
 
 
 def test_a_lost_or_damaged_list_of_skips_is_had_from_the_checkpoints(
     spoilt_run: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     shutil.copytree(spoilt_run, tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / skips.NAME
     whole = path.read_bytes()
@@ -274,6 +274,95 @@ def test_init_from_takes_the_weights_alone(tmp_path: Path) -> None:
     assert first["b"] < first["a"] - 0.3
     with pytest.raises(ValueError, match="init_from: found"):
         _config(tmp_path / "c", init_from="x", branch_from="y")
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != aside.DELETING)
+
+
+def test_a_second_rollback_past_the_first_passes_over_all_of_both(tmp_path: Path) -> None:
+    config = _config(tmp_path, checkpoint={"save_interval": 4, "keep_latest": 9})
+    assert _train(config, 13, 14, 15, 16).complete
+    found = skips.read_skips(tmp_path / "checkpoints") or []
+    assert [(skip.from_step, skip.num_batches) for skip in found] == [(12, 3), (8, 9)]
+    assert [skipped(found, step) for step in (7, 8, 12, 20)] == [0, 9, 9, 9]  # 8 takes batch 17
+    assert max(row.get("train/loss", 0) for row in untimed_rows(tmp_path)[10:]) < 4.2
+    # A run that only went back passes over what it knows to be bad all the same.
+    assert skipped([Skip(12, 3, ""), Skip(8, 0, "")], 12) == 3
+
+
+def test_a_branch_passes_over_what_its_source_did(spoilt_run: Path, tmp_path: Path) -> None:
+    config = _config(tmp_path, branch_from=f"{spoilt_run}@20")
+    assert _train(config, 13, 14).complete
+    assert diff_checkpoints(f"{tmp_path}@24", f"{spoilt_run}@24") == []
+
+
+def test_a_branch_that_spikes_at_once_goes_back_to_where_it_began(
+    spoilt_run: Path, tmp_path: Path
+) -> None:
+    config = _config(tmp_path, branch_from=f"{spoilt_run}@20", num_steps=30)
+    config = replace(config, checkpoint=replace(config.checkpoint, save_interval=9))
+    assert _train(config, 13, 14, 24, 25).complete
+    last = (skips.read_skips(tmp_path / "checkpoints") or [])[-1]
+    assert (last.from_step, last.num_batches) == (20, 3)
+
+
+def test_nothing_is_set_aside_for_a_best_that_cannot_be_had(tmp_path: Path) -> None:
+    _train(_config(tmp_path, num_steps=12, guard=GuardConfig()))
+    ruined = _config(
+        tmp_path, guard=GuardConfig(), optim=OptimConfig(learning_rate=3.0, warmup_steps=2)
+    )
+    _train(ruined)
+    folder = tmp_path / "checkpoints"
+    before = _names(folder)
+    other = SpoiltBatches()
+    other.fingerprint = "other"
+    with pytest.raises(ValueError, match="data: found fingerprint other"):
+        train(replace(ruined, resume="best"), batches=other, eval_batches=TinyEvalSet())
+    assert _names(folder) == before
+    best = select(f"{tmp_path}@best").path
+    largest = max((best / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1] + b"?")
+    steps = list_steps(folder)
+    _train(replace(ruined, resume="best", num_steps=26))
+    assert f"{best.name}.corrupt" in _names(folder)  # and the next best is gone on from
+    assert len(steps) == 4
+
+
+def test_a_run_does_not_begin_again_among_damaged_checkpoints(tmp_path: Path) -> None:
+    config = _config(tmp_path, checkpoint={"save_interval": 12}, eval_interval=24)
+
+    def plant(step: int, row: dict[str, float]) -> None:
+        (tmp_path / "checkpoints" / "6.corrupt").mkdir(exist_ok=True)
+
+    sets = {"batches": SpoiltBatches(10, 11), "eval_batches": TinyEvalSet()}
+    with pytest.raises(CheckpointError, match="no older checkpoint is sound, there is only 6"):
+        train(config, **sets, callbacks=[plant])
+    assert not (tmp_path / "checkpoints" / skips.NAME).exists()
+
+
+def test_a_checkpoint_of_another_version_is_no_reason_to_begin_anew(
+    spoilt_run: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(spoilt_run, tmp_path / "run")
+    for step in list_steps(run / "checkpoints"):
+        path = run / "checkpoints" / str(step)
+        values = json.loads((path / "meta" / "metadata").read_bytes())
+        (path / "meta" / "metadata").write_text(json.dumps(values | {"of_the_future": 1}))
+        manifest.write_manifest(path)
+    before = _names(run / "checkpoints")
+    with pytest.raises(ValueError, match="written by another version"):
+        _train(_config(run, num_steps=26), 13, 14)
+    assert _names(run / "checkpoints") == before
+
+
+def test_a_damaged_list_of_skips_is_told(
+    spoilt_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(spoilt_run, tmp_path / "run")
+    (run / "checkpoints" / skips.NAME).write_bytes(b"{")
+    _train(_config(run), 13, 14)
+    assert "Warning: skips.json is damaged" in capsys.readouterr().out
 
 
 # --- what a spike is
