@@ -12,6 +12,7 @@ import pytest
 import runs
 
 from jaxlm import __main__ as cli
+from jaxlm import manifest
 from jaxlm.attempt import compare_runs
 from jaxlm.launch import run_main
 
@@ -96,6 +97,9 @@ def test_every_kind_of_difference_is_found(pair: tuple[Path, Path]):
     write_batches(broken, rows)
     shutil.rmtree(broken / "checkpoints" / "12")
     shutil.copytree(broken / "checkpoints" / "8", broken / "checkpoints" / "12")
+    metadata = broken / "checkpoints/12/meta/metadata"
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"step": 12}))
+    manifest.write_manifest(broken / "checkpoints/12")
     text = Path(broken / "checkpoints/12/commit_success.txt")
     text.write_text(text.read_text().replace("/8", "/12"))
     found = compare_runs(whole, broken)
