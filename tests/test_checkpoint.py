@@ -379,7 +379,7 @@ def test_a_latest_deleted_by_hand_does_not_stop_a_rollback(tmp_path: Path) -> No
         checkpoints.wait()
         shutil.rmtree(tmp_path / "3")
         assert checkpoints.latest and checkpoints.latest.step == 2
-        checkpoints.roll_back(4, 4, "a spike", max_rollbacks=1)
+        checkpoints.roll_back(4, 4, "a spike", beginning=0, max_rollbacks=1)
         restored = checkpoints.restore_latest(BLUEPRINT.abstract)
         assert restored and restored[1].step == 2
 
