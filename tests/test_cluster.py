@@ -102,7 +102,7 @@ def test_a_process_killed_in_a_collective_takes_the_others_along_at_once(
     tmp_path: Path, who: int
 ) -> None:
     for end in ends_after(tmp_path, "collectives", signal.SIGKILL, who):
-        assert end.code == 75 and end.after_s < 2, end
+        assert end.code == 75 and end.after_s < 5, end
         assert "lost" in end.output.splitlines()[-1]
         assert end.output.endswith("start all processes again, and they go on from the latest\n")
 
@@ -125,7 +125,7 @@ def test_an_error_of_one_is_told_by_all(tmp_path: Path) -> None:
     with running(tmp_path, 3, "fail", 2) as members:
         ends = members.ends()
     for index, end in enumerate(ends):
-        assert end.code == 1 and end.after_s < 2 + 1
+        assert end.code == 1 and end.after_s < 5
         assert end.output.splitlines()[-1] == "process 2 of 3: KeyError: 'a bug'"
         assert ("Traceback" in end.output) == (index == 2)
 
