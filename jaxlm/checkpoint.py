@@ -258,7 +258,6 @@ class Checkpoints:
         self._sync(f"went back to {skip.from_step}")
         newer = [step for step in list_steps(self.folder) if step > skip.from_step]
         self._put_aside(newer, SUPERSEDED)
-        self._manager.reload()
 
     def save(self, state: TrainState, metadata: Metadata, before: Flush = lambda: None) -> None:
         """Starts to save; returns once the state may be given to the next step.

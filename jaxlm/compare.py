@@ -111,7 +111,7 @@ def diff_checkpoints(run_a: str, run_b: str) -> list[Difference]:
 
 def _arrays(run: str) -> dict[str, np.ndarray]:
     selected = select(run, default="latest")
-    arrays = restore_numpy(selected.folder / str(selected.step))
+    arrays = restore_numpy(selected.path)
     return {
         path_name(path): np.atleast_1d(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)

@@ -12,7 +12,7 @@ from jaxlm.folder import Metadata, Selected, select
 from jaxlm.optim import make_optimizer
 from jaxlm.restore import restore_items
 from jaxlm.sharding import make_mesh
-from jaxlm.state import ModelFactory, make_blueprint
+from jaxlm.state import Blueprint, ModelFactory, Params, make_blueprint
 
 
 def load_model(
@@ -42,19 +42,34 @@ def load_model(
     """
     selected = select(run)
     metadata = selected.metadata
-    config = metadata.run_config()
-    if model is None and config.model.num_layers > len(metadata.fingerprints):
-        raise ValueError(
-            f"{selected.folder / str(selected.step)}: its config has {config.model.num_layers:,} "
-            f"layers, and it holds {len(metadata.fingerprints)} arrays; it was altered"
-        )
-    mesh = mesh or make_mesh(MeshConfig())
-    factory = model or model_factory(config.model, mesh.devices.flat[0].platform)
-    blueprint = make_blueprint(factory, make_optimizer(config.optim), mesh)
-    path = selected.folder / str(selected.step)
-    params = restore_items(path, metadata, {"params": blueprint.abstract.params})["params"]
+    blueprint, params = restore_params(selected, mesh or make_mesh(MeshConfig()), model)
     tell_selected(selected, say)
     return nnx.merge(blueprint.graphdef, params), metadata
+
+
+def restore_params(
+    selected: Selected, mesh: Mesh, model: ModelFactory | None = None
+) -> tuple[Blueprint, Params]:
+    """The weights alone of a checkpoint on a mesh, verified, and the blueprint of their model.
+
+    Args:
+      selected: the checkpoint.
+      mesh: where to put them.
+      model: the factory that was given to `train`, if one was.
+
+    Raises:
+      ValueError: it is of another model, or damaged.
+    """
+    metadata, config = selected.metadata, selected.metadata.run_config()
+    if model is None and config.model.num_layers > len(metadata.fingerprints):
+        raise ValueError(
+            f"{selected.path}: its config has {config.model.num_layers:,} layers, and it holds "
+            f"{len(metadata.fingerprints)} arrays; it was altered"
+        )
+    factory = model or model_factory(config.model, mesh.devices.flat[0].platform)
+    blueprint = make_blueprint(factory, make_optimizer(config.optim), mesh)
+    wanted = {"params": blueprint.abstract.params}
+    return blueprint, restore_items(selected.path, metadata, wanted)["params"]
 
 
 def tell_selected(selected: Selected, say: Callable[[str], None]) -> None:

@@ -25,7 +25,8 @@ class Retention:
         kept = set(steps[-self._config.keep_latest :])
         if best:
             kept.add(best.step)
-        return [step in kept | self._milestones(steps, kept) for step in steps]
+        kept |= self._milestones(steps, kept)
+        return [step in kept for step in steps]
 
     def _milestones(self, steps: list[int], kept: set[int]) -> set[int]:
         every, budget = self._config.keep_every, self._config.disk_budget_gb

@@ -12,20 +12,18 @@ import numpy as np
 from jax.sharding import Mesh
 from scipy.special import stdtrit
 
-from jaxlm.assemble import assemble_eval, held_out_batches, mask_id, model_factory, prepare_data
+from jaxlm.assemble import assemble_eval, held_out_batches, mask_id, prepare_data
 from jaxlm.config import Config, MeshConfig
 from jaxlm.data.prepare import Dataset
 from jaxlm.evaluate import batch_sums, mean_loss
 from jaxlm.folder import TOKENIZER, Selected, read_metadata, select
-from jaxlm.load import tell_selected
+from jaxlm.load import restore_params, tell_selected
 from jaxlm.loss import next_token_loss
 from jaxlm.manifest import find_damage
 from jaxlm.metrics import perplexity
-from jaxlm.optim import make_optimizer
-from jaxlm.restore import find_changed_arrays, restore_items
+from jaxlm.restore import find_changed_arrays
 from jaxlm.resume import compare_environments, describe_environment
 from jaxlm.sharding import make_mesh
-from jaxlm.state import make_blueprint
 
 Say = Callable[[str], None]
 TOLERANCE = 1e-3
@@ -168,14 +166,12 @@ def _in_batches_of(first: _Candidate, other: _Candidate) -> _Candidate:
 
 def _score(candidate: _Candidate, source: str | None) -> Score:
     run, selected, config, dataset = candidate
-    metadata, path = selected.metadata, selected.folder / str(selected.step)
+    metadata = selected.metadata
     mesh = _choose_mesh(metadata.environment["mesh"], config.micro_batch_size)
-    factory = model_factory(config.model, mesh.devices.flat[0].platform)
-    blueprint = make_blueprint(factory, make_optimizer(config.optim), mesh)
+    blueprint, params = restore_params(selected, mesh)
     batches = held_out_batches(config, dataset)
     loss = next_token_loss(eos_id=mask_id(config, dataset))
     eval_step, put = assemble_eval(config, blueprint, mesh, batches, loss)
-    params = restore_items(path, metadata, {"params": blueprint.abstract.params})["params"]
     sums = batch_sums(eval_step, params, put, len(batches))
     return Score(
         run=run,

@@ -94,8 +94,7 @@ def _resumed(
 ) -> Start:
     config, lineage = parts.config, metadata.lineage
     _check_data(parts, metadata)
-    began = any(entry.keys() & {"branched_from", "initialized_from"} for entry in lineage)
-    if (config.branch_from or config.init_from) and not began:
+    if (config.branch_from or config.init_from) and not _beginnings(lineage):
         console.warn("branch_from and init_from begin a new run; this one has begun, and goes on")
     # Against what was restored, which is not the plan's latest if that turned out to be damaged.
     recorded = [c for c in changes(metadata.run_config(), config) if c.policy == "recorded"]
@@ -207,5 +206,10 @@ def _tell(metadata: Metadata, console: Console) -> None:
 
 def beginning_of(lineage: list[dict[str, Any]]) -> int:
     """The step of a run's first state."""
-    begun = [e["step"] for e in lineage if e.keys() & {"branched_from", "initialized_from"}]
+    begun = _beginnings(lineage)
     return begun[-1] if begun else 0
+
+
+def _beginnings(lineage: list[dict[str, Any]]) -> list[int]:
+    # The steps at which it, and what it came from, began with the state or weights of another run.
+    return [e["step"] for e in lineage if e.keys() & {"branched_from", "initialized_from"}]

@@ -95,25 +95,34 @@ def train(
         check_alike("data", {"fingerprint": parts.data_fingerprint})
         tell_start(parts, console)
         request = stack.enter_context(stop_requests(parts.mesh))
-        rolled_back = False
-        while True:  # once, and once more for each rollback: it is a resume, of its own accord
-            state, start = start_state(parts, checkpoints, console, rolled_back=rolled_back)
-            with open_run_folder(parts, start, console) as metrics:
-                run = _Run(parts, checkpoints, metrics, console, callbacks, start)
-                try:
-                    result = run.loop(state, request)
-                    break
-                except Diverged as spike:
-                    checkpoints.roll_back(
-                        spike.step - spike.num_steps,
-                        spike.step,
-                        str(spike),
-                        beginning=beginning_of(start.lineage),
-                        max_rollbacks=config.guard.max_rollbacks,
-                    )
-                    rolled_back = True
+        result = _train_to_end(parts, checkpoints, console, callbacks, request)
     tell_end(parts.config, result.step, result.complete, result.best, console)
     return result
+
+
+def _train_to_end(
+    parts: Parts,
+    checkpoints: Checkpoints,
+    console: Console,
+    callbacks: Sequence[Callback],
+    request: StopRequest,
+) -> Result:
+    rolled_back = False
+    while True:  # once, and once more for each rollback: it is a resume, of its own accord
+        state, start = start_state(parts, checkpoints, console, rolled_back=rolled_back)
+        with open_run_folder(parts, start, console) as metrics:
+            run = _Run(parts, checkpoints, metrics, console, callbacks, start)
+            try:
+                return run.loop(state, request)
+            except Diverged as spike:
+                checkpoints.roll_back(
+                    spike.step - spike.num_steps,
+                    spike.step,
+                    str(spike),
+                    beginning=beginning_of(start.lineage),
+                    max_rollbacks=parts.config.guard.max_rollbacks,
+                )
+                rolled_back = True
 
 
 class _Run:
