@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxlm.attention import Attention, reference_attention
-from jaxlm.config import MeshConfig, ModelConfig, OptimConfig
+from jaxlm.config import Config, MeshConfig, ModelConfig, OptimConfig, to_dict
+from jaxlm.folder import Metadata
 from jaxlm.model import Transformer
 from jaxlm.optim import make_optimizer
 from jaxlm.sharding import make_mesh, put_batch
@@ -92,3 +93,22 @@ def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 def names_and_leaves(tree: Any) -> dict[str, Any]:
     """Path name -> leaf."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def metadata_of(step: int, eval_loss: float | None = None) -> Metadata:
+    """What a checkpoint says of itself, where a test asks for no more."""
+    return Metadata(
+        step=step,
+        tokens_seen=step,
+        eval_loss=eval_loss,
+        best_eval_loss=math.inf,
+        best_step=None,
+        num_worse_evals=0,
+        final=False,
+        config=to_dict(Config()),
+        data_fingerprint="",
+        eos_id=None,
+        environment={},
+        tracking_run_id="",
+        lineage=[],
+    )

@@ -18,10 +18,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from small import metadata_of
 
 from jaxlm import lock
 from jaxlm.checkpoint import CheckpointError, Checkpoints
-from jaxlm.config import CheckpointConfig, Config, MeshConfig, to_dict
+from jaxlm.config import CheckpointConfig, MeshConfig
 from jaxlm.folder import Metadata, list_steps, select
 from jaxlm.restore import items_of
 from jaxlm.sharding import make_mesh
@@ -39,24 +40,6 @@ BLUEPRINT = make_blueprint(_Matrix, optax.adam(1e-3), make_mesh(MeshConfig(data=
 def _state(step: int) -> TrainState:
     state = BLUEPRINT.make(step)
     return state._replace(step=state.step + step)
-
-
-def _metadata(step: int, eval_loss: float | None) -> Metadata:
-    return Metadata(
-        step=step,
-        tokens_seen=step,
-        eval_loss=eval_loss,
-        best_eval_loss=math.inf,
-        best_step=None,
-        num_worse_evals=0,
-        final=False,
-        config=to_dict(Config()),
-        data_fingerprint="",
-        eos_id=None,
-        environment={},
-        tracking_run_id="",
-        lineage=[],
-    )
 
 
 class _Told:
@@ -79,7 +62,7 @@ def _save_all(folder: Path, losses: dict[int, float | None], **config: Any) -> _
     told = _Told()
     with _open(folder, told, **config) as checkpoints:
         for step, loss in losses.items():
-            checkpoints.save(_state(step), _metadata(step, loss))
+            checkpoints.save(_state(step), metadata_of(step, loss))
     return told
 
 
@@ -108,7 +91,7 @@ def test_the_state_may_be_donated_while_it_is_being_saved(tmp_path: Path) -> Non
     with _open(tmp_path) as checkpoints:
         for step in range(1, 6):
             state = _state(step)
-            checkpoints.save(state, _metadata(step, None))
+            checkpoints.save(state, metadata_of(step, None))
             jax.block_until_ready(overwrite(state))
     with _open(tmp_path) as checkpoints:  # compares the fingerprints
         restored = checkpoints.restore_latest(BLUEPRINT.abstract)
@@ -159,7 +142,7 @@ def test_reopened_folders_agree_on_the_best(tmp_path: Path) -> None:
     _save_all(tmp_path, {1: 2.0, 2: 1.0, 3: 1.0, 4: 1.5}, keep_latest=1)
     with _open(tmp_path, keep_latest=1) as checkpoints:
         assert checkpoints.best == (2, 1.0)
-        checkpoints.save(_state(5), _metadata(5, 1.0))  # as good is not better
+        checkpoints.save(_state(5), metadata_of(5, 1.0))  # as good is not better
         checkpoints.wait()
         assert checkpoints.best == (2, 1.0)
     assert list_steps(tmp_path) == [2, 5]
@@ -168,10 +151,10 @@ def test_reopened_folders_agree_on_the_best(tmp_path: Path) -> None:
 def test_a_step_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     with _open(tmp_path) as checkpoints:
         state = _state(1)
-        checkpoints.save(state, _metadata(1, None))
+        checkpoints.save(state, metadata_of(1, None))
         broken = state._replace(params=jax.tree.map(lambda x: x * jnp.nan, _state(2).params))
         with pytest.raises(CheckpointError, match="not finite.*last sound step is 1"):
-            checkpoints.save(broken, _metadata(2, None))
+            checkpoints.save(broken, metadata_of(2, None))
     assert list_steps(tmp_path) == [1]
 
 
@@ -182,7 +165,7 @@ def test_a_damaged_latest_is_set_aside_and_the_next_one_restored(tmp_path: Path)
     with _open(tmp_path, told) as checkpoints:
         restored = checkpoints.restore_latest(BLUEPRINT.abstract)
         assert restored is not None and restored[1].step == 2
-        checkpoints.save(_state(3), _metadata(3, None))  # the number is free again
+        checkpoints.save(_state(3), metadata_of(3, None))  # the number is free again
     assert "checkpoint 3 is damaged" in told.warnings[0]
     assert (tmp_path / "3.corrupt").is_dir()
     assert list_steps(tmp_path) == [1, 2, 3]
@@ -220,7 +203,7 @@ def test_a_damaged_best_does_not_block_the_next(tmp_path: Path) -> None:
     with _open(tmp_path, told) as checkpoints:
         checkpoints.restore_latest(BLUEPRINT.abstract)
         assert checkpoints.best == (3, 2.0)
-        checkpoints.save(_state(4), _metadata(4, 1.5))  # worse than the damaged one was
+        checkpoints.save(_state(4), metadata_of(4, 1.5))  # worse than the damaged one was
     assert told.commits == [(4, True)]
 
 
@@ -270,7 +253,7 @@ def test_another_model_is_refused_not_cast(tmp_path: Path) -> None:
 def test_a_replaced_step_is_there_at_every_instant(tmp_path: Path) -> None:
     _save_all(tmp_path, {1: None, 2: None})
     with _open(tmp_path) as checkpoints:
-        checkpoints.replace(_state(2), _metadata(2, 1.25))
+        checkpoints.replace(_state(2), metadata_of(2, 1.25))
         assert checkpoints.best == (2, 1.25)
     assert list_steps(tmp_path) == [1, 2]
     # Killed after the rename and before the commit: the old one comes back.
@@ -315,16 +298,16 @@ def _no_room() -> Iterator[None]:
 def test_a_save_that_fails_is_reported_and_nothing_is_lost(tmp_path: Path, policy: Any) -> None:
     told = _Told()
     with _open(tmp_path, told, on_save_error=policy) as checkpoints:
-        checkpoints.save(_state(1), _metadata(1, 1.0))
+        checkpoints.save(_state(1), metadata_of(1, 1.0))
         checkpoints.wait()
         fails = pytest.raises(CheckpointError, match="saving step 2 failed: .*untouched: 1")
         with fails if policy == "stop" else contextlib.nullcontext(), _no_room():
-            checkpoints.save(_state(2), _metadata(2, 0.5))
+            checkpoints.save(_state(2), metadata_of(2, 0.5))
             checkpoints.wait()
         assert checkpoints.best == (1, 1.0)  # what is not on disk is not the best
         if policy == "warn":
             assert "saving step 2 failed" in told.warnings[0]
-        checkpoints.save(_state(3), _metadata(3, None))
+        checkpoints.save(_state(3), metadata_of(3, None))
     assert list_steps(tmp_path) == [1, 3]
     assert not list(tmp_path.glob("*tmp*"))  # nor does what it had written keep the space
     assert told.commits == [(1, True), (3, False)]
@@ -333,10 +316,10 @@ def test_a_save_that_fails_is_reported_and_nothing_is_lost(tmp_path: Path, polic
 def test_a_folder_deleted_under_the_run_is_not_made_again(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     with pytest.raises(CheckpointError, match="deleted or replaced"), _open(folder) as checkpoints:
-        checkpoints.save(_state(1), _metadata(1, None))
+        checkpoints.save(_state(1), metadata_of(1, None))
         checkpoints.wait()
         folder.rename(tmp_path / "moved")
-        checkpoints.save(_state(2), _metadata(2, None))
+        checkpoints.save(_state(2), metadata_of(2, None))
     assert not folder.exists()
 
 
@@ -360,22 +343,22 @@ def test_a_deleted_holder_file_lets_no_second_trainer_in(tmp_path: Path) -> None
 def test_the_lock_goes_with_the_folder_that_is_renamed(tmp_path: Path) -> None:
     folder, moved = tmp_path / "checkpoints", tmp_path / "moved"
     with pytest.raises(CheckpointError, match="deleted or replaced"), _open(folder) as checkpoints:
-        checkpoints.save(_state(1), _metadata(1, None))
+        checkpoints.save(_state(1), metadata_of(1, None))
         checkpoints.wait()
         folder.rename(moved)
         with pytest.raises(RuntimeError, match="in use by another trainer"):
             _open(moved).__enter__()
         with _open(folder) as second:  # the folder made anew is another one: who made it has it
-            second.save(_state(7), _metadata(7, None))
+            second.save(_state(7), metadata_of(7, None))
             second.wait()
-            checkpoints.save(_state(2), _metadata(2, None))
+            checkpoints.save(_state(2), metadata_of(2, None))
     assert (list_steps(moved), list_steps(folder)) == ([1], [7])
 
 
 def test_a_latest_deleted_by_hand_does_not_stop_a_rollback(tmp_path: Path) -> None:
     with _open(tmp_path) as checkpoints:
         for step in (1, 2, 3):
-            checkpoints.save(_state(step), _metadata(step, None))
+            checkpoints.save(_state(step), metadata_of(step, None))
         checkpoints.wait()
         shutil.rmtree(tmp_path / "3")
         assert checkpoints.latest and checkpoints.latest.step == 2
@@ -395,12 +378,12 @@ def test_commits_are_told_only_once_they_are_on_disk(tmp_path: Path) -> None:
     )
     with checkpoints:
         for step in (1, 2):
-            checkpoints.save(_state(step), _metadata(step, None))
+            checkpoints.save(_state(step), metadata_of(step, None))
     assert seen == [(1, True), (2, True)]
 
 
 def test_metadata_round_trips_through_json(tmp_path: Path) -> None:
-    metadata = replace(_metadata(3, None), lineage=[{"step": 1}], best_eval_loss=math.inf)
+    metadata = replace(metadata_of(3, None), lineage=[{"step": 1}], best_eval_loss=math.inf)
     assert Metadata.from_json(metadata.to_json()) == metadata
     assert metadata.to_json()["best_eval_loss"] is None
 
@@ -432,12 +415,12 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
 def test_what_was_deleted_by_hand_does_not_take_the_best_with_it(tmp_path: Path) -> None:
     with _open(tmp_path, keep_latest=1) as checkpoints:
         for step, loss in ((1, 1.0), (2, 2.0)):
-            checkpoints.save(_state(step), _metadata(step, loss))
+            checkpoints.save(_state(step), metadata_of(step, loss))
         checkpoints.wait()
         shutil.rmtree(tmp_path / "1")
         assert checkpoints.best == (2, 2.0)
         for step, loss in ((3, 3.0), (4, 4.0)):
-            checkpoints.save(_state(step), _metadata(step, loss))
+            checkpoints.save(_state(step), metadata_of(step, loss))
     assert list_steps(tmp_path) == [2, 4]
 
 
@@ -445,11 +428,11 @@ def test_a_run_that_has_lost_its_folder_leaves_another_s_alone(tmp_path: Path) -
     folder = tmp_path / "checkpoints"
     theirs = [folder / "4.orbax-checkpoint-tmp", folder / "deleting" / "1"]
     with pytest.raises(CheckpointError, match="deleted or replaced"), _open(folder) as checkpoints:
-        checkpoints.save(_state(1), _metadata(1, None))
+        checkpoints.save(_state(1), metadata_of(1, None))
         checkpoints.wait()
         folder.rename(tmp_path / "moved")
         for path in theirs:
             path.mkdir(parents=True)
         (folder / "holder.json").write_text("{}")
-        checkpoints.save(_state(2), _metadata(2, None))
+        checkpoints.save(_state(2), metadata_of(2, None))
     assert all(path.exists() for path in theirs) and (folder / "holder.json").exists()

@@ -8,11 +8,20 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from small import NUM_STEPS, ONE_DEVICE, OPTIM, ROWS, blueprint_of, host_batch, mesh_of, put
+from small import (
+    NUM_STEPS,
+    ONE_DEVICE,
+    OPTIM,
+    ROWS,
+    blueprint_of,
+    host_batch,
+    mesh_of,
+    metadata_of,
+    put,
+)
 
 from jaxlm.checkpoint import Checkpoints
-from jaxlm.config import CheckpointConfig, Config, to_dict
-from jaxlm.folder import Metadata
+from jaxlm.config import CheckpointConfig
 from jaxlm.loss import next_token_loss
 from jaxlm.optim import make_optimizer, make_schedule
 from jaxlm.restore import items_of
@@ -51,23 +60,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     """A checkpoint of step 3, its fingerprints, and the losses of the steps after it."""
     folder = tmp_path_factory.mktemp("saved")
     state, _ = go_on(blueprint_of(SAVED_ON).make(0), SAVED_ON, 0, SAVED_AT)
-    metadata = Metadata(
-        step=SAVED_AT,
-        tokens_seen=0,
-        eval_loss=None,
-        best_eval_loss=math.inf,
-        best_step=None,
-        num_worse_evals=0,
-        final=False,
-        config=to_dict(Config()),
-        data_fingerprint="",
-        eos_id=None,
-        environment={},
-        tracking_run_id="",
-        lineage=[],
-    )
     with opened(folder) as checkpoints:
-        checkpoints.save(state, metadata)
+        checkpoints.save(state, metadata_of(SAVED_AT))
     before = fingerprint(items_of(state))
     return folder, before, go_on(state, SAVED_ON, SAVED_AT, LAST)[1]
 
