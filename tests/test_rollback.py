@@ -258,6 +258,10 @@ def test_resume_best_goes_back_once(tmp_path: Path) -> None:
     before = [path.name for path in folder.iterdir()]
     run("ruined", 24, 1e-2, resume="best")  # a scheduler that starts it again changes nothing
     assert sorted(path.name for path in folder.iterdir()) == sorted(before)
+    for _ in range(2):  # also where it has come to a worse end since
+        run("ruined", 36, 3.0, resume="best")
+        assert (select(f"{tmp_path}/ruined@best").step, max(list_steps(folder))) == (24, 36)
+        assert not (folder / "36.superseded").exists()
 
 
 def test_init_from_takes_the_weights_alone(tmp_path: Path) -> None:
