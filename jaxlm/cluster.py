@@ -159,7 +159,9 @@ def _if_lost(error: BaseException) -> tuple[int, str] | None:
 
 
 def _is_loss(error: BaseException) -> bool:
-    return isinstance(error, JaxRuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    # What fails as a program is dispatched comes as a ValueError, what fails later as the other.
+    of_jax = isinstance(error, JaxRuntimeError | ValueError)
+    return of_jax and any(sign in str(error) for sign in _SIGNS)
 
 
 def _first_line(error: BaseException) -> str:

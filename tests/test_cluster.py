@@ -35,17 +35,21 @@ class Members:
         clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
         clean |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
         self.outputs = [folder / f"{index}.output" for index in range(count)]
-        self.processes = []
+        self.processes, self.writers = [], []
         for index, path in enumerate(self.outputs):
             with path.open("w") as output:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, str(MEMBER), *map(str, args)],
-                        env={**clean, "JAX_PROCESS_ID": str(index)},
-                        stdout=output,
-                        stderr=output,
-                    )
+                # Of its own: a member whose disk is full would have no room for its words either.
+                writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=output)
+            self.writers.append(writer)
+            self.processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(MEMBER), *map(str, args)],
+                    env={**clean, "JAX_PROCESS_ID": str(index)},
+                    stdout=writer.stdin,
+                    stderr=writer.stdin,
                 )
+            )
+            writer.stdin.close()
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + 180
@@ -68,6 +72,8 @@ class Members:
                     after_s.setdefault(index, time.monotonic() - start)
             assert time.monotonic() < start + 60, [path.read_text() for path in self.outputs]
             time.sleep(0.01)
+        for index in others:
+            self.writers[index].wait()
         found = [
             Ended(self.processes[index].returncode, after_s[index], self.outputs[index].read_text())
             for index in others
