@@ -1,8 +1,6 @@
 """Trains a language model: `python launch.py --config configs/tiny.py [--flag value …]`."""
 
-import sys
-
-from jaxlm.launch import main, run_main
+from jaxlm.launch import leave, main, run_main
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    leave(run_main(main))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional
 
-from jaxlm.launch import parse_config, run_main
+from jaxlm.launch import leave, parse_config, run_main
 
 
 def prepare(flags: Positional[tuple[str, ...]] = ()) -> int:
@@ -270,7 +270,7 @@ def command(args: Sequence[str]) -> int:
 
 def main() -> None:
     """The entry point: exits with the command's code, or 1 and a message."""
-    sys.exit(run_main(lambda: command(sys.argv[1:])))
+    leave(run_main(lambda: command(sys.argv[1:])))
 
 
 if __name__ == "__main__":

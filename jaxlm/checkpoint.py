@@ -44,6 +44,7 @@ from jaxlm.state import TrainState, all_finite, fingerprint, num_bytes
 
 _REPLACED = ".replaced"
 _RETRY_S, _MAX_RETRY_S = 10.0, 600.0
+_CLEAR_ATTEMPTS = 40
 # What Orbax and TensorStore raise when the disk refuses.
 _SAVE_ERRORS = (OSError, ValueError, RuntimeError)
 
@@ -432,10 +433,14 @@ class Checkpoints:
 
     def _clear_partial(self) -> None:
         # What a failed save has written. Its other threads may still be at it, so it is looked
-        # for again before the next save.
-        if self._primary and self._is_ours():
-            for partial in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(partial, ignore_errors=True)
+        # for again, also before the next save.
+        for _ in range(_CLEAR_ATTEMPTS if self._primary else 0):
+            partial = list(self.folder.glob("*.orbax-checkpoint-tmp*")) if self._is_ours() else []
+            if not partial:
+                return
+            for path in partial:
+                shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.05)
 
     def _is_ours(self) -> bool:
         # Whether the path still leads to the folder that was opened, and not to another one.

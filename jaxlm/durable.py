@@ -18,7 +18,8 @@ class DiskError(RuntimeError):
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
+    """Raises `DiskError` where the disk gives no answer."""
     try:
         yield
     except OSError as error:
@@ -71,7 +72,7 @@ def read_file(path: Path, max_bytes: int) -> bytes:
       ValueError: it is no regular file (a pipe, a device, a folder), or larger.
       DiskError: the disk gives no answer.
     """
-    with _reading(path):
+    with reading(path):
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             raise ValueError("not a file")
@@ -88,7 +89,7 @@ def crc32c(path: Path, chunk_bytes: int = 1 << 22) -> int:
       DiskError: the disk gives no answer.
     """
     checksum = google_crc32c.Checksum()
-    with _reading(path), path.open("rb", buffering=0) as file:
+    with reading(path), path.open("rb", buffering=0) as file:
         while chunk := file.read(chunk_bytes):
             checksum.update(chunk)
     return int.from_bytes(checksum.digest(), "big")

@@ -23,7 +23,7 @@ from jaxlm.folder import read_steps
 from jaxlm.launch import STOPPED
 
 COMMAND = (sys.executable, "-c")
-COMMAND += ("import sys; from jaxlm.launch import main, run_main; sys.exit(run_main(main))",)
+COMMAND += ("from jaxlm.launch import leave, main, run_main; leave(run_main(main))",)
 """What launch.py does, wherever the user stands."""
 _MOST_SHOWN = 20
 

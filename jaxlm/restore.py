@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
-from jaxlm.durable import NO_ANSWER, no_answer
+from jaxlm.durable import NO_ANSWER, no_answer, reading
 from jaxlm.folder import Metadata
 from jaxlm.guard import Guard
 from jaxlm.state import TrainState, fingerprint, path_name
@@ -116,7 +116,7 @@ def restore_numpy(path: Path, items: Sequence[str] = ITEMS) -> dict[str, Any]:
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[ocp.Checkpointer]:
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with reading(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             yield checkpointer
     except _UNREADABLE as error:
         reason = str(error).partition("\n")[0]

@@ -61,8 +61,8 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"no step {step} within two minutes")
 
 
-def finish(process: subprocess.Popen, code: int) -> str:
+def finish(process: subprocess.Popen, code: int, timeout_s: float = 300) -> str:
     """The output of a process that is to end with this exit code."""
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=timeout_s)
     assert process.returncode == code, output
     return output

@@ -89,9 +89,10 @@ def running(folder: Path, count: int, *args: object) -> Iterator[Members]:
         members.wait_until_ready()
         yield members
     finally:
-        for process in members.processes:
+        for process, writer in zip(members.processes, members.writers, strict=True):
             process.kill()
             process.wait()
+            writer.wait()
 
 
 def ends_after(folder: Path, what: str, number: signal.Signals, who: int) -> list[Ended]:

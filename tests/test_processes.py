@@ -129,15 +129,15 @@ def test_any_number_of_processes_goes_on_from_any_other(config_file: Path, tmp_p
         rows = [row for row in untimed_rows(run_dir) if row["step"] > after]
         return [row[name] for row in rows for name in names if name in row]
 
-    flags = ("--num_steps", "200", "--save_interval", "20", "--eval_interval", "100")
+    flags = ("--num_steps", "80", "--save_interval", "10", "--eval_interval", "40")
     flags += ("--checkpoint.keep_latest", "10")
     one, four = run("one", 1), run("four", 4)
-    two = go_on(one, 20, "one-two", 2)
-    assert len(losses(one, 20)) == 36 + 2
-    assert losses(two, 20) == pytest.approx(losses(one, 20), rel=1e-4)
-    assert losses(go_on(two, 40, "two-four", 4), 40) == pytest.approx(losses(one, 40), rel=1e-4)
-    assert losses(go_on(four, 20, "four-one", 1), 20) == pytest.approx(losses(one, 20), rel=1e-4)
-    assert losses(one, 20) != pytest.approx(losses(one, 0)[:38], rel=1e-4)
+    two = go_on(one, 10, "one-two", 2)
+    assert len(losses(one, 10)) == 14 + 2
+    assert losses(two, 10) == pytest.approx(losses(one, 10), rel=1e-4)
+    assert losses(go_on(two, 20, "two-four", 4), 20) == pytest.approx(losses(one, 20), rel=1e-4)
+    assert losses(go_on(four, 10, "four-one", 1), 10) == pytest.approx(losses(one, 10), rel=1e-4)
+    assert losses(one, 10) != pytest.approx(losses(one, 0)[:16], rel=1e-4)
 
 
 @pytest.mark.slow

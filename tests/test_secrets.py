@@ -58,7 +58,7 @@ def train(home: Path, leak: str = "") -> str:
 def files_with_a_secret(home: Path) -> list[str]:
     files = [path for path in home.rglob("*") if path.is_file() and ".git" not in path.parts]
     names = {path.name for path in files}
-    assert {"config.json", "metrics.jsonl", "manifest.json", "tracking.json", "metadata"} <= names
+    assert {"config.json", "metrics.jsonl", "manifest.json", "metadata"} <= names
     assert not TRACKED or any(name.endswith(".wandb") for name in names)
     assert not TRACKED or any("tfevents" in name for name in names)
     return [str(path) for path in files if CANARY.encode() in path.read_bytes()]
