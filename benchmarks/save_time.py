@@ -18,8 +18,8 @@ import jax
 from jaxlm.assemble import model_factory
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import CheckpointConfig, Config, MeshConfig, to_dict
-from jaxlm.folder import Metadata
 from jaxlm.launch import load_config
+from jaxlm.metadata import Metadata
 from jaxlm.optim import make_optimizer
 from jaxlm.preflight import count_bytes
 from jaxlm.sharding import make_mesh

@@ -149,16 +149,17 @@ def verify_checkpoints(run: Positional[str], *, eval: bool = False, json: bool =
     """
     from rich.progress import track
 
-    from jaxlm.folder import find_checkpoints, list_set_aside, list_steps
+    from jaxlm.folder import find_checkpoints, list_set_aside, list_steps, read_steps
     from jaxlm.score import score, verify_step
 
     folder, found = find_checkpoints(run), {}
     steps = list_steps(folder)
     if not steps:
         raise ValueError(f"{folder}: found no checkpoint to verify")
+    at_a_look = read_steps(folder).damaged  # among them sound ones of another run
     for step in track(steps, "Verifying", transient=True, disable=json or not sys.stdout.isatty()):
         if (damage := verify_step(folder, step)) is not None:  # not deleted by a trainer
-            found[step] = damage
+            found[step] = damage = damage or at_a_look.get(step, [])
             if not json:
                 print(f"{step}: {'; '.join(damage) or 'sound'}", flush=True)
     sound, aside = not any(found.values()), list_set_aside(folder)

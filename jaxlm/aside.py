@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from jaxlm.folder import SUPERSEDED
 
 DELETING = "deleting"
 """Orbax renames what it deletes into this folder, and leaves it there."""
+_CLEAR_ATTEMPTS = 40
 
 
 def put_aside(folder: Path, steps: Sequence[int], suffix: str) -> list[str]:
@@ -29,6 +31,17 @@ def list_old_superseded(folder: Path, num_kept: int) -> list[Path]:
     """The superseded steps but for the newest."""
     paths = folder.glob(f"*{SUPERSEDED}*")
     return sorted(paths, key=lambda path: int(path.name.partition(".")[0]))[:-num_kept]
+
+
+def clear_partial(folder: Path) -> None:
+    """Removes what a failed save has written, whose other threads may still be at it."""
+    for _ in range(_CLEAR_ATTEMPTS):
+        partial = list(folder.glob("*.orbax-checkpoint-tmp*"))
+        if not partial:
+            return
+        for path in partial:
+            shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.05)
 
 
 class Purger:

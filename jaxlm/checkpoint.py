@@ -9,7 +9,7 @@ proves what came back, and tells only what is true on disk.
 import contextlib
 import math
 import os
-import shutil
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from jaxlm import manifest
-from jaxlm.aside import DELETING, Purger, list_old_superseded, put_aside
+from jaxlm.aside import DELETING, Purger, clear_partial, list_old_superseded, put_aside
 from jaxlm.cluster import barrier
 from jaxlm.config import CheckpointConfig
 from jaxlm.durable import fsync
@@ -30,13 +30,13 @@ from jaxlm.folder import (
     CORRUPT,
     SUPERSEDED,
     Best,
-    Metadata,
     find_best,
     list_set_aside,
     list_steps,
     read_steps,
 )
 from jaxlm.lock import HOLDER, lock, unlock
+from jaxlm.metadata import Metadata
 from jaxlm.restore import ITEMS, DamagedArrays, items_of, restore_items, state_of
 from jaxlm.retention import Retention
 from jaxlm.skips import Skip, held_by, read_skips, skipped, write_skips
@@ -44,7 +44,6 @@ from jaxlm.state import TrainState, all_finite, fingerprint, num_bytes
 
 _REPLACED = ".replaced"
 _RETRY_S, _MAX_RETRY_S = 10.0, 600.0
-_CLEAR_ATTEMPTS = 40
 # What Orbax and TensorStore raise when the disk refuses.
 _SAVE_ERRORS = (OSError, ValueError, RuntimeError)
 
@@ -115,6 +114,7 @@ class Checkpoints:
         self._opened = self.folder.stat()
         found = read_steps(self.folder, check=self._config.verify != "off")
         self._steps, self.skips = found.sound, found.skips
+        self._run_id = found.run_id or secrets.token_hex(8)
         if read_skips(self.folder) is None:
             self._warn("skips.json is damaged; what the checkpoints hold of it is used instead")
         for step, damage in found.damaged.items():
@@ -285,7 +285,9 @@ class Checkpoints:
         items = items_of(state)
         self._retention.state_bytes = num_bytes(items)
         skips = held_by(self.skips, metadata.step)
-        metadata = replace(metadata, fingerprints=fingerprint(items), skips=skips)
+        metadata = replace(
+            metadata, fingerprints=fingerprint(items), skips=skips, run_id=self._run_id
+        )
         loss = metadata.eval_loss
         metrics = None if loss is None or not math.isfinite(loss) else {"eval_loss": loss}
         args = {name: ocp.args.PyTreeSave(item) for name, item in items.items()}
@@ -432,15 +434,8 @@ class Checkpoints:
         self._warn(text + "; training goes on, and tries again (checkpoint.on_save_error is warn)")
 
     def _clear_partial(self) -> None:
-        # What a failed save has written. Its other threads may still be at it, so it is looked
-        # for again, also before the next save.
-        for _ in range(_CLEAR_ATTEMPTS if self._primary else 0):
-            partial = list(self.folder.glob("*.orbax-checkpoint-tmp*")) if self._is_ours() else []
-            if not partial:
-                return
-            for path in partial:
-                shutil.rmtree(path, ignore_errors=True)
-            time.sleep(0.05)
+        if self._primary and self._is_ours():
+            clear_partial(self.folder)
 
     def _is_ours(self) -> bool:
         # Whether the path still leads to the folder that was opened, and not to another one.

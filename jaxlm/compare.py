@@ -32,7 +32,7 @@ def describe_run(run: str) -> dict[str, Any]:
       ValueError: there is no such run.
     """
     folder = find_checkpoints(run)
-    found, damaged, _, skips = read_steps(folder)
+    found, damaged, _, skips, _ = read_steps(folder)
     best = find_best({step: metadata.eval_loss for step, metadata in found.items()})
     named = {"best": best.step if best else None, "latest": max(found, default=None)}
     named["final"] = max((step for step in found if found[step].final), default=None)

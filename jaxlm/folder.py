@@ -3,88 +3,22 @@
 Reading only; `jaxlm.checkpoint` writes. Anyone may read while a trainer runs.
 """
 
-import dataclasses
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 from jaxlm import manifest
-from jaxlm.config import Config, from_dict
-from jaxlm.skips import Skip, held_by, read_skips, to_json
-from jaxlm.strict import conform, read_json, spell
+from jaxlm.metadata import Metadata
+from jaxlm.skips import Skip, held_by, read_skips
+from jaxlm.strict import read_json
 
 TOKENIZER = "tokenizer.json"
 CORRUPT = ".corrupt"
 """Ends the name of a step that was found damaged."""
 SUPERSEDED = ".superseded"
 """Ends the name of a step that the run has gone back from."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Metadata:
-    """What a checkpoint says of itself, besides its arrays."""
-
-    step: int
-    """Batches taken in."""
-    tokens_seen: int
-    """Tokens trained on."""
-    eval_loss: float | None
-    """Held-out loss at this step (nats per token); None where none was due."""
-    best_eval_loss: float
-    """The lowest held-out loss up to this step; infinite before the first eval."""
-    best_step: int | None
-    """The step of `best_eval_loss`."""
-    num_worse_evals: int
-    """Evals since the best one."""
-    final: bool
-    """Whether a plan ended here: `num_steps` reached, or stopped by its evals."""
-    config: dict[str, Any]
-    """The run's config, as nested dicts."""
-    data_fingerprint: str
-    """Hash of the tokens that the run trains on."""
-    eos_id: int | None
-    """The token that ends a document."""
-    environment: dict[str, Any]
-    """Versions, devices and cores: what the bits of a run depend on."""
-    tracking_run_id: str
-    """Identity of the run at its trackers."""
-    lineage: list[dict[str, Any]]
-    """What was changed on the way here, oldest first."""
-    skips: list[Skip] = dataclasses.field(default_factory=list)
-    """Batches passed over on the way here."""
-    fingerprints: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
-    """Leaf name -> [dtype, shape, lane, lane], computed on the device before the save."""
-
-    def run_config(self) -> Config:
-        """The config as dataclasses.
-
-        Raises:
-          ValueError: another version wrote it, or no version.
-        """
-        try:
-            return from_dict(self.config)
-        except ValueError as error:
-            raise ValueError(f"the config in the metadata of step {self.step}: {error}") from error
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON values; a best loss that is infinite becomes null."""
-        values = {f.name: spell(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        if not math.isfinite(self.best_eval_loss):
-            values["best_eval_loss"] = None
-        values["skips"] = to_json(self.skips)
-        return values
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Metadata":
-        """The inverse of `to_json`.
-
-        Raises:
-          ValueError: a field is missing, unknown or of another type.
-        """
-        if values.get("best_eval_loss", 0) is None:
-            values = {**values, "best_eval_loss": math.inf}
-        return conform(values, cls)
 
 
 class Best(NamedTuple):
@@ -139,6 +73,8 @@ class Steps(NamedTuple):
     """Steps that the run has gone back from."""
     skips: list[Skip]
     """The batches that the run passes over."""
+    run_id: str
+    """The run that they are of; empty where there is none."""
 
 
 def read_steps(folder: Path, *, check: bool = True) -> Steps:
@@ -149,7 +85,8 @@ def read_steps(folder: Path, *, check: bool = True) -> Steps:
       check: compare the files with the manifest.
 
     Raises:
-      ValueError: `check` is off, and metadata cannot be read.
+      ValueError: as many checkpoints are of one run as of another, or `check` is off and metadata
+        cannot be read.
     """
     found, damaged = {}, {}
     for step in list_steps(folder):
@@ -162,12 +99,29 @@ def read_steps(folder: Path, *, check: bool = True) -> Steps:
         except ValueError:
             if not check or (folder / str(step)).exists():
                 raise  # whole, but of another version; else it was deleted between the two looks
+    run_id, foreign = _tell_runs_apart(folder, {s: m.run_id for s, m in found.items()})
+    for step in foreign:
+        other = found.pop(step).run_id
+        damaged[step] = [f"it is of another run ({other}) than the others ({run_id})"]
     # The list only grows. Where its file is lost, the checkpoints still have it.
     lists = [metadata.skips for metadata in found.values()]
     skips = max([read_skips(folder) or [], *lists], key=len)
     superseded = [s for s, m in found.items() if m.skips != held_by(skips, s)]
     sound = {step: found[step] for step in found if step not in superseded}
-    return Steps(sound, damaged, superseded, skips)
+    return Steps(sound, damaged, superseded, skips, run_id)
+
+
+def _tell_runs_apart(folder: Path, run_ids: dict[int, str]) -> tuple[str, list[int]]:
+    # The run that most checkpoints are of, and the steps that are of others.
+    ranked = Counter(run_ids.values()).most_common(2)
+    if len(ranked) == 2 and ranked[0][1] == ranked[1][1]:
+        found = ", ".join(f"{step} of run {run_id}" for step, run_id in run_ids.items())
+        raise ValueError(
+            f"{folder}: found checkpoints of several runs ({found}), expected those of one; "
+            "move away those that are not of this run"
+        )
+    own = ranked[0][0] if ranked else ""
+    return own, [step for step, run_id in run_ids.items() if run_id != own]
 
 
 def find_best(eval_losses: dict[int, float | None]) -> Best | None:
@@ -253,7 +207,8 @@ def select(run: str, default: str = "best", *, contents: bool = True) -> Selecte
     # Of a damaged step, no one can tell whether it was the best or a final one.
     passed_over = found.damaged if which in ("best", "final") else {}
     for step in _candidates(name, found, which):
-        damage = manifest.find_damage(folder / str(step), contents=contents)
+        path = folder / str(step)
+        damage = found.damaged.get(step) or manifest.find_damage(path, contents=contents)
         if not damage:
             return Selected(folder, step, read_metadata(folder, step), passed_over)
         passed_over[step] = damage

@@ -109,7 +109,7 @@ def run_main(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # what a shell says of a process that SIGPIPE ended
-    except (KeyboardInterrupt, Exception) as error:
+    except (KeyboardInterrupt, ValueError, OSError, ImportError, RuntimeError) as error:
         code, text = explain(error)
         print(text or traceback.format_exc().rstrip(), file=sys.stderr)
         return code

@@ -8,7 +8,8 @@ from jax.sharding import Mesh
 
 from jaxlm.assemble import model_factory
 from jaxlm.config import MeshConfig
-from jaxlm.folder import Metadata, Selected, select
+from jaxlm.folder import Selected, select
+from jaxlm.metadata import Metadata
 from jaxlm.optim import make_optimizer
 from jaxlm.restore import restore_items
 from jaxlm.sharding import make_mesh

@@ -12,8 +12,8 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from jaxlm.durable import NO_ANSWER, no_answer, reading
-from jaxlm.folder import Metadata
 from jaxlm.guard import Guard
+from jaxlm.metadata import Metadata
 from jaxlm.state import TrainState, fingerprint, path_name
 
 ITEMS = ("params", "opt_state", "state")

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Change, Config, changes
-from jaxlm.folder import Best, Metadata, list_steps, recorded_directory, select
+from jaxlm.folder import Best, list_steps, recorded_directory, select
+from jaxlm.metadata import Metadata
 from jaxlm.optim import make_schedule
 
 Say = Callable[[str], None]

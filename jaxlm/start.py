@@ -13,7 +13,8 @@ from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import changes, to_dict
 from jaxlm.console import Console
 from jaxlm.durable import write_file
-from jaxlm.folder import TOKENIZER, Metadata, Selected, read_steps, select
+from jaxlm.folder import TOKENIZER, Selected, read_steps, select
+from jaxlm.metadata import Metadata
 from jaxlm.metrics import Metrics
 from jaxlm.restore import items_of, restore_items, state_of
 from jaxlm.resume import (

@@ -6,7 +6,8 @@ from jaxlm import preflight
 from jaxlm.assemble import Parts
 from jaxlm.config import Change, Config
 from jaxlm.console import Console, format_bytes
-from jaxlm.folder import Best, Metadata
+from jaxlm.folder import Best
+from jaxlm.metadata import Metadata
 from jaxlm.resume import goes_back
 from jaxlm.state import num_bytes
 

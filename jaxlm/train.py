@@ -17,8 +17,9 @@ from jaxlm.console import Console
 from jaxlm.data.batches import prefetch
 from jaxlm.divergence import Diverged, check_losses
 from jaxlm.evaluate import EvalSet, evaluate
-from jaxlm.folder import Best, Metadata
+from jaxlm.folder import Best
 from jaxlm.loss import Batch, Loss
+from jaxlm.metadata import Metadata
 from jaxlm.metrics import Metrics, perplexity
 from jaxlm.resume import check_folders, describe_environment, is_at_end, plan_resume
 from jaxlm.signals import StopRequest, stop_requests

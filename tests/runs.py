@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxlm import launch
+from jaxlm import launch, manifest
 
 REPO = Path(__file__).resolve().parents[1]
 RUN = "runs/tiny"
@@ -99,3 +99,11 @@ def damage(checkpoint: Path, item: str = "params") -> Path:
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     return largest
+
+
+def give_to_another_run(step_folder: Path) -> None:
+    """Makes a step one of another run, sound in itself, as a copy into the wrong folder is."""
+    path = step_folder / "meta" / "metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "run_id": "another"}))
+    (step_folder / manifest.NAME).unlink()
+    manifest.write_manifest(step_folder)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxlm.attention import Attention, reference_attention
 from jaxlm.config import Config, MeshConfig, ModelConfig, OptimConfig, to_dict
-from jaxlm.folder import Metadata
+from jaxlm.metadata import Metadata
 from jaxlm.model import Transformer
 from jaxlm.optim import make_optimizer
 from jaxlm.sharding import make_mesh, put_batch

@@ -23,7 +23,8 @@ from small import metadata_of
 from jaxlm import lock
 from jaxlm.checkpoint import CheckpointError, Checkpoints
 from jaxlm.config import CheckpointConfig, MeshConfig
-from jaxlm.folder import Metadata, list_steps, select
+from jaxlm.folder import list_steps, select
+from jaxlm.metadata import Metadata
 from jaxlm.restore import items_of
 from jaxlm.sharding import make_mesh
 from jaxlm.state import TrainState, make_blueprint, num_bytes

@@ -206,6 +206,13 @@ def test_verify_looks_at_every_step_and_changes_nothing(own_run: Path, out):
     assert before.keys() == after.keys()
 
 
+def test_verify_names_a_step_of_another_run(own_run: Path, out):
+    runs.give_to_another_run(own_run / runs.RUN / "checkpoints/8")
+    said = out("checkpoints", "verify", str(own_run / runs.RUN), code=1).splitlines()
+    assert said[1].startswith("8: it is of another run (another) than the others (")
+    assert said[-1] == "1 of 3 steps are damaged"
+
+
 def test_verify_of_nothing_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "checkpoints").mkdir()
     said = refusal(capsys, "checkpoints", "verify", str(tmp_path))

@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 
 import pytest
 from flax import nnx
+from runs import give_to_another_run
 from tiny import data, tiny_config
 
 from jaxlm.assemble import model_factory
 from jaxlm.checkpoint import CheckpointError, Checkpoints
 from jaxlm.config import CheckpointConfig, Config, MeshConfig, OptimConfig
-from jaxlm.folder import Best, Metadata, list_set_aside, list_steps, read_metadata, select
+from jaxlm.folder import Best, list_set_aside, list_steps, read_metadata, select
 from jaxlm.load import load_model
 from jaxlm.manifest import NAME, find_damage
+from jaxlm.metadata import Metadata
 from jaxlm.optim import make_optimizer
 from jaxlm.restore import items_of
 from jaxlm.sharding import make_mesh
@@ -338,6 +340,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "a file that is not its own": add_file,
     "an empty folder": lose_everything,
     "a foreign folder": become_foreign,
+    "a checkpoint of another run": give_to_another_run,
 }
 
 
@@ -355,7 +358,10 @@ def test_a_damaged_latest_is_told_set_aside_and_the_next_one_restored(
     assert list_steps(folder) == [3, 6, 9] and list_set_aside(folder) == [f"{LATEST}.corrupt"]
 
 
-@pytest.mark.parametrize("kind", ["a flip in arrays", "a flip in metadata", "an empty folder"])
+@pytest.mark.parametrize(
+    "kind",
+    ["a flip in arrays", "a flip in metadata", "an empty folder", "a checkpoint of another run"],
+)
 def test_a_damaged_best_does_not_block_the_next(folder: Path, pristine: Path, kind: str) -> None:
     DAMAGES[kind](folder / str(BEST))
     _, metadata, reports = read(folder, "best")
@@ -363,6 +369,18 @@ def test_a_damaged_best_does_not_block_the_next(folder: Path, pristine: Path, ki
     had, reports = trained_on(folder)
     assert had == saved(pristine, step=LATEST, best=6)
     assert reports[0].startswith(f"checkpoint {BEST} is damaged: ")
+
+
+def test_of_two_runs_in_equal_parts_neither_is_touched(folder: Path) -> None:
+    give_to_another_run(folder / "12")
+    assert find_damage(folder / "12") == []
+    give_to_another_run(folder / "9")
+    for look in (lambda: train(config_of(folder.parent), **data()), lambda: read(folder, "best")):
+        with pytest.raises(
+            ValueError, match=r"several runs \(3 of run \w{16}.* 12 of run another\)"
+        ):
+            look()
+    assert list_steps(folder) == STEPS and list_set_aside(folder) == []
 
 
 def test_an_eval_loss_put_into_a_step_does_not_decide_what_is_kept(folder: Path) -> None:

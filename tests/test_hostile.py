@@ -25,8 +25,9 @@ from jaxlm.compare import diff_checkpoints
 from jaxlm.config import Config, OptimConfig, from_dict, to_dict
 from jaxlm.data import tokenizer
 from jaxlm.data.dataset import open_dataset
-from jaxlm.folder import Metadata, find_checkpoints, read_metadata
+from jaxlm.folder import find_checkpoints, read_metadata
 from jaxlm.load import load_model
+from jaxlm.metadata import Metadata
 from jaxlm.restore import DamagedArrays
 from jaxlm.strict import conform, parse_json, read_json
 
@@ -119,7 +120,7 @@ def test_every_loss_survives_strict_json(loss: float | None):
     values = {f.name: None for f in dataclasses.fields(Metadata)} | {
         "step": 1, "tokens_seen": 2, "best_eval_loss": math.inf, "num_worse_evals": 0,
         "final": False, "config": {}, "data_fingerprint": "", "environment": {},
-        "tracking_run_id": "", "lineage": [], "skips": [], "fingerprints": {},
+        "tracking_run_id": "", "lineage": [], "skips": [], "run_id": "", "fingerprints": {},
         "eval_loss": loss,
     }  # fmt: skip
     metadata = Metadata(**values)

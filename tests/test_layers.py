@@ -23,8 +23,9 @@ LAYERS = [
     {"assemble", "checkpoint"},
     {"aside", "evaluate", "restore", "step", "retention"},
     {"console", "folder", "state", "data.prepare"},
-    {"skips", "data.dataset", "data.tokenizer", "data.sources", "data.batches", "metrics", "model"},
-    {"data.cache", "data.remote", "throughput", "optim", "loss", "signals"},
+    {"metadata", "data.dataset", "data.tokenizer", "data.sources", "data.batches", "metrics"}
+    | {"model"},
+    {"data.cache", "data.remote", "throughput", "optim", "loss", "signals", "skips"},
     {"attention", "divergence", "guard", "lock", "manifest", "sharding", "trackers", "data.files"}
     | {"data.shards"},
     {"config", "data.__init__"},

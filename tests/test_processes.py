@@ -110,6 +110,28 @@ def test_two_processes_train_stop_and_resume_as_one(config_file: Path, tmp_path:
 
 
 @pytest.mark.slow
+def test_one_of_four_is_killed_and_all_go_on_to_the_same_bits(
+    config_file: Path, tmp_path: Path
+) -> None:
+    def launch_four(run_dir: Path) -> list[subprocess.Popen]:
+        return _launch_all(config_file, run_dir, 4, "--num_steps", "80")
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for process in launch_four(whole):
+        finish(process, 0)
+    processes = launch_four(killed)
+    wait_for_step(killed, 20, processes[0])
+    processes[2].kill()
+    for index, process in enumerate(processes):
+        output = finish(process, -signal.SIGKILL if index == 2 else 75, timeout_s=60)
+        assert index == 2 or "start all processes again" in output.splitlines()[-1]
+    outputs = [finish(process, 0) for process in launch_four(killed)]
+    assert "Resuming from step" in outputs[0]
+    assert diff_checkpoints(f"{killed}@80", f"{whole}@80") == []
+    assert untimed_rows(killed) == untimed_rows(whole)
+
+
+@pytest.mark.slow
 def test_any_number_of_processes_goes_on_from_any_other(config_file: Path, tmp_path: Path) -> None:
     def run(name: str, count: int) -> Path:
         for process in _launch_all(config_file, tmp_path / name, count, *flags):

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from jaxlm import folder, lock, manifest, metrics, skips  # noqa: E402
 from jaxlm.data import cache, dataset, prepare, tokenizer  # noqa: E402
+from jaxlm.metadata import Metadata  # noqa: E402
 
 DEEP = 3_000
 HOSTILE = [
@@ -65,9 +66,10 @@ def _checkpoint_readers(home: Path) -> dict[str, Reader]:
     }
     config = {"model": {"num_layers": 2, "rope_theta": 1e4, "compute_dtype": "auto"}}
     config |= {"optim": {"clip_norm": None}, "data": {"eos_token": "x"}, "num_steps": 1200}
-    metadata = folder.Metadata(
+    metadata = Metadata(
         3, 384, 2.5, 2.5, 3, 0, True, config, "abc", 1, {"cores": 2, "versions": {"jax": "0"}},
-        "0a1b2c3d", [{"step": 1, "changed": ["a: was 1, is 2"]}], [skips.Skip(1, 2, "")], prints,
+        "0a1b2c3d", [{"step": 1, "changed": ["a: was 1, is 2"]}], [skips.Skip(1, 2, "")], "x",
+        prints,
     )  # fmt: skip
     for name in ("manifest", "step metadata", "commit", "metadata"):
         step = home / name / "checkpoints" / "3"
