@@ -1,20 +1,24 @@
-"""Times what a save of a large state costs the training loop, and a restore.
+"""Times what a save of a large state costs the training loop, and a restore, beside NumPy's.
 
     uv run python benchmarks/save_time.py [FOLDER]
 
-The state is that of configs/180m.py: 2.15 GB of params and Adam moments. Memory: about 7 GB.
+The state is that of configs/180m.py: 2.15 GB of params and Adam moments. Memory: about 9 GB.
 """
 
+import os
 import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import numpy as np
 
+from jaxlm import manifest
 from jaxlm.assemble import model_factory
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import CheckpointConfig, Config, MeshConfig, to_dict
@@ -23,79 +27,110 @@ from jaxlm.metadata import Metadata
 from jaxlm.optim import make_optimizer
 from jaxlm.preflight import count_bytes
 from jaxlm.sharding import make_mesh
-from jaxlm.state import Blueprint, all_finite, fingerprint, make_blueprint
+from jaxlm.state import Blueprint, TrainState, all_finite, fingerprint, make_blueprint
 
-SAVES = 3
+TURNS = 5
+Verify = Literal["full", "fast", "off"]
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds and result of a call."""
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds that a call takes, until its arrays are there."""
     started = time.perf_counter()
-    result = call()
-    return time.perf_counter() - started, result
+    jax.block_until_ready(call())
+    return time.perf_counter() - started
 
 
-def open_checkpoints(folder: Path) -> Checkpoints:
+def open_checkpoints(folder: Path, verify: Verify = "full") -> Checkpoints:
     """The folder, saying nothing of its commits."""
-    return Checkpoints(
-        folder, CheckpointConfig(keep_latest=1), on_commit=lambda *_: None, warn=print
+    config = CheckpointConfig(keep_latest=1, verify=verify)
+    return Checkpoints(folder, config, on_commit=lambda *_: None, warn=print)
+
+
+def describe_step(step: int, config: Config) -> Metadata:
+    """Metadata as of a run that has had no eval."""
+    nothing: dict[str, Any] = dict.fromkeys(("best_step", "eval_loss", "eos_id"))
+    return Metadata(
+        step=step,
+        tokens_seen=0,
+        best_eval_loss=float("inf"),
+        num_worse_evals=0,
+        final=False,
+        config=to_dict(config),
+        data_fingerprint="",
+        environment={},
+        tracking_run_id="",
+        lineage=[],
+        **nothing,
     )
 
 
-def time_saves(folder: Path, config: Config, blueprint: Blueprint) -> dict[str, str]:
-    """What the saves of a new state cost."""
-    state = jax.block_until_ready(blueprint.make(0))
-    fingerprint(state)  # compiles
-    fingerprint_s, _ = timed(lambda: fingerprint(state))
-    all_finite(state.params)
-    finite_s, _ = timed(lambda: all_finite(state.params))
-    blocking, whole = [], []
-    nothing: dict[str, Any] = dict.fromkeys(("best_step", "eval_loss", "eos_id"))
-    for step in range(1, SAVES + 1):
-        metadata = Metadata(
-            step=step,
-            tokens_seen=0,
-            best_eval_loss=float("inf"),
-            num_worse_evals=0,
-            final=False,
-            config=to_dict(config),
-            data_fingerprint="",
-            environment={},
-            tracking_run_id="",
-            lineage=[],
-            **nothing,
-        )
-        with open_checkpoints(folder) as checkpoints:
-            blocked_s, _ = timed(lambda c=checkpoints, m=metadata: c.save(state, m))
-            waited_s, _ = timed(checkpoints.wait)
-        blocking.append(blocked_s)
-        whole.append(blocked_s + waited_s)
-    on_disk = sum(path.stat().st_size for path in (folder / str(SAVES)).rglob("*"))
-    return {
-        "state": f"{count_bytes(state) / 1e9:.2f} GB in memory, {on_disk / 1e9:.2f} GB on disk",
-        "fingerprint": f"{fingerprint_s:.2f} s",
-        "finite check": f"{finite_s:.2f} s",
-        "save, the loop waits": f"{statistics.median(blocking):.2f} s",
-        "save, until on disk": f"{statistics.median(whole):.2f} s",
-    }
+def save_with_numpy(state: TrainState, folder: Path) -> None:
+    """Each array in a file of its own, brought to the disk."""
+    folder.mkdir(exist_ok=True)
+    for number, leaf in enumerate(jax.tree.leaves(state)):
+        with open(folder / f"{number}.npy", "wb") as file:
+            np.save(file, np.asarray(leaf))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def load_with_numpy(folder: Path, num_arrays: int) -> list[np.ndarray]:
+    """What `save_with_numpy` wrote."""
+    return [np.load(folder / f"{number}.npy") for number in range(num_arrays)]
 
 
 def main(folder: Path) -> None:
-    """Saves, restores and prints a table."""
+    """Saves and restores in turns, and prints a table of medians."""
     config = load_config(str(Path(__file__).parent.parent / "configs" / "180m.py"))
     factory = model_factory(config.model, "cpu")
     blueprint = make_blueprint(factory, make_optimizer(config.optim), make_mesh(MeshConfig()))
-    rows = time_saves(folder, config, blueprint)
+    state = jax.block_until_ready(blueprint.make(0))
+    all_finite(state.params), fingerprint(state)  # compiles
+    times: dict[str, list[float]] = defaultdict(list)
+    for step in range(1, TURNS + 1):
+        times["fingerprint of every array"].append(timed(lambda: fingerprint(state)))
+        times["finite check"].append(timed(lambda: all_finite(state.params)))
+        copy_s = timed(lambda: [np.array(leaf) for leaf in jax.tree.leaves(state)])
+        times["copy of the state in memory"].append(copy_s)
+        time_save(folder, state, describe_step(step, config), times)
+        manifest_s = timed(lambda n=step: manifest.write_manifest(folder / str(n)))
+        times["manifest (crc32c of every file)"].append(manifest_s)
+        plain = folder / "numpy"
+        times["numpy.save and fsync"].append(timed(lambda p=plain: save_with_numpy(state, p)))
+        num_arrays = len(jax.tree.leaves(state))
+        times["numpy.load"].append(timed(lambda p=plain, n=num_arrays: load_with_numpy(p, n)))
+        for verify in ("off", "fast", "full"):
+            time_restore(folder, verify, blueprint, times)
+    print(f"state: {count_bytes(state) / 1e9:.2f} GB; medians of {TURNS} turns, and their range")
+    for name, values in times.items():
+        spread = f"{min(values):.2f}-{max(values):.2f}"
+        print(f"{name:32} | {statistics.median(values):.2f} s | {spread}")
+
+
+def time_save(folder: Path, state: TrainState, metadata: Metadata, times: Any) -> None:
+    """A save in a folder that holds one already, the older one to be deleted."""
     with open_checkpoints(folder) as checkpoints:
-        restore_s, _ = timed(lambda: checkpoints.restore_latest(blueprint.abstract))
-    rows["restore, all verified"] = f"{restore_s:.2f} s"
-    for name, value in rows.items():
-        print(f"{name:22} | {value}")
+        blocked_s = timed(lambda: checkpoints.save(state, metadata))
+        waited_s = timed(checkpoints.wait)
+    times["save: the loop waits"].append(blocked_s)
+    times["save: until it is committed"].append(blocked_s + waited_s)
+
+
+def time_restore(folder: Path, verify: Verify, blueprint: Blueprint, times: Any) -> None:
+    """A restore, and before it what opening the folder looks at."""
+
+    def restore() -> TrainState:
+        with open_checkpoints(folder, verify) as checkpoints:
+            restored = checkpoints.restore_latest(blueprint.abstract)
+        assert restored is not None
+        return restored[0]
+
+    times[f"open and restore, verify={verify}"].append(timed(restore))
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         main(Path(sys.argv[1]))
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            main(Path(folder))
+        with tempfile.TemporaryDirectory() as scratch:
+            main(Path(scratch))
