@@ -25,9 +25,15 @@ from jaxlm.config import CheckpointConfig, Config, MeshConfig, to_dict
 from jaxlm.launch import load_config
 from jaxlm.metadata import Metadata
 from jaxlm.optim import make_optimizer
-from jaxlm.preflight import count_bytes
 from jaxlm.sharding import make_mesh
-from jaxlm.state import Blueprint, TrainState, all_finite, fingerprint, make_blueprint
+from jaxlm.state import (
+    Blueprint,
+    TrainState,
+    all_finite,
+    fingerprint,
+    make_blueprint,
+    num_bytes,
+)
 
 TURNS = 5
 Verify = Literal["full", "fast", "off"]
@@ -85,7 +91,8 @@ def main(folder: Path) -> None:
     factory = model_factory(config.model, "cpu")
     blueprint = make_blueprint(factory, make_optimizer(config.optim), make_mesh(MeshConfig()))
     state = jax.block_until_ready(blueprint.make(0))
-    all_finite(state.params), fingerprint(state)  # compiles
+    for call in (all_finite, fingerprint):
+        call(state)  # compiles
     times: dict[str, list[float]] = defaultdict(list)
     for step in range(1, TURNS + 1):
         times["fingerprint of every array"].append(timed(lambda: fingerprint(state)))
@@ -101,7 +108,7 @@ def main(folder: Path) -> None:
         times["numpy.load"].append(timed(lambda p=plain, n=num_arrays: load_with_numpy(p, n)))
         for verify in ("off", "fast", "full"):
             time_restore(folder, verify, blueprint, times)
-    print(f"state: {count_bytes(state) / 1e9:.2f} GB; medians of {TURNS} turns, and their range")
+    print(f"state: {num_bytes(state) / 1e9:.2f} GB; medians of {TURNS} turns, and their range")
     for name, values in times.items():
         spread = f"{min(values):.2f}-{max(values):.2f}"
         print(f"{name:32} | {statistics.median(values):.2f} s | {spread}")

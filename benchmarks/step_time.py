@@ -60,8 +60,8 @@ def ours() -> Callable[[], None]:
 
 def torch_model(kind: str) -> Callable[[], None]:
     """One step of transformers' GPT-2 or Llama in PyTorch eager, AdamW and clipping included."""
-    import torch
-    import transformers
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
 
     if kind == "gpt2":
         config = transformers.GPT2Config(
