@@ -53,6 +53,24 @@ def prove_resume(flags: Positional[tuple[str, ...]] = ()) -> int:
     return 0 if certificate["proven"] else 1
 
 
+def plan(flags: Positional[tuple[str, ...]] = ()) -> int:
+    """Say what a run needs on devices that are not here: plan --config FILE --topology v5e-16.
+
+    Args:
+      flags: --topology, --save_cost_s, --mtbf_hours, --max_compiles and --json; and those of
+        launch.py.
+    """
+    from jaxlm.plan import Settings, describe
+    from jaxlm.plan import plan as make_plan
+
+    settings, own = tyro.cli(
+        Settings, prog="jaxlm plan --config FILE", args=flags, return_unknown_args=True
+    )
+    report = make_plan(parse_config(own, prog="jaxlm plan"), settings)
+    _show(report, "\n".join(describe(report)), settings.json)
+    return 0
+
+
 def doctor() -> int:
     """Say what this machine has for a run: versions, devices, caches, disk."""
     from jaxlm.doctor import examine
@@ -249,6 +267,7 @@ def _group(doc: str, **commands: Callable[..., int]) -> Callable[[int], int]:
 COMMANDS: dict[str, Callable[..., int]] = {
     "prepare": prepare,
     "prove-resume": prove_resume,
+    "plan": plan,
     "cache": _group("Look at and clear prepared tokens.", list=list_cache, clear=clear_cache),
     "checkpoints": _group(
         "Look at checkpoints.",
@@ -264,7 +283,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 def command(args: Sequence[str]) -> int:
     """Runs one command; returns its exit code."""
-    if args and args[0] in ("prepare", "prove-resume"):
+    if args and args[0] in ("prepare", "prove-resume", "plan"):
         return COMMANDS[args[0]](tuple(args[1:]))  # its flags are those of a config
     return tyro.cli(OmitSubcommandPrefixes[_choice(COMMANDS)], prog="jaxlm", args=list(args))
 

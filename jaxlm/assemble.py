@@ -94,7 +94,7 @@ def assemble(
     """
     mesh = make_mesh(config.mesh)
     platform = mesh.devices.flat[0].platform
-    _check_batch(config, mesh)
+    check_batch(config, mesh)
     dataset = None
     if batches is None:
         config, dataset = prepare_data(config, say)
@@ -117,7 +117,7 @@ def assemble(
         index = 0 if config.overfit_one_batch else index
         return put_batch(partial(rows_of, index), mesh, config.batch_size)
 
-    compiled = _compile(config, blueprint, train_loss, tx, mesh, put(0))
+    compiled = compile_step(config, blueprint, train_loss, tx, mesh, put(0))
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     eval_loss = loss or next_token_loss(eos_id=mask)
     eval_step, put_eval = assemble_eval(config, blueprint, mesh, eval_batches, eval_loss)
@@ -138,14 +138,18 @@ def assemble(
     )
 
 
-def _compile(
+def compile_step(
     config: Config,
     blueprint: Blueprint,
     loss: Loss,
     tx: optax.GradientTransformation,
     mesh: Mesh,
-    example: Batch,
+    example: Any,
 ) -> jax.stages.Compiled:
+    """The train step of a run, for the devices of the mesh, which need not be here.
+
+    `example` is a batch, or its `jax.ShapeDtypeStruct`s with their shardings.
+    """
     train_step = make_train_step(
         blueprint,
         loss,
@@ -173,7 +177,8 @@ def assemble_eval(
     return make_eval_step(blueprint, loss, mesh), put
 
 
-def _check_batch(config: Config, mesh: Mesh) -> None:
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Raises ValueError unless the devices of the mesh get equal numbers of rows."""
     ways = int(np.prod([mesh.shape[axis] for axis in AXES_OF["batch"]]))
     if config.micro_batch_size % ways:
         raise ValueError(

@@ -9,6 +9,8 @@ MODULES = {
     "hf": "datasets",
     "tfds": "tensorflow_datasets",
     "text": "pyarrow",
+    "tpu": "libtpu",
+    "cuda-plan": "jax_cuda13_plugin",
 }
 """Extra of pyproject.toml -> the package that it installs."""
 

@@ -3,29 +3,51 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from jaxlm.config import ModelConfig
 
-# Dense bfloat16 peak, in FLOP/s per JAX device, from the vendors' data sheets.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
+
+class Device(NamedTuple):
+    """What one JAX device can do at most."""
+
+    flops: float
+    """Dense bfloat16 products (FLOP/s)."""
+    memory_bytes: float
+    """For one program: on TPU what its compiler grants, on GPU JAX's share of three quarters."""
+    memory_bytes_per_s: float
+    """Of its main memory."""
+    link_bytes_per_s: float
+    """To the other devices of its slice or host, over all links, one way."""
+
+
+# From the vendors' data sheets: docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, and NVIDIA's
+# of A100 80GB, H100 and H200 (SXM).
+DEVICES = {
+    "TPU v4": Device(275e12, 31.25 * 2**30, 1228e9, 300e9),
+    "TPU v5 lite": Device(197e12, 15.75 * 2**30, 819e9, 200e9),
+    "TPU v5": Device(459e12, 95.73 * 2**30, 2765e9, 600e9),
+    "TPU v6 lite": Device(918e12, 31.24 * 2**30, 1638e9, 400e9),
+    "TPU v6e": Device(918e12, 31.24 * 2**30, 1638e9, 400e9),
+    "NVIDIA A100": Device(312e12, 0.75 * 80 * 2**30, 2039e9, 300e9),
+    "NVIDIA H100": Device(989e12, 0.75 * 84_942_979_072, 3350e9, 450e9),
+    "NVIDIA H200": Device(989e12, 0.75 * 141e9, 4800e9, 450e9),
 }
+
+
+def find_device(device_kind: str) -> Device | None:
+    """The limits of a kind of device, or None where they are not known."""
+    # The longest name first: "TPU v5 lite" is no "TPU v5".
+    for name in sorted(DEVICES, key=len, reverse=True):
+        if device_kind.startswith(name):
+            return DEVICES[name]
+    return None
 
 
 def peak_flops(device_kind: str) -> float | None:
     """The peak of one device (FLOP/s), or None where it is not known."""
-    # The longest name first: "TPU v5 lite" is no "TPU v5".
-    for name in sorted(PEAK_FLOPS, key=len, reverse=True):
-        if device_kind.startswith(name):
-            return PEAK_FLOPS[name]
-    return None
+    device = find_device(device_kind)
+    return device.flops if device else None
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:

@@ -18,8 +18,8 @@ LAYERS = [
     {"prove"},
     {"__init__", "launch"},
     {"train"},
-    {"start", "summary", "attempt", "score"},
-    {"load", "compare", "doctor", "resume", "preflight"},
+    {"start", "summary", "attempt", "score", "plan"},
+    {"ahead", "load", "compare", "doctor", "resume", "preflight"},
     {"assemble", "checkpoint"},
     {"aside", "evaluate", "restore", "step", "retention"},
     {"console", "folder", "state", "data.prepare"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"attention", "divergence", "guard", "lock", "manifest", "sharding", "trackers", "data.files"}
     | {"data.shards"},
     {"config", "data.__init__"},
-    {"cluster", "extras", "strict"},
+    {"cluster", "extras", "hlo", "strict"},
     {"durable"},
 ]
 # Arrays in, arrays out: these see no clock, file, log or thread.

@@ -5,7 +5,7 @@ import pytest
 from small import MODEL
 
 from jaxlm.config import ModelConfig
-from jaxlm.throughput import PEAK_FLOPS, Meter, flops_per_token, peak_flops
+from jaxlm.throughput import DEVICES, Meter, flops_per_token, peak_flops
 
 
 def test_flops_per_token_by_hand():
@@ -34,7 +34,7 @@ def test_tied_embeddings_are_multiplied_all_the_same():
 )
 def test_peak_of_a_device(kind, expected):
     assert peak_flops(kind) == expected
-    assert all(peak_flops(name) == peak for name, peak in PEAK_FLOPS.items())
+    assert all(peak_flops(name) == device.flops for name, device in DEVICES.items())
 
 
 def test_the_meter_leaves_out_pauses(monkeypatch):
