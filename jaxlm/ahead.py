@@ -65,11 +65,11 @@ def examine(config: Config, platform: str, layout: str) -> dict[str, Any]:
         lines = [line for line in child.stderr.splitlines() if line.strip()] or ["nothing"]
         # What aborts says so first, and follows it with its stack.
         said = next((line for line in lines if "Check failed" in line), lines[-1])
-        found = {"unknown": f"{said.strip()} (exit code {child.returncode})"}
-    if "unknown" in found:
+        found = {"failed": f"{said.strip()} (exit code {child.returncode})"}
+    if "failed" in found:
         raise ValueError(
-            f"--topology: found {layout}, and its compiler says: {found['unknown']}; expected one "
-            "that it knows, such as v5e-16 or v5e:4x8"
+            f"--topology: the compiler for {layout} gave up: {found['failed']}; try one that it "
+            "knows, such as v5e-16 or v5e:4x8, or a config of other sizes"
         )
     if "missing" in found:
         raise ImportError(found["missing"])
@@ -90,7 +90,7 @@ def main() -> None:
         found = {"wrong": str(error)}
     except jax.errors.JaxRuntimeError as error:
         said = str(error).splitlines()[0]
-        found = {"refused" if "RESOURCE_EXHAUSTED" in said else "unknown": said}
+        found = {"refused" if "RESOURCE_EXHAUSTED" in said else "failed": said}
     print(json.dumps(found))
 
 

@@ -12,14 +12,14 @@ from typing import NamedTuple
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d\w*)\[([\d,]*)\](\{[^}]*\})?")
-_CALLED = re.compile(r"(?:calls|body|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|body|to_apply|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _TRIPS = r'known_trip_count":\{"n":"(\d+)"'
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Bookkeeping, which moves no bytes; what is called is counted where it is called.
-_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional")
-_FREE += ("call", "async-start", "async-update", "async-done", "optimization-barrier", "after-all")
-_FREE += ("partition-id", "replica-id")
+_CALLS = ("while", "conditional", "call", "async-start")
+# Bookkeeping, which moves no bytes; what is called is counted where it is.
+_FREE = (*_CALLS, "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "async-update")
+_FREE += ("async-done", "optimization-barrier", "after-all", "partition-id", "replica-id")
 _FREE_CALLS = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
 
 
@@ -88,7 +88,7 @@ def read_costs(text: str) -> Costs:
             repeats = trip_count(it, inside, program) if it.op == "while" else 1
             num_unknown += repeats is None
             for other in called:
-                visit(other, times * (repeats or 1), fused or it.op in ("fusion", "custom-call"))
+                visit(other, times * (repeats or 1), fused or it.op not in _CALLS)
 
     visit(entry, 1, False)
     collectives: dict[str, Collectives] = {}

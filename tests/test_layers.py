@@ -275,6 +275,6 @@ def test_the_whole_is_small():
     others = [ROOT / "launch.py", *(ROOT / "configs").glob("*.py")]
     assert len(others) >= 3
     counts = {path.stem: code_lines(path.read_text()) for path in [*FILES, *others]}
-    assert sum(counts.values()) <= 5000
+    assert sum(counts.values()) <= 5400
     assert counts["checkpoint"] <= 350
     assert code_lines('"""Doc."""\n\n# why\nx = 1  # here\ndef f():\n    """Doc."""\n') == 2
