@@ -17,9 +17,11 @@ from jaxlm import __main__ as cli
 from jaxlm import launch
 
 PAGES = ["README.md", "docs/checkpoints.md", "docs/library.md"]
-# Tested elsewhere, or not to be had here: an install, the whole suite, an accelerator, a proof.
+# Tested elsewhere, or not to be had here: an install, the whole suite, a proof, an accelerator or
+# its compiler.
 NOT_RUN = re.compile(
-    r"^(pip install|uv run pytest|jaxlm prove-resume|uv run --extra|python -m venv|git clone)\b"
+    r"^(pip install|uv run pytest|uv run --extra|python -m venv|git clone|"
+    r"jaxlm prove-resume|jaxlm plan)\b"
 )
 # The names of the folders that a page takes for granted, beside runs/tiny.
 SECOND_RUN = "runs/tiny-2"
@@ -147,7 +149,9 @@ def test_a_broken_snippet_is_found(home: Path):
         run_page("x", f"```bash\njaxlm checkpoints list {runs.RUN}  # exit code 1\n```\n")
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/trust.md", "ARCHITECTURE.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "page", [*PAGES, "docs/trust.md", "docs/plan.md", "ARCHITECTURE.md", "CONTRIBUTING.md"]
+)
 def test_the_links_of(page: str):
     path = runs.REPO / page
     targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text())
@@ -172,7 +176,7 @@ def test_every_flag_named_in_the_docs_exists(home: Path, capsys: pytest.CaptureF
     known = {
         flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w.-]+)", capsys.readouterr().out)
     }
-    known |= {"config", "help", "json", "extra", "group", "eval", "paired", "source"}
+    known |= {"config", "help", "json", "extra", "group", "eval", "paired", "source", "topology"}
     for page in PAGES:
         text = (runs.REPO / page).read_text()
         named = {
