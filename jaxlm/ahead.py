@@ -24,9 +24,11 @@ from jaxlm.sharding import batch_sharding, make_mesh
 from jaxlm.state import make_blueprint
 
 _COMMAND = (sys.executable, "-c", "from jaxlm.ahead import main; main()")
-# So that libtpu looks for neither chips nor their metadata server, whatever the topology.
+# So that libtpu looks for neither chips nor their metadata server, whatever the topology, and lets
+# several plans be made at once.
 _ENV_TPU = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_ID": "0"}
-_ENV_TPU |= {"TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost"}
+_ENV_TPU |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
+_ENV_TPU["TPU_WORKER_HOSTNAMES"] = "localhost"
 # Compiling needs none of the CUDA libraries whose versions the plugin would compare.
 _ENV_CUDA = {"JAX_PLATFORMS": "", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
 # An H100 SXM as XLA's own table of cards has it (openxla/xla, h100_sxm.txtpb).

@@ -271,4 +271,4 @@ def _describe_step(report: dict[str, Any]) -> list[str]:
 
 
 def _milliseconds(duration_s: float) -> str:
-    return f"{duration_s * 1e3:.3g} ms"
+    return f"{duration_s * 1e3:{'.3g' if duration_s < 1 else ',.0f'}} ms"

@@ -1,5 +1,6 @@
 """How fast a run goes, and how far that is from what the hardware can do."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,29 +10,29 @@ from jaxlm.config import ModelConfig
 
 
 class Device(NamedTuple):
-    """What one JAX device can do at most."""
+    """What one JAX device can do at most; NaN where nothing here asks for it."""
 
     flops: float
     """Dense bfloat16 products (FLOP/s)."""
-    memory_bytes: float
+    memory_bytes: float = math.nan
     """For one program: on TPU what its compiler grants, on GPU JAX's share of three quarters."""
-    memory_bytes_per_s: float
-    """Of its main memory."""
-    link_bytes_per_s: float
+    memory_bytes_per_s: float = math.nan
+    """To and from its main memory."""
+    link_bytes_per_s: float = math.nan
     """To the other devices of its slice or host, over all links, one way."""
 
 
 # From the vendors' data sheets: docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, and NVIDIA's
-# of A100 80GB, H100 and H200 (SXM).
+# of A100, H100 SXM and H200.
 DEVICES = {
-    "TPU v4": Device(275e12, 31.25 * 2**30, 1228e9, 300e9),
+    "TPU v4": Device(275e12),
     "TPU v5 lite": Device(197e12, 15.75 * 2**30, 819e9, 200e9),
     "TPU v5": Device(459e12, 95.73 * 2**30, 2765e9, 600e9),
     "TPU v6 lite": Device(918e12, 31.24 * 2**30, 1638e9, 400e9),
-    "TPU v6e": Device(918e12, 31.24 * 2**30, 1638e9, 400e9),
-    "NVIDIA A100": Device(312e12, 0.75 * 80 * 2**30, 2039e9, 300e9),
+    "TPU v6e": Device(918e12),
+    "NVIDIA A100": Device(312e12),
     "NVIDIA H100": Device(989e12, 0.75 * 84_942_979_072, 3350e9, 450e9),
-    "NVIDIA H200": Device(989e12, 0.75 * 141e9, 4800e9, 450e9),
+    "NVIDIA H200": Device(989e12),
 }
 
 
