@@ -80,37 +80,40 @@ def doctor() -> int:
 
 
 def list_cache(cache_dir: str | None = None, *, json: bool = False) -> int:
-    """List the prepared tokens that runs share.
+    """List the prepared tokens and compiled programs that runs share.
 
     Args:
       cache_dir: the cache; by default $JAXLM_CACHE, else ~/.cache/jaxlm.
       json: print JSON.
     """
+    from jaxlm.compiled import PROGRAMS, compiled_bytes
     from jaxlm.console import format_bytes, format_count
-    from jaxlm.data.cache import data_folder, list_caches
+    from jaxlm.data.cache import cache_root, list_caches
 
-    entries = list_caches(cache_dir)
+    entries, compiled = list_caches(cache_dir), compiled_bytes(cache_dir)
     lines = [
         f"{entry['name']}: {format_count(entry['num_tokens'])} tokens of {entry['source']}, "
         f"{format_bytes(entry['num_bytes'])}{'' if entry['complete'] else ' (unfinished)'}, "
         f"last used {time.strftime('%Y-%m-%d', time.localtime(entry['last_used_s']))}"
         for entry in entries
     ]
-    text = "\n".join(lines or [f"nothing in {data_folder(cache_dir)}"])
-    _show(entries, text, json)
+    lines += [f"{PROGRAMS}: {format_bytes(compiled)}"] if compiled else []
+    found = {"data": entries, "compiled_bytes": compiled}
+    _show(found, "\n".join(lines or [f"nothing in {cache_root(cache_dir)}"]), json)
     return 0
 
 
 def clear_cache(names: Positional[tuple[str, ...]] = (), *, cache_dir: str | None = None) -> int:
-    """Delete prepared tokens; any run that needs them makes them again.
+    """Delete prepared tokens and compiled programs; a run that needs them makes them again.
 
     Args:
-      names: which, as `jaxlm cache list` names them; all if none is given.
+      names: which, as `jaxlm cache list` names them; all there is if none is given.
       cache_dir: the cache; by default $JAXLM_CACHE, else ~/.cache/jaxlm.
     """
+    from jaxlm.compiled import clear_compiled
     from jaxlm.data.cache import clear_caches
 
-    for name in clear_caches(cache_dir, names or None):
+    for name in [*clear_caches(cache_dir, names or None), *clear_compiled(cache_dir, names)]:
         print(f"deleted {name}")
     return 0
 

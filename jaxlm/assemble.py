@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxlm import attention
+from jaxlm.compiled import keep_compiled
 from jaxlm.config import Config, ModelConfig
 from jaxlm.data.batches import EvalBatches, TrainBatches, recorded
 from jaxlm.data.prepare import Dataset, default_max_tokens, prepare
@@ -92,6 +93,7 @@ def assemble(
       ValueError: the mesh divides neither batch nor model, or the data does not fit.
       OSError, ImportError: the data is not there.
     """
+    keep_compiled(config.data.cache_dir)
     mesh = make_mesh(config.mesh)
     platform = mesh.devices.flat[0].platform
     check_batch(config, mesh)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import jax
 
+from jaxlm.compiled import compiled_bytes
 from jaxlm.console import format_bytes
-from jaxlm.data.cache import data_folder, list_caches
+from jaxlm.data.cache import cache_root, list_caches
 from jaxlm.extras import MODULES
 from jaxlm.throughput import peak_flops
 
@@ -34,9 +35,8 @@ def examine() -> list[str]:
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         lines.append(f"memory: {format_bytes(memory)}")
-    cache = data_folder(None)
-    held = format_bytes(sum(entry["num_bytes"] for entry in list_caches()))
-    lines.append(f"cache: {cache} holds {held}; `jaxlm cache list` shows what")
+    held = format_bytes(compiled_bytes(None) + sum(e["num_bytes"] for e in list_caches()))
+    lines.append(f"cache: {cache_root(None)} holds {held}; `jaxlm cache list` shows what")
     here = Path.cwd()
     lines.append(f"disk: {format_bytes(shutil.disk_usage(here).free)} free in {here}")
     return lines

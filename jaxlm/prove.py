@@ -130,10 +130,11 @@ def _own_flags(config: Config, steps: int) -> list[str]:
 
 
 def _start(flags: Sequence[str], run_dir: Path) -> Attempt:
-    # Nothing of the user's environment is changed: a compilation cache would hide a compiler that
-    # makes something else at each start.
     command = [*COMMAND, *flags, f"--run_dir={run_dir}", f"--checkpoint_dir={run_dir}/checkpoints"]
     environment = {**os.environ, "JAXLM_RECORD_BATCHES": f"{run_dir}.batches"}
+    if "JAX_COMPILATION_CACHE_DIR" not in environment:
+        # Or a compiler that makes something else at each start would go unseen.
+        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     with open(f"{run_dir}.log", "ab") as log:
         return Attempt(
             run_dir, lambda: subprocess.Popen(command, env=environment, stdout=log, stderr=log)

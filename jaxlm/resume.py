@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.checkpoint import Checkpoints
+from jaxlm.compiled import num_cores
 from jaxlm.config import Change, Config, changes
 from jaxlm.folder import Best, list_steps, recorded_directory, select
 from jaxlm.metadata import Metadata
@@ -153,9 +153,7 @@ def describe_environment(mesh: Mesh) -> dict[str, Any]:
         "device_kind": mesh.devices.flat[0].device_kind,
         "mesh": dict(mesh.shape),
         "processes": jax.process_count(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": num_cores(),
     }
 
 

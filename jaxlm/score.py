@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from scipy.special import stdtrit
 
 from jaxlm.assemble import assemble_eval, held_out_batches, mask_id, prepare_data
+from jaxlm.compiled import keep_compiled
 from jaxlm.config import Config, MeshConfig
 from jaxlm.data.prepare import Dataset
 from jaxlm.evaluate import batch_sums, mean_loss
@@ -136,6 +137,7 @@ def _find(run: str, source: str | None, say: Say) -> _Candidate:
         tokenizer = str(selected.folder / TOKENIZER)
         data = dataclasses.replace(config.data, source=source, tokenizer=tokenizer)
         config = dataclasses.replace(config, data=data)
+    keep_compiled(config.data.cache_dir)
     config, dataset = prepare_data(config, say)
     if not source and dataset.fingerprint != recorded:
         raise ValueError(

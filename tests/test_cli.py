@@ -268,7 +268,7 @@ def test_prepare_and_cache(
 ):
     monkeypatch.chdir(runs.make_home(tmp_path / "home"))
     monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "cache"))
-    assert out("cache", "list") == f"nothing in {tmp_path}/cache/data\n"
+    assert out("cache", "list") == f"nothing in {tmp_path}/cache\n"
     said = out("prepare", "--config", "configs/tiny.py", "--data.eval_tokens", "500")
     assert re.search(r"\n[\d,]+ training tokens, 500 held out\nin .*/cache/data/text-", said)
     again = out("prepare", "--config", "configs/tiny.py", "--data.eval_tokens", "500")
@@ -280,7 +280,7 @@ def test_prepare_and_cache(
     lines = out("cache", "list").splitlines()
     assert [line.split(":")[0] for line in lines] == [first, second]
     assert all("tokens of text:texts/*.txt" in line for line in lines)
-    found = json.loads(out("cache", "list", "--json"))
+    found = json.loads(out("cache", "list", "--json"))["data"]
     assert [entry["name"] for entry in found] == [first, second]
     assert all(entry["complete"] for entry in found)
 
@@ -290,7 +290,7 @@ def test_prepare_and_cache(
     assert out("cache", "clear") == f"deleted {second}\n"
     assert list_caches() == []
     elsewhere = ["--cache_dir", str(tmp_path / "other")]
-    assert out("cache", "list", *elsewhere) == f"nothing in {tmp_path}/other/data\n"
+    assert out("cache", "list", *elsewhere) == f"nothing in {tmp_path}/other\n"
 
 
 def test_doctor(out):

@@ -51,10 +51,15 @@ class Manifest(TypedDict):
     fingerprint: str
 
 
-def data_folder(cache_dir: str | None) -> Path:
-    """Where prepared data is kept: in `cache_dir`, else $JAXLM_CACHE, else ~/.cache/jaxlm."""
+def cache_root(cache_dir: str | None) -> Path:
+    """What runs share is kept in `cache_dir`, else $JAXLM_CACHE, else ~/.cache/jaxlm."""
     root = cache_dir or os.environ.get("JAXLM_CACHE") or "~/.cache/jaxlm"
-    return Path(root).expanduser().absolute() / "data"
+    return Path(root).expanduser().absolute()
+
+
+def data_folder(cache_dir: str | None) -> Path:
+    """Where prepared data is kept."""
+    return cache_root(cache_dir) / "data"
 
 
 def list_caches(cache_dir: str | None = None) -> list[dict[str, Any]]:

@@ -1,0 +1,86 @@
+"""The cache of compiled programs, so that the next start need not compile again."""
+
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import filelock
+import jax
+
+from jaxlm.data.cache import cache_root
+
+PROGRAMS = "compiled programs"
+"""Their name, for people."""
+MAX_BYTES = 4 * 10**9
+_LOCK = ".lockfile"  # JAX's own
+_MIN_COMPILE_S = 0.2
+
+
+def keep_compiled(cache_dir: str | None) -> None:
+    """Has JAX keep what it compiles, in a folder for machines like this one.
+
+    Does nothing where JAX has its orders (`JAX_COMPILATION_CACHE_DIR`, or
+    `JAX_ENABLE_COMPILATION_CACHE=false`), or the folder cannot be written.
+    """
+    orders: dict[str, Any] = jax.config.values
+    if orders["jax_compilation_cache_dir"] or not orders["jax_enable_compilation_cache"]:
+        return
+    folder = compiled_folder(cache_dir) / _machine()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_partial(folder)
+    except OSError:  # the programs are compiled anew, as they would be the first time
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_S)
+
+
+def compiled_folder(cache_dir: str | None) -> Path:
+    """Where compiled programs are kept, each kind of machine in a folder of its own."""
+    return cache_root(cache_dir) / "compiled"
+
+
+def compiled_bytes(cache_dir: str | None) -> int:
+    """What they take on disk."""
+    return sum(path.stat().st_size for path in compiled_folder(cache_dir).rglob("*-cache"))
+
+
+def clear_compiled(cache_dir: str | None, names: Sequence[str] = ()) -> list[str]:
+    """Deletes all compiled programs, unless only others are named; returns their name."""
+    folder = compiled_folder(cache_dir)
+    if names or not folder.exists():
+        return []
+    shutil.rmtree(folder)
+    return [PROGRAMS]
+
+
+def num_cores() -> int | None:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _machine() -> str:
+    # A program for one CPU may crash on another, or give other bits on fewer cores.
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        info = platform.processor()
+    told = [line for line in info.splitlines() if line.startswith(("model name", "flags"))]
+    kind = "\n".join([platform.machine(), str(num_cores()), *sorted(set(told))])
+    return sha256(kind.encode()).hexdigest()[:12]
+
+
+def _remove_partial(folder: Path) -> None:
+    # JAX writes an entry in place and its time stamp after it, so a kill leaves one without the
+    # stamp, which it would stumble over for ever.
+    with filelock.FileLock(folder / _LOCK, timeout=10):
+        for path in folder.glob("*-cache"):
+            if not path.with_name(path.name.removesuffix("-cache") + "-atime").exists():
+                path.unlink()
