@@ -11,6 +11,7 @@ config = Config(
         num_heads=6,
         num_kv_heads=6,
         head_dim=128,
+        qk_norm=True,
         tie_embeddings=True,
     ),
     data=DataConfig(

@@ -11,6 +11,7 @@ config = Config(
         num_heads=4,
         num_kv_heads=2,
         head_dim=64,
+        qk_norm=True,
     ),
     data=DataConfig(eval_tokens=65_536),
     optim=OptimConfig(learning_rate=3e-3, warmup_steps=40),

@@ -90,7 +90,7 @@ class ModelConfig:
     document_mask: bool = fixed(False)
     """Attend only within a document (documents end at the tokenizer's EOS)."""
     init_std: float = fixed(0.02)
-    """Standard deviation of the initial weights; residual outputs get it over sqrt(2 layers)."""
+    """Standard deviation of the initial weights; outputs of a block and an own head are 0."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = recorded("auto")
     """Dtype of activations; auto is bfloat16 on TPU and GPU, float32 on CPU. Params are float32."""
     remat: bool = free(False)
@@ -151,8 +151,10 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
+    name: Literal["muon", "adamw"] = fixed("muon")
+    """Muon for the hidden matrices and AdamW for the rest, or AdamW for all."""
     learning_rate: float = recorded(1e-3)
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = recorded("cosine")
@@ -171,17 +173,22 @@ class OptimConfig:
     """Decay of Adam's second moment."""
     eps: float = recorded(1e-8)
     """Adam's epsilon."""
+    muon_beta: float = recorded(0.95)
+    """Decay of Muon's momentum."""
+    muon_rms: float = recorded(0.1)
+    """Root mean square of Muon's updates, before the learning rate (Adam's are about 0.2)."""
     clip_norm: float | None = recorded(1.0)
     """Clip the gradient to this global norm; None does not clip."""
 
     def __post_init__(self) -> None:
         _check(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "above 0")
         _check_at_least(self, "optim.", 0, "warmup_steps", "weight_decay")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_beta"):
             _check(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "in [0, 1)")
         for name in ("decay_fraction", "min_lr_ratio"):
             _check(0 <= getattr(self, name) <= 1, f"optim.{name}", getattr(self, name), "in [0, 1]")
-        _check(self.eps > 0, "optim.eps", self.eps, "above 0")
+        for name in ("eps", "muon_rms"):
+            _check(getattr(self, name) > 0, f"optim.{name}", getattr(self, name), "above 0")
         if self.clip_norm is not None:
             _check(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "above 0, or None")
 

@@ -27,6 +27,10 @@ def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], dims: tuple[str | None, ...]
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), dims=dims)
 
 
+def _zeros(shape: tuple[int, ...], dims: tuple[str | None, ...]):
+    return nnx.Param(jnp.zeros(shape, jnp.float32), dims=dims)
+
+
 @jax.custom_vjp
 def silu(x: jax.Array) -> jax.Array:
     """The function x * sigmoid(x), which keeps its derivative for the backward pass.
@@ -78,12 +82,12 @@ class RMSNorm(nnx.Module):
 class SelfAttention(nnx.Module):
     """Grouped-query attention with RoPE, and RMSNorm on queries and keys by option."""
 
-    def __init__(self, config: ModelConfig, attention: Attention, out_std: float, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, attention: Attention, rngs: nnx.Rngs):
         D, N, K, H = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
         self.w_q_DNH = _weight(rngs, (D, N, H), ("model", "heads", None), config.init_std)
         self.w_k_DKH = _weight(rngs, (D, K, H), ("model", "kv_heads", None), config.init_std)
         self.w_v_DKH = _weight(rngs, (D, K, H), ("model", "kv_heads", None), config.init_std)
-        self.w_o_NHD = _weight(rngs, (N, H, D), ("heads", None, "model"), out_std)
+        self.w_o_NHD = _zeros((N, H, D), ("heads", None, "model"))
         self.q_norm = RMSNorm(H, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(H, config.norm_eps) if config.qk_norm else None
         self.theta = config.rope_theta
@@ -106,11 +110,11 @@ class SelfAttention(nnx.Module):
 class SwiGLU(nnx.Module):
     """silu(x @ gate) * (x @ up) @ down (2002.05202)."""
 
-    def __init__(self, config: ModelConfig, out_std: float, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         D, F = config.d_model, config.d_ff
         self.w_gate_DF = _weight(rngs, (D, F), ("model", "mlp"), config.init_std)
         self.w_up_DF = _weight(rngs, (D, F), ("model", "mlp"), config.init_std)
-        self.w_down_FD = _weight(rngs, (F, D), ("mlp", "model"), out_std)
+        self.w_down_FD = _zeros((F, D), ("mlp", "model"))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
@@ -121,15 +125,13 @@ class SwiGLU(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention, then SwiGLU, each on a normed residual stream."""
+    """Attention, then SwiGLU, each on a normed residual stream; at first it adds nothing to it."""
 
     def __init__(self, config: ModelConfig, attention: Attention, rngs: nnx.Rngs):
-        # GPT-2's rule: the residual stream keeps its scale over the 2 L additions.
-        out_std = config.init_std / (2 * config.num_layers) ** 0.5
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = SelfAttention(config, attention, out_std, rngs)
+        self.attention = SelfAttention(config, attention, rngs)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mlp = SwiGLU(config, out_std, rngs)
+        self.mlp = SwiGLU(config, rngs)
 
     def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
@@ -161,7 +163,7 @@ class Transformer(nnx.Module):
         self.layers = nnx.List([Block(config, attention, rngs) for _ in range(config.num_layers)])
         self.final_norm = RMSNorm(D, config.norm_eps)
         if not config.tie_embeddings:
-            self.head_DV = _weight(rngs, (D, V), ("model", "vocab"), config.init_std)
+            self.head_DV = _zeros((D, V), ("model", "vocab"))
         self.config = config
         self.dtype = jnp.dtype(dtype)
 

@@ -1,9 +1,16 @@
-"""AdamW and learning-rate schedules, from Optax."""
+"""Muon, AdamW and learning-rate schedules, from Optax."""
+
+from functools import partial
+from typing import Any
 
 import jax
 import optax
 
 from jaxlm.config import OptimConfig
+
+# Coefficients of the author, one row an iteration: so Optax makes a loop of it, which is a quarter
+# of the program that it would write out.
+_NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 
 def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
@@ -29,7 +36,10 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Clip, Adam, and decoupled weight decay (1711.05101), all but the learning rate.
+    """Clip, Muon or Adam, and decoupled weight decay (1711.05101), all but the learning rate.
+
+    Muon (kellerjordan.github.io/posts/muon) is for the hidden matrices, Adam for all else. Its
+    updates get the same size whatever the shape of the matrix (2502.16982), so they share the rate.
 
     The caller multiplies by the rate of its own step counter, which also counts steps whose
     gradient was not finite and which therefore changed nothing here.
@@ -39,9 +49,16 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
         if config.clip_norm is None
         else optax.clip_by_global_norm(config.clip_norm)
     )
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(
+            _NEWTON_SCHULZ, beta=config.muon_beta, weight_dimension_numbers=_matrix_axes
+        ),
+        optax.stateless(partial(_scale_to_rms, config.muon_rms)),
+    )
     return optax.chain(
         clip,
-        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        adam if config.name == "adamw" else optax.partition({"muon": muon, "adam": adam}, labels),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
     )
 
@@ -49,3 +66,42 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
 def decayed(params: optax.Params) -> optax.Params:
     """True for the leaves that decay: matrices, but not norm scales."""
     return jax.tree.map(lambda param: param.ndim >= 2, params)
+
+
+def labels(params: optax.Params) -> optax.Params:
+    """For each leaf, whether `muon` or `adam` is for it.
+
+    Muon is for the matrices from and to the residual stream, told by the dims in their name
+    (`w_q_DNH`): D is the stream. Those with V are tables of tokens, whose rows have gradients of
+    their own.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, param: "muon" if _stream_axis(path, param) >= 0 else "adam", params
+    )
+
+
+def _stream_axis(path: tuple[Any, ...], param: jax.Array) -> int:
+    dims = str(getattr(path[-1], "key", "")).rpartition("_")[2]
+    is_hidden = len(dims) == param.ndim > 1 and "D" in dims and "V" not in dims
+    return dims.index("D") if is_hidden else -1
+
+
+def _matrix_axes(params: optax.Params) -> optax.Params:
+    # Of three dims, the two that are not D are one side of the matrix.
+    def axes(path: tuple[Any, ...], param: jax.Array) -> optax.contrib.MuonDimensionNumbers:
+        stream = _stream_axis(path, param)
+        others = tuple(axis for axis in range(param.ndim) if axis != stream)
+        return optax.contrib.MuonDimensionNumbers((stream,), others)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _scale_to_rms(rms: float, updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+    del params
+
+    # The entries of an orthogonal m x n have a root mean square of 1 / sqrt(max(m, n)).
+    def scale(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        num_stream = update.shape[_stream_axis(path, update)]
+        return update * (rms * max(num_stream, update.size // num_stream) ** 0.5)
+
+    return jax.tree_util.tree_map_with_path(scale, updates)

@@ -75,10 +75,11 @@ def make_blueprint(model: ModelFactory, tx: optax.GradientTransformation, mesh: 
     shapes = jax.eval_shape(build, jax.ShapeDtypeStruct((), jnp.uint32))
     opt_state_shardings = optax.tree_utils.tree_map_params(
         tx,
-        lambda _, param: param.sharding,
+        lambda leaf, param: leaf if isinstance(leaf, optax.MaskedNode) else param.sharding,
         shapes.opt_state,
         abstract_params,
         transform_non_params=lambda _: whole,
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),  # a param of another optimizer
     )
     param_shardings = jax.tree.map(lambda param: param.sharding, abstract_params)
     guard_shardings = jax.tree.map(lambda _: whole, shapes.guard)

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -16,14 +18,32 @@ from jaxlm.state import _lanes, all_finite, fingerprint, make_blueprint
 
 # --- the state
 
+ADAM, MUON = (f"opt_state/1/inner_states/{name}/inner_state" for name in ("adam", "muon"))
+
 
 def test_golden_paths_of_the_state():
     names = list(names_and_leaves(blueprint_of().abstract))
     params = [name.removeprefix("params/") for name in names if name.startswith("params/")]
     assert len(params) == 3 + 9 * MODEL.num_layers
-    adam = [f"opt_state/1/{moment}/{name}" for moment in ("mu", "nu") for name in params]
+    hidden = [name for name in params if re.search(r"_[A-Z]*D[A-Z]*$", name) and "V" not in name]
+    assert len(hidden) == 7 * MODEL.num_layers
+    others = [name for name in params if name not in hidden]
+    adam = ["count", *(f"{moment}/{name}" for moment in ("mu", "nu") for name in others)]
+    muon = ["0/count", *(f"0/mu/{name}" for name in hidden), "0/ns_coeffs"]
     counters = ["step", *(f"guard/{name}" for name in Guard._fields)]
-    assert names == [f"params/{n}" for n in params] + ["opt_state/1/count"] + adam + counters
+    assert names == [
+        *(f"params/{name}" for name in params),
+        *(f"{ADAM}/{name}" for name in adam),
+        *(f"{MUON}/{name}" for name in muon),
+        *counters,
+    ]
+
+
+def test_golden_paths_of_the_state_with_adam_alone():
+    names = list(names_and_leaves(blueprint_of(optim=OptimConfig(name="adamw")).abstract))
+    params = [name.removeprefix("params/") for name in names if name.startswith("params/")]
+    moments = [f"opt_state/1/{moment}/{name}" for moment in ("mu", "nu") for name in params]
+    assert [n for n in names if n.startswith("opt_state")] == ["opt_state/1/count", *moments]
 
 
 def test_the_state_is_made_as_it_was_planned():
@@ -40,7 +60,7 @@ def test_params_and_moments_are_split_alike_and_really():
     blueprint = blueprint_of((2, 2, 2))
     leaves = names_and_leaves(blueprint.abstract)
     spec = P("fsdp", "tensor", None)
-    for root in ("params", "opt_state/1/mu", "opt_state/1/nu"):
+    for root in ("params", f"{MUON}/0/mu"):
         found = leaves[f"{root}/layers/0/attention/w_q_DNH"].sharding
         assert found.is_equivalent_to(NamedSharding(mesh_of(2, 2, 2), spec), 3), root
     split = [n for n, x in leaves.items() if not x.sharding.is_fully_replicated]
@@ -50,7 +70,7 @@ def test_params_and_moments_are_split_alike_and_really():
 def test_a_model_without_named_dims_is_split_by_fsdp():
     leaves = names_and_leaves(blueprint_of((1, 4, 2), Bigram).abstract)
     mesh = mesh_of(1, 4, 2)
-    for root in ("params", "opt_state/1/mu", "opt_state/1/nu"):
+    for root in ("params", f"{ADAM}/mu", f"{ADAM}/nu"):
         table, bias = leaves[f"{root}/table_VV"], leaves[f"{root}/bias_V"]
         assert table.sharding.is_equivalent_to(NamedSharding(mesh, P("fsdp", None)), 2)
         assert bias.sharding.is_equivalent_to(NamedSharding(mesh, P("fsdp")), 1)
