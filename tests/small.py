@@ -75,6 +75,12 @@ def transformer(
 
 
 @functools.cache
+def trained_params() -> Any:
+    """Those of `transformer()`: the zeros of initial ones would hide much."""
+    return nnx.to_pure_dict(nnx.state(transformer()))
+
+
+@functools.cache
 def initial_params() -> Any:
     """As jaxlm draws them, on one device."""
     return blueprint_of().make(0).params

@@ -1,7 +1,7 @@
 import jax
 import numpy as np
 import pytest
-from small import Bigram, blueprint_of, host_batch, initial_params, mesh_of, put
+from small import Bigram, blueprint_of, host_batch, mesh_of, put, trained_params
 
 from jaxlm.data.batches import EvalBatches
 from jaxlm.data.shards import TokenShards
@@ -68,6 +68,6 @@ def test_one_mesh_evaluates_as_another():
         mesh, blueprint = mesh_of(*shape), blueprint_of(shape)
         step = make_eval_step(blueprint, next_token_loss(), mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.abstract.params)
-        params = jax.device_put(initial_params(), shardings)
+        params = jax.device_put(trained_params(), shardings)
         losses[shape] = evaluate(step, params, lambda n, mesh=mesh: put(host_batch(n), mesh), 3)
     assert losses[1, 1, 1] == pytest.approx(losses[2, 2, 2], rel=1e-6)

@@ -14,9 +14,9 @@ from small import (
     Bigram,
     blueprint_of,
     host_batch,
-    initial_params,
     mesh_of,
     put,
+    trained_params,
 )
 
 from jaxlm.config import OptimConfig
@@ -45,7 +45,7 @@ def step_of(shape=ONE_DEVICE, model=TRANSFORMER, num_microbatches=1, optim=OPTIM
 @functools.cache
 def host_state(model: Any) -> TrainState:
     blueprint = blueprint_of(model=model)
-    params = initial_params() if model is TRANSFORMER else blueprint.make(0).params
+    params = trained_params() if model is TRANSFORMER else blueprint.make(0).params
     zero = jnp.zeros((), jnp.int32)
     opt_state = make_optimizer(OPTIM).init(params)
     return jax.device_get(TrainState(params, opt_state, zero, make_guard()))
