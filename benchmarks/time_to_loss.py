@@ -148,7 +148,7 @@ def peer(name: str, config: Config) -> dict[int, float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, ratio in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = ratio * float(schedule[step])
+                group["lr"] = ratio * float(rates[step])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if (step + 1) % config.eval_interval == 0 or step + 1 == config.num_steps:
@@ -159,6 +159,7 @@ def peer(name: str, config: Config) -> dict[int, float]:
 
 
 def main() -> None:
+    """Runs each number of steps with each learning rate and seed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("recipe", choices=["jaxlm", *PEERS])
     parser.add_argument("--num_steps", type=int, nargs="+", default=[1000])
