@@ -25,6 +25,9 @@ from jaxlm.data.batches import EvalBatches, TrainBatches
 from jaxlm.launch import parse_config
 from jaxlm.optim import make_schedule
 
+# A peer's model, and its optimizers, each with what its learning rate is of the run's.
+Peer = tuple[Any, list[tuple[Any, float]]]
+
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 
 
@@ -43,7 +46,7 @@ def ours(config: Config) -> dict[int, float]:
     return losses
 
 
-def gpt2_adamw(config: Config) -> tuple[Any, list[Any]]:
+def gpt2_adamw(config: Config) -> Peer:
     """GPT-2 of transformers, its MLP sized to our parameters, and AdamW."""
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
@@ -79,7 +82,7 @@ def gpt2_adamw(config: Config) -> tuple[Any, list[Any]]:
     return model, [(adamw, 1.0)]
 
 
-def qwen3_muon(config: Config) -> tuple[Any, list[Any]]:
+def qwen3_muon(config: Config) -> Peer:
     """A recipe of today: Qwen3 of transformers, untied, outputs of blocks from zero, and Muon."""
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
@@ -106,11 +109,10 @@ def qwen3_muon(config: Config) -> tuple[Any, list[Any]]:
     rest = [p for p in model.parameters() if id(p) not in others]
     muon = torch.optim.Muon(hidden, lr=1.0, weight_decay=0.0)
     adam = torch.optim.AdamW(rest, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0)
-    return model, [(muon, 1.0), (adam, MUON_TO_ADAM)]
+    return model, [(muon, 1.0), (adam, 0.2)]
 
 
-MUON_TO_ADAM = 0.2
-PEERS: dict[str, Callable[[Config], tuple[Any, list[Any]]]] = {
+PEERS: dict[str, Callable[[Config], Peer]] = {
     "gpt2-adamw": gpt2_adamw,
     "qwen3-muon": qwen3_muon,
 }
@@ -129,9 +131,7 @@ def peer(name: str, config: Config) -> dict[int, float]:
         fingerprint="",
     )
     held_out = EvalBatches(dataset.eval, batch_size=config.batch_size, seq_len=config.seq_len)
-    schedule = np.asarray(
-        make_schedule(config.optim, config.num_steps)(np.arange(config.num_steps))
-    )
+    rates = np.asarray(make_schedule(config.optim, config.num_steps)(np.arange(config.num_steps)))
     torch.manual_seed(config.seed)
     model, optimizers = PEERS[name](config)
 
