@@ -2,7 +2,7 @@
 
     uv run python benchmarks/save_time.py [FOLDER]
 
-The state is that of configs/180m.py: 2.15 GB of params and Adam moments. Memory: about 9 GB.
+The state is that of configs/180m.py: 1.6 GB of params and moments. Memory: about 9 GB.
 """
 
 import os
@@ -29,7 +29,6 @@ from jaxlm.sharding import make_mesh
 from jaxlm.state import (
     Blueprint,
     TrainState,
-    all_finite,
     fingerprint,
     make_blueprint,
     num_bytes,
@@ -91,12 +90,10 @@ def main(folder: Path) -> None:
     factory = model_factory(config.model, "cpu")
     blueprint = make_blueprint(factory, make_optimizer(config.optim), make_mesh(MeshConfig()))
     state = jax.block_until_ready(blueprint.make(0))
-    for call in (all_finite, fingerprint):
-        call(state)  # compiles
+    fingerprint(state)  # compiles
     times: dict[str, list[float]] = defaultdict(list)
     for step in range(1, TURNS + 1):
-        times["fingerprint of every array"].append(timed(lambda: fingerprint(state)))
-        times["finite check"].append(timed(lambda: all_finite(state.params)))
+        times["fingerprint, and all is finite"].append(timed(lambda: fingerprint(state)))
         copy_s = timed(lambda: [np.array(leaf) for leaf in jax.tree.leaves(state)])
         times["copy of the state in memory"].append(copy_s)
         time_save(folder, state, describe_step(step, config), times)

@@ -40,7 +40,7 @@ from jaxlm.metadata import Metadata
 from jaxlm.restore import ITEMS, DamagedArrays, items_of, restore_items, state_of
 from jaxlm.retention import Retention
 from jaxlm.skips import Skip, held_by, read_skips, skipped, write_skips
-from jaxlm.state import TrainState, all_finite, fingerprint, num_bytes
+from jaxlm.state import TrainState, num_bytes, survey
 
 _REPLACED = ".replaced"
 _RETRY_S, _MAX_RETRY_S = 10.0, 600.0
@@ -277,17 +277,16 @@ class Checkpoints:
         self._clear_partial()
         if set(self._manager.all_steps()) != set(list_steps(self.folder)):
             self._manager.reload()  # Orbax would keep what is gone, and delete what is the best
-        if not all_finite(state.params):
-            raise CheckpointError(
-                f"step {metadata.step}: params hold values that are not finite, so the state is "
-                f"not saved; the last sound step is {max(self._steps, default=None)}"
-            )
         items = items_of(state)
+        fingerprints, nonfinite = survey(items)
+        if spoilt := next((name for name in nonfinite if name.startswith("params/")), None):
+            raise CheckpointError(
+                f"step {metadata.step}: {spoilt} holds values that are not finite, so the "
+                f"state is not saved; the last sound step is {max(self._steps, default=None)}"
+            )
         self._retention.state_bytes = num_bytes(items)
         skips = held_by(self.skips, metadata.step)
-        metadata = replace(
-            metadata, fingerprints=fingerprint(items), skips=skips, run_id=self._run_id
-        )
+        metadata = replace(metadata, fingerprints=fingerprints, skips=skips, run_id=self._run_id)
         loss = metadata.eval_loss
         metrics = None if loss is None or not math.isfinite(loss) else {"eval_loss": loss}
         args = {name: ocp.args.PyTreeSave(item) for name, item in items.items()}

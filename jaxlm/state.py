@@ -101,12 +101,20 @@ def fingerprint(tree: Any) -> dict[str, list[Any]]:
     its place in the *global* array. Integers add up to the same whatever the sharding; a single
     changed bit changes a lane for certain, any other damage goes unseen with odds of 2^-64.
     """
+    return survey(tree)[0]
+
+
+def survey(tree: Any) -> tuple[dict[str, list[Any]], list[str]]:
+    """The fingerprint, and the names of leaves with a NaN or an infinity, in one pass of memory."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    lanes = jax.device_get([_lanes(leaf) for _, leaf in leaves])
-    return {
-        path_name(path): [str(leaf.dtype), list(leaf.shape), int(pair[0]), int(pair[1])]
-        for (path, leaf), pair in zip(leaves, lanes, strict=True)
-    }
+    found = jax.device_get([_survey(leaf) for _, leaf in leaves])
+    fingerprints, nonfinite = {}, []
+    for (path, leaf), (first, second, bad) in zip(leaves, found, strict=True):
+        name = path_name(path)
+        fingerprints[name] = [str(leaf.dtype), list(leaf.shape), int(first), int(second)]
+        if bad:
+            nonfinite.append(name)
+    return fingerprints, nonfinite
 
 
 def _words(x: jax.Array) -> jax.Array:
@@ -128,33 +136,30 @@ def _mix(x: jax.Array, salt: int) -> jax.Array:
 
 
 @jax.jit
-def _lanes(x: jax.Array) -> jax.Array:
+def _survey(x: jax.Array) -> jax.Array:
+    # uint32 [3]: two lanes, and whether anything is not finite.
     words = _words(x)
     place = jnp.zeros(words.shape, jnp.uint32)
     for dim, size in enumerate(words.shape):
         place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim)
-    # One reduce of two operands: as two sums it takes 25 times as long, and temporaries of the
-    # size of the leaf.
-    lanes = jax.lax.reduce(
-        (words * _mix(place, 0x9E3779B9), words * _mix(place, 0x7F4A7C15)),
-        (np.uint32(0), np.uint32(0)),
-        lambda a, b: (a[0] + b[0], a[1] + b[1]),
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    bad = ~jnp.isfinite(x) if is_float else jnp.zeros(x.shape, bool)
+    bad = bad.reshape(*x.shape, *[1] * (words.ndim - x.ndim))
+    # One reduce of three operands: as sums of their own they take 25 times as long, and temporaries
+    # of the size of the leaf.
+    found = jax.lax.reduce(
+        (
+            words * _mix(place, 0x9E3779B9),
+            words * _mix(place, 0x7F4A7C15),
+            jnp.broadcast_to(bad, words.shape).astype(jnp.uint32),
+        ),
+        (np.uint32(0), np.uint32(0), np.uint32(0)),
+        lambda a, b: (a[0] + b[0], a[1] + b[1], a[2] | b[2]),
         tuple(range(words.ndim)),
     )
-    return jnp.stack(lanes)
+    return jnp.stack(found)
 
 
 def num_bytes(tree: Any) -> int:
     """Bytes of all leaves, each counted once however many devices hold it."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def all_finite(tree: Any) -> bool:
-    """Whether no float of the tree is NaN or infinite; waits for the device."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return all(jax.device_get([_finite(leaf) for leaf in leaves]))
-
-
-@jax.jit
-def _finite(x: jax.Array) -> jax.Array:
-    return jnp.all(jnp.isfinite(x))

@@ -14,7 +14,7 @@ from small import MODEL, Bigram, blueprint_of, mesh_of, names_and_leaves
 from jaxlm.config import OptimConfig
 from jaxlm.guard import Guard
 from jaxlm.optim import make_optimizer
-from jaxlm.state import _lanes, all_finite, fingerprint, make_blueprint
+from jaxlm.state import _survey, fingerprint, make_blueprint, survey
 
 # --- the state
 
@@ -167,7 +167,7 @@ def every_swap(array: np.ndarray) -> np.ndarray:
     return swaps.reshape(-1, *array.shape)
 
 
-lanes_of_each = jax.jit(jax.vmap(_lanes))
+lanes_of_each = jax.jit(jax.vmap(lambda x: _survey(x)[:2]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -254,13 +254,21 @@ def temporaries(function, leaf) -> float:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool"])
 def test_the_fingerprint_of_a_large_leaf_takes_no_memory(dtype):
     leaf = jax.ShapeDtypeStruct((4096, 1024), jnp.dtype(dtype))
-    assert temporaries(_lanes, leaf) < 0.01
+    assert temporaries(_survey, leaf) < 0.01
     assert temporaries(lambda x: jnp.sort(x, axis=0).sum(), leaf) > 0.01  # so it would show
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_all_finite(bad):
-    tree = {"w": jnp.ones(3), "narrow": jnp.ones(3, jnp.bfloat16), "n": jnp.int32(1)}
-    assert all_finite(tree)
-    for name in ("w", "narrow"):
-        assert not all_finite(tree | {name: tree[name].at[1].set(bad)})
+def test_what_is_not_finite_is_named(bad):
+    tree = {
+        "w": jnp.ones((2, 3)),
+        "scalar": jnp.ones(()),
+        "narrow": jnp.ones(3, jnp.bfloat16),
+        "n": jnp.int32(-1),  # the bits of a NaN
+        "key": jax.random.key(0),
+    }
+    assert survey(tree)[1] == []
+    for name in ("w", "scalar", "narrow"):
+        leaf = tree[name]
+        spoilt = leaf.at[(1,) * leaf.ndim].set(bad)
+        assert survey(tree | {name: spoilt})[1] == [name]
