@@ -40,7 +40,7 @@ def ours() -> Callable[[], None]:
         head_dim=WIDTH // HEADS,
         tie_embeddings=True,
     )
-    mesh, optim = make_mesh(MeshConfig()), OptimConfig()
+    mesh, optim = make_mesh(MeshConfig()), OptimConfig(name="adamw")
     tx, schedule = make_optimizer(optim), make_schedule(optim, 1000)
     blueprint = make_blueprint(model_factory(config, "cpu"), tx, mesh)
     step = make_train_step(blueprint, next_token_loss(), tx, schedule, mesh)
