@@ -13,14 +13,15 @@ import sys
 import time
 from collections.abc import Callable
 
-LAYERS, HEADS, WIDTH, SEQ_LEN, BATCH, VOCAB = 6, 6, 384, 256, 16, 256
+import numpy as np
+
+LAYERS, HEADS, WIDTH, FF, SEQ_LEN, BATCH, VOCAB = 6, 6, 384, 1024, 256, 16, 256
 STEPS, WARMUP, TURNS = 6, 2, 3
 
 
 def ours() -> Callable[[], None]:
     """One step of jaxlm: Llama-shaped, 10.7 M parameters, float32."""
     import jax
-    import numpy as np
 
     from jaxlm.assemble import model_factory
     from jaxlm.config import MeshConfig, ModelConfig, OptimConfig
@@ -34,7 +35,7 @@ def ours() -> Callable[[], None]:
         vocab_size=VOCAB,
         num_layers=LAYERS,
         d_model=WIDTH,
-        d_ff=1024,
+        d_ff=FF,
         num_heads=HEADS,
         num_kv_heads=HEADS,
         head_dim=WIDTH // HEADS,
@@ -58,8 +59,49 @@ def ours() -> Callable[[], None]:
     return run
 
 
-def torch_model(kind: str) -> Callable[[], None]:
-    """One step of transformers' GPT-2 or Llama in PyTorch eager, AdamW and clipping included."""
+def products() -> Callable[[], None]:
+    """The matrix products of our step, and nothing else: attention by blocks of 64 queries."""
+    import jax
+    import jax.numpy as jnp
+
+    block, heads = 64, (BATCH, HEADS)
+    multiply = jax.jit(jnp.matmul)
+    multiply_rows = jax.jit(lambda x, y: x.mT @ y)
+    multiply_columns = jax.jit(lambda x, y: x @ y.mT)
+    rng = np.random.default_rng(0)
+
+    def random(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    sizes = [(WIDTH, WIDTH)] * 4 + [(WIDTH, FF)] * 2 + [(FF, WIDTH)]
+    linear = [
+        (random(BATCH * SEQ_LEN, n), random(n, m), random(BATCH * SEQ_LEN, m))
+        for n, m in [*sizes * LAYERS, (WIDTH, VOCAB)]
+    ]
+    attention = [
+        (
+            random(*heads, block, WIDTH // HEADS),
+            random(*heads, block, end),
+            random(*heads, end, WIDTH // HEADS),
+        )
+        for end in range(block, SEQ_LEN + 1, block)
+    ] * LAYERS
+
+    def run() -> None:
+        done = []
+        for x, w, grad in linear:
+            done += [multiply(x, w), multiply_columns(grad, w), multiply_rows(x, grad)]
+        for q, weights, k in attention:
+            # Scores and outputs; then the gradients of v, weights, k and q.
+            done += [multiply_columns(q, k), multiply(weights, k), multiply_rows(weights, q)]
+            done += [multiply_columns(q, k), multiply_rows(weights, q), multiply(weights, k)]
+        jax.block_until_ready(done)
+
+    return run
+
+
+def torch_model(kind: str, compiled: bool = False) -> Callable[[], None]:
+    """One step of transformers' GPT-2 or Llama in PyTorch, AdamW and clipping included."""
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
 
@@ -79,7 +121,7 @@ def torch_model(kind: str) -> Callable[[], None]:
         config = transformers.LlamaConfig(
             vocab_size=VOCAB,
             hidden_size=WIDTH,
-            intermediate_size=1024,
+            intermediate_size=FF,
             num_hidden_layers=LAYERS,
             num_attention_heads=HEADS,
             max_position_embeddings=SEQ_LEN,
@@ -87,6 +129,7 @@ def torch_model(kind: str) -> Callable[[], None]:
         )
         model = transformers.LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model = torch.compile(model) if compiled else model
     tokens = torch.randint(0, VOCAB, (BATCH, SEQ_LEN))
 
     def run() -> None:
@@ -101,8 +144,11 @@ def torch_model(kind: str) -> Callable[[], None]:
 
 PEERS = {
     "jaxlm": ours,
+    "its products alone": products,
     "PyTorch eager GPT-2": lambda: torch_model("gpt2"),
     "PyTorch eager Llama": lambda: torch_model("llama"),
+    "torch.compile GPT-2": lambda: torch_model("gpt2", compiled=True),
+    "torch.compile Llama": lambda: torch_model("llama", compiled=True),
 }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Sized
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxlm import attention
+from jaxlm.clock import Clock
 from jaxlm.compiled import keep_compiled
 from jaxlm.config import Config, ModelConfig
 from jaxlm.data.batches import EvalBatches, TrainBatches, recorded
@@ -86,6 +88,7 @@ def assemble(
     batches: TrainSet | None = None,
     eval_batches: EvalSet | None = None,
     say: Callable[[str], None] = print,
+    clock: Clock | None = None,
 ) -> Parts:
     """Prepares the data, lays the model out on the mesh and compiles the step.
 
@@ -119,7 +122,8 @@ def assemble(
         index = 0 if config.overfit_one_batch else index
         return put_batch(partial(rows_of, index), mesh, config.batch_size)
 
-    compiled = compile_step(config, blueprint, train_loss, tx, mesh, put(0))
+    with clock.spent("compile") if clock else nullcontext():
+        compiled = compile_step(config, blueprint, train_loss, tx, mesh, put(0))
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     eval_loss = loss or next_token_loss(eos_id=mask)
     eval_step, put_eval = assemble_eval(config, blueprint, mesh, eval_batches, eval_loss)

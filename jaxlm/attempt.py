@@ -15,7 +15,7 @@ from jaxlm.folder import read_steps
 from jaxlm.metrics import read_metrics
 
 _LOOK_INTERVAL_S = 0.001
-_TIMED = ("train/tokens_per_s", "train/mfu")
+_TIMED = ("train/tokens_per_s", "train/mfu", "time/")
 _SAME = ("tokens_seen", "eval_loss", "best_eval_loss", "best_step", "num_worse_evals", "final")
 
 
@@ -109,7 +109,7 @@ def untimed_rows(run_dir: Path | str) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl but for what the clock has put there."""
     path = Path(run_dir) / "metrics.jsonl"
     rows = read_metrics(path) if path.exists() else []
-    return [{name: row[name] for name in row if name not in _TIMED} for row in rows]
+    return [{name: row[name] for name in row if not name.startswith(_TIMED)} for row in rows]
 
 
 def compare_runs(whole: Path, broken: Path) -> list[str]:

@@ -328,6 +328,8 @@ class Config:
     """End the run after this many evals in a row without a new best; None never does."""
     log_interval: int = free(10)
     """Print and log every so many steps (steps)."""
+    profile: int = free(0)
+    """Trace this many steps, from the sixth of this start on, to RUN_DIR/profile (steps)."""
     overfit_one_batch: bool = fixed(False)
     """Train on batch 0 forever: a first check that the model can learn."""
     branch_from: str | None = free(None)
@@ -347,7 +349,7 @@ class Config:
                 _check(not _KEY_IN_URL.search(value), name, value, "a URL without a key in it")
         _check_at_least(self, "", 1, "num_steps", "batch_size", "seq_len", "num_microbatches")
         _check_at_least(self, "", 1, "eval_interval", "stop_after_worse_evals", "log_interval")
-        _check_at_least(self, "", 0, "z_loss", "seed")
+        _check_at_least(self, "", 0, "z_loss", "seed", "profile")
         _check(self.seed < 2**32, "seed", self.seed, "less than 2**32")
         _check(self.run_dir != "", "run_dir", self.run_dir, "a folder name")
         _check(

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from jaxlm import preflight
 from jaxlm.assemble import Parts
+from jaxlm.clock import Clock
 from jaxlm.config import Change, Config
-from jaxlm.console import Console, format_bytes
+from jaxlm.console import Console, format_bytes, format_duration
 from jaxlm.folder import Best
 from jaxlm.metadata import Metadata
 from jaxlm.resume import goes_back
@@ -74,6 +75,14 @@ def tell_complete(
         console.say(f"  this command differs in {change}")
     console.say(f"to go on with it, add {more}; for a new run, add --run_dir")
     _tell_where(config, best, console)
+
+
+def tell_time(clock: Clock, console: Console) -> None:
+    """What this start of the run spent its time on, the most first."""
+    seconds = sorted(clock.seconds().items(), key=lambda item: -item[1])
+    total_s = sum(s for _, s in seconds)
+    shares = ", ".join(f"{kind} {s / total_s:.1%}" for kind, s in seconds if s > 0.0005 * total_s)
+    console.say(f"time: {format_duration(total_s)}, of it {shares}")
 
 
 def tell_end(

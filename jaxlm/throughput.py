@@ -1,9 +1,6 @@
-"""How fast a run goes, and how far that is from what the hardware can do."""
+"""What the hardware can do at most, and what a step asks of it."""
 
 import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 from jaxlm.config import ModelConfig
@@ -60,29 +57,3 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     layer = attention + 3 * config.d_model * config.d_ff
     weights = config.num_layers * layer + config.d_model * config.vocab_size
     return 6 * weights + 12 * config.num_layers * config.num_heads * config.head_dim * seq_len
-
-
-class Meter:
-    """Steps per second of training alone: evals and saves are left out."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-        self._started_s = time.perf_counter()
-        self._paused_s = 0.0
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves out the time inside."""
-        before_s = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._paused_s += time.perf_counter() - before_s
-
-    def rate(self, step: int) -> float:
-        """Steps per second since the last call."""
-        now_s = time.perf_counter()
-        elapsed_s = max(now_s - self._started_s - self._paused_s, 1e-9)
-        rate = (step - self._step) / elapsed_s
-        self._step, self._started_s, self._paused_s = step, now_s, 0.0
-        return rate

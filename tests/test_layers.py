@@ -18,6 +18,7 @@ LAYERS = [
     {"prove"},
     {"__init__", "launch"},
     {"train"},
+    {"loop"},
     {"start", "summary", "attempt", "score", "plan"},
     {"ahead", "load", "compare", "doctor", "resume", "preflight"},
     {"assemble", "checkpoint"},
@@ -25,7 +26,17 @@ LAYERS = [
     {"compiled", "console", "folder", "state", "data.prepare"},
     {"metadata", "data.dataset", "data.tokenizer", "data.sources", "data.batches", "metrics"}
     | {"model"},
-    {"data.cache", "data.remote", "throughput", "optim", "loss", "signals", "skips"},
+    {
+        "data.cache",
+        "data.remote",
+        "throughput",
+        "clock",
+        "trace",
+        "optim",
+        "loss",
+        "signals",
+        "skips",
+    },
     {"attention", "divergence", "guard", "lock", "manifest", "sharding", "trackers", "data.files"}
     | {"data.shards"},
     {"config", "data.__init__"},
@@ -275,6 +286,6 @@ def test_the_whole_is_small():
     others = [ROOT / "launch.py", *(ROOT / "configs").glob("*.py")]
     assert len(others) >= 3
     counts = {path: code_lines(path.read_text()) for path in [*FILES, *others]}
-    assert sum(counts.values()) <= 5700
+    assert sum(counts.values()) <= 6000
     assert counts[ROOT / "jaxlm/checkpoint.py"] <= 350
     assert code_lines('"""Doc."""\n\n# why\nx = 1  # here\ndef f():\n    """Doc."""\n') == 2

@@ -1,11 +1,8 @@
-import math
-import time
-
 import pytest
 from small import MODEL
 
 from jaxlm.config import ModelConfig
-from jaxlm.throughput import DEVICES, Meter, flops_per_token, peak_flops
+from jaxlm.throughput import DEVICES, flops_per_token, peak_flops
 
 
 def test_flops_per_token_by_hand():
@@ -35,15 +32,3 @@ def test_tied_embeddings_are_multiplied_all_the_same():
 def test_peak_of_a_device(kind, expected):
     assert peak_flops(kind) == expected
     assert all(peak_flops(name) == device.flops for name, device in DEVICES.items())
-
-
-def test_the_meter_leaves_out_pauses(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    meter = Meter(step=5)
-    now[0] += 2
-    with meter.paused():
-        now[0] += 50
-    assert math.isclose(meter.rate(step=9), 2.0)
-    now[0] += 4
-    assert math.isclose(meter.rate(step=11), 0.5)  # since the last call
