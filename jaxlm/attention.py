@@ -4,10 +4,14 @@ Dims: B batch, T query time, S key time, N query heads, K key/value heads, G que
 H head dim.
 """
 
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.sharding import AXES_OF
 
 
 class Attention(Protocol):
@@ -22,7 +26,8 @@ class Attention(Protocol):
 
 def for_platform(platform: str) -> Attention:
     """The attention for `cpu`, `gpu` or `tpu`; all compute the same function."""
-    return blocked_attention if platform == "cpu" else reference_attention
+    of = {"cpu": blocked_attention, "gpu": cudnn_attention, "tpu": splash_attention}
+    return of[platform]
 
 
 def reference_attention(
@@ -59,6 +64,80 @@ def blocked_attention(
         segments = None if segment_ids is None else segment_ids[:, :stop]
         outs.append(_attend(q[:, start:stop], k[:, :stop], v[:, :stop], segments, start))
     return jnp.concatenate(outs, axis=1)
+
+
+def splash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None = None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """`reference_attention` by JAX's own kernel for TPU, which never holds the scores (2205.14135).
+
+    For times that are a multiple of 128; for others it is `reference_attention`. `interpret` runs
+    the kernel on a CPU, slowly.
+    """
+    if q.shape[1] % 128:
+        return reference_attention(q, k, v, segment_ids)
+    attend = partial(_splash, interpret=interpret)
+    if jax.sharding.get_abstract_mesh().empty:
+        return attend(q, k, v, segment_ids)
+    # A kernel is not split by GSPMD: each device calls it for its own rows and heads.
+    rows, heads = P(AXES_OF["batch"]), P(AXES_OF["batch"], None, *AXES_OF["heads"])
+    specs = heads, heads, heads, None if segment_ids is None else rows
+    attend = jax.shard_map(attend, in_specs=specs, out_specs=heads, check_vma=False)
+    return attend(q, k, v, segment_ids)
+
+
+def _splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, *, interpret: bool
+) -> jax.Array:
+    # Only for a TPU: they take a second to import.
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    T, N, H = q.shape[1:]
+    block = next(size for size in (512, 256, 128) if T % size == 0)
+    attend: Any = kernel.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((T, T))] * N),
+        block_sizes=kernel.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    segments = None if segment_ids is None else kernel.SegmentIds(segment_ids, segment_ids)
+    q_BNTH, k_BKSH, v_BKSH = (jnp.swapaxes(x, 1, 2) for x in (q * H**-0.5, k, v))
+    return jnp.swapaxes(jax.vmap(attend)(q_BNTH, k_BKSH, v_BKSH, segments), 1, 2)
+
+
+def cudnn_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None
+) -> jax.Array:
+    """`reference_attention` by cuDNN's kernel, which never holds the scores.
+
+    For two-byte floats, heads of at most 128 dims, a multiple of 8, no segments, and where cuDNN
+    is; else it is `reference_attention`.
+    """
+    H = q.shape[-1]
+    if q.dtype.itemsize != 2 or H > 128 or H % 8 or segment_ids is not None:
+        return reference_attention(q, k, v, segment_ids)
+    try:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    except RuntimeError:  # a plan is made where there is no GPU, and no cuDNN
+        return reference_attention(q, k, v)
 
 
 def _attend(

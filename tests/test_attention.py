@@ -4,8 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from small import mesh_of
 
-from jaxlm.attention import blocked_attention, for_platform, reference_attention
+from jaxlm.attention import (
+    blocked_attention,
+    cudnn_attention,
+    for_platform,
+    reference_attention,
+    splash_attention,
+)
 
 B, H = 2, 6
 # (T, N, K, segments): odd lengths, one token, one block, blocks that do not fill, GQA and not.
@@ -71,6 +81,65 @@ def test_blocked_equals_reference_in_value_and_gradient(case):
 def test_blocks_of_the_default_size():
     case = inputs(130, 2, 1, True)
     assert close([jax.jit(blocked_attention)(*case)], [jax.jit(reference_attention)(*case)])
+
+
+# --- the kernel for TPU, interpreted on a CPU
+
+SPLASH = partial(splash_attention, interpret=True)
+
+
+@pytest.mark.parametrize("case", [(128, 4, 2, True), (256, 2, 2, False), (128, 3, 1, False)])
+def test_splash_equals_reference_in_value_and_gradient(case):
+    expected = value_and_grads(reference_attention, *inputs(*case))
+    assert close(value_and_grads(SPLASH, *inputs(*case)), expected)
+
+
+def test_splash_on_a_mesh_is_splash_on_one_device():
+    q, k, v, segments = (jnp.concatenate([x, x + 1]) for x in inputs(128, 4, 2, True))
+    expected = value_and_grads(reference_attention, q, k, v, segments)
+    mesh = mesh_of(2, 2, 2)
+    rows = NamedSharding(mesh, P(("data", "fsdp")))
+    heads = NamedSharding(mesh, P(("data", "fsdp"), None, "tensor"))
+    q, k, v = (jax.device_put(x, heads) for x in (q, k, v))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        found = value_and_grads(SPLASH, q, k, v, jax.device_put(segments, rows))
+    assert close(found, expected)
+    assert [x.sharding.spec for x in found] == [heads.spec] * 4
+
+
+def test_a_kernel_is_called_only_with_what_it_takes():
+    """`interpret` is off: on a CPU the kernel itself would fail."""
+    case = inputs(130, 2, 1, True)
+    assert close([splash_attention(*case)], [reference_attention(*case)])
+    with pytest.raises(ValueError, match="interpret mode"):
+        splash_attention(*inputs(128, 2, 1, True))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "with_segments", "taken"),
+    [
+        ("bfloat16", 64, False, True),
+        ("float16", 128, False, True),
+        ("float32", 64, False, False),
+        ("bfloat16", 64, True, False),
+        ("bfloat16", 136, False, False),
+        ("bfloat16", 12, False, False),
+    ],
+)
+def test_cudnn_is_called_only_with_what_it_takes(monkeypatch, dtype, size, with_segments, taken):
+    """Lowered for a GPU, which need not be here."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 90_800)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+    q, k = (jnp.ones((1, 128, heads, size), dtype) for heads in (4, 2))
+    segments = jnp.zeros((1, 128), jnp.int32) if with_segments else None
+    traced = jax.jit(jax.grad(lambda *qkv: cudnn_attention(*qkv, segments).sum(), (0, 1, 2)))
+    text = traced.trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("__cudnn$fmhaSoftmax" in text) == ("__cudnn$fmhaSoftmaxBackward" in text) == taken
+
+
+def test_without_cudnn_it_is_the_reference():
+    q = jnp.ones((1, 8, 2, 64), "bfloat16")
+    assert (cudnn_attention(q, q, q) == reference_attention(q, q, q)).all()
 
 
 @pytest.mark.parametrize("breakage", ["keys", "heads", "segments", "causality"])
@@ -143,4 +212,5 @@ def test_scores_are_float32_and_the_output_keeps_its_dtype():
 
 def test_each_platform_has_its_form():
     assert for_platform("cpu") is blocked_attention
-    assert for_platform("gpu") is for_platform("tpu") is reference_attention
+    assert for_platform("gpu") is cudnn_attention
+    assert for_platform("tpu") is splash_attention
