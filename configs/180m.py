@@ -18,7 +18,7 @@ config = Config(
         source="hf:HuggingFaceFW/fineweb-edu:sample-10BT",
         tokenizer="HuggingFaceTB/SmolLM2-135M",
     ),
-    optim=OptimConfig(learning_rate=6e-4, warmup_steps=1000),
+    optim=OptimConfig(learning_rate=3e-3, warmup_steps=1000),
     num_steps=30_000,
     batch_size=128,
     seq_len=1024,

@@ -175,7 +175,7 @@ class OptimConfig:
     """Adam's epsilon."""
     muon_beta: float = recorded(0.95)
     """Decay of Muon's momentum."""
-    muon_rms: float = recorded(0.1)
+    muon_rms: float = recorded(0.05)
     """Root mean square of Muon's updates, before the learning rate (Adam's are about 0.2)."""
     clip_norm: float | None = recorded(1.0)
     """Clip the gradient to this global norm; None does not clip."""

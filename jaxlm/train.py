@@ -95,7 +95,7 @@ def _train_to_end(
 ) -> Result:
     rolled_back = False
     while True:  # once, and once more for each rollback: it is a resume, of its own accord
-        with clock.spent("restore"):
+        with clock.spent("restore" if checkpoints.latest else "start"):
             state, start = start_state(parts, checkpoints, console, rolled_back=rolled_back)
         with open_run_folder(parts, start, console) as metrics:
             loop = Loop(parts, checkpoints, metrics, console, callbacks, start, clock)
