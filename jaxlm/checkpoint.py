@@ -347,6 +347,7 @@ class Checkpoints:
             return
         metadata, self._saving = self._saving, None
         self._steps[metadata.step] = metadata
+        self._steps = self._on_disk  # the memory too is free of what is deleted
         self._num_failures = 0
         self._purge()
         best = self.best is not None and self.best.step == metadata.step
