@@ -14,7 +14,7 @@ config = Config(
         qk_norm=True,
     ),
     data=DataConfig(eval_tokens=65_536),
-    optim=OptimConfig(learning_rate=8e-3, warmup_steps=20),
+    optim=OptimConfig(learning_rate=8e-3, warmup_steps=10, muon_beta=0.9),
     checkpoint=CheckpointConfig(save_interval=100),
     num_steps=500,
     batch_size=8,
