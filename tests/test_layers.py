@@ -36,8 +36,9 @@ LAYERS = [
         "loss",
         "signals",
         "skips",
+        "attention",
     },
-    {"attention", "divergence", "guard", "lock", "manifest", "sharding", "trackers", "data.files"}
+    {"divergence", "guard", "lock", "manifest", "sharding", "trackers", "data.files"}
     | {"data.shards"},
     {"config", "data.__init__"},
     {"cluster", "extras", "hlo", "strict"},
