@@ -15,6 +15,7 @@ FILES = sorted((ROOT / "jaxlm").rglob("*.py"))
 # From top to bottom; a module imports from rows below its own. A new module gets its place here.
 LAYERS = [
     {"__main__"},
+    {"cli.cache", "cli.checkpoints", "cli.models", "cli.runs"},
     {"prove"},
     {"__init__", "launch"},
     {"train"},
@@ -41,7 +42,7 @@ LAYERS = [
     {"divergence", "guard", "lock", "manifest", "sharding", "trackers", "data.files"}
     | {"data.shards"},
     {"config", "data.__init__"},
-    {"cluster", "extras", "hlo", "strict"},
+    {"cli.__init__", "cli.output", "cluster", "extras", "hlo", "strict"},
     {"durable"},
 ]
 # Arrays in, arrays out: these see no clock, file, log or thread.

@@ -1,0 +1,93 @@
+"""`jaxlm checkpoints`: those on disk."""
+
+import sys
+
+from tyro.conf import Positional
+
+from jaxlm.cli.output import note, show
+
+
+def list_all(run: Positional[str], *, json: bool = False) -> int:
+    """List the checkpoints of a run: step, tokens, losses, size, and which is what.
+
+    Args:
+      run: a run folder, or a checkpoint folder.
+      json: print JSON.
+    """
+    return compare((run,), json=json)
+
+
+def compare(runs: Positional[tuple[str, ...]], *, json: bool = False) -> int:
+    """List the checkpoints of several runs in one table.
+
+    Args:
+      runs: run folders, or checkpoint folders.
+      json: print JSON.
+    """
+    from jaxlm.compare import describe_run, format_table
+
+    found = [describe_run(run) for run in runs]
+    show(found if len(found) != 1 else found[0], format_table(found), json)
+    return 0
+
+
+def diff(a: Positional[str], b: Positional[str]) -> int:
+    """Compare two checkpoints bit by bit; exit code 0 only if every array is equal, else 1.
+
+    Args:
+      a: RUN@STEP; STEP is best, latest, final or a number, and latest if left out.
+      b: the other.
+    """
+    from jaxlm.compare import diff_checkpoints
+
+    differences = diff_checkpoints(a, b)
+    for difference in differences:
+        print(f"{difference.name}: {difference.what}")
+    print(f"{len(differences)} arrays differ" if differences else "every array is equal to the bit")
+    return 1 if differences else 0
+
+
+def verify(run: Positional[str], *, eval: bool = False, json: bool = False) -> int:
+    """Check every file and every array of every step; exit code 0 only if all are sound, else 1.
+
+    Touches nothing on disk; a trainer may be at work in the folder.
+
+    Args:
+      run: a run folder, or a checkpoint folder.
+      eval: also evaluate the best one again: its loss must be the recorded one.
+      json: print JSON.
+    """
+    from rich.progress import track
+
+    from jaxlm.folder import find_checkpoints, list_set_aside, list_steps, read_steps
+    from jaxlm.score import score, verify_step
+
+    folder, found = find_checkpoints(run), {}
+    steps = list_steps(folder)
+    if not steps:
+        raise ValueError(f"{folder}: found no checkpoint to verify")
+    at_a_look = read_steps(folder).damaged  # among them sound ones of another run
+    for step in track(steps, "Verifying", transient=True, disable=json or not sys.stdout.isatty()):
+        if (damage := verify_step(folder, step)) is not None:  # not deleted by a trainer
+            found[step] = damage = damage or at_a_look.get(step, [])
+            if not json:
+                print(f"{step}: {'; '.join(damage) or 'sound'}", flush=True)
+    sound, aside = not any(found.values()), list_set_aside(folder)
+    values = {"folder": str(folder), "steps": found, "set_aside": aside}
+    if aside and not json:
+        print(f"damaged, set aside earlier: {', '.join(aside)}")
+    if eval:
+        (best,) = score([f"{run}@best"], say=note(json))
+        values["eval"] = best.to_json() | {"as_recorded": best.as_recorded}
+        sound = sound and best.as_recorded
+        if not json:
+            for what in best.differences:
+                print(f"bits may differ from the recorded ones: {what}")
+            equal = "equal to the bit" if best.loss == best.recorded_loss else "equal in rounding"
+            print(
+                f"eval loss of step {best.step}: recorded {best.recorded_loss!r}, found "
+                f"{best.loss!r}: {equal if best.as_recorded else 'not the same'}"
+            )
+    num_damaged = sum(map(bool, found.values()))
+    show(values, f"{num_damaged} of {len(found)} steps are damaged", json)
+    return 0 if sound else 1

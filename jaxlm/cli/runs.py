@@ -1,0 +1,75 @@
+"""`jaxlm prepare`, `prove-resume` and `plan`: a config, before it is trained; `doctor`."""
+
+import json
+
+import tyro
+from tyro.conf import Positional
+
+from jaxlm.cli.output import show
+from jaxlm.launch import parse_config
+
+
+def prepare(flags: Positional[tuple[str, ...]] = ()) -> int:
+    """Make the tokens of a config, without training: `jaxlm prepare --config FILE [--data.…]`.
+
+    Args:
+      flags: those of launch.py.
+    """
+    config = parse_config(flags, prog="jaxlm prepare")
+    from jaxlm.data import prepare as preparation
+
+    num_tokens = config.num_steps * config.tokens_per_step
+    dataset = preparation.prepare(
+        config.data,
+        vocab_size=config.model.vocab_size,
+        max_tokens=preparation.default_max_tokens(config.data, num_tokens),
+    )
+    print(f"{dataset.train.num_tokens:,} training tokens, {dataset.eval.num_tokens:,} held out")
+    print(f"in {dataset.directory}")
+    return 0
+
+
+def prove_resume(flags: Positional[tuple[str, ...]] = ()) -> int:
+    """Kill and resume a short run of a config, and compare the bits: prove-resume --config FILE.
+
+    Args:
+      flags: --prove_steps, --prove_kills, --prove_seed and --out; and those of launch.py.
+    """
+    from jaxlm.durable import write_file
+    from jaxlm.prove import Settings, describe, prove
+
+    settings, own = tyro.cli(
+        Settings, prog="jaxlm prove-resume --config FILE", args=flags, return_unknown_args=True
+    )
+    config = parse_config(own, prog="jaxlm prove-resume")
+    certificate = prove(config, own, settings)
+    if settings.out:
+        write_file(settings.out, json.dumps(certificate, indent=2).encode() + b"\n")
+    print("\n".join(describe(certificate)))
+    return 0 if certificate["proven"] else 1
+
+
+def plan(flags: Positional[tuple[str, ...]] = ()) -> int:
+    """Say what a run needs on devices that are not here: plan --config FILE --topology v5e-16.
+
+    Args:
+      flags: --topology, --save_cost_s, --mtbf_hours, --max_compiles and --json; and those of
+        launch.py.
+    """
+    from jaxlm.plan import Settings, describe
+    from jaxlm.plan import plan as make_plan
+
+    settings, own = tyro.cli(
+        Settings, prog="jaxlm plan --config FILE", args=flags, return_unknown_args=True
+    )
+    report = make_plan(parse_config(own, prog="jaxlm plan"), settings)
+    show(report, "\n".join(describe(report)), settings.json)
+    return 0
+
+
+def doctor() -> int:
+    """Say what this machine has for a run: versions, devices, caches, disk."""
+    from jaxlm.doctor import examine
+
+    print("\n".join(examine()))
+    return 0
