@@ -1,0 +1,49 @@
+"""How fast a host makes batches: those of `configs/180m.py`, from 200 million tokens on disk.
+
+uv run python benchmarks/data_rate.py
+
+Prints tokens a second of one thread for each turn, with the shards in the page cache, of a whole
+batch and of the rows of one of four hosts.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from jaxlm.data.batches import TrainBatches
+from jaxlm.data.shards import TokenShards
+from jaxlm.launch import load_config
+
+NUM_SHARDS, SHARD_TOKENS, BATCHES, TURNS = 4, 50_000_000, 100, 5
+
+
+def main() -> None:
+    """Writes the shards, and reads shuffled batches of them."""
+    config = load_config(str(Path(__file__).parents[1] / "configs" / "180m.py"))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, f"{number}.bin") for number in range(NUM_SHARDS)]
+        draw = np.random.default_rng(0)
+        for path in paths:
+            draw.integers(0, config.model.vocab_size, SHARD_TOKENS, np.uint16).tofile(path)
+        batches = TrainBatches(
+            TokenShards(paths, np.uint16),
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+            seed=0,
+            fingerprint="",
+        )
+        for rows in (slice(0, config.batch_size), slice(0, config.batch_size // 4)):
+            rates = []
+            for turn in range(TURNS):
+                started = time.perf_counter()
+                for index in range(BATCHES):
+                    batch = batches(turn * BATCHES + index, rows)
+                seconds = time.perf_counter() - started
+                rates.append(BATCHES * batch["inputs"].size / seconds / 1e6)
+            print(f"{rows.stop} rows:", ", ".join(f"{rate:.0f}" for rate in rates), "M tokens/s")
+
+
+if __name__ == "__main__":
+    main()
