@@ -1,6 +1,7 @@
 """The training step of jaxlm and that of MaxText, compiled for the same TPUs: memory, traffic.
 
     python benchmarks/against_maxtext.py 180m v5e-16
+    python benchmarks/against_maxtext.py 180m-products v5e-16
     python benchmarks/against_maxtext.py 8b v5p-16
 
 Needs an environment of its own, with MaxText 0.2.5, libtpu and jaxlm's dependencies in it; both
@@ -12,21 +13,28 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
-COMPILER = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+COMPILER: dict[str, Any] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 # Config, rows a device, flags of ours, those of MaxText.
 CASES: dict[str, tuple[str, int, list[str], list[str]]] = {
     "180m": (
         "configs/180m.py",
         8,
-        [],
-        ["ici_data_parallelism=-1", "ici_fsdp_parallelism=1", "remat_policy=none"],
+        ["--model.remat", "full"],
+        ["ici_data_parallelism=-1", "ici_fsdp_parallelism=1", "remat_policy=full"],
+    ),
+    "180m-products": (
+        "configs/180m.py",
+        8,
+        ["--model.remat", "products"],
+        ["ici_data_parallelism=-1", "ici_fsdp_parallelism=1", "remat_policy=minimal"],
     ),
     "8b": (
         "configs/8b.py",
         2,
-        [],
+        ["--model.remat", "full"],
         ["ici_fsdp_parallelism=-1", "remat_policy=full"],
     ),
 }
@@ -98,7 +106,7 @@ def maxtext(case: str, topology: str, *more: str) -> Any:
     path, rows, _, flags = CASES[case]
     config = load_config(path)
     shape = config.model
-    base = os.path.join(os.path.dirname(maxtext.__file__), "configs", "base.yml")
+    base = str(Path(maxtext.__path__[0], "configs", "base.yml"))
     kept = []
 
     compile_it = train_compile.jit_and_compile

@@ -13,7 +13,7 @@ config = Config(
         head_dim=128,
         qk_norm=True,
         tie_embeddings=True,
-        remat=True,
+        remat="full",
     ),
     data=DataConfig(
         source="hf:HuggingFaceFW/fineweb-edu:sample-100BT",

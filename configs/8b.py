@@ -12,7 +12,7 @@ config = Config(
         num_kv_heads=8,
         head_dim=128,
         rope_theta=500_000.0,
-        remat=True,
+        remat="full",
     ),
     data=DataConfig(
         source="hf:HuggingFaceFW/fineweb-edu:sample-350BT",

@@ -93,8 +93,10 @@ class ModelConfig:
     """Standard deviation of the initial weights; outputs of a block and an own head are 0."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = recorded("auto")
     """Dtype of activations; auto is bfloat16 on TPU and GPU, float32 on CPU. Params are float32."""
-    remat: bool = free(False)
-    """Recompute each block in the backward pass: less memory, about a third more time."""
+    remat: Literal["none", "products", "full"] = free("none")
+    """What of a block the backward pass finds in memory, and does not compute again: all, the
+    results of its matrix products, or none but its input. Each needs less memory than the one
+    before, and more time."""
 
     def __post_init__(self) -> None:
         _check_at_least(

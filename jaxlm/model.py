@@ -7,7 +7,9 @@ Dims: B batch, T time, D model, F feed-forward, N query heads, K key/value heads
 V vocabulary.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -171,6 +173,15 @@ class Block(nnx.Module):
         return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "batch", None, None)
 
 
+_REMAT: dict[str, Callable[..., Any]] = {
+    "none": lambda call: call,
+    "products": partial(
+        nnx.remat, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "full": nnx.remat,
+}
+
+
 class Transformer(nnx.Module):
     """Tokens to next-token logits.
 
@@ -210,7 +221,7 @@ class Transformer(nnx.Module):
         """
         x_BTD = self.embedding_VD[...].astype(self.dtype)[tokens_BT]
         x_BTD = constrain(x_BTD, "batch", None, None)
-        apply = nnx.remat(Block.__call__) if self.config.remat else Block.__call__
+        apply = _REMAT[self.config.remat](Block.__call__)
         for layer in self.layers:
             x_BTD = apply(layer, x_BTD, segment_ids_BT)
         x_BTD = self.final_norm(x_BTD)

@@ -11,6 +11,7 @@ from jaxlm.config import Config
 from jaxlm.console import format_bytes, format_count
 from jaxlm.throughput import find_device, flops_per_token
 
+_FSDP = "--mesh.data 1 --mesh.fsdp -1"
 _NUM_AXES = {"v5e": 2, "v6e": 2, "v5p": 3}
 """TPU generation -> axes of its network."""
 Compile = Callable[[Config], dict[str, Any] | None]
@@ -169,18 +170,19 @@ def find_changes(config: Config, num_devices: int, compile_step: Compile) -> lis
     Returns:
       The changes that were tried, as flags: those that fit first, and of these the fastest first.
     """
-    remat = {"model": replace(config.model, remat=True)}
-    fsdp = {"mesh": replace(config.mesh, data=1, fsdp=-1)}
-    names = {"model": "--model.remat", "mesh": "--mesh.data 1 --mesh.fsdp -1"}
+    products, full, fsdp = "--model.remat products", "--model.remat full", _FSDP
+    alone = [(), (products,), (full,)]
     tried: list[dict[str, Any]] = []
-    for parts in ({}, remat, fsdp, remat | fsdp) if num_devices > 1 else ({}, remat):
-        changed = replace(config, **parts)
+    for parts in [*alone, (fsdp,), (full, fsdp)] if num_devices > 1 else alone:
+        changed = config
+        for part in parts:
+            changed = _changed(changed, part)
         num = config.num_microbatches * (2 if changed == config else 1)
         if (parts and changed == config) or (len(parts) == 2 and any(c["fits"] for c in tried)):
             continue
         while config.batch_size % num == 0:
             flags = [] if num == config.num_microbatches else [f"--num_microbatches {num}"]
-            change = {"flags": " ".join([*flags, *(names[part] for part in parts)])}
+            change = {"flags": " ".join([*flags, *parts])}
             try:
                 found = compile_step(replace(changed, num_microbatches=num))
             except ValueError as error:  # the mesh divides neither batch nor model
@@ -192,6 +194,12 @@ def find_changes(config: Config, num_devices: int, compile_step: Compile) -> lis
                 break
             num *= 2
     return sorted(tried, key=lambda c: c["roofline"]["step_s"] if c["fits"] else math.inf)
+
+
+def _changed(config: Config, flag: str) -> Config:
+    if flag == _FSDP:
+        return replace(config, mesh=replace(config.mesh, data=1, fsdp=-1))
+    return replace(config, model=replace(config.model, remat=flag.split()[-1]))
 
 
 def save_interval(save_cost_s: float, mtbf_s: float, step_s: float) -> dict[str, Any]:

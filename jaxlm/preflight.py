@@ -85,8 +85,8 @@ def memory_advice(error: BaseException, config: Config) -> str | None:
     tries = []
     if config.batch_size % parts == 0:
         tries.append(f"--num_microbatches {parts} (the same training, in smaller parts)")
-    if not config.model.remat:
-        tries.append("--model.remat (recomputes activations, about a third more time)")
+    if config.model.remat != "full":
+        tries.append("--model.remat products, then full (computes activations again)")
     tries.append("--mesh.fsdp N (splits the state over N devices)")
     tries.append(f"--batch_size {max(config.batch_size // 2, 1)} (another run: a new --run_dir)")
     return "the device ran out of memory; try, in this order:\n  " + "\n  ".join(tries)

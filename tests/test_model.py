@@ -1,6 +1,7 @@
 import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,10 +145,11 @@ def loss_and_grads(model):
     return value, names_and_leaves(nnx.to_pure_dict(grads)), str(traced.jaxpr)
 
 
-def test_remat_changes_the_program_and_nothing_else():
+@pytest.mark.parametrize("remat", ["products", "full"])
+def test_remat_changes_the_program_and_nothing_else(remat: Any):
     value, grads, program = loss_and_grads(transformer())
     again, grads_again, program_again = loss_and_grads(
-        transformer(dataclasses.replace(MODEL, remat=True))
+        transformer(dataclasses.replace(MODEL, remat=remat))
     )
     assert "checkpoint" not in program and "remat" not in program
     assert program_again.count("checkpoint") + program_again.count("remat") >= MODEL.num_layers

@@ -152,7 +152,7 @@ def test_memory_advice_does_not_give_what_cannot_be():
         preflight.memory_advice(MemoryError("out of memory"), config)
     )
     config = dataclasses.replace(config, num_microbatches=6)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=True))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
     advice = str(preflight.memory_advice(MemoryError("out of memory"), config))
     assert "microbatches" not in advice and "remat" not in advice
     assert preflight.memory_advice(ValueError("shape mismatch"), config) is None
