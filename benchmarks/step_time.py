@@ -1,12 +1,13 @@
-"""Times our training step beside PyTorch's, in turn, on this machine's CPU.
+"""Times our training step beside PyTorch's, in turn, on this machine's CPU; and its peak memory.
 
-    uv run python benchmarks/step_time.py
+    uv run python benchmarks/step_time.py [10m | tiny | 180m]
 
 Needs torch and transformers (the `parity` group). Each turn is a process of its own; what counts
 is the ratio of the medians, turn by turn, since a shared machine drifts.
 """
 
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -15,8 +16,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-LAYERS, HEADS, WIDTH, FF, SEQ_LEN, BATCH, VOCAB = 6, 6, 384, 1024, 256, 16, 256
-STEPS, WARMUP, TURNS = 6, 2, 3
+# Layers, heads, width, MLP, time, batch, vocabulary; steps to time.
+SHAPES = {
+    "10m": (6, 6, 384, 1024, 256, 16, 256, 6),
+    "tiny": (4, 4, 256, 704, 256, 8, 4096, 20),
+    "180m": (20, 6, 768, 2048, 1024, 2, 49152, 2),
+}
+SHAPE = sys.argv[1] if len(sys.argv) > 1 else "10m"
+LAYERS, HEADS, WIDTH, FF, SEQ_LEN, BATCH, VOCAB, STEPS = SHAPES[SHAPE]
+WARMUP, TURNS = 2, 3
 
 
 def ours() -> Callable[[], None]:
@@ -153,34 +161,38 @@ PEERS = {
 
 
 def time_steps(name: str) -> None:
-    """Prints the step times of one peer (s) as JSON."""
+    """Prints the step times of one peer (s) and its peak memory (GB) as JSON."""
     run = PEERS[name]()
     times = []
     for _ in range(WARMUP + STEPS):
         started = time.perf_counter()
         run()
         times.append(time.perf_counter() - started)
-    print(json.dumps(times[WARMUP:]))
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print(json.dumps([times[WARMUP:], peak_gb]))
 
 
 def main() -> None:
     """Runs the peers in turn and prints a table."""
     medians: dict[str, list[float]] = {name: [] for name in PEERS}
+    peaks_gb = dict.fromkeys(PEERS, 0.0)
     for _ in range(TURNS):
         for name, found in medians.items():
             output = subprocess.run(
-                [sys.executable, __file__, name], check=True, capture_output=True, text=True
+                [sys.executable, __file__, SHAPE, name], check=True, capture_output=True, text=True
             ).stdout
-            found.append(statistics.median(json.loads(output.splitlines()[-1])))
-    print(f"{'':20} | s/step | tokens/s | jaxlm is faster by (each turn)")
+            times, peak_gb = json.loads(output.splitlines()[-1])
+            found.append(statistics.median(times))
+            peaks_gb[name] = max(peaks_gb[name], peak_gb)
+    print(f"{'':20} | s/step | tokens/s | peak GB | jaxlm is faster by (each turn)")
     for name, found in medians.items():
         ratios = [peer / own for peer, own in zip(found, medians["jaxlm"], strict=True)]
         step_s = statistics.median(found)
         print(
             f"{name:20} | {step_s:6.2f} | {BATCH * SEQ_LEN / step_s:8,.0f} | "
-            + ", ".join(f"{ratio:.2f}x" for ratio in ratios)
+            f"{peaks_gb[name]:7.2f} | " + ", ".join(f"{ratio:.2f}x" for ratio in ratios)
         )
 
 
 if __name__ == "__main__":
-    time_steps(sys.argv[1]) if len(sys.argv) > 1 else main()
+    time_steps(sys.argv[2]) if len(sys.argv) > 2 else main()

@@ -175,9 +175,7 @@ class Block(nnx.Module):
 
 _REMAT: dict[str, Callable[..., Any]] = {
     "none": lambda call: call,
-    "products": partial(
-        nnx.remat, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    ),
+    "products": partial(nnx.remat, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     "full": nnx.remat,
 }
 

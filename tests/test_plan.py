@@ -269,8 +269,16 @@ def made_up(config: Config, row_bytes: float = GIB, state_bytes: float = 4 * GIB
     if config.micro_batch_size % 4:
         raise ValueError("batch_size: the mesh does not divide it")
     fsdp = 4 if config.mesh.fsdp == -1 else 1
-    rows = config.batch_size / config.num_microbatches / 4 * (1 if config.model.remat == "none" else 0.25)
-    flops, seconds = 1e9, 1 + config.num_microbatches / 10 + (0 if config.model.remat == "none" else 1)
+    rows = (
+        config.batch_size
+        / config.num_microbatches
+        / 4
+        * (1 if config.model.remat == "none" else 0.25)
+    )
+    flops, seconds = (
+        1e9,
+        1 + config.num_microbatches / 10 + (0 if config.model.remat == "none" else 1),
+    )
     return {
         "device_kind": "TPU v5 lite",
         "mesh": {"data": 4 // fsdp, "fsdp": fsdp, "tensor": 1},
@@ -349,11 +357,12 @@ def test_what_makes_it_fit_the_fastest_first():
 
 
 def test_all_changes_together_where_none_is_enough():
-    changes = find_changes(
-        CONFIG, 4, Compiler(limit=20, state_bytes=50 * GIB, row_bytes=8 * GIB)
-    )
+    changes = find_changes(CONFIG, 4, Compiler(limit=20, state_bytes=50 * GIB, row_bytes=8 * GIB))
     assert changes[0]["fits"] and not changes[1]["fits"]
-    assert changes[0]["flags"] == "--num_microbatches 4 --model.remat full --mesh.data 1 --mesh.fsdp -1"
+    assert (
+        changes[0]["flags"]
+        == "--num_microbatches 4 --model.remat full --mesh.data 1 --mesh.fsdp -1"
+    )
     nothing = find_changes(CONFIG, 4, Compiler(state_bytes=500 * GIB))
     assert nothing and not any(change["fits"] for change in nothing)
     assert not any("fsdp" in c["flags"] for c in find_changes(CONFIG, 1, Compiler(row_bytes=9e9)))

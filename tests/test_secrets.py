@@ -24,8 +24,8 @@ SECRETS = {
 }
 TRACKED = bool(importlib.util.find_spec("wandb") and importlib.util.find_spec("tensorboardX"))
 LEAK = """
-import os, sys, jaxlm.train
-module = sys.modules["jaxlm.train"]  # the package has a function of that name
+import os
+from jaxlm import loop as module
 described = module.describe_environment
 module.describe_environment = lambda mesh: described(mesh) | {"environ": dict(os.environ)}
 """
