@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.attention import Attention, reference_attention
 from jaxlm.config import ModelConfig
@@ -153,6 +154,8 @@ class SwiGLU(nnx.Module):
         dtype = x_BTD.dtype
         gate_BTF = widen(x_BTD, self.w_gate_DF[...].astype(dtype), dtype)
         up_BTF = widen(x_BTD, self.w_up_DF[...].astype(dtype), dtype)
+        # By name, since the policy for products does not see into `widen`.
+        gate_BTF, up_BTF = (checkpoint_name(x, "product") for x in (gate_BTF, up_BTF))
         gate_BTF, up_BTF = (constrain(x, "batch", None, "mlp") for x in (gate_BTF, up_BTF))
         return (silu(gate_BTF) * up_BTF) @ self.w_down_FD[...].astype(dtype)
 
@@ -175,7 +178,13 @@ class Block(nnx.Module):
 
 _REMAT: dict[str, Callable[..., Any]] = {
     "none": lambda call: call,
-    "products": partial(nnx.remat, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "products": partial(
+        nnx.remat,
+        policy=jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names("product"),
+        ),
+    ),
     "full": nnx.remat,
 }
 

@@ -140,19 +140,22 @@ def loss_and_grads(model):
     def loss(params):
         return next_token_loss()(nnx.merge(graphdef, params), batch)[0]
 
-    traced = jax.jit(jax.value_and_grad(loss)).trace(params)
-    value, grads = traced.lower().compile()(params)
-    return value, names_and_leaves(nnx.to_pure_dict(grads)), str(traced.jaxpr)
+    lowered = jax.jit(jax.value_and_grad(loss)).lower(params)
+    value, grads = lowered.compile()(params)
+    num_products = lowered.as_text().count("dot_general")
+    return value, names_and_leaves(nnx.to_pure_dict(grads)), num_products
 
 
 @pytest.mark.parametrize("remat", ["products", "full"])
 def test_remat_changes_the_program_and_nothing_else(remat: Any):
-    value, grads, program = loss_and_grads(transformer())
-    again, grads_again, program_again = loss_and_grads(
+    value, grads, num_products = loss_and_grads(transformer())
+    again, grads_again, num_again = loss_and_grads(
         transformer(dataclasses.replace(MODEL, remat=remat))
     )
-    assert "checkpoint" not in program and "remat" not in program
-    assert program_again.count("checkpoint") + program_again.count("remat") >= MODEL.num_layers
+    # The two products of attention are made again in each layer; with nothing kept, all but the
+    # layer's last.
+    per_layer = {"products": 2, "full": 8}[remat]
+    assert num_again - num_products == per_layer * MODEL.num_layers
     np.testing.assert_allclose(again, value, rtol=1e-6)
     for name, grad in grads.items():
         assert np.abs(grad).max() > 0, name
