@@ -22,19 +22,19 @@ CASES: dict[str, tuple[str, int, list[str], list[str]]] = {
     "180m": (
         "configs/180m.py",
         8,
-        ["--model.remat", "full"],
+        ["--model.remat", "full", "--loss_chunks", "8"],
         ["ici_data_parallelism=-1", "ici_fsdp_parallelism=1", "remat_policy=full"],
     ),
     "180m-products": (
         "configs/180m.py",
         8,
-        ["--model.remat", "products"],
+        ["--model.remat", "products", "--loss_chunks", "8"],
         ["ici_data_parallelism=-1", "ici_fsdp_parallelism=1", "remat_policy=minimal"],
     ),
     "8b": (
         "configs/8b.py",
         2,
-        ["--model.remat", "full"],
+        ["--model.remat", "full", "--loss_chunks", "8"],
         ["ici_fsdp_parallelism=-1", "remat_policy=full"],
     ),
 }
@@ -87,7 +87,11 @@ def ours(case: str, topology: str) -> Any:
     tx = make_optimizer(config.optim)
     blueprint = make_blueprint(model_factory(config.model, "tpu"), tx, mesh)
     step = make_train_step(
-        blueprint, next_token_loss(), tx, make_schedule(config.optim, config.num_steps), mesh
+        blueprint,
+        next_token_loss(num_chunks=config.loss_chunks),
+        tx,
+        make_schedule(config.optim, config.num_steps),
+        mesh,
     )
     shape = config.batch_size, config.seq_len
     tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))

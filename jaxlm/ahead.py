@@ -128,7 +128,11 @@ def examine_step(config: Config, devices: list[Any]) -> dict[str, Any]:
     check_batch(config, mesh)
     tx = make_optimizer(config.optim)
     blueprint = make_blueprint(model_factory(config.model, devices[0].platform), tx, mesh)
-    loss = next_token_loss(z_loss=config.z_loss, eos_id=0 if config.model.document_mask else None)
+    loss = next_token_loss(
+        z_loss=config.z_loss,
+        eos_id=0 if config.model.document_mask else None,
+        num_chunks=config.loss_chunks,
+    )
     shape = config.batch_size, config.seq_len
     tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))
     example = {"inputs": tokens, "targets": tokens}

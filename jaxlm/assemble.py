@@ -116,7 +116,8 @@ def assemble(
     tx = make_optimizer(config.optim)
     blueprint = make_blueprint(model or model_factory(config.model, platform), tx, mesh)
     mask = mask_id(config, dataset)
-    train_loss = loss or next_token_loss(z_loss=config.z_loss, eos_id=mask)
+    next_token = partial(next_token_loss, eos_id=mask, num_chunks=config.loss_chunks)
+    train_loss = loss or next_token(z_loss=config.z_loss)
 
     def put(index: int) -> Batch:
         index = 0 if config.overfit_one_batch else index
@@ -125,7 +126,7 @@ def assemble(
     with clock.spent("compile") if clock else nullcontext():
         compiled = compile_step(config, blueprint, train_loss, tx, mesh, put(0))
     peak = peak_flops(mesh.devices.flat[0].device_kind)
-    eval_loss = loss or next_token_loss(eos_id=mask)
+    eval_loss = loss or next_token()
     eval_step, put_eval = assemble_eval(config, blueprint, mesh, eval_batches, eval_loss)
     return Parts(
         config=config,

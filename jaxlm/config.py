@@ -320,6 +320,9 @@ class Config:
     """Tokens per sequence."""
     num_microbatches: int = recorded(1)
     """Gradient accumulation: a step takes its batch in this many parts, one after the other."""
+    loss_chunks: int = free(1)
+    """The logits are made for one part of the sequence at a time, of this many, and again in the
+    backward pass: a large vocabulary then takes less memory, and the step a little longer."""
     z_loss: float = recorded(0.0)
     """Weight of the squared log-normalizer in the training loss (PaLM used 1e-4)."""
     seed: int = fixed(0)
@@ -350,6 +353,7 @@ class Config:
             if isinstance(value, str):
                 _check(not _KEY_IN_URL.search(value), name, value, "a URL without a key in it")
         _check_at_least(self, "", 1, "num_steps", "batch_size", "seq_len", "num_microbatches")
+        _check_at_least(self, "", 1, "loss_chunks")
         _check_at_least(self, "", 1, "eval_interval", "stop_after_worse_evals", "log_interval")
         _check_at_least(self, "", 0, "z_loss", "seed", "profile")
         _check(self.seed < 2**32, "seed", self.seed, "less than 2**32")
@@ -359,6 +363,12 @@ class Config:
             "num_microbatches",
             self.num_microbatches,
             f"a divisor of batch_size ({self.batch_size})",
+        )
+        _check(
+            self.seq_len % self.loss_chunks == 0,
+            "loss_chunks",
+            self.loss_chunks,
+            f"a divisor of seq_len ({self.seq_len})",
         )
         warmup = self.optim.warmup_steps
         _check(

@@ -226,12 +226,19 @@ class Transformer(nnx.Module):
         Returns:
           float32 [B, T, V].
         """
+        return self.logits(self.features(tokens_BT, segment_ids_BT))
+
+    def features(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
+        """What the logits are made of, [B, T, D]; arguments as those of a call."""
         x_BTD = self.embedding_VD[...].astype(self.dtype)[tokens_BT]
         x_BTD = constrain(x_BTD, "batch", None, None)
         apply = _REMAT[self.config.remat](Block.__call__)
         for layer in self.layers:
             x_BTD = apply(layer, x_BTD, segment_ids_BT)
-        x_BTD = self.final_norm(x_BTD)
+        return self.final_norm(x_BTD)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Features [B, T, D] -> logits, float32 [B, T, V]."""
         if self.config.tie_embeddings:
             w_DV = self.embedding_VD[...].astype(self.dtype).T
         else:

@@ -85,6 +85,8 @@ def memory_advice(error: BaseException, config: Config) -> str | None:
     tries = []
     if config.batch_size % parts == 0:
         tries.append(f"--num_microbatches {parts} (the same training, in smaller parts)")
+    if config.loss_chunks == 1 and config.seq_len % 8 == 0:
+        tries.append("--loss_chunks 8 (never holds all logits)")
     if config.model.remat != "full":
         tries.append("--model.remat products, then full (computes activations again)")
     tries.append("--mesh.fsdp N (splits the state over N devices)")

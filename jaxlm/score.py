@@ -172,7 +172,7 @@ def _score(candidate: _Candidate, source: str | None) -> Score:
     mesh = _choose_mesh(metadata.environment["mesh"], config.micro_batch_size)
     blueprint, params = restore_params(selected, mesh)
     batches = held_out_batches(config, dataset)
-    loss = next_token_loss(eos_id=mask_id(config, dataset))
+    loss = next_token_loss(eos_id=mask_id(config, dataset), num_chunks=config.loss_chunks)
     eval_step, put = assemble_eval(config, blueprint, mesh, batches, loss)
     sums = batch_sums(eval_step, params, put, len(batches))
     return Score(

@@ -135,6 +135,8 @@ INVALID = [
     (Config, "seq_len", 0),
     (Config, "num_microbatches", 0),
     (Config, "num_microbatches", 3),
+    (Config, "loss_chunks", 0),
+    (Config, "loss_chunks", 5),
     (Config, "z_loss", -1e-4),
     (Config, "seed", -1),
     (Config, "seed", 2**32),

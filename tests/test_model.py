@@ -133,12 +133,12 @@ def test_rmsnorm_is_its_definition_and_computes_in_float32():
     np.testing.assert_array_equal(found.astype(jnp.float32), exact.astype(jnp.float32))
 
 
-def loss_and_grads(model):
+def loss_and_grads(model, **options: Any):
     graphdef, params = nnx.split(model)
     batch = host_batch(0)
 
     def loss(params):
-        return next_token_loss()(nnx.merge(graphdef, params), batch)[0]
+        return next_token_loss(**options)(nnx.merge(graphdef, params), batch)[0]
 
     lowered = jax.jit(jax.value_and_grad(loss)).lower(params)
     value, grads = lowered.compile()(params)
@@ -160,6 +160,21 @@ def test_remat_changes_the_program_and_nothing_else(remat: Any):
     for name, grad in grads.items():
         assert np.abs(grad).max() > 0, name
         np.testing.assert_allclose(grads_again[name], grad, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1, "eos_id": 0}])
+def test_the_loss_in_chunks_is_the_loss_without_all_logits_in_memory(options: dict[str, Any]):
+    model = transformer()
+    value, grads, num_products = loss_and_grads(model, **options)
+    again, grads_again, num_again = loss_and_grads(model, num_chunks=3, **options)
+    assert num_again == num_products + 1  # the logits, again
+    np.testing.assert_allclose(again, value, rtol=1e-6)
+    for name, grad in grads.items():
+        np.testing.assert_allclose(grads_again[name], grad, rtol=1e-4, atol=1e-5, err_msg=name)
+    batch, V = host_batch(0), MODEL.vocab_size
+    B, T = batch["inputs"].shape
+    text = [jax.jit(next_token_loss(num_chunks=n)).lower(model, batch).as_text() for n in (1, 3)]
+    assert f"{B}x{T}x{V}xf32" in text[0] and f"{B}x{T}x{V}xf32" not in text[1]
 
 
 def test_bfloat16_compute_is_close_and_keeps_float32_params_and_logits():

@@ -142,7 +142,8 @@ def test_memory_advice(sign: str):
     advice = preflight.memory_advice(RuntimeError(sign), config)
     assert advice
     tries = [line.split()[0] for line in advice.splitlines()[1:]]
-    assert tries == ["--num_microbatches", "--model.remat", "--mesh.fsdp", "--batch_size"]
+    assert tries[:3] == ["--num_microbatches", "--loss_chunks", "--model.remat"]
+    assert tries[3:] == ["--mesh.fsdp", "--batch_size"]
     assert "--num_microbatches 2" in advice and "--batch_size 6" in advice
 
 
@@ -151,8 +152,8 @@ def test_memory_advice_does_not_give_what_cannot_be():
     assert "--num_microbatches 6" in str(
         preflight.memory_advice(MemoryError("out of memory"), config)
     )
-    config = dataclasses.replace(config, num_microbatches=6)
+    config = dataclasses.replace(config, num_microbatches=6, loss_chunks=8)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
     advice = str(preflight.memory_advice(MemoryError("out of memory"), config))
-    assert "microbatches" not in advice and "remat" not in advice
+    assert not any(name in advice for name in ("microbatches", "loss_chunks", "remat"))
     assert preflight.memory_advice(ValueError("shape mismatch"), config) is None
