@@ -32,11 +32,12 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "plan": runs.plan,
     "cache": _group("Look at and clear prepared tokens.", list=cache.list_all, clear=cache.clear),
     "checkpoints": _group(
-        "Look at checkpoints.",
+        "Look at checkpoints, and tidy them up.",
         list=checkpoints.list_all,
         compare=checkpoints.compare,
         diff=checkpoints.diff,
         verify=checkpoints.verify,
+        prune=checkpoints.prune,
     ),
     "eval": models.evaluate,
     "doctor": runs.doctor,
