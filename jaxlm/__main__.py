@@ -38,6 +38,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
         diff=checkpoints.diff,
         verify=checkpoints.verify,
         prune=checkpoints.prune,
+        copy=checkpoints.copy,
     ),
     "eval": models.evaluate,
     "doctor": runs.doctor,

@@ -134,3 +134,25 @@ def prune(
     values = {"folder": str(found.folder), "kept": found.kept, "dropped": found.dropped}
     show(values | {"deleted": delete}, "\n".join([lines[s] for s in sorted(lines)] + [last]), json)
     return 0
+
+
+def copy(run: Positional[str], dest: Positional[str], *, json: bool = False) -> int:
+    """Copy a run or one step, verified; exit code 1 if a damaged step was left out, else 0.
+
+    A trainer may be at work in the run; a step that it deletes meanwhile is passed over.
+
+    Args:
+      run: RUN or RUN@STEP.
+      dest: the new run folder, which appears once it is whole.
+      json: print JSON.
+    """
+    from jaxlm.copying import copy_run
+
+    found = copy_run(run, dest, say=note(json))
+    steps = ", ".join(map(str, found.steps))
+    show(
+        {**found._asdict(), "folder": str(found.folder)},
+        f"copied to {found.folder}, and verified there: {steps}",
+        json,
+    )
+    return 1 if found.damaged else 0
