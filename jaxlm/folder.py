@@ -5,7 +5,9 @@ Reading only; `jaxlm.checkpoint` writes. Anyone may read while a trainer runs.
 
 import math
 import re
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -19,6 +21,8 @@ CORRUPT = ".corrupt"
 """Ends the name of a step that was found damaged."""
 SUPERSEDED = ".superseded"
 """Ends the name of a step that the run has gone back from."""
+
+_COMMIT_S = 0.5  # more than lies between the rename of a step and its last file
 
 
 class Best(NamedTuple):
@@ -60,6 +64,31 @@ def read_metadata(folder: Path, step: int) -> Metadata:
             f"{folder / str(step)}: its metadata cannot be read ({error}); "
             "`jaxlm checkpoints list` shows the sound ones"
         ) from error
+
+
+def when_settled(path: Path, look: Callable[[], list[str]]) -> list[str] | None:
+    """What `look` finds wrong with a step, at which a trainer may be at work.
+
+    It looks again if the trainer has put another one there, or finished its commit.
+
+    Returns:
+      Empty for a sound step; None for one that was deleted meanwhile.
+    """
+    while before := _identity(path):
+        if not (damage := look()):
+            return []
+        time.sleep(_COMMIT_S)
+        if _identity(path) == before:
+            return damage
+    return None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_ctime_ns
 
 
 class Steps(NamedTuple):

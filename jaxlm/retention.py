@@ -13,20 +13,26 @@ IN_TRANSIT = 2
 class Retention:
     """Keeps the newest, the best, and every so many: no setting can drop best or latest."""
 
-    def __init__(self, config: CheckpointConfig):
+    def __init__(self, config: CheckpointConfig, num_in_transit: int = IN_TRANSIT):
         self._config = config
+        self._num_in_transit = num_in_transit
         self.state_bytes = 0  # known once a state is saved
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         """For each checkpoint, ascending: whether it stays."""
         del context
-        steps = [info.step for info in checkpoints]
-        best = find_best({info.step: (info.metrics or {}).get("eval_loss") for info in checkpoints})
+        losses = {info.step: (info.metrics or {}).get("eval_loss") for info in checkpoints}
+        kept = self.kept(losses)
+        return [step in kept for step in losses]
+
+    def kept(self, eval_losses: dict[int, float | None]) -> set[int]:
+        """Of the steps, ascending, with their held-out losses: those that stay."""
+        steps = list(eval_losses)
+        best = find_best(eval_losses)
         kept = set(steps[-self._config.keep_latest :])
         if best:
             kept.add(best.step)
-        kept |= self._milestones(steps, kept)
-        return [step in kept for step in steps]
+        return kept | self._milestones(steps, kept)
 
     def _milestones(self, steps: list[int], kept: set[int]) -> set[int]:
         every, budget = self._config.keep_every, self._config.disk_budget_gb
@@ -34,7 +40,7 @@ class Retention:
             return set()
         milestones = {step for step in steps if step % every == 0}
         if budget and self.state_bytes:
-            room = int(budget * 1e9 / self.state_bytes) - IN_TRANSIT
+            room = int(budget * 1e9 / self.state_bytes) - self._num_in_transit
             while milestones and len(milestones | kept) > room:
                 every *= 2  # every other one goes, so that those left stay evenly apart
                 milestones = {step for step in milestones if step % every == 0}

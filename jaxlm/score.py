@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from jaxlm.compiled import keep_compiled
 from jaxlm.config import Config, MeshConfig
 from jaxlm.data.prepare import Dataset
 from jaxlm.evaluate import batch_sums, mean_loss
-from jaxlm.folder import TOKENIZER, Selected, read_metadata, select
+from jaxlm.folder import TOKENIZER, Selected, read_metadata, select, when_settled
 from jaxlm.load import restore_params, tell_selected
 from jaxlm.loss import next_token_loss
 from jaxlm.manifest import find_damage
@@ -31,8 +30,6 @@ TOLERANCE = 1e-3
 """Relative difference of two losses of the same params on different machines; float32 on the one
 and bfloat16 on the other give about this much."""
 
-_COMMIT_S = 0.5  # more than lies between the rename of a step and its last file
-
 
 def verify_step(folder: Path, step: int) -> list[str] | None:
     """What is wrong with a step, after a look at every file and every array.
@@ -43,29 +40,17 @@ def verify_step(folder: Path, step: int) -> list[str] | None:
       Empty for a sound step; None for one that was deleted meanwhile.
     """
     path = folder / str(step)
-    while before := _identity(path):
-        damage = find_damage(path)
-        if not damage:
-            try:
-                changed = find_changed_arrays(path, read_metadata(folder, step))
-                damage = [f"{name} differs from what was saved" for name in changed]
-            except (OSError, ValueError, RuntimeError) as error:
-                damage = [f"it cannot be restored: {error}"]
-        if not damage:
-            return []
-        time.sleep(_COMMIT_S)
-        if _identity(path) == before:
+
+    def look() -> list[str]:
+        if damage := find_damage(path):
             return damage
-    return None
+        try:
+            changed = find_changed_arrays(path, read_metadata(folder, step))
+        except (OSError, ValueError, RuntimeError) as error:
+            return [f"it cannot be restored: {error}"]
+        return [f"{name} differs from what was saved" for name in changed]
 
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    # Changes if a trainer has deleted the step since, or put another there, or finished its commit.
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_ctime_ns
+    return when_settled(path, look)
 
 
 class Score(NamedTuple):

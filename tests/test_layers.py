@@ -21,9 +21,9 @@ LAYERS = [
     {"train"},
     {"loop"},
     {"start", "summary", "attempt", "score", "plan"},
-    {"ahead", "load", "compare", "doctor", "resume", "preflight"},
+    {"ahead", "load", "compare", "copying", "doctor", "prune", "resume", "preflight"},
     {"assemble", "checkpoint"},
-    {"aside", "evaluate", "restore", "step", "retention"},
+    {"aside", "evaluate", "publish", "restore", "step", "retention"},
     {"compiled", "console", "folder", "state", "data.prepare"},
     {"metadata", "data.dataset", "data.tokenizer", "data.sources", "data.batches", "metrics"}
     | {"model"},

@@ -91,3 +91,68 @@ def verify(run: Positional[str], *, eval: bool = False, json: bool = False) -> i
     num_damaged = sum(map(bool, found.values()))
     show(values, f"{num_damaged} of {len(found)} steps are damaged", json)
     return 0 if sound else 1
+
+
+def prune(
+    run: Positional[str],
+    *,
+    keep_latest: int = 1,
+    keep_every: int | None = None,
+    disk_budget_gb: float | None = None,
+    delete: bool = False,
+    json: bool = False,
+) -> int:
+    """Name the checkpoints that rules would drop, or delete them; never best and latest.
+
+    Args:
+      run: a run folder, or a checkpoint folder.
+      keep_latest: the newest to keep.
+      keep_every: keep also each step that is a multiple of this.
+      disk_budget_gb: of those (or of all) keep as many as fit, evenly apart (10^9 bytes).
+      delete: do it; refused while a trainer is at work in the folder.
+      json: print JSON.
+    """
+    from jaxlm import prune as pruning
+    from jaxlm.console import format_bytes
+
+    rules = {
+        "keep_latest": keep_latest,
+        "keep_every": keep_every,
+        "disk_budget_gb": disk_budget_gb,
+    }
+    if delete:
+        found = pruning.prune(run, warn=note(json), **rules)
+    else:
+        found = pruning.plan_pruning(run, **rules)  # pyright: ignore[reportArgumentType]
+    verb = "deleted" if delete else "would be deleted"
+    lines = {step: f"{step}: kept ({why})" for step, why in found.kept.items()}
+    lines |= {step: f"{step}: {verb}, {format_bytes(n)}" for step, n in found.dropped.items()}
+    last = (
+        f"{len(found.dropped)} of {len(lines)} {verb}, {format_bytes(sum(found.dropped.values()))}"
+    )
+    last += "" if delete or not found.dropped else "; add --delete to do it"
+    values = {"folder": str(found.folder), "kept": found.kept, "dropped": found.dropped}
+    show(values | {"deleted": delete}, "\n".join([lines[s] for s in sorted(lines)] + [last]), json)
+    return 0
+
+
+def copy(run: Positional[str], dest: Positional[str], *, json: bool = False) -> int:
+    """Copy a run or one step, verified; exit code 1 if a damaged step was left out, else 0.
+
+    A trainer may be at work in the run; a step that it deletes meanwhile is passed over.
+
+    Args:
+      run: RUN or RUN@STEP.
+      dest: the new run folder, which appears once it is whole.
+      json: print JSON.
+    """
+    from jaxlm.copying import copy_run
+
+    found = copy_run(run, dest, say=note(json))
+    steps = ", ".join(map(str, found.steps))
+    show(
+        {**found._asdict(), "folder": str(found.folder)},
+        f"copied to {found.folder}, and verified there: {steps}",
+        json,
+    )
+    return 1 if found.damaged else 0

@@ -1,0 +1,152 @@
+"""A copy is whole, verified and a run like its source, whatever a trainer does meanwhile."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+
+from jaxlm import __main__ as cli
+from jaxlm import copying
+from jaxlm.compare import describe_run, diff_checkpoints
+from jaxlm.copying import copy_run
+from jaxlm.folder import list_steps, read_steps, recorded_directory
+
+DEST = "backup/tiny"
+
+
+@pytest.fixture
+def run(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(own_run)
+    return Path(runs.RUN)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def left_over() -> list[str]:
+    return os.listdir("backup") if Path("backup").exists() else []
+
+
+def test_a_copy_is_its_source_and_resumes_alike(run: Path) -> None:
+    before = files(run)
+    found = copy_run(str(run), DEST)
+    assert found == (Path(DEST), [4, 8, 12], [], {})
+    steps = {name: data for name, data in before.items() if "/" in name}
+    copied = files(Path(DEST))
+    assert len(steps) > 30 and {n: d for n, d in copied.items() if "/" in n} == steps
+    assert files(run) == before and left_over() == ["tiny"]
+    assert copied["metrics.jsonl"] == before["metrics.jsonl"]
+    flags = "--optim.learning_rate 3 --num_steps 14"
+    for folder in (run, DEST):
+        assert runs.launched(Path.cwd(), f"{flags} --run_dir {folder}")[0] == 0
+    assert diff_checkpoints(f"{run}@14", f"{DEST}@14") == []
+    assert diff_checkpoints(f"{run}@14", f"{DEST}@12") != []
+
+
+def test_one_step(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.command(["checkpoints", "copy", f"{run}@best", DEST, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == [8]
+    assert [row["is"] for row in describe_run(DEST)["checkpoints"]] == [["best", "latest", "final"]]
+
+
+def test_checkpoints_elsewhere_come_along(run: Path) -> None:
+    (run / "checkpoints").rename("elsewhere")
+    values = json.loads((run / "config.json").read_text())
+    values["checkpoint"]["directory"] = "elsewhere"
+    (run / "config.json").write_text(json.dumps(values))
+    copy_run(str(run), DEST)
+    shutil.rmtree("elsewhere")
+    assert recorded_directory(Path(DEST)) is None and len(describe_run(DEST)["checkpoints"]) == 3
+
+
+def test_damage_is_left_out_and_said(run: Path, capsys: pytest.CaptureFixture) -> None:
+    runs.damage(run / "checkpoints" / "8")
+    os.mkfifo(run / "checkpoints" / "4" / "pipe")
+    assert cli.command(["checkpoints", "copy", str(run), DEST]) == 1
+    said = capsys.readouterr().out
+    assert "8: damaged, left out: params/" in said and "4: damaged, left out: pipe" in said
+    assert list_steps(Path(DEST) / "checkpoints") == [12]
+    with pytest.raises(ValueError, match="damaged"):
+        copy_run(f"{run}@8", "backup/other")
+    assert left_over() == ["tiny"]
+
+
+def test_bits_that_flip_on_the_way_are_found(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copytree = shutil.copytree
+
+    def flip(source: Path, target: Path, *nested: Any) -> None:
+        copytree(source, target, *nested)
+        if source.name == "8":
+            runs.damage(target)
+
+    monkeypatch.setattr(shutil, "copytree", flip)
+    found = copy_run(str(run), DEST)
+    assert found.steps == [4, 12] and list(found.damaged) == [8]
+    assert read_steps(Path(DEST) / "checkpoints").damaged == {}
+
+
+def test_a_trainer_deletes_and_replaces_meanwhile(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copytree, count = shutil.copytree, []
+
+    def meanwhile(source: Path, target: Path, *nested: Any) -> None:
+        if nested:  # it calls itself for the folders below
+            return copytree(source, target, *nested)
+        count.append(int(source.name))
+        if source.name == "4":
+            source.rename("gone")
+        copytree(source, target)
+        if count == [12]:  # half of the old one, and then the new one is there
+            runs.damage(target)
+            source.rename("old")
+            copytree(Path("old"), source)
+
+    monkeypatch.setattr(shutil, "copytree", meanwhile)
+    found = copy_run(str(run), DEST)
+    assert found == (Path(DEST), [8, 12], [4], {}) and count == [12, 12, 8, 4]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_copy_that_fails_leaves_nothing(
+    run: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(path: Path, target: Path) -> None:
+        (seen,) = left_over()
+        assert seen == ".tiny.partial"
+        raise error
+
+    monkeypatch.setattr(copying, "_copy_config", fail)
+    with pytest.raises((RuntimeError, KeyboardInterrupt)):
+        copy_run(str(run), DEST)
+    assert left_over() == []
+
+
+def test_after_a_kill_the_next_copy_is_whole(run: Path) -> None:
+    stale = Path("backup/.tiny.partial/checkpoints/3")
+    stale.mkdir(parents=True)
+    assert copy_run(str(run), DEST).steps == [4, 8, 12]
+    assert left_over() == ["tiny"] and not (Path(DEST) / "checkpoints/3").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("runs/none", DEST), "found no checkpoints"),
+        ((runs.RUN, "texts"), "texts exists already, expected a new name"),
+        ((runs.RUN, f"{runs.RUN}/copy"), "lies within"),
+        ((runs.RUN, "gs://bucket/tiny"), "expected a local path"),
+        ((f"{runs.RUN}@5", DEST), "no such checkpoint"),
+    ],
+)
+def test_refusals(run: Path, args: Any, message: str) -> None:
+    before = files(Path())
+    with pytest.raises(ValueError, match=message):
+        copy_run(*args)
+    assert files(Path()) == before and left_over() == []
