@@ -39,6 +39,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
         verify=checkpoints.verify,
         prune=checkpoints.prune,
         copy=checkpoints.copy,
+        average=checkpoints.average,
     ),
     "eval": models.evaluate,
     "doctor": runs.doctor,

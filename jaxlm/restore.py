@@ -59,6 +59,11 @@ def restore_items(
       DiskError: the disk gives no answer.
       DamagedArrays: an item cannot be read, or an array differs from what was saved.
     """
+    if "params" in abstract and len(abstract) > 1 and not (path / "opt_state").exists():
+        raise ValueError(
+            f"{path} holds weights only, so training cannot go on from it; to begin a run with "
+            f"them, add --init_from {path.parent}@{path.name}"
+        )
     _check_layout(metadata.fingerprints, abstract, path)
     restored, folder = {}, path.absolute()  # Orbax takes no relative path
     for name, tree in abstract.items():
@@ -87,21 +92,21 @@ def find_changed_arrays(path: Path, metadata: Metadata) -> list[str]:
     One item after the other is on this machine, and one array after the other on the device.
     """
     saved, found = metadata.fingerprints, {}
-    for name in ITEMS:
+    for name in _items_at(path):
         found |= fingerprint(restore_numpy(path, (name,)))
     names = sorted(saved.keys() | found.keys())
     return [name for name in names if saved.get(name) != found.get(name)]
 
 
-def restore_numpy(path: Path, items: Sequence[str] = ITEMS) -> dict[str, Any]:
-    """Items of a step folder as numpy arrays: two states may not fit on the devices.
+def restore_numpy(path: Path, items: Sequence[str] = ()) -> dict[str, Any]:
+    """Items of a step folder (by default all) as numpy arrays: two may not fit on the devices.
 
     Raises:
       DamagedArrays: an item cannot be read.
     """
     restored, path = {}, path.absolute()
     to_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-    for name in items:
+    for name in items or _items_at(path):
         with _reading(path / name) as checkpointer:
             about: Any = checkpointer.metadata(path / name).item_metadata  # None if unreadable
             tree = about.tree
@@ -111,6 +116,10 @@ def restore_numpy(path: Path, items: Sequence[str] = ITEMS) -> dict[str, Any]:
                 path / name, args=ocp.args.PyTreeRestore(restore_args=args)
             )
     return restored
+
+
+def _items_at(path: Path) -> list[str]:
+    return [name for name in ITEMS if (path / name).is_dir()]  # an average has params alone
 
 
 @contextlib.contextmanager

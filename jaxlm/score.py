@@ -70,6 +70,8 @@ class Score(NamedTuple):
     """What the run had found; None where it did not evaluate, or other text was taken."""
     differences: list[str]
     """What the bits of a loss depend on that is not as it was then."""
+    environment: dict[str, Any]
+    """What they depend on here."""
     sums: np.ndarray
     """Loss sum (nats) and number of tokens of each batch: float64 [batches, 2]."""
 
@@ -80,8 +82,9 @@ class Score(NamedTuple):
         return math.isclose(self.loss, recorded, rel_tol=TOLERANCE if self.differences else 0.0)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values: all but the sums."""
-        return {name: value for name, value in self._asdict().items() if name != "sums"}
+        """JSON values: all but the sums and the environment."""
+        values = self._asdict()
+        return {name: values[name] for name in values if name not in ("sums", "environment")}
 
 
 class _Candidate(NamedTuple):
@@ -160,6 +163,7 @@ def _score(candidate: _Candidate, source: str | None) -> Score:
     loss = next_token_loss(eos_id=mask_id(config, dataset), num_chunks=config.loss_chunks)
     eval_step, put = assemble_eval(config, blueprint, mesh, batches, loss)
     sums = batch_sums(eval_step, params, put, len(batches))
+    environment = describe_environment(mesh)
     return Score(
         run=run,
         step=selected.step,
@@ -168,7 +172,8 @@ def _score(candidate: _Candidate, source: str | None) -> Score:
         perplexity=perplexity(mean_loss(sums)),
         num_tokens=int(sums[:, 1].sum()),
         recorded_loss=None if source else metadata.eval_loss,
-        differences=compare_environments(metadata.environment, describe_environment(mesh)),
+        differences=compare_environments(metadata.environment, environment),
+        environment=environment,
         sums=sums,
     )
 

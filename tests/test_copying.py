@@ -10,7 +10,7 @@ import pytest
 import runs
 
 from jaxlm import __main__ as cli
-from jaxlm import copying
+from jaxlm import copying, manifest
 from jaxlm.compare import describe_run, diff_checkpoints
 from jaxlm.copying import copy_run
 from jaxlm.folder import list_steps, read_steps, recorded_directory
@@ -85,6 +85,7 @@ def test_bits_that_flip_on_the_way_are_found(run: Path, monkeypatch: pytest.Monk
         if source.name == "8":
             runs.damage(target)
 
+    monkeypatch.setattr(manifest, "_SMALL_BYTES", 1000)  # so a quick look does not see it
     monkeypatch.setattr(shutil, "copytree", flip)
     found = copy_run(str(run), DEST)
     assert found.steps == [4, 12] and list(found.damaged) == [8]

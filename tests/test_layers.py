@@ -19,7 +19,7 @@ LAYERS = [
     {"prove"},
     {"__init__", "launch"},
     {"train"},
-    {"loop"},
+    {"average", "loop"},
     {"start", "summary", "attempt", "score", "plan"},
     {"ahead", "load", "compare", "copying", "doctor", "prune", "resume", "preflight"},
     {"assemble", "checkpoint"},

@@ -54,7 +54,8 @@ def test_the_rules(folder: Path, monkeypatch: pytest.MonkeyPatch, rules: dict, k
     assert not (folder / lock.HOLDER).exists()
 
 
-def test_damaged_ones_stay_and_do_not_count(folder: Path):
+def test_damaged_ones_stay_and_do_not_count(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(manifest, "_SMALL_BYTES", 1000)  # so a quick look does not see it
     runs.damage(folder / "8")
     runs.damage(folder / "24")
     kept = plan_pruning(runs.RUN).kept

@@ -156,3 +156,36 @@ def copy(run: Positional[str], dest: Positional[str], *, json: bool = False) -> 
         json,
     )
     return 1 if found.damaged else 0
+
+
+def average(
+    run: Positional[str],
+    *,
+    last: int = 5,
+    steps: str | None = None,
+    out: str | None = None,
+    json: bool = False,
+) -> int:
+    """Average the weights of checkpoints, evaluate the result and write it beside the run.
+
+    Args:
+      run: a run folder, or a checkpoint folder.
+      last: so many of the newest.
+      steps: these instead, such as 100,200,300.
+      out: the new folder, which `jaxlm eval` opens; by default RUN-average-FIRST-LAST.
+      json: print JSON.
+    """
+    from jaxlm.average import average as make_average
+
+    try:
+        chosen = [int(step) for step in steps.split(",")] if steps else []
+    except ValueError as error:
+        raise ValueError(f"--steps: found {steps}, expected such as 100,200,300") from error
+    found = make_average(run, last=last, steps=chosen, out=out, warn=note(json))
+    best = min(found.parts.values())
+    lines = [f"step {step}: loss {loss:.4f}" for step, loss in found.parts.items()]
+    gap = f"{found.loss - best:+.4f} beside the best of them"
+    lines.append(f"average: loss {found.loss:.4f}, {gap}")
+    lines.append(f"written to {found.folder} (weights only)")
+    show({**found._asdict(), "folder": str(found.folder)}, "\n".join(lines), json)
+    return 0

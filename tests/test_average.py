@@ -1,0 +1,116 @@
+"""An average is the mean of its parts, verified like any checkpoint, and no step of the run."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+import small
+
+from jaxlm import __main__ as cli
+from jaxlm import average as averaging
+from jaxlm import launch, load_model
+from jaxlm.average import average
+from jaxlm.folder import find_checkpoints, select
+from jaxlm.launch import run_main
+from jaxlm.restore import restore_numpy
+from jaxlm.score import score, verify_step
+
+STEPS = [4, 8, 12]
+
+
+@pytest.fixture
+def run(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(own_run)
+    return Path(runs.RUN)
+
+
+def arrays(run: str) -> dict[str, np.ndarray]:
+    return small.names_and_leaves(restore_numpy(select(run).path, ["params"]))
+
+
+def listing(folder: Path) -> set[tuple[str, bytes]]:
+    return {(str(p), p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_mean_of_the_weights_and_what_opens_it(run: Path, capsys: pytest.CaptureFixture):
+    before = listing(run)
+    found = average(str(run))
+    assert found.folder.name == "tiny-average-4-12" and found.folder.parent == run.parent.resolve()
+    assert listing(run) == before, "the run is left as it is"
+    own, parts = arrays(str(found.folder)), [arrays(f"{run}@{step}") for step in STEPS]
+    assert len(own) > 10
+    for name, leaf in own.items():
+        mean = np.mean([part[name] for part in parts], axis=0, dtype=np.float64)
+        np.testing.assert_array_equal(leaf, mean.astype(np.float32), err_msg=name)
+        assert any(not np.array_equal(leaf, part[name]) for part in parts) or not leaf.any()
+    assert found.parts == pytest.approx(runs.eval_losses(run))
+    # As for any checkpoint: loaded, evaluated to the bit, every file and array proven.
+    model, metadata = load_model(str(found.folder), say=str)
+    assert metadata.lineage[-1]["averaged"] == STEPS and metadata.eval_loss == found.loss
+    assert model is not None
+    (one,) = score([str(found.folder)], say=str)
+    assert one.loss == found.loss and one.as_recorded and not one.differences
+    folder = find_checkpoints(str(found.folder))
+    assert verify_step(folder, 12) == []
+    assert cli.command(["checkpoints", "diff", str(found.folder), f"{run}@12"]) == 1
+    assert "opt_state/" in capsys.readouterr().out
+    runs.damage(folder / "12")
+    assert verify_step(folder, 12) != []
+
+
+def test_the_command(run: Path, capsys: pytest.CaptureFixture):
+    args = ["checkpoints", "average", str(run), "--steps", "8,4", "--out", "mean", "--json"]
+    assert cli.command(args) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["folder"] == "mean" and list(found["parts"]) == ["4", "8"] and found["step"] == 8
+    assert cli.command(["checkpoints", "average", str(run), "--last", "2", "--out", "two"]) == 0
+    text = capsys.readouterr().out
+    assert "step 12: loss" in text and "step 4" not in text and "average: loss" in text
+
+
+def test_training_goes_on_from_a_whole_state_only(run: Path, capsys: pytest.CaptureFixture):
+    average(str(run), out="mean")
+    for beginning, code in (("--branch_from", 1), ("--init_from", 0)):
+        flags = f"--config configs/tiny.py {beginning} mean@12 --run_dir runs/new --num_steps 16"
+        assert run_main(partial(launch.main, flags.split())) == code, beginning
+    assert "holds weights only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"steps": [8]}, "found 1 checkpoint"),
+        ({"last": 1}, "found 1 checkpoint"),
+        ({"steps": [8, 9]}, "no such checkpoint"),
+        ({"out": "texts"}, "texts exists already"),
+    ],
+)
+def test_refusals_leave_nothing(run: Path, rules: dict[str, Any], message: str):
+    before = listing(Path())
+    with pytest.raises(ValueError, match=message):
+        average(str(run), **rules)
+    assert listing(Path()) == before
+
+
+def test_a_part_that_is_damaged_is_never_averaged(run: Path, monkeypatch: pytest.MonkeyPatch):
+    restore = averaging.restore_numpy
+
+    def flip(path: Path, items: list[str]) -> Any:
+        found = restore(path, items)
+        if path.name == "8":
+            leaf = next(iter(small.names_and_leaves(found).values()))
+            leaf.reshape(-1).view(np.uint32)[0] ^= 1
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(averaging, "restore_numpy", flip)
+        with pytest.raises(ValueError, match="8: params/.* differs from what was saved"):
+            average(str(run), out="mean")
+    runs.damage(find_checkpoints(str(run)) / "8")
+    with pytest.raises(ValueError, match="damaged"):
+        average(str(run), steps=[4, 8], out="mean")
+    assert not Path("mean").exists() and not Path(".mean.partial").exists()
