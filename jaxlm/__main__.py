@@ -7,7 +7,7 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes
 
-from jaxlm.cli import cache, checkpoints, models, runs
+from jaxlm.cli import cache, checkpoints, interchange, models, runs
 from jaxlm.launch import leave, run_main
 
 
@@ -42,6 +42,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
         average=checkpoints.average,
     ),
     "eval": models.evaluate,
+    "export": interchange.export,
+    "import": interchange.import_folder,
     "doctor": runs.doctor,
 }
 

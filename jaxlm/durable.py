@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,3 +94,36 @@ def crc32c(path: Path, chunk_bytes: int = 1 << 22) -> int:
         while chunk := file.read(chunk_bytes):
             checksum.update(chunk)
     return int.from_bytes(checksum.digest(), "big")
+
+
+def check_free(path: Path) -> None:
+    """Raises ValueError unless a folder can be made here: nothing is there, or an empty one."""
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        raise ValueError(
+            f"{path}: found something there, expected no folder or an empty one; "
+            "name another, or remove it first"
+        )
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name once it is whole; else nothing is left of it.
+
+    Raises:
+      ValueError: the name is taken.
+      OSError: it could not be written.
+    """
+    path = Path(os.path.abspath(path))
+    check_free(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+    partial.mkdir()
+    try:
+        yield partial
+        for inner in (*partial.rglob("*"), partial):
+            fsync(inner)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    fsync(path.parent)

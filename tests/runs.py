@@ -15,7 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+from small import transformer
+
 from jaxlm import launch, manifest
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, to_dict
+from jaxlm.data.tokenizer import train_tokenizer
+from jaxlm.metadata import Metadata
+from jaxlm.optim import make_optimizer
+from jaxlm.sharding import make_mesh
+from jaxlm.state import make_blueprint
 
 REPO = Path(__file__).resolve().parents[1]
 RUN = "runs/tiny"
@@ -79,6 +89,38 @@ def make_run(home: Path) -> None:
     assert launched(home, "--num_steps 12 --optim.learning_rate 3")[0] == 0
     best = min(eval_losses(home / RUN).items(), key=lambda item: item[1])[0]
     assert best == BEST, "the tests need a run whose best is not its last"
+
+
+def save_model(run: Path, model: ModelConfig) -> Any:
+    """Makes a run whose one step holds weights of the scale of trained ones; returns the model."""
+    text = ["the cat sat on the mat and the other cats did not, which was 12,345 times as odd"] * 4
+    tokenizer = train_tokenizer(text, model.vocab_size)
+    trained = transformer(model)
+    config = Config(model=model, optim=OptimConfig(), data=DataConfig("text:x"), run_dir=str(run))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    blueprint = make_blueprint(lambda _: trained, make_optimizer(config.optim), mesh)
+    checkpoints = Checkpoints(
+        run / "checkpoints", CheckpointConfig(), on_commit=lambda *_: None, warn=print
+    )
+    metadata = Metadata(
+        step=3,
+        tokens_seen=12_288,
+        eval_loss=2.5,
+        best_eval_loss=2.5,
+        best_step=3,
+        num_worse_evals=0,
+        final=True,
+        config=to_dict(config),
+        data_fingerprint="abc",
+        eos_id=tokenizer.token_to_id("<|endoftext|>"),
+        environment={"mesh": {"data": 1, "fsdp": 1, "tensor": 1}},
+        tracking_run_id="",
+        lineage=[],
+    )
+    with checkpoints:
+        checkpoints.save(blueprint.make(0), metadata)
+    tokenizer.save(str(run / "checkpoints" / "tokenizer.json"))
+    return trained
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

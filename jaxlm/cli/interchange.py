@@ -1,0 +1,69 @@
+"""`jaxlm export` and `jaxlm import`: from and to the folders of Hugging Face transformers."""
+
+from typing import Literal
+
+from tyro.conf import Positional
+
+from jaxlm.cli.output import note, show
+
+
+def export(
+    run: Positional[str],
+    folder: Positional[str],
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    max_shard_gb: float = 5.0,
+    push: str | None = None,
+    json: bool = False,
+) -> int:
+    """Write a checkpoint as a folder that transformers, vLLM, ctranslate2 and llama.cpp read.
+
+    Args:
+      run: RUN@STEP; STEP is best, latest, final or a number, and best if left out.
+      folder: must not be there, or be empty.
+      dtype: of the weights.
+      max_shard_gb: weights in files of so many bytes (10^9) at most.
+      push: upload it to this repo of the Hugging Face Hub (OWNER/NAME); private, if it is new.
+      json: print JSON.
+    """
+    from jaxlm.export import export
+
+    if not max_shard_gb > 0:
+        raise ValueError(f"max_shard_gb: found {max_shard_gb}, expected a number above 0")
+    size = int(max_shard_gb * 1e9)
+    done = export(run, folder, dtype=dtype, max_shard_bytes=size, push=push, say=note(json))
+    lines = [
+        f"{done.folder}: step {done.step} as {done.architecture}, {done.num_params:,} parameters "
+        f"in {done.dtype}",
+        f"  {', '.join(done.files)}",
+        f"  load it: AutoModelForCausalLM.from_pretrained({done.folder!r})",
+    ]
+    if done.own_tokenizer:
+        lines.append(
+            "  llama.cpp's converter does not know a tokenizer of your own: its pre-tokenizer is "
+            "`gpt-2` (see docs/interchange.md)"
+        )
+    if done.url:
+        lines.append(f"  pushed: {done.url}")
+    show(done._asdict(), "\n".join(lines), json)
+    return 0
+
+
+def import_folder(folder: Positional[str], run: Positional[str], *, json: bool = False) -> int:
+    """Make a run that begins with the weights of a folder of transformers (Llama, Qwen3).
+
+    Args:
+      folder: with config.json, safetensors and tokenizer.json.
+      run: the run folder to make; must not be there, or be empty.
+      json: print JSON.
+    """
+    from jaxlm.importing import import_folder
+
+    done = import_folder(folder, run, say=note(json))
+    text = (
+        f"{done.run}: step 0, {done.num_params:,} parameters from {', '.join(done.dtypes)}\n"
+        f"  go on: python launch.py --config {done.config} --data.source text:GLOB\n"
+        f"  judge: jaxlm eval {done.run}@0 --source text:GLOB"
+    )
+    show(done._asdict(), text, json)
+    return 0
