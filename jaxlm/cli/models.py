@@ -1,4 +1,4 @@
-"""`jaxlm eval`: a trained model at work."""
+"""`jaxlm eval`, `jaxlm benchmark`: a trained model at work."""
 
 from typing import Any
 
@@ -43,4 +43,51 @@ def evaluate(
             f"over {found.num_batches} batches: {verdict}"
         )
     show(values if len(values) != 1 else values[0], "\n".join(lines), json)
+    return 0
+
+
+def benchmark(
+    run: Positional[str],
+    *,
+    tasks: str,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    json: bool = False,
+) -> int:
+    """Run tasks of EleutherAI's lm-eval on a checkpoint (extra lm-eval).
+
+    Args:
+      run: RUN@STEP; STEP is best, latest, final or a number, and best if left out.
+      tasks: their names, with commas between.
+      include_path: a folder with tasks of your own (YAML).
+      num_fewshot: examples in each prompt; by default what the task says.
+      limit: documents of each task at most.
+      batch_size: rows at a time.
+      json: print JSON.
+    """
+    from jaxlm.extras import MODULES, needs
+
+    needs(MODULES["lm-eval"], "jaxlm benchmark")
+    from jaxlm.harness import run_tasks
+    from jaxlm.reader import Reader
+
+    reader = Reader(run, batch_size=batch_size, say=note(json))
+    names = [name for name in tasks.split(",") if name]
+    found = run_tasks(
+        reader,
+        names,
+        include_path=include_path,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        say=note(json),
+    )
+    about = ("samples", "version")
+    lines = [
+        f"{name} ({values['samples']} documents): "
+        + ", ".join(f"{key} {value:.4f}" for key, value in values.items() if key not in about)
+        for name, values in found.items()
+    ]
+    show({"run": run, "step": reader.step, "tasks": found}, "\n".join(lines), json)
     return 0
