@@ -18,13 +18,13 @@ LAYERS = [
     {"cli.cache", "cli.checkpoints", "cli.models", "cli.runs"},
     {"prove"},
     {"__init__", "launch"},
-    {"train", "harness"},
+    {"train", "harness", "follow"},
     {"loop", "reader"},
     {"start", "summary", "attempt", "score", "plan"},
     {"ahead", "load", "compare", "doctor", "resume", "preflight"},
     {"assemble", "checkpoint"},
     {"aside", "evaluate", "restore", "step", "retention", "likelihood"},
-    {"compiled", "console", "folder", "state", "data.prepare"},
+    {"compiled", "console", "evals", "folder", "state", "data.prepare"},
     {"metadata", "data.dataset", "data.tokenizer", "data.sources", "data.batches", "metrics"}
     | {"model"},
     {

@@ -1,5 +1,6 @@
 """`jaxlm eval`, `jaxlm benchmark`: a trained model at work."""
 
+import json
 from typing import Any
 
 from tyro.conf import Positional
@@ -12,6 +13,9 @@ def evaluate(
     *,
     paired: bool = False,
     source: str | None = None,
+    follow: bool = False,
+    out: str | None = None,
+    poll_s: float = 10.0,
     json: bool = False,
 ) -> int:
     """Evaluate checkpoints on the held-out sets of their runs, or tell which of two is better.
@@ -20,8 +24,16 @@ def evaluate(
       runs: RUN@STEP each; STEP is best, latest, final or a number, and best if left out.
       paired: of two, the difference over the same batches, with a 95% confidence interval.
       source: take the held-out documents of another source, such as text:GLOB.
-      json: print JSON.
+      follow: evaluate each new checkpoint of a run that is being trained, until its end (exit
+        code 0; 130 after Ctrl-C, and the same command goes on).
+      out: with --follow, the file to append to; evals.jsonl in the run folder if left out.
+      poll_s: with --follow, seconds between two looks at the folder.
+      json: print JSON; with --follow, an object a line.
     """
+    if follow:
+        return _follow(runs, paired, source, out, poll_s, json)
+    if out:
+        raise ValueError(f"--out: found {out}, expected it with --follow only")
     from jaxlm.score import paired_difference, score
 
     if not runs or (paired and len(runs) != 2):
@@ -43,6 +55,27 @@ def evaluate(
             f"over {found.num_batches} batches: {verdict}"
         )
     show(values if len(values) != 1 else values[0], "\n".join(lines), json)
+    return 0
+
+
+def _follow(
+    runs: tuple[str, ...],
+    paired: bool,
+    source: str | None,
+    out: str | None,
+    poll_s: float,
+    as_json: bool,
+) -> int:
+    from jaxlm.follow import follow
+
+    if len(runs) != 1 or "@" in runs[0] or paired:
+        raise ValueError(f"--follow: found {' '.join(runs)}, expected one RUN, and no --paired")
+
+    def tell(row: Any) -> None:
+        line = f"step {row['step']}: loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f}"
+        print(json.dumps(row) if as_json else f"{line}, held out of {row['source']}", flush=True)
+
+    follow(runs[0], source=source, out=out, poll_s=poll_s, say=note(as_json), found=tell)
     return 0
 
 
