@@ -44,6 +44,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "eval": models.evaluate,
     "export": interchange.export,
     "import": interchange.import_folder,
+    "benchmark": models.benchmark,
     "doctor": runs.doctor,
 }
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from jaxlm.console import format_bytes
+from jaxlm.evals import checkpoint_id, evals_path, read_evals
 from jaxlm.folder import (
     find_best,
     find_checkpoints,
@@ -25,8 +26,8 @@ def describe_run(run: str) -> dict[str, Any]:
       `run`, `folder`, `set_aside` (names of damaged ones), `damaged` (those not yet set aside, as
       step -> what is wrong, as far as a quick look shows), `skips` (where the run has gone back, as
       `from_step`, `num_batches` and `why`), and `checkpoints`: for each, ascending,
-      `step`, `tokens_seen`, `eval_loss`, `best_eval_loss`, `bytes`, and `is`, a list of `best`,
-      `latest` and `final`.
+      `step`, `tokens_seen`, `eval_loss`, `best_eval_loss`, `bytes`, `is`, a list of `best`,
+      `latest` and `final`, and `followed`, what `jaxlm eval --follow` found, as source -> loss.
 
     Raises:
       ValueError: there is no such run.
@@ -36,13 +37,21 @@ def describe_run(run: str) -> dict[str, Any]:
     best = find_best({step: metadata.eval_loss for step, metadata in found.items()})
     named = {"best": best.step if best else None, "latest": max(found, default=None)}
     named["final"] = max((step for step in found if found[step].final), default=None)
-    rows = []
+    rows, followed = [], read_evals(evals_path(run, folder))
     for step, metadata in found.items():
+        here = (step, checkpoint_id(metadata))
         size = sum(p.stat().st_size for p in (folder / str(step)).rglob("*") if p.is_file())
         values = metadata.to_json()
         rows.append(
             {name: values[name] for name in ("step", "tokens_seen", "eval_loss", "best_eval_loss")}
             | {"bytes": size, "is": [name for name, at in named.items() if at == step]}
+            | {
+                "followed": {
+                    row["source"]: row["loss"]
+                    for row in followed
+                    if (row["step"], row["checkpoint"]) == here
+                }
+            }
         )
     return {
         "run": run,
@@ -59,16 +68,21 @@ def format_table(runs: list[dict[str, Any]]) -> str:
     several = len(runs) > 1
     width = max(len(run["run"]) for run in runs)
     head = f"{'Step':>7} | {'Tokens (B)':>10} | {'Eval Loss':>9} | {'Best Eval Loss':>14} | "
-    head += f"{'Size':>9} |"
+    sources = sorted(
+        {name for run in runs for row in run["checkpoints"] for name in row["followed"]}
+    )
+    head += "".join(f"{name:>9} | " for name in sources) + f"{'Size':>9} |"
     rule = "|".join("-" * len(part) for part in head.split("|"))
     prefix = f"{'Run':<{width}} | " if several else ""
     lines = [prefix + head, ("-" * (width + 1) + "|-" if several else "") + rule]
     for run in runs:
         for row in run["checkpoints"]:
             start = f"{run['run']:<{width}} | " if several else ""
+            cells = (f"{_loss(row['followed'].get(s)):>{max(9, len(s))}} | " for s in sources)
             lines.append(
                 f"{start}{row['step']:>7} | {row['tokens_seen'] / 1e9:>10.4f} | "
                 f"{_loss(row['eval_loss']):>9} | {_loss(row['best_eval_loss']):>14} | "
+                f"{''.join(cells)}"
                 f"{format_bytes(row['bytes']):>9} | {', '.join(row['is'])}".rstrip()
             )
     for run in runs:

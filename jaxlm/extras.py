@@ -9,6 +9,7 @@ MODULES = {
     "hf": "datasets",
     "tfds": "tensorflow_datasets",
     "text": "pyarrow",
+    "lm-eval": "lm_eval",
     "tpu": "libtpu",
     "cuda-plan": "jax_cuda13_plugin",
 }

@@ -111,29 +111,45 @@ def score(
       ValueError: a run or step is not there, or is damaged; the data is no longer that of the run;
         or `paired`, and the runs have other held-out sets or tokenizers.
     """
-    found = [_find(run, source, say) for run in runs]
+    scorer = Scorer(source, say)
+    found = [scorer.find(run) for run in runs]
     if paired:
         found = [_in_batches_of(found[0], candidate) for candidate in found]
     return [_score(candidate, source) for candidate in found]
 
 
-def _find(run: str, source: str | None, say: Say) -> _Candidate:
-    selected = select(run)
-    tell_selected(selected, say)
-    config, recorded = selected.metadata.run_config(), selected.metadata.data_fingerprint
-    if source:
-        tokenizer = str(selected.folder / TOKENIZER)
-        data = dataclasses.replace(config.data, source=source, tokenizer=tokenizer)
-        config = dataclasses.replace(config, data=data)
-    keep_compiled(config.data.cache_dir)
-    config, dataset = prepare_data(config, say)
-    if not source and dataset.fingerprint != recorded:
-        raise ValueError(
-            f"{run}: found data {dataset.fingerprint}, expected that of the run, "
-            f"{recorded or 'which had batches of its own'}; bring it back, or name other text "
-            "with --source"
-        )
-    return _Candidate(run if "@" in run else f"{run}@best", selected, config, dataset)
+class Scorer:
+    """Evaluates one checkpoint after the other; data that they share is prepared once."""
+
+    def __init__(self, source: str | None, say: Say):
+        """Arguments are those of `score`."""
+        self._source, self._say = source, say
+        self._prepared: tuple[Config, tuple[Config, Dataset]] | None = None
+
+    def __call__(self, run: str) -> Score:
+        """The score of `RUN@STEP`; raises what `score` does."""
+        return _score(self.find(run), self._source)
+
+    def find(self, run: str) -> _Candidate:
+        """`RUN@STEP`, and the data to evaluate it on."""
+        selected = select(run)
+        tell_selected(selected, self._say)
+        config, recorded = selected.metadata.run_config(), selected.metadata.data_fingerprint
+        if self._source:
+            tokenizer = str(selected.folder / TOKENIZER)
+            data = dataclasses.replace(config.data, source=self._source, tokenizer=tokenizer)
+            config = dataclasses.replace(config, data=data)
+        keep_compiled(config.data.cache_dir)
+        if self._prepared is None or self._prepared[0] != config:
+            self._prepared = config, prepare_data(config, self._say)
+        config, dataset = self._prepared[1]
+        if not self._source and dataset.fingerprint != recorded:
+            raise ValueError(
+                f"{run}: found data {dataset.fingerprint}, expected that of the run, "
+                f"{recorded or 'which had batches of its own'}; bring it back, or name other text "
+                "with --source"
+            )
+        return _Candidate(run if "@" in run else f"{run}@best", selected, config, dataset)
 
 
 def _in_batches_of(first: _Candidate, other: _Candidate) -> _Candidate:

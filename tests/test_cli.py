@@ -312,11 +312,11 @@ def test_doctor(out):
     ("args", "told"),
     [
         (["checkpoints", "lst", runs.RUN], ["list, compare, diff, verify"]),
-        (["doctr"], ["prepare, prove-resume, plan, cache, checkpoints, eval, doctor"]),
+        (["doctr"], ["prepare, prove-resume, plan, cache, checkpoints, eval, benchmark, doctor"]),
         (["checkpoints", "list", runs.RUN, "--jsn"], ["--jsn", "--json"]),
         (["cache", "list", "--cach_dir", "x"], ["Perhaps you meant", "--cache-dir"]),
         (["prepare", "--config", "configs/tiny.py", "--data.sorce", "x"], ["--data.source STR"]),
-        ([], ["prepare, prove-resume, plan, cache, checkpoints, eval, doctor"]),
+        ([], ["prepare, prove-resume, plan, cache, checkpoints, eval, benchmark, doctor"]),
     ],
     ids=lambda value: " ".join(value) or "nothing",
 )

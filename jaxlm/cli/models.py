@@ -1,5 +1,6 @@
-"""`jaxlm eval`: a trained model at work."""
+"""`jaxlm eval`, `jaxlm benchmark`: a trained model at work."""
 
+import json
 from typing import Any
 
 from tyro.conf import Positional
@@ -12,6 +13,9 @@ def evaluate(
     *,
     paired: bool = False,
     source: str | None = None,
+    follow: bool = False,
+    out: str | None = None,
+    poll_s: float = 10.0,
     json: bool = False,
 ) -> int:
     """Evaluate checkpoints on the held-out sets of their runs, or tell which of two is better.
@@ -20,8 +24,16 @@ def evaluate(
       runs: RUN@STEP each; STEP is best, latest, final or a number, and best if left out.
       paired: of two, the difference over the same batches, with a 95% confidence interval.
       source: take the held-out documents of another source, such as text:GLOB.
-      json: print JSON.
+      follow: evaluate each new checkpoint of a run that is being trained, until its end (exit
+        code 0; 130 after Ctrl-C, and the same command goes on).
+      out: with --follow, the file to append to; evals.jsonl in the run folder if left out.
+      poll_s: with --follow, seconds between two looks at the folder.
+      json: print JSON; with --follow, an object a line.
     """
+    if follow:
+        return _follow(runs, paired, source, out, poll_s, json)
+    if out:
+        raise ValueError(f"--out: found {out}, expected it with --follow only")
     from jaxlm.score import paired_difference, score
 
     if not runs or (paired and len(runs) != 2):
@@ -43,4 +55,72 @@ def evaluate(
             f"over {found.num_batches} batches: {verdict}"
         )
     show(values if len(values) != 1 else values[0], "\n".join(lines), json)
+    return 0
+
+
+def _follow(
+    runs: tuple[str, ...],
+    paired: bool,
+    source: str | None,
+    out: str | None,
+    poll_s: float,
+    as_json: bool,
+) -> int:
+    from jaxlm.follow import follow
+
+    if len(runs) != 1 or "@" in runs[0] or paired:
+        raise ValueError(f"--follow: found {' '.join(runs)}, expected one RUN, and no --paired")
+
+    def tell(row: Any) -> None:
+        line = f"step {row['step']}: loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f}"
+        print(json.dumps(row) if as_json else f"{line}, held out of {row['source']}", flush=True)
+
+    follow(runs[0], source=source, out=out, poll_s=poll_s, say=note(as_json), found=tell)
+    return 0
+
+
+def benchmark(
+    run: Positional[str],
+    *,
+    tasks: str,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    json: bool = False,
+) -> int:
+    """Run tasks of EleutherAI's lm-eval on a checkpoint (extra lm-eval).
+
+    Args:
+      run: RUN@STEP; STEP is best, latest, final or a number, and best if left out.
+      tasks: their names, with commas between.
+      include_path: a folder with tasks of your own (YAML).
+      num_fewshot: examples in each prompt; by default what the task says.
+      limit: documents of each task at most.
+      batch_size: rows at a time.
+      json: print JSON.
+    """
+    from jaxlm.extras import MODULES, needs
+
+    needs(MODULES["lm-eval"], "jaxlm benchmark")
+    from jaxlm.harness import run_tasks
+    from jaxlm.reader import Reader
+
+    reader = Reader(run, batch_size=batch_size, say=note(json))
+    names = [name for name in tasks.split(",") if name]
+    found = run_tasks(
+        reader,
+        names,
+        include_path=include_path,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        say=note(json),
+    )
+    about = ("samples", "version")
+    lines = [
+        f"{name} ({values['samples']} documents): "
+        + ", ".join(f"{key} {value:.4f}" for key, value in values.items() if key not in about)
+        for name, values in found.items()
+    ]
+    show({"run": run, "step": reader.step, "tasks": found}, "\n".join(lines), json)
     return 0

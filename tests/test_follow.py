@@ -1,0 +1,143 @@
+"""Checkpoints scored as they come, by another process: each once, and all that could be had."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import runs
+
+from jaxlm import __main__ as cli
+from jaxlm import follow as follow_module
+from jaxlm.evals import EvalLog, checkpoint_id, read_evals
+from jaxlm.folder import read_metadata
+from jaxlm.follow import follow
+
+EVALS = f"{runs.RUN}/evals.jsonl"
+
+
+@pytest.fixture
+def home(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(own_run)
+    return own_run
+
+
+def followed(**options) -> list[tuple[int, float]]:
+    follow(runs.RUN, poll_s=0.05, say=str, **options)
+    return [(row["step"], row["loss"]) for row in read_evals(Path(EVALS))]
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+def test_a_complete_run_gets_the_recorded_losses_once(home: Path) -> None:
+    folder = home / runs.RUN / "checkpoints"
+    before = snapshot(folder)
+    expected = list(runs.eval_losses(home / runs.RUN).items())
+    assert followed() == expected and len(expected) == 3
+    assert followed() == expected  # nothing twice
+    other = followed(source="text:texts/0*.txt")
+    assert other[:3] == expected and [step for step, _ in other[3:]] == [4, 8, 12]
+    assert followed() == other and snapshot(folder) == before
+
+
+def test_a_row_cut_short_is_made_again(home: Path) -> None:
+    expected = followed()
+    content = Path(EVALS).read_bytes()
+    for cut in (1, 30, len(content.splitlines()[-1]) + 1):
+        Path(EVALS).write_bytes(content[:-cut])
+        assert followed() == expected and Path(EVALS).read_bytes() == content
+    Path(EVALS).write_bytes(b"x" + content)
+    with pytest.raises(ValueError, match="evals.jsonl, line 1: found b'x.*mend or delete"):
+        followed()
+
+
+def test_one_writer(home: Path) -> None:
+    with EvalLog(Path(EVALS)), pytest.raises(ValueError, match="another .* writes to it"):
+        followed()
+    with pytest.raises(ValueError, match="--out: found no folder"):
+        followed(out="nowhere/x.jsonl")
+
+
+def test_a_checkpoint_that_vanishes_or_is_damaged_is_passed_over(home: Path, monkeypatch) -> None:
+    folder, said = home / runs.RUN / "checkpoints", []
+    runs.damage(folder / "8")
+    score = follow_module.Scorer.__call__
+
+    def vanish(self, run: str):
+        if run.endswith("@4"):
+            shutil.rmtree(folder / "4")
+        return score(self, run)
+
+    monkeypatch.setattr(follow_module.Scorer, "__call__", vanish)
+    follow(runs.RUN, poll_s=0.05, say=said.append)
+    assert [row["step"] for row in read_evals(Path(EVALS))] == [12]
+    assert "step 4 was deleted before it could be evaluated" in said
+    assert sum("step 8 is damaged, and was passed over" in line for line in said) == 1
+
+
+def test_the_table_shows_the_figures_of_the_same_bits_only(home: Path, capsys) -> None:
+    expected = dict(followed())
+    cli.command(["checkpoints", "list", runs.RUN, "--json"])
+    listed = json.loads(capsys.readouterr().out)["checkpoints"]
+    name = "text:texts/*.txt"
+    assert {row["step"]: row["followed"] for row in listed} == {
+        step: {name: loss} for step, loss in expected.items()
+    }
+    cli.command(["checkpoints", "list", runs.RUN])
+    assert capsys.readouterr().out.splitlines()[0].split(" | ")[4] == name
+    bits = checkpoint_id(read_metadata(home / runs.RUN / "checkpoints", 8))
+    Path(EVALS).write_text(Path(EVALS).read_text().replace(bits, "0" * 16))  # those of another 8
+    cli.command(["checkpoints", "list", runs.RUN, "--json"])
+    listed = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert [row["step"] for row in listed if row["followed"]] == [4, 12]
+
+
+def start(*args: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, *args], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_beside_a_real_trainer_through_kills(home: Path) -> None:
+    shutil.rmtree(runs.RUN)
+    flags = "--num_steps 60 --eval_interval 4 --checkpoint.keep_latest 100".split()
+    trainer = start("launch.py", "--config", "configs/tiny.py", *flags)
+    command = ["-m", "jaxlm", "eval", runs.RUN, "--follow", "--poll-s", "0.1"]
+    try:
+        while not (home / runs.RUN / "checkpoints/4").exists():
+            assert trainer.poll() is None
+            time.sleep(0.1)
+        follower = start(*command)
+        while not read_evals(Path(EVALS)):
+            assert follower.poll() is None
+            time.sleep(0.05)
+        follower.kill()
+        follower.communicate()
+        follower = start(*command)
+        assert trainer.wait(300) == 0
+        follower.communicate(timeout=300)
+        assert follower.returncode == 0
+    finally:
+        trainer.kill()
+    found = [(row["step"], row["loss"]) for row in read_evals(Path(EVALS))]
+    assert sorted(found) == sorted(runs.eval_losses(home / runs.RUN).items())
+    assert len(found) == 15
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_it_with_130(home: Path) -> None:
+    shutil.rmtree(home / runs.RUN / "checkpoints/12")
+    shutil.rmtree(home / runs.RUN / "checkpoints/8")  # not complete: it waits
+    follower = start("-m", "jaxlm", "eval", runs.RUN, "--follow", "--poll-s", "0.1")
+    while not read_evals(Path(EVALS)):
+        assert follower.poll() is None
+        time.sleep(0.1)
+    os.kill(follower.pid, signal.SIGINT)
+    follower.communicate(timeout=60)
+    assert follower.returncode == 130
