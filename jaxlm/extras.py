@@ -9,6 +9,7 @@ MODULES = {
     "hf": "datasets",
     "tfds": "tensorflow_datasets",
     "text": "pyarrow",
+    "report": "vl_convert",
     "tpu": "libtpu",
     "cuda-plan": "jax_cuda13_plugin",
 }

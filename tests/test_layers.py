@@ -19,8 +19,8 @@ LAYERS = [
     {"prove"},
     {"__init__", "launch"},
     {"train"},
-    {"loop"},
-    {"start", "summary", "attempt", "score", "plan"},
+    {"loop", "report"},
+    {"start", "summary", "attempt", "score", "plan", "history"},
     {"ahead", "load", "compare", "doctor", "resume", "preflight"},
     {"assemble", "checkpoint"},
     {"aside", "evaluate", "restore", "step", "retention"},
@@ -42,7 +42,7 @@ LAYERS = [
     {"divergence", "guard", "lock", "manifest", "sharding", "trackers", "data.files"}
     | {"data.shards"},
     {"config", "data.__init__"},
-    {"cli.__init__", "cli.output", "cluster", "extras", "hlo", "strict"},
+    {"cli.__init__", "cli.output", "cluster", "charts", "extras", "hlo", "strict"},
     {"durable"},
 ]
 # Arrays in, arrays out: these see no clock, file, log or thread.
@@ -288,6 +288,6 @@ def test_the_whole_is_small():
     others = [ROOT / "launch.py", *(ROOT / "configs").glob("*.py")]
     assert len(others) >= 3
     counts = {path: code_lines(path.read_text()) for path in [*FILES, *others]}
-    assert sum(counts.values()) <= 6000
+    assert sum(counts.values()) <= 6500
     assert counts[ROOT / "jaxlm/checkpoint.py"] <= 350
     assert code_lines('"""Doc."""\n\n# why\nx = 1  # here\ndef f():\n    """Doc."""\n') == 2
