@@ -1,4 +1,7 @@
-"""Curves and timelines as Vega-Lite specs: JSON values that hold their data."""
+"""Curves and timelines as Vega-Lite specs: JSON values that hold their data.
+
+A row and a tooltip have the number of a run, for which the page puts its name.
+"""
 
 import math
 import statistics
@@ -117,6 +120,8 @@ def draw_curves(
             data.append(row | ({"s": _short(smooth_values[i])} if smoothed else {}))
     y = {"field": "y", "type": "quantitative", "title": unit, "scale": _scale(data, log, bounds)}
     x = _steps_axis(steps)
+    if y["scale"].get("type") == "log":
+        y["axis"] = {"values": _decades(data)}
     layers: list[dict[str, Any]] = [
         {
             "mark": {
@@ -132,7 +137,7 @@ def draw_curves(
         front = {"x": x, "y": y | {"field": "s"}, "color": _colour(runs)}
         layers.append({"mark": {"type": "line", "strokeWidth": 1.8}, "encoding": front})
     layers.append(_hover(x, y, runs, smoothed, unit))
-    return _spec(data, runs, layers, height=170)
+    return _spec(data, layers, height=170)
 
 
 def draw_timeline(
@@ -163,27 +168,23 @@ def draw_timeline(
         "yOffset": {"field": "r", "type": "nominal"},
         "color": _colour(runs),
         "tooltip": [
-            {"field": "run", "title": "run"},
+            {"field": "r", "title": "run", "format": "d"},
             {"field": "x", "title": "step"},
             {"field": "k", "title": "event"},
             {"field": "w", "title": "why"},
         ],
     }
-    mark = {"type": "point", "filled": True, "size": 45, "opacity": 0.9, "clip": True}
+    mark = {"type": "point", "filled": True, "size": 45, "opacity": 0.9}
     height = len(present) * max(20, 12 * len(runs))
-    return _spec(data, runs, [{"mark": mark, "encoding": encoding}], height=height)
+    return _spec(data, [{"mark": mark, "encoding": encoding}], height=height)
 
 
-def _spec(
-    data: list[dict[str, Any]], runs: list[str], layers: list[dict[str, Any]], height: int
-) -> dict[str, Any]:
-    names = {"values": [{"r": run, "run": name} for run, name in enumerate(runs)]}
+def _spec(data: list[dict[str, Any]], layers: list[dict[str, Any]], height: int) -> dict[str, Any]:
     return {
         "width": "container",
         "height": height,
         "autosize": {"type": "fit-x", "contains": "padding"},
         "data": {"values": data},
-        "transform": [{"lookup": "r", "from": {"data": names, "key": "r", "fields": ["run"]}}],
         "layer": layers,
     }
 
@@ -191,12 +192,10 @@ def _spec(
 def _hover(
     x: dict[str, Any], y: dict[str, Any], runs: list[str], smoothed: bool, unit: str
 ) -> dict[str, Any]:
-    shown = [("run", "run", None), ("x", "step", ","), ("y", unit, ".5~g")]
+    shown = [("r", "run", "d"), ("x", "step", ","), ("y", unit, ".5~g")]
     shown += [("s", "smoothed", ".5~g")] if smoothed else []
-    tooltip = [
-        {"field": field, "title": title} | ({"format": form} if form else {})
-        for field, title, form in shown
-    ]
+    # Each has a format: without one, Vega-Lite looks in the wrong place for the nearest point.
+    tooltip = [{"field": field, "title": title, "format": form} for field, title, form in shown]
     near = {"type": "point", "on": "pointerover", "nearest": True, "clear": "pointerout"}
     opacity = {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}
     return {
@@ -222,6 +221,13 @@ def _scale(
     if log and values and min(values) > 0 and max(values) > 20 * statistics.median(values):
         return {"type": "log"}
     return {"zero": False}
+
+
+def _decades(data: list[dict[str, Any]]) -> list[float]:
+    values = [row["y"] for row in data if row["y"] is not None]
+    low, high = (math.floor(math.log10(value)) for value in (min(values), max(values)))
+    steps = (1, 2, 5) if high - low <= 3 else (1,)
+    return [step * 10.0**power for power in range(low, high + 2) for step in steps]
 
 
 def _colour(runs: list[str]) -> dict[str, Any]:

@@ -35,8 +35,12 @@ _MAX_CHARS = 160
 
 _DRAW = """
 const specs = JSON.parse(document.getElementById("specs").textContent);
+const formatTooltip = (shown, escaped) => "<table>" +
+  Object.entries({...shown, run: specs.runs[shown.run]}).map(([name, value]) =>
+    `<tr><td class="key">${escaped(name)}</td><td>${escaped(String(value))}</td></tr>`).join("") +
+  "</table>";
 const options = {actions: false, ast: true, renderer: "svg", defaultStyle: false,
-                 config: specs.config, tooltip: {disableDefaultStyle: true}};
+                 config: specs.config, tooltip: {disableDefaultStyle: true, formatTooltip}};
 Promise.all(specs.charts.map((spec, i) => vegaEmbed("#chart-" + i, spec, options)))
   .then(() => document.body.dataset.drawn = specs.charts.length);
 """
@@ -51,8 +55,10 @@ body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--bg); c
        font: 15px/1.45 system-ui, sans-serif }
 h1 { font-size: 1.35rem; margin: 0 } h2 { font-size: 1.1rem; margin: 1.6rem 0 .5rem }
 h3 { font-size: .85rem; font-weight: 600; margin: 0 0 .2rem }
-p { margin: .3rem 0 } .soft { color: var(--soft) }
+p { margin: .3rem 0; overflow-wrap: anywhere } .soft { color: var(--soft) }
 .charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem 1.5rem }
+.runs { position: sticky; top: 0; z-index: 1; padding: .3rem 0; background: var(--bg);
+        overflow-wrap: anywhere } .runs > * { margin-right: 1.2em }
 .chart { width: 100% } figure { margin: 0; min-width: 0 }
 .key { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .4em }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem }
@@ -86,7 +92,9 @@ def make_report(histories: Sequence[History]) -> str:
     script = _script()
     runs = [history.run for history in histories]
     charts, specs = _charts(histories, runs)
-    data = json.dumps({"charts": specs, "config": THEME}, allow_nan=False, separators=(",", ":"))
+    shown = [name.encode(errors="replace").decode()[:_MAX_CHARS] for name in runs]
+    values = {"charts": specs, "config": THEME, "runs": shown}
+    data = json.dumps(values, allow_nan=False, separators=(",", ":"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     now = datetime.datetime.now(datetime.UTC)
@@ -216,7 +224,12 @@ def _charts(histories: Sequence[History], runs: list[str]) -> tuple[str, list[di
     ]
     if events:
         figures.append(add("events", draw_timeline(events, runs, steps, EVENTS)))
-    return f"<h2>Curves</h2><div class=charts>{''.join(figures)}</div>" if figures else "", specs
+    if not figures:
+        return "", []
+    legend = " ".join(f"<span>{_name(run, name)}</span>" for run, name in enumerate(runs))
+    legend = f"<div class=runs>{legend}</div>" if len(runs) > 1 else ""
+    curves = f"{legend}<div class=charts>{''.join(figures)}</div>"
+    return f"<h2>Curves</h2><section>{curves}</section>", specs
 
 
 def _events(histories: Sequence[History]) -> str:
