@@ -45,6 +45,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "export": interchange.export,
     "import": interchange.import_folder,
     "benchmark": models.benchmark,
+    "report": runs.report,
     "doctor": runs.doctor,
 }
 

@@ -1,5 +1,8 @@
 """Checkpoints side by side: the table of a run or of several, and the difference of two."""
 
+import contextlib
+import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -40,11 +43,11 @@ def describe_run(run: str) -> dict[str, Any]:
     rows, followed = [], read_evals(evals_path(run, folder))
     for step, metadata in found.items():
         here = (step, checkpoint_id(metadata))
-        size = sum(p.stat().st_size for p in (folder / str(step)).rglob("*") if p.is_file())
         values = metadata.to_json()
         rows.append(
             {name: values[name] for name in ("step", "tokens_seen", "eval_loss", "best_eval_loss")}
-            | {"bytes": size, "is": [name for name, at in named.items() if at == step]}
+            | {"bytes": folder_bytes(folder / str(step))}
+            | {"is": [name for name, at in named.items() if at == step]}
             | {
                 "followed": {
                     row["source"]: row["loss"]
@@ -61,6 +64,16 @@ def describe_run(run: str) -> dict[str, Any]:
         "skips": to_json(skips),
         "damaged": {str(step): damage[0] for step, damage in damaged.items()},
     }
+
+
+def folder_bytes(folder: Path) -> int:
+    """The size of the files in a folder, without those that go while we look."""
+    num_bytes = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                num_bytes += os.lstat(os.path.join(parent, name)).st_size
+    return num_bytes
 
 
 def format_table(runs: list[dict[str, Any]]) -> str:

@@ -10,6 +10,7 @@ MODULES = {
     "tfds": "tensorflow_datasets",
     "text": "pyarrow",
     "lm-eval": "lm_eval",
+    "report": "vl_convert",
     "tpu": "libtpu",
     "cuda-plan": "jax_cuda13_plugin",
 }

@@ -1,6 +1,7 @@
-"""`jaxlm prepare`, `prove-resume` and `plan`: a config, before it is trained; `doctor`."""
+"""`jaxlm prepare`, `prove-resume` and `plan`: a config before it is trained; `report`, `doctor`."""
 
 import json
+from pathlib import Path
 
 import tyro
 from tyro.conf import Positional
@@ -72,4 +73,34 @@ def doctor() -> int:
     from jaxlm.doctor import examine
 
     print("\n".join(examine()))
+    return 0
+
+
+def report(
+    runs: Positional[tuple[str, ...]], *, out: Path = Path("report.html"), json: bool = False
+) -> int:
+    """Make one HTML page of runs: curves, events, checkpoints, time and settings side by side.
+
+    Touches nothing in the runs; they may be training.
+
+    Args:
+      runs: run folders, or checkpoint folders.
+      out: the page; it is replaced as a whole.
+      json: print JSON.
+    """
+    from jaxlm.durable import write_file
+    from jaxlm.history import read_history
+    from jaxlm.report import make_report
+
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"--out: found {out}, expected a file in a folder that exists")
+    histories = [read_history(run) for run in runs]
+    page = make_report(histories).encode()
+    write_file(out, page)
+    missing = {history.run: history.missing for history in histories}
+    if not json:
+        for run, lines in missing.items():
+            for line in lines:
+                print(f"{run}: {line}")
+    show({"out": str(out), "bytes": len(page), "missing": missing}, f"report: {out}", json)
     return 0
