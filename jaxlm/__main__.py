@@ -39,6 +39,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
         verify=checkpoints.verify,
     ),
     "eval": models.evaluate,
+    "sample": models.sample,
     "doctor": runs.doctor,
 }
 

@@ -20,10 +20,10 @@ LAYERS = [
     {"__init__", "launch"},
     {"train"},
     {"loop"},
-    {"start", "summary", "attempt", "score", "plan"},
+    {"start", "summary", "attempt", "score", "plan", "sample"},
     {"ahead", "load", "compare", "doctor", "resume", "preflight"},
     {"assemble", "checkpoint"},
-    {"aside", "evaluate", "restore", "step", "retention"},
+    {"aside", "evaluate", "restore", "step", "retention", "decode"},
     {"compiled", "console", "folder", "state", "data.prepare"},
     {"metadata", "data.dataset", "data.tokenizer", "data.sources", "data.batches", "metrics"}
     | {"model"},
@@ -38,6 +38,7 @@ LAYERS = [
         "signals",
         "skips",
         "attention",
+        "kv_cache",
     },
     {"divergence", "guard", "lock", "manifest", "sharding", "trackers", "data.files"}
     | {"data.shards"},
@@ -46,7 +47,18 @@ LAYERS = [
     {"durable"},
 ]
 # Arrays in, arrays out: these see no clock, file, log or thread.
-DEVICE_ROOM = {"attention", "guard", "loss", "model", "optim", "sharding", "state", "step"}
+DEVICE_ROOM = {
+    "attention",
+    "decode",
+    "guard",
+    "kv_cache",
+    "loss",
+    "model",
+    "optim",
+    "sharding",
+    "state",
+    "step",
+}
 PURE = {"collections.abc", "flax", "functools", "jax", "jaxlm", "math", "numpy", "optax", "typing"}
 
 
@@ -288,6 +300,6 @@ def test_the_whole_is_small():
     others = [ROOT / "launch.py", *(ROOT / "configs").glob("*.py")]
     assert len(others) >= 3
     counts = {path: code_lines(path.read_text()) for path in [*FILES, *others]}
-    assert sum(counts.values()) <= 6000
+    assert sum(counts.values()) <= 6500
     assert counts[ROOT / "jaxlm/checkpoint.py"] <= 350
     assert code_lines('"""Doc."""\n\n# why\nx = 1  # here\ndef f():\n    """Doc."""\n') == 2
