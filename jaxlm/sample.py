@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -177,6 +178,11 @@ def _pad(prompts: Sequence[Any], ways: int) -> tuple[np.ndarray, np.ndarray]:
     for row, prompt in enumerate(prompts):
         tokens_BP[row, : len(prompt)] = prompt
     return tokens_BP, length_B
+
+
+def printable(text: str) -> str:
+    """Without control characters: a model may write any byte, and a terminal obeys some of them."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 class Sample(NamedTuple):

@@ -14,12 +14,11 @@ import pytest
 import runs
 
 from jaxlm import __main__ as cli
-from jaxlm.cli.models import _printable
 from jaxlm.compare import diff_checkpoints
 from jaxlm.data.cache import list_caches
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.launch import run_main
-from jaxlm.sample import sample_run
+from jaxlm.sample import printable, sample_run
 
 
 @pytest.fixture
@@ -280,7 +279,7 @@ def test_sample_streams_what_it_gives_as_json(
     assert len(pieces) > 6  # as they come
     cli.command([*args, "--json"])
     one = json.loads(capsys.readouterr().out)
-    assert printed.out == _printable(one["prompt"] + one["text"]) + "\n"
+    assert printed.out == printable(one["prompt"] + one["text"]) + "\n"
     cli.command([*args, "--num_samples", "2", "--json"])
     two = json.loads(capsys.readouterr().out)
     assert two[0] == one and two[1]["tokens"] != one["tokens"]
@@ -311,6 +310,17 @@ def test_sample_refuses_what_does_not_fit(at_home: Path, capsys: pytest.CaptureF
     assert "1 tokens and 99 new ones are 100, expected at most 32" in capsys.readouterr().err
     assert "num_samples: found 0" in refusal(capsys, "sample", runs.RUN, "--num_samples", "0")
     assert "top_p: found 2.0" in refusal(capsys, "sample", runs.RUN, "--top_p", "2")
+
+
+def test_a_run_ends_with_a_sample_that_changes_nothing_else(own_run: Path):
+    flags = "--num_steps 4 --optim.learning_rate 1e-2 --run_dir runs/"
+    code, said = runs.launched(own_run, f"{flags}a --sample_prompt 'the rain'")
+    assert code == 0 and re.search(r"\nsample: the rain.+\n(.*\n)*done: 4 steps", said)
+    code, silent = runs.launched(own_run, f"{flags}b")
+    assert code == 0 and "sample" not in silent
+    a, b = (own_run / "runs" / name for name in "ab")
+    assert runs.eval_losses(a) == runs.eval_losses(b) != {}
+    assert diff_checkpoints(f"{a}@4", f"{b}@4") == []
 
 
 def test_prepare_and_cache(

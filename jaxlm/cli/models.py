@@ -1,6 +1,5 @@
 """`jaxlm eval` and `jaxlm sample`: a trained model at work."""
 
-import re
 import sys
 from typing import Any
 
@@ -73,7 +72,7 @@ def sample(
       seed: the same seed gives the same text.
       json: print JSON.
     """
-    from jaxlm.sample import Sampling, sample_run
+    from jaxlm.sample import Sampling, printable, sample_run
 
     if num_samples < 1:
         raise ValueError(f"num_samples: found {num_samples}, expected at least 1")
@@ -82,21 +81,16 @@ def sample(
     streams = len(prompts) == 1 and not json
 
     def write(text: str) -> None:
-        print(_printable(text), end="", flush=True)
+        print(printable(text), end="", flush=True)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
     samples = sample_run(run, prompts, sampling, say=say, write=write if streams else None)
-    lines = [_printable(found.prompt + found.text) for found in samples]
+    lines = [printable(found.prompt + found.text) for found in samples]
     values = [found._asdict() for found in samples]
     if streams:
         print()
     else:
         show(values if len(values) != 1 else values[0], "\n\n---\n\n".join(lines), json)
     return 0
-
-
-def _printable(text: str) -> str:
-    # A model may write any byte, and a terminal obeys some of them.
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
