@@ -20,4 +20,5 @@ config = Config(
     batch_size=8,
     seq_len=256,
     eval_interval=100,
+    sample_prompt="The people of the United States",
 )

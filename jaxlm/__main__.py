@@ -42,9 +42,10 @@ COMMANDS: dict[str, Callable[..., int]] = {
         average=checkpoints.average,
     ),
     "eval": models.evaluate,
+    "benchmark": models.benchmark,
+    "sample": models.sample,
     "export": interchange.export,
     "import": interchange.import_folder,
-    "benchmark": models.benchmark,
     "report": runs.report,
     "doctor": runs.doctor,
 }

@@ -140,6 +140,32 @@ def cudnn_attention(
         return reference_attention(q, k, v)
 
 
+def cached_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, key_positions: jax.Array
+) -> jax.Array:
+    """`reference_attention` over keys and values in slots, of which each holds any position.
+
+    Args:
+      q: queries [B, T, N, H].
+      k: keys [B, K, S, H], heads first: a step of one token then reads them without a copy.
+      v: values [B, K, S, H].
+      positions: of the queries in their rows, [B, T].
+      key_positions: of the keys, [B, S]; a query sees those at its own position or before.
+
+    Returns:
+      [B, T, N, H], in the dtype of `q`; the softmax is in float32.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[1]
+    q_BKTGH = jnp.swapaxes(q.reshape(B, T, K, N // K, H) * H**-0.5, 1, 2)
+    scores_BKTGS = jnp.einsum("BKTGH,BKSH->BKTGS", q_BKTGH, k, preferred_element_type=jnp.float32)
+    mask_BTS = key_positions[:, None, :] <= positions[:, :, None]
+    scores_BKTGS = jnp.where(mask_BTS[:, None, :, None], scores_BKTGS, jnp.finfo(jnp.float32).min)
+    weights_BKTGS = jax.nn.softmax(scores_BKTGS, axis=-1).astype(v.dtype)
+    out_BKTGH = jnp.einsum("BKTGS,BKSH->BKTGH", weights_BKTGS, v)
+    return jnp.swapaxes(out_BKTGH, 1, 2).reshape(B, T, N, H)
+
+
 def _attend(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,

@@ -335,6 +335,8 @@ class Config:
     """Print and log every so many steps (steps)."""
     profile: int = free(0)
     """Trace this many steps, from the sixth of this start on, to RUN_DIR/profile (steps)."""
+    sample_prompt: str | None = free(None)
+    """Once the plan is complete, print what the best model makes of this text; None prints none."""
     overfit_one_batch: bool = fixed(False)
     """Train on batch 0 forever: a first check that the model can learn."""
     branch_from: str | None = free(None)

@@ -19,7 +19,7 @@ def next_token_loss(*, z_loss: float = 0.0, eos_id: int | None = None, num_chunk
       eos_id: where given, attention stays within a document; documents end at this token.
       num_chunks: parts of the sequence whose logits are made one after the other, and again in the
         backward pass, so that no [B, T, V] is ever in memory. More than one takes a model with
-        `features(tokens_BT, segment_ids_BT) -> x_BTD` and `logits(x_BTD) -> logits_BTV`.
+        `hidden(tokens_BT, segment_ids_BT) -> (x_BTD, None)` and `logits(x_BTD) -> logits_BTV`.
 
     Returns:
       A loss of a model `(tokens_BT, segment_ids_BT or None) -> logits_BTV` and a batch of
@@ -33,7 +33,7 @@ def next_token_loss(*, z_loss: float = 0.0, eos_id: int | None = None, num_chunk
             logits_BTV = model(inputs_BT, segment_ids_BT)
             losses_BT = cross_entropy(logits_BTV, batch["targets"], z_loss)
         else:
-            x_BTD = model.features(inputs_BT, segment_ids_BT)
+            x_BTD, _ = model.hidden(inputs_BT, segment_ids_BT)
             losses_BT = _in_chunks(model.logits, x_BTD, batch["targets"], z_loss, num_chunks)
         mask_BT = batch.get("loss_mask", jnp.ones_like(losses_BT))
         return jnp.sum(losses_BT * mask_BT), jnp.sum(mask_BT)

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm.attention import Attention, reference_attention
+from jaxlm.attention import Attention, cached_attention, reference_attention
 from jaxlm.config import ModelConfig
+from jaxlm.kv_cache import KVCache, Past, end
 from jaxlm.sharding import constrain
 
 
@@ -86,13 +87,20 @@ def _widen_backward(
 widen.defvjp(_widen_forward, _widen_backward)
 
 
-def rope(x_BTNH: jax.Array, theta: float) -> jax.Array:
-    """Rotates each pair (h, h + H/2) of a head by time times a frequency (2104.09864)."""
+def rope(x_BTNH: jax.Array, theta: float, positions_BT: jax.Array | None = None) -> jax.Array:
+    """Rotates each pair (h, h + H/2) of a head by position times a frequency (2104.09864).
+
+    Positions are 0 .. T unless given.
+    """
     T, H = x_BTNH.shape[1], x_BTNH.shape[-1]
     freqs_h = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-    angles_Th = jnp.arange(T, dtype=jnp.float32)[:, None] * freqs_h[None, :]
-    cos = jnp.cos(angles_Th)[None, :, None, :].astype(x_BTNH.dtype)
-    sin = jnp.sin(angles_Th)[None, :, None, :].astype(x_BTNH.dtype)
+    if positions_BT is None:
+        angles_Th = jnp.arange(T, dtype=jnp.float32)[:, None] * freqs_h[None, :]
+        cos, sin = jnp.cos(angles_Th)[None, :, None, :], jnp.sin(angles_Th)[None, :, None, :]
+    else:
+        angles_BTh = positions_BT.astype(jnp.float32)[:, :, None] * freqs_h[None, None, :]
+        cos, sin = jnp.cos(angles_BTh)[:, :, None, :], jnp.sin(angles_BTh)[:, :, None, :]
+    cos, sin = cos.astype(x_BTNH.dtype), sin.astype(x_BTNH.dtype)
     a, b = jnp.split(x_BTNH, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
@@ -126,18 +134,27 @@ class SelfAttention(nnx.Module):
         self.theta = config.rope_theta
         self.attention = attention
 
-    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
+    def __call__(
+        self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None, past: Past | None = None
+    ) -> tuple[jax.Array, Past | None]:
+        """[B, T, D] -> [B, T, D], and the past with these keys and values if one was given."""
         dtype = x_BTD.dtype
+        positions_BT = None if past is None else past.positions_BT
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_q_DNH[...].astype(dtype))
         k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.w_k_DKH[...].astype(dtype))
         v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.w_v_DKH[...].astype(dtype))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        q_BTNH = constrain(rope(q_BTNH, self.theta), "batch", None, "heads", None)
-        k_BTKH = constrain(rope(k_BTKH, self.theta), "batch", None, "kv_heads", None)
-        out_BTNH = self.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.w_o_NHD[...].astype(dtype))
+        q_BTNH = constrain(rope(q_BTNH, self.theta, positions_BT), "batch", None, "heads", None)
+        k_BTKH = constrain(rope(k_BTKH, self.theta, positions_BT), "batch", None, "kv_heads", None)
+        if past is None:
+            out_BTNH = self.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        else:
+            past = past.extend(k_BTKH, v_BTKH)
+            out_BTNH = cached_attention(
+                q_BTNH, past.k_BKSH, past.v_BKSH, past.positions_BT, past.positions_BS
+            )
+        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.w_o_NHD[...].astype(dtype)), past
 
 
 class SwiGLU(nnx.Module):
@@ -169,11 +186,13 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config, rngs)
 
-    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
-        attended = self.attention(self.attention_norm(x_BTD), segment_ids_BT)
+    def __call__(
+        self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None, past: Past | None = None
+    ) -> tuple[jax.Array, Past | None]:
+        """As `SelfAttention`."""
+        attended, past = self.attention(self.attention_norm(x_BTD), segment_ids_BT, past)
         x_BTD = constrain(x_BTD + attended, "batch", None, None)
-        return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "batch", None, None)
+        return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "batch", None, None), past
 
 
 _REMAT: dict[str, Callable[..., Any]] = {
@@ -226,19 +245,42 @@ class Transformer(nnx.Module):
         Returns:
           float32 [B, T, V].
         """
-        return self.logits(self.features(tokens_BT, segment_ids_BT))
+        x_BTD, _ = self.hidden(tokens_BT, segment_ids_BT)
+        return self.logits(x_BTD)
 
-    def features(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
-        """What the logits are made of, [B, T, D]; arguments as those of a call."""
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array | None = None,
+        cache: KVCache | None = None,
+        positions_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """What `logits` takes, and the cache with these tokens in it if one was given.
+
+        Args:
+          tokens_BT: int32 [B, T].
+          segment_ids_BT: as in a call of the model; only without a cache.
+          cache: what the tokens attend to besides each other; it must have T free slots.
+          positions_BT: of the tokens in their rows, int32 [B, T], where there is a cache; `NOWHERE`
+            for padding, which no other token sees.
+
+        Returns:
+          [B, T, D], in the dtype of the activations.
+        """
         x_BTD = self.embedding_VD[...].astype(self.dtype)[tokens_BT]
         x_BTD = constrain(x_BTD, "batch", None, None)
         apply = _REMAT[self.config.remat](Block.__call__)
-        for layer in self.layers:
-            x_BTD = apply(layer, x_BTD, segment_ids_BT)
-        return self.final_norm(x_BTD)
+        pasts: list[Past | None] = [None] * len(self.layers)
+        if cache is not None:
+            assert positions_BT is not None and segment_ids_BT is None
+            pasts = [*cache.begin(positions_BT)]
+        for number, layer in enumerate(self.layers):
+            x_BTD, pasts[number] = apply(layer, x_BTD, segment_ids_BT, pasts[number])
+        cache = end([past for past in pasts if past]) if cache is not None else None
+        return self.final_norm(x_BTD), cache
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Features [B, T, D] -> logits, float32 [B, T, V]."""
+        """`hidden` -> float32 [B, T, V]."""
         if self.config.tie_embeddings:
             w_DV = self.embedding_VD[...].astype(self.dtype).T
         else:

@@ -10,6 +10,7 @@ from jaxlm.console import Console, format_bytes, format_duration
 from jaxlm.folder import Best
 from jaxlm.metadata import Metadata
 from jaxlm.resume import goes_back
+from jaxlm.sample import Sampling, printable, sample_run
 from jaxlm.state import num_bytes
 
 
@@ -83,6 +84,20 @@ def tell_time(clock: Clock, console: Console) -> None:
     total_s = sum(s for _, s in seconds)
     shares = ", ".join(f"{kind} {s / total_s:.1%}" for kind, s in seconds if s > 0.0005 * total_s)
     console.say(f"time: {format_duration(total_s)}, of it {shares}")
+
+
+def tell_sample(config: Config, best: Best | None, console: Console) -> None:
+    """What the best model makes of the config's prompt."""
+    if config.sample_prompt is None:
+        return
+    run = f"{config.checkpoint_dir}@{best.step if best else 'latest'}"
+    sampling = Sampling(min(64, config.seq_len // 2 or 1), temperature=0.8, top_k=50)
+    try:
+        (found,) = sample_run(run, [config.sample_prompt], sampling, say=lambda _: None)
+    except ValueError as error:  # the run is complete and on disk, whatever comes of its sample
+        console.warn(f"no sample: {error}")
+        return
+    console.say(f"sample: {printable(found.prompt + found.text)}")
 
 
 def tell_end(

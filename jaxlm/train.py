@@ -21,7 +21,14 @@ from jaxlm.resume import check_folders, plan_resume
 from jaxlm.signals import StopRequest, stop_requests
 from jaxlm.start import beginning_of, open_run_folder, start_state
 from jaxlm.state import ModelFactory
-from jaxlm.summary import tell_complete, tell_end, tell_resume_best, tell_start, tell_time
+from jaxlm.summary import (
+    tell_complete,
+    tell_end,
+    tell_resume_best,
+    tell_sample,
+    tell_start,
+    tell_time,
+)
 
 
 def train(
@@ -81,6 +88,8 @@ def train(
         request = stack.enter_context(stop_requests(parts.mesh))
         result = _train_to_end(parts, checkpoints, console, callbacks, request, clock)
     tell_time(clock, console)
+    if result.complete and jax.process_count() == 1 and not (model or batches):
+        tell_sample(parts.config, result.best, console)
     tell_end(parts.config, result.step, result.complete, result.best, console)
     return result
 

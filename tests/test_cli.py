@@ -16,7 +16,9 @@ import runs
 from jaxlm import __main__ as cli
 from jaxlm.compare import diff_checkpoints
 from jaxlm.data.cache import list_caches
+from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.launch import run_main
+from jaxlm.sample import printable, sample_run
 
 
 @pytest.fixture
@@ -263,6 +265,64 @@ def test_eval_of_two_tells_which_is_better(at_home: Path, out, capsys: pytest.Ca
     assert "found 1, expected two of them with --paired" in refusal(capsys, "eval", b, "--paired")
 
 
+def test_sample_streams_what_it_gives_as_json(
+    at_home: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    pieces, tell = [], print
+    monkeypatch.setattr(
+        "builtins.print", lambda *a, **k: (pieces.append((*a, "")[0]), tell(*a, **k))
+    )
+    args = ["sample", runs.RUN, "--prompt", "the näin", "--max_tokens", "16", "--seed", "2"]
+    cli.command(args)
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"Loaded step {runs.BEST} of")
+    assert len(pieces) > 6  # as they come
+    cli.command([*args, "--json"])
+    one = json.loads(capsys.readouterr().out)
+    assert printed.out == printable(one["prompt"] + one["text"]) + "\n"
+    cli.command([*args, "--num_samples", "2", "--json"])
+    two = json.loads(capsys.readouterr().out)
+    assert two[0] == one and two[1]["tokens"] != one["tokens"]
+    tokenizer = load_tokenizer(Path(runs.RUN) / "checkpoints")
+    assert tokenizer.decode(one["tokens"]) == one["text"] and len(one["tokens"]) == 16
+
+
+def test_sample_never_cuts_a_character(at_home: Path, monkeypatch: pytest.MonkeyPatch):
+    tokenizer = load_tokenizer(Path(runs.RUN) / "checkpoints")
+    text = "¿Qué? 漢字 🎯 x"
+    ids = tokenizer.encode(text).ids
+    assert any("\ufffd" in tokenizer.decode([i]) for i in ids)
+    coming = [np.array([i]) for i in ids]
+    monkeypatch.setattr("jaxlm.sample.stream", lambda *_, **__: iter(coming))
+    pieces: list[str] = []
+    (found,) = sample_run(runs.RUN, ["a "], say=str, write=pieces.append)
+    assert "".join(pieces) == "a " + text and found.text == text
+    assert "\ufffd" not in "".join(pieces) and len(pieces) > 5
+    coming.pop(ids.index(ids[-3]))
+    coming = coming[: len(ids) - 3]  # ends within the last character
+    pieces.clear()
+    (found,) = sample_run(runs.RUN, [""], say=str, write=pieces.append)
+    assert "".join(pieces) == found.text and found.text.endswith("\ufffd")
+
+
+def test_sample_refuses_what_does_not_fit(at_home: Path, capsys: pytest.CaptureFixture):
+    assert run_main(lambda: cli.command(["sample", runs.RUN, "--max_tokens", "99"])) == 1
+    assert "1 tokens and 99 new ones are 100, expected at most 32" in capsys.readouterr().err
+    assert "num_samples: found 0" in refusal(capsys, "sample", runs.RUN, "--num_samples", "0")
+    assert "top_p: found 2.0" in refusal(capsys, "sample", runs.RUN, "--top_p", "2")
+
+
+def test_a_run_ends_with_a_sample_that_changes_nothing_else(own_run: Path):
+    flags = "--num_steps 4 --optim.learning_rate 1e-2 --run_dir runs/"
+    code, said = runs.launched(own_run, f"{flags}a --sample_prompt 'the rain'")
+    assert code == 0 and re.search(r"\nsample: the rain.+\n(.*\n)*done: 4 steps", said)
+    code, silent = runs.launched(own_run, f"{flags}b")
+    assert code == 0 and "sample" not in silent
+    a, b = (own_run / "runs" / name for name in "ab")
+    assert runs.eval_losses(a) == runs.eval_losses(b) != {}
+    assert diff_checkpoints(f"{a}@4", f"{b}@4") == []
+
+
 def test_prepare_and_cache(
     tmp_path: Path, out, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
@@ -312,11 +372,21 @@ def test_doctor(out):
     ("args", "told"),
     [
         (["checkpoints", "lst", runs.RUN], ["list, compare, diff, verify"]),
-        (["doctr"], ["prepare, prove-resume, plan, cache, checkpoints, eval, benchmark, doctor"]),
+        (
+            ["doctr"],
+            [
+                "prepare, prove-resume, plan, cache, checkpoints, eval, benchmark, sample, export, import, report, doctor"
+            ],
+        ),
         (["checkpoints", "list", runs.RUN, "--jsn"], ["--jsn", "--json"]),
         (["cache", "list", "--cach_dir", "x"], ["Perhaps you meant", "--cache-dir"]),
         (["prepare", "--config", "configs/tiny.py", "--data.sorce", "x"], ["--data.source STR"]),
-        ([], ["prepare, prove-resume, plan, cache, checkpoints, eval, benchmark, doctor"]),
+        (
+            [],
+            [
+                "prepare, prove-resume, plan, cache, checkpoints, eval, benchmark, sample, export, import, report, doctor"
+            ],
+        ),
     ],
     ids=lambda value: " ".join(value) or "nothing",
 )

@@ -16,7 +16,18 @@ import runs
 from jaxlm import __main__ as cli
 from jaxlm import launch
 
-PAGES = ["README.md", "docs/checkpoints.md", "docs/keep.md", "docs/library.md"]
+# Each page, and how many snippets it has at least.
+PAGES = {
+    "README.md": 4,
+    "docs/checkpoints.md": 4,
+    "docs/evals.md": 2,
+    "docs/interchange.md": 2,
+    "docs/keep.md": 3,
+    "docs/library.md": 4,
+    "docs/report.md": 1,
+    "docs/sample.md": 2,
+}
+WITH_LAUNCH = {"README.md", "docs/checkpoints.md"}
 # Tested elsewhere, or not to be had here: an install, the whole suite, a proof, an accelerator or
 # its compiler.
 NOT_RUN = re.compile(
@@ -106,7 +117,7 @@ def test_the_flags_of_a_page_fit_the_real_configs(page: str, monkeypatch: pytest
         config = launch.parse_config(flags, prog="launch.py")
         if "--num_steps" in flags and "--run_dir" not in flags:
             assert config.num_steps > launch.load_config(flags[1]).num_steps, flags
-    assert commands or page in ("docs/keep.md", "docs/library.md")
+    assert commands or page not in WITH_LAUNCH
 
 
 @pytest.fixture
@@ -126,12 +137,16 @@ def home(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 def test_the_snippets_of(page: str, home: Path):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         count, not_run = run_page(page, (runs.REPO / page).read_text())
-    assert count >= (3 if page == "docs/keep.md" else 4)
+    assert count >= PAGES[page]
     said = out.getvalue()
     if page == "README.md":
         assert {"pip install uv", "uv run pytest"} <= set(not_run)
     else:
         assert not_run == []
+    if page == "docs/interchange.md":
+        assert "step 8 as Llama" in said and "51,360 parameters in bfloat16" in said
+        assert "runs/imported@0 (step 0): loss 5." in said
+        assert "Beginning with the weights of step 0 of runs/imported" in said
     if page == "docs/checkpoints.md":
         assert "Resuming from step 12" in said and "Branching from step 8" in said
         assert "Warning: step 8 is damaged (params/" in said
@@ -178,12 +193,14 @@ def test_every_flag_named_in_the_docs_exists(home: Path, capsys: pytest.CaptureF
     }
     known |= {"config", "help", "json", "extra", "group", "eval", "paired", "source", "topology"}
     known |= {"keep_latest", "keep_every", "disk_budget_gb", "delete", "last", "steps", "out"}
+    known |= {"dtype", "max_shard_gb", "push", "follow", "poll_s", "tasks", "include_path"}
+    known |= {"prompt", "num_samples", "max_tokens", "temperature", "top_k", "top_p"}
     for page in PAGES:
         text = (runs.REPO / page).read_text()
         named = {
             name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", text)
         }
-        named -= {"xla_gpu_deterministic_ops"}
+        named -= {"xla_gpu_deterministic_ops", "model", "output_dir", "outfile", "outtype"}
         assert named - known == set(), page
 
 

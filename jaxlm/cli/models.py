@@ -1,6 +1,7 @@
-"""`jaxlm eval`, `jaxlm benchmark`: a trained model at work."""
+"""`jaxlm eval`, `sample` and `benchmark`: a trained model at work."""
 
 import json
+import sys
 from typing import Any
 
 from tyro.conf import Positional
@@ -123,4 +124,53 @@ def benchmark(
         for name, values in found.items()
     ]
     show({"run": run, "step": reader.step, "tasks": found}, "\n".join(lines), json)
+    return 0
+
+
+def sample(
+    run: Positional[str],
+    *,
+    prompt: tuple[str, ...] = ("",),
+    num_samples: int = 1,
+    max_tokens: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    json: bool = False,
+) -> int:
+    """Have a trained model write on from a prompt, to the end of the document at most.
+
+    Args:
+      run: RUN@STEP; STEP is best, latest, final or a number, and best if left out.
+      prompt: one text or several, as many as there are; by default the beginning of a document.
+      num_samples: texts for each prompt.
+      max_tokens: new tokens of each text, at most; by default 256, or what seq_len leaves.
+      temperature: above 1 is more varied, below 1 less; 0 takes the most likely token, always.
+      top_k: choose among this many of the most likely tokens.
+      top_p: choose among the fewest most likely tokens that together have this probability.
+      seed: the same seed gives the same text.
+      json: print JSON.
+    """
+    from jaxlm.sample import Sampling, printable, sample_run
+
+    if num_samples < 1:
+        raise ValueError(f"num_samples: found {num_samples}, expected at least 1")
+    prompts = [text for text in prompt for _ in range(num_samples)]
+    sampling = Sampling(max_tokens, temperature, top_k, top_p, seed)
+    streams = len(prompts) == 1 and not json
+
+    def write(text: str) -> None:
+        print(printable(text), end="", flush=True)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    samples = sample_run(run, prompts, sampling, say=say, write=write if streams else None)
+    lines = [printable(found.prompt + found.text) for found in samples]
+    values = [found._asdict() for found in samples]
+    if streams:
+        print()
+    else:
+        show(values if len(values) != 1 else values[0], "\n\n---\n\n".join(lines), json)
     return 0
