@@ -12,9 +12,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 from flax import nnx
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (  # pyright: ignore[reportMissingImports]
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import jaxlm.sample
 from jaxlm.assemble import model_factory

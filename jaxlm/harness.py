@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from lm_eval import simple_evaluate
+import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
@@ -89,7 +89,7 @@ class Harnessed(TemplateLM):
     def _generate(self, contexts: Sequence[str], asked: dict[str, Any]) -> list[str]:
         decode = self._reader.tokenizer.decode
         default = min(_MAX_NEW_TOKENS, self._reader.seq_len // 2)
-        options = normalize_gen_kwargs(asked, default)
+        options: dict[str, Any] = dict(normalize_gen_kwargs(asked, default))
         if options["do_sample"]:
             raise ValueError(
                 f"generation_kwargs: found {asked}, expected greedy decoding; set do_sample: false "
@@ -147,7 +147,8 @@ def run_tasks(
                 f"--tasks: found {task}, expected the name of a task of lm-eval or of one in "
                 f"--include_path ({near})"
             )
-    found: Any = simple_evaluate(
+    evaluate: Any = lm_eval.simple_evaluate  # its own types do not fit it
+    found = evaluate(
         Harnessed(reader),
         tasks=list(tasks),
         task_manager=manager,

@@ -368,24 +368,26 @@ def test_doctor(out):
     assert os.environ["JAXLM_CACHE"] in said
 
 
+ALL = (
+    "prepare, prove-resume, plan, cache, checkpoints, eval, benchmark, sample, export, import, "
+    "report, doctor"
+)
+
+
 @pytest.mark.parametrize(
     ("args", "told"),
     [
         (["checkpoints", "lst", runs.RUN], ["list, compare, diff, verify"]),
         (
             ["doctr"],
-            [
-                "prepare, prove-resume, plan, cache, checkpoints, eval, benchmark, sample, export, import, report, doctor"
-            ],
+            [ALL],
         ),
         (["checkpoints", "list", runs.RUN, "--jsn"], ["--jsn", "--json"]),
         (["cache", "list", "--cach_dir", "x"], ["Perhaps you meant", "--cache-dir"]),
         (["prepare", "--config", "configs/tiny.py", "--data.sorce", "x"], ["--data.source STR"]),
         (
             [],
-            [
-                "prepare, prove-resume, plan, cache, checkpoints, eval, benchmark, sample, export, import, report, doctor"
-            ],
+            [ALL],
         ),
     ],
     ids=lambda value: " ".join(value) or "nothing",
