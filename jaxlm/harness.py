@@ -78,10 +78,11 @@ class Harnessed(TemplateLM):
         del disable_tqdm
         texts = [""] * len(requests)
         groups: dict[str, list[int]] = {}
-        for number, request in enumerate(requests):
-            groups.setdefault(repr(request.args[1]), []).append(number)
+        asked: list[Any] = [request.args for request in requests]  # context, options
+        for number, (_, options) in enumerate(asked):
+            groups.setdefault(repr(options), []).append(number)
         for numbers in groups.values():
-            contexts, options = [requests[n].args[0] for n in numbers], requests[numbers[0]].args[1]
+            contexts, options = [asked[n][0] for n in numbers], asked[numbers[0]][1]
             for number, text in zip(numbers, self._generate(contexts, options), strict=True):
                 texts[number] = text
         return texts
