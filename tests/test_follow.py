@@ -120,11 +120,13 @@ def test_beside_a_real_trainer_through_kills(home: Path) -> None:
         follower.kill()
         follower.communicate()
         follower = start(*command)
-        assert trainer.wait(300) == 0
+        trainer.communicate(timeout=300)
+        assert trainer.returncode == 0
         follower.communicate(timeout=300)
         assert follower.returncode == 0
     finally:
         trainer.kill()
+        trainer.communicate()
     found = [(row["step"], row["loss"]) for row in read_evals(Path(EVALS))]
     assert sorted(found) == sorted(runs.eval_losses(home / runs.RUN).items())
     assert len(found) == 15
