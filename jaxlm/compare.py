@@ -1,14 +1,12 @@
 """Checkpoints side by side: the table of a run or of several, and the difference of two."""
 
-import contextlib
-import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxlm.console import format_bytes
+from jaxlm.durable import folder_bytes
 from jaxlm.evals import checkpoint_id, evals_path, read_evals
 from jaxlm.folder import (
     find_best,
@@ -64,16 +62,6 @@ def describe_run(run: str) -> dict[str, Any]:
         "skips": to_json(skips),
         "damaged": {str(step): damage[0] for step, damage in damaged.items()},
     }
-
-
-def folder_bytes(folder: Path) -> int:
-    """The size of the files in a folder, without those that go while we look."""
-    num_bytes = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                num_bytes += os.lstat(os.path.join(parent, name)).st_size
-    return num_bytes
 
 
 def format_table(runs: list[dict[str, Any]]) -> str:

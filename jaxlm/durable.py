@@ -96,6 +96,24 @@ def crc32c(path: Path, chunk_bytes: int = 1 << 22) -> int:
     return int.from_bytes(checksum.digest(), "big")
 
 
+def folder_bytes(folder: Path) -> int:
+    """The size of the files in a folder, without those that go while we look."""
+    num_bytes = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                num_bytes += os.lstat(os.path.join(parent, name)).st_size
+    return num_bytes
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Gives a folder its name, once all of it is on the disk."""
+    for inner in (*partial.rglob("*"), partial):
+        fsync(inner)
+    partial.rename(path)
+    fsync(path.parent)
+
+
 def check_free(path: Path) -> None:
     """Raises ValueError unless a folder can be made here: nothing is there, or an empty one."""
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
@@ -121,9 +139,6 @@ def new_folder(path: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for inner in (*partial.rglob("*"), partial):
-            fsync(inner)
-        partial.rename(path)
+        put_in_place(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    fsync(path.parent)

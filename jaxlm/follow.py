@@ -46,9 +46,10 @@ def follow(
         damaged: set[tuple[int, str, str]] = set()
         while True:
             steps, missed = read_steps(folder).sound, False
+            done = {_key(row) for row in log.rows}
             for step, metadata in steps.items():
                 key = (step, checkpoint_id(metadata), source or metadata.config["data"]["source"])
-                if key in damaged or key in {_key(row) for row in log.rows}:
+                if key in damaged or key in done:
                     continue
                 try:
                     row = _evaluate(f"{folder}@{step}", key, folder / str(step), scorer)

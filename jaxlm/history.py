@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.clock import KINDS
-from jaxlm.compare import describe_run, folder_bytes
-from jaxlm.durable import DiskError
+from jaxlm.compare import describe_run
+from jaxlm.durable import DiskError, folder_bytes
 from jaxlm.folder import CORRUPT, SUPERSEDED, find_checkpoints, read_steps
 from jaxlm.manifest import find_damage
 from jaxlm.metadata import Metadata

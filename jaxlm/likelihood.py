@@ -8,12 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
 from jaxlm.loss import Batch, cross_entropy, segments
-from jaxlm.sharding import batch_sharding, replicated
-from jaxlm.state import Blueprint, Params
+from jaxlm.state import Blueprint, Params, jit_with_model
 
 TokenScores = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
 NextTokens = Callable[[Params, Batch], jax.Array]
@@ -32,13 +30,13 @@ def make_token_scores(blueprint: Blueprint, mesh: Mesh, eos_id: int | None) -> T
       [B, T] (nats) and bool [B, T], whether no token is likelier. One compilation a shape.
     """
 
-    def token_scores(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        logits_BTV = _logits(blueprint, mesh, eos_id, params, batch["inputs"])
+    def token_scores(model: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        logits_BTV = _logits(model, batch["inputs"], eos_id)
         targets_BT = batch["targets"]
         likeliest_BT = jnp.argmax(logits_BTV, axis=-1) == targets_BT
         return -cross_entropy(logits_BTV, targets_BT), likeliest_BT
 
-    return _compiled(token_scores, blueprint, mesh)
+    return jit_with_model(token_scores, blueprint, mesh)
 
 
 def make_next_tokens(blueprint: Blueprint, mesh: Mesh, eos_id: int | None) -> NextTokens:
@@ -51,24 +49,13 @@ def make_next_tokens(blueprint: Blueprint, mesh: Mesh, eos_id: int | None) -> Ne
       `last`, int32 [B], the index of the last token of each row; it gives int32 [B].
     """
 
-    def next_tokens(params: Params, batch: Batch) -> jax.Array:
-        logits_BTV = _logits(blueprint, mesh, eos_id, params, batch["inputs"])
+    def next_tokens(model: Any, batch: Batch) -> jax.Array:
+        logits_BTV = _logits(model, batch["inputs"], eos_id)
         last_BTV = jnp.take_along_axis(logits_BTV, batch["last"][:, None, None], axis=1)
         return jnp.argmax(last_BTV[:, 0], axis=-1).astype(jnp.int32)
 
-    return _compiled(next_tokens, blueprint, mesh)
+    return jit_with_model(next_tokens, blueprint, mesh)
 
 
-def _logits(
-    blueprint: Blueprint, mesh: Mesh, eos_id: int | None, params: Params, inputs_BT: jax.Array
-) -> jax.Array:
-    segment_ids_BT = None if eos_id is None else segments(inputs_BT, eos_id)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return nnx.merge(blueprint.graphdef, params)(inputs_BT, segment_ids_BT)
-
-
-def _compiled(function: Callable[..., Any], blueprint: Blueprint, mesh: Mesh) -> Any:
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.abstract.params)
-    return jax.jit(
-        function, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh)
-    )
+def _logits(model: Any, inputs_BT: jax.Array, eos_id: int | None) -> jax.Array:
+    return model(inputs_BT, None if eos_id is None else segments(inputs_BT, eos_id))

@@ -11,7 +11,6 @@ from jaxlm.config import Config
 from jaxlm.console import format_bytes, format_count
 from jaxlm.throughput import find_device, flops_per_token
 
-_FSDP = "--mesh.data 1 --mesh.fsdp -1"
 _NUM_AXES = {"v5e": 2, "v6e": 2, "v5p": 3}
 """TPU generation -> axes of its network."""
 Compile = Callable[[Config], dict[str, Any] | None]
@@ -170,13 +169,19 @@ def find_changes(config: Config, num_devices: int, compile_step: Compile) -> lis
     Returns:
       The changes that were tried, as flags: those that fit first, and of these the fastest first.
     """
-    products, full, fsdp = "--model.remat products", "--model.remat full", _FSDP
+    products, full = "--model.remat products", "--model.remat full"
+    fsdp = "--mesh.data 1 --mesh.fsdp -1"
+    changes = {
+        products: {"model": replace(config.model, remat="products")},
+        full: {"model": replace(config.model, remat="full")},
+        fsdp: {"mesh": replace(config.mesh, data=1, fsdp=-1)},
+    }
     alone = [(), (products,), (full,)]
     tried: list[dict[str, Any]] = []
     for parts in [*alone, (fsdp,), (full, fsdp)] if num_devices > 1 else alone:
         changed = config
         for part in parts:
-            changed = _changed(changed, part)
+            changed = replace(changed, **changes[part])
         num = config.num_microbatches * (2 if changed == config else 1)
         if (parts and changed == config) or (len(parts) == 2 and any(c["fits"] for c in tried)):
             continue
@@ -194,12 +199,6 @@ def find_changes(config: Config, num_devices: int, compile_step: Compile) -> lis
                 break
             num *= 2
     return sorted(tried, key=lambda c: c["roofline"]["step_s"] if c["fits"] else math.inf)
-
-
-def _changed(config: Config, flag: str) -> Config:
-    if flag == _FSDP:
-        return replace(config, mesh=replace(config.mesh, data=1, fsdp=-1))
-    return replace(config, model=replace(config.model, remat=flag.split()[-1]))
 
 
 def save_interval(save_cost_s: float, mtbf_s: float, step_s: float) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import jax
 
 from jaxlm.config import Config
 from jaxlm.console import format_bytes, format_count
+from jaxlm.durable import folder_bytes
 from jaxlm.retention import IN_TRANSIT
 from jaxlm.state import TrainState, num_bytes
 
@@ -64,7 +65,7 @@ def disk_shortage(config: Config, abstract: TrainState) -> str | None:
     """What to do if the checkpoints will not fit on their disk, or None if they will."""
     needed = checkpoint_bytes(config, abstract)
     folder = Path(config.checkpoint_dir).absolute()
-    used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    used = folder_bytes(folder)
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from jaxlm.aside import Purger
 from jaxlm.config import CheckpointConfig
+from jaxlm.durable import folder_bytes
 from jaxlm.folder import find_best, find_checkpoints, read_steps
 from jaxlm.lock import HOLDER, lock, unlock
 from jaxlm.manifest import find_damage
@@ -62,7 +63,7 @@ def plan_pruning(
         for step in damaged:
             kept[step] = "damaged"
             del losses[step]
-    sizes = {step: _num_bytes(folder / str(step)) for step in losses}
+    sizes = {step: folder_bytes(folder / str(step)) for step in losses}
     if disk_budget_gb and not keep_every:
         keep_every = math.gcd(*losses) or 1
     rules = CheckpointConfig(
@@ -105,7 +106,3 @@ def _locked(folder: Path, warn: Callable[[str], None]) -> Iterator[Path]:
     finally:
         (folder / HOLDER).unlink(missing_ok=True)
         unlock(held)
-
-
-def _num_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

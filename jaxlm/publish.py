@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jaxlm.durable import fsync
+from jaxlm.durable import put_in_place
 from jaxlm.lock import lock, unlock
 
 
@@ -33,10 +33,7 @@ def published(target: Path, warn: Callable[[str], None]) -> Iterator[Path]:
         for path in partial.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield partial
-        for path in [*partial.rglob("*"), partial]:
-            fsync(path)
-        partial.rename(target)
-        fsync(target.parent)
+        put_in_place(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         unlock(held)

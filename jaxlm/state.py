@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxlm.guard import Guard, make_guard
-from jaxlm.sharding import param_sharding, replicated
+from jaxlm.sharding import batch_sharding, param_sharding, replicated
 
 Params = Any  # nested dicts of arrays
 ModelFactory = Callable[[nnx.Rngs], nnx.Module]
@@ -36,6 +36,27 @@ class Blueprint(NamedTuple):
     """Seed -> the initial state, made sharded."""
     abstract: TrainState
     """The state as `jax.ShapeDtypeStruct` leaves with their shardings."""
+
+
+def jit_with_model(
+    function: Callable[[Any, Any], Any], blueprint: Blueprint, mesh: Mesh
+) -> Callable[[Params, Any], Any]:
+    """Compiles `(model, batch) -> arrays` as `(params, batch) -> arrays`, the same on all devices.
+
+    Args:
+      function: takes the model and a batch, whose arrays are split by rows.
+      blueprint: of the model.
+      mesh: the mesh.
+    """
+
+    def with_params(params: Params, batch: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(nnx.merge(blueprint.graphdef, params), batch)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.abstract.params)
+    return jax.jit(
+        with_params, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh)
+    )
 
 
 def path_name(path: tuple[Any, ...]) -> str:

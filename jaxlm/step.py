@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxlm.guard import observe
 from jaxlm.loss import Batch, Loss
 from jaxlm.sharding import batch_sharding, replicated
-from jaxlm.state import Blueprint, Params, TrainState
+from jaxlm.state import Blueprint, Params, TrainState, jit_with_model
 
 StepMetrics = dict[str, jax.Array]
 
@@ -103,12 +103,4 @@ def make_eval_step(
     blueprint: Blueprint, loss: Loss, mesh: Mesh
 ) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """The compiled `(params, batch) -> (loss sum, number of tokens)`, float32 []."""
-
-    def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return loss(nnx.merge(blueprint.graphdef, params), batch)
-
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.abstract.params)
-    return jax.jit(
-        eval_step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh)
-    )
+    return jit_with_model(loss, blueprint, mesh)

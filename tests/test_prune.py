@@ -45,7 +45,7 @@ def folder(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_the_rules(folder: Path, monkeypatch: pytest.MonkeyPatch, rules: dict, kept: list[int]):
-    monkeypatch.setattr(pruning, "_num_bytes", lambda path: 10**9)
+    monkeypatch.setattr(pruning, "folder_bytes", lambda path: 10**9)
     found = plan_pruning(runs.RUN, **rules)
     assert list(found.kept) == kept and list(found.dropped) == [s for s in STEPS if s not in kept]
     assert list_steps(folder) == STEPS, "a plan changes nothing"
