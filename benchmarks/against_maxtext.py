@@ -42,7 +42,7 @@ CASES: dict[str, tuple[str, int, list[str], list[str]]] = {
 
 def found(compiled: Any) -> dict[str, Any]:
     """What is compared."""
-    from jaxlm.hlo import read_costs
+    from jaxlm.plan.hlo import read_costs
 
     sizes = compiled.memory_analysis()
     costs = read_costs(compiled.as_text())
@@ -66,15 +66,16 @@ def ours(case: str, topology: str) -> Any:
     import jax
     import numpy as np
 
-    from jaxlm.ahead import find_devices
-    from jaxlm.assemble import make_schedule, model_factory
+    from jaxlm.device.loss import next_token_loss
+    from jaxlm.device.model import model_factory
+    from jaxlm.device.optim import make_optimizer
+    from jaxlm.device.sharding import batch_sharding, make_mesh
+    from jaxlm.device.state import make_blueprint
+    from jaxlm.device.step import make_train_step
     from jaxlm.launch import parse_config
-    from jaxlm.loss import next_token_loss
-    from jaxlm.optim import make_optimizer
-    from jaxlm.plan import parse_topology
-    from jaxlm.sharding import batch_sharding, make_mesh
-    from jaxlm.state import make_blueprint
-    from jaxlm.step import make_train_step
+    from jaxlm.plan.ahead import find_devices
+    from jaxlm.plan.plan import parse_topology
+    from jaxlm.training.assemble import make_schedule
 
     path, rows, flags, _ = CASES[case]
     devices = find_devices(*parse_topology(topology))
@@ -159,7 +160,7 @@ def main() -> None:
     """Each side in a process of its own."""
     case, topology, *rest = sys.argv[1:]
     if rest:
-        from jaxlm.ahead import _ENV_TPU
+        from jaxlm.plan.ahead import _ENV_TPU
 
         os.environ.update(_ENV_TPU)
         side, *more = rest

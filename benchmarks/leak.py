@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxlm.config import CheckpointConfig, Config, ModelConfig, OptimConfig
-from jaxlm.train import train
+from jaxlm.training.train import train
 
 ROWS, SEQ_LEN, VOCAB = 4, 32, 512
 POINTS = 20

@@ -19,11 +19,10 @@ from transformers import (  # pyright: ignore[reportMissingImports]
     Qwen3ForCausalLM,
 )
 
-import jaxlm.sample
-from jaxlm.assemble import model_factory
 from jaxlm.config import ModelConfig
+from jaxlm.device.model import model_factory
+from jaxlm.inference.sample import _CHUNK, Sampling, sample
 from jaxlm.launch import load_config
-from jaxlm.sample import Sampling, sample
 
 PROMPT, NEW = 32, 128
 MEDIUM = ModelConfig(
@@ -124,7 +123,7 @@ def main(turns: int) -> None:
             rates = {who: batch * NEW / np.median(taken) for who, taken in seconds.items()}
             ratios = [f"{b / a:.2f}" for a, b in zip(*seconds.values(), strict=True)]
             print(
-                f"{name} ({count / 1e6:.1f} M), batch {batch}, chunk {jaxlm.sample._CHUNK}: "
+                f"{name} ({count / 1e6:.1f} M), batch {batch}, chunk {_CHUNK}: "
                 f"{rates['ours']:.0f} tokens/s, transformers {rates['theirs']:.0f}; "
                 f"ratio by turn {', '.join(ratios)}; same tokens {same:.1%}",
                 flush=True,

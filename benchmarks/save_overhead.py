@@ -16,12 +16,12 @@ from typing import Any
 import jax
 from save_time import describe_step, open_checkpoints
 
-from jaxlm.assemble import model_factory
 from jaxlm.config import Config, MeshConfig
+from jaxlm.device.model import model_factory
+from jaxlm.device.optim import make_optimizer
+from jaxlm.device.sharding import make_mesh
+from jaxlm.device.state import TrainState, fingerprint, make_blueprint
 from jaxlm.launch import load_config
-from jaxlm.optim import make_optimizer
-from jaxlm.sharding import make_mesh
-from jaxlm.state import TrainState, fingerprint, make_blueprint
 
 
 def run_s(state: TrainState, config: Config, num_steps: int, every: int, step_s: float) -> float:

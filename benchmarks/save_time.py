@@ -18,21 +18,21 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxlm import manifest
-from jaxlm.assemble import model_factory
-from jaxlm.checkpoint import Checkpoints
+from jaxlm.checkpoints import manifest
+from jaxlm.checkpoints.checkpoint import Checkpoints
+from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.config import CheckpointConfig, Config, MeshConfig, to_dict
-from jaxlm.launch import load_config
-from jaxlm.metadata import Metadata
-from jaxlm.optim import make_optimizer
-from jaxlm.sharding import make_mesh
-from jaxlm.state import (
+from jaxlm.device.model import model_factory
+from jaxlm.device.optim import make_optimizer
+from jaxlm.device.sharding import make_mesh
+from jaxlm.device.state import (
     Blueprint,
     TrainState,
     fingerprint,
     make_blueprint,
     num_bytes,
 )
+from jaxlm.launch import load_config
 
 TURNS = 5
 Verify = Literal["full", "fast", "off"]

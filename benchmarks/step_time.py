@@ -31,13 +31,13 @@ def ours() -> Callable[[], None]:
     """One step of jaxlm: Llama-shaped, 10.7 M parameters, float32."""
     import jax
 
-    from jaxlm.assemble import model_factory
     from jaxlm.config import MeshConfig, ModelConfig, OptimConfig
-    from jaxlm.loss import next_token_loss
-    from jaxlm.optim import make_optimizer, make_schedule
-    from jaxlm.sharding import make_mesh, put_batch
-    from jaxlm.state import make_blueprint
-    from jaxlm.step import make_train_step
+    from jaxlm.device.loss import next_token_loss
+    from jaxlm.device.model import model_factory
+    from jaxlm.device.optim import make_optimizer, make_schedule
+    from jaxlm.device.sharding import make_mesh, put_batch
+    from jaxlm.device.state import make_blueprint
+    from jaxlm.device.step import make_train_step
 
     config = ModelConfig(
         vocab_size=VOCAB,

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.assemble import prepare_data
 from jaxlm.config import Config
 from jaxlm.data.batches import EvalBatches, TrainBatches
+from jaxlm.device.optim import make_schedule
 from jaxlm.launch import parse_config
-from jaxlm.optim import make_schedule
+from jaxlm.training.assemble import prepare_data
 
 # A peer's model, and its optimizers, each with what its learning rate is of the run's.
 Peer = tuple[Any, list[tuple[Any, float]]]
@@ -33,7 +33,7 @@ TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 
 def ours(config: Config) -> dict[int, float]:
     """Eval step -> eval loss of a run of ours."""
-    from jaxlm.train import train
+    from jaxlm.training.train import train
 
     losses: dict[int, float] = {}
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from jaxlm.strict import conform
+from jaxlm.files.strict import conform
 
 T = TypeVar("T")
 Policy = Literal["free", "recorded", "fixed"]

@@ -80,8 +80,8 @@ def _train(config: Config) -> int:
     import jax  # after the flags: --help and a wrong flag answer at once
 
     from jaxlm.cluster import check_alike
-    from jaxlm.preflight import memory_advice
-    from jaxlm.train import train
+    from jaxlm.training.preflight import memory_advice
+    from jaxlm.training.train import train
 
     check_alike("settings", {name: value for name, (value, _) in leaves(config).items()})
     try:

@@ -38,13 +38,14 @@ os.environ |= {
 
 import runs  # noqa: E402
 
-import jaxlm.start  # noqa: E402
-from jaxlm import launch, preflight, train  # noqa: E402, F401 - all that a start imports
-from jaxlm.attempt import Attempt, Kill, Process, compare_runs  # noqa: E402
+import jaxlm.training.start  # noqa: E402
+from jaxlm import launch, train  # noqa: E402, F401 - all that a start imports
+from jaxlm.checkpoints.folder import CORRUPT, list_steps, read_steps  # noqa: E402
+from jaxlm.checkpoints.manifest import find_damage  # noqa: E402
 from jaxlm.data.batches import TrainBatches  # noqa: E402
 from jaxlm.data.cache import MANIFEST  # noqa: E402
-from jaxlm.folder import CORRUPT, list_steps, read_steps  # noqa: E402
-from jaxlm.manifest import find_damage  # noqa: E402
+from jaxlm.proof.attempt import Attempt, Kill, Process, compare_runs  # noqa: E402
+from jaxlm.training import preflight  # noqa: E402, F401 - all that a start imports
 
 NUM_STEPS, EVAL_INTERVAL = 80, 10
 CONFIG = f"""
@@ -189,8 +190,8 @@ class Forked:
 
 def sabotage_metrics() -> None:
     """Rows after the restored step are left in."""
-    metrics = jaxlm.start.Metrics
-    jaxlm.start.Metrics = lambda *a, **k: metrics(*a, **k | {"restored_step": NUM_STEPS})
+    metrics = jaxlm.training.start.Metrics
+    jaxlm.training.start.Metrics = lambda *a, **k: metrics(*a, **k | {"restored_step": NUM_STEPS})
 
 
 def sabotage_batches() -> None:

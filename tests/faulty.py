@@ -18,14 +18,14 @@ from typing import Any
 import pytest
 from tiny import data, tiny_config
 
-from jaxlm import checkpoint
-from jaxlm.attempt import untimed_rows
-from jaxlm.checkpoint import CheckpointError
-from jaxlm.compare import diff_checkpoints
-from jaxlm.durable import DiskError
-from jaxlm.folder import list_set_aside, list_steps, select
-from jaxlm.manifest import find_damage
-from jaxlm.train import Result, train
+from jaxlm.checkpoints import checkpoint
+from jaxlm.checkpoints.checkpoint import CheckpointError
+from jaxlm.checkpoints.folder import list_set_aside, list_steps, select
+from jaxlm.checkpoints.manifest import find_damage
+from jaxlm.files.durable import DiskError
+from jaxlm.proof.attempt import untimed_rows
+from jaxlm.report.compare import diff_checkpoints
+from jaxlm.training.train import Result, train
 
 # Orbax drops the coroutines of the other arrays without having awaited them.
 pytestmark = [
@@ -129,7 +129,8 @@ def test_a_save_that_fails_is_tried_again_before_the_next_is_due(
     committed = []
     keep = {"on_save_error": "warn", "save_interval": 6}
     monkeypatch.setattr(
-        "jaxlm.console.Console.saved", lambda console, step, path, best: committed.append(step)
+        "jaxlm.tracking.console.Console.saved",
+        lambda console, step, path, best: committed.append(step),
     )
     assert run(tmp_path, eval_interval=12, checkpoint=keep).complete
     assert len(committed) == 2 and committed[0] in (7, 8, 9) and committed[1] == 12
@@ -154,7 +155,7 @@ def test_arrays_that_orbax_cannot_read(tmp_path: Path, whole: Path) -> None:
     set_fault("read", errno.EIO, "*/9/params/*")
     # The files are sound when they are looked at, and cannot be read a moment later.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxlm.manifest.find_damage", lambda *_, **__: [])
+        patch.setattr("jaxlm.checkpoints.manifest.find_damage", lambda *_, **__: [])
         with pytest.raises(DiskError, match=r"9/params cannot be read .*disk"):
             run(run_dir)
     clear_fault()

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxlm.folder import list_steps
+from jaxlm.checkpoints.folder import list_steps
 
 ROOT = Path(__file__).parent.parent
 _CONFIG = """

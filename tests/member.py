@@ -14,11 +14,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tiny import TinyBatches, tiny_config
 
-from jaxlm import manifest
+from jaxlm.checkpoints import manifest
 from jaxlm.cluster import Cluster, barrier, check_alike
 from jaxlm.config import DataConfig
 from jaxlm.launch import explain, run_main
-from jaxlm.train import train
+from jaxlm.training.train import train
 
 
 def ready() -> None:

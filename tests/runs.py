@@ -18,14 +18,15 @@ from typing import Any
 import jax
 from small import transformer
 
-from jaxlm import launch, manifest
-from jaxlm.checkpoint import Checkpoints
+from jaxlm import launch
+from jaxlm.checkpoints import manifest
+from jaxlm.checkpoints.checkpoint import Checkpoints
+from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, to_dict
 from jaxlm.data.tokenizer import train_tokenizer
-from jaxlm.metadata import Metadata
-from jaxlm.optim import make_optimizer
-from jaxlm.sharding import make_mesh
-from jaxlm.state import make_blueprint
+from jaxlm.device.optim import make_optimizer
+from jaxlm.device.sharding import make_mesh
+from jaxlm.device.state import make_blueprint
 
 REPO = Path(__file__).resolve().parents[1]
 RUN = "runs/tiny"

@@ -10,13 +10,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxlm.attention import Attention, reference_attention
+from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.config import Config, MeshConfig, ModelConfig, OptimConfig, to_dict
-from jaxlm.metadata import Metadata
-from jaxlm.model import Transformer
-from jaxlm.optim import make_optimizer
-from jaxlm.sharding import make_mesh, put_batch
-from jaxlm.state import Blueprint, ModelFactory, make_blueprint, path_name
+from jaxlm.device.attention import Attention, reference_attention
+from jaxlm.device.model import Transformer
+from jaxlm.device.optim import make_optimizer
+from jaxlm.device.sharding import make_mesh, put_batch
+from jaxlm.device.state import Blueprint, ModelFactory, make_blueprint, path_name
 
 # Every dim has a size of its own but for those that a mesh of 4 x 2 must divide.
 MODEL = ModelConfig(

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from small import mesh_of
 
-from jaxlm.attention import (
+from jaxlm.device.attention import (
     blocked_attention,
     cudnn_attention,
     for_platform,

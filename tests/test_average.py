@@ -11,13 +11,13 @@ import runs
 import small
 
 from jaxlm import __main__ as cli
-from jaxlm import average as averaging
 from jaxlm import launch, load_model
-from jaxlm.average import average
-from jaxlm.folder import find_checkpoints, select
+from jaxlm.checkpoints.folder import find_checkpoints, select
+from jaxlm.checkpoints.restore import restore_numpy
+from jaxlm.evaluation import average as averaging
+from jaxlm.evaluation.average import average
+from jaxlm.evaluation.score import score, verify_step
 from jaxlm.launch import run_main
-from jaxlm.restore import restore_numpy
-from jaxlm.score import score, verify_step
 
 STEPS = [4, 8, 12]
 

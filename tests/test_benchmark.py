@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxlm import __main__ as cli
 from jaxlm import load_model
-from jaxlm.reader import Likelihood, Reader
+from jaxlm.inference.reader import Likelihood, Reader
 
 SEQ_LEN = 32
 

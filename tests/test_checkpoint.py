@@ -20,14 +20,14 @@ import pytest
 from flax import nnx
 from small import metadata_of
 
-from jaxlm import lock
-from jaxlm.checkpoint import CheckpointError, Checkpoints
+from jaxlm.checkpoints.checkpoint import CheckpointError, Checkpoints
+from jaxlm.checkpoints.folder import list_steps, select
+from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.checkpoints.restore import items_of
 from jaxlm.config import CheckpointConfig, MeshConfig
-from jaxlm.folder import list_steps, select
-from jaxlm.metadata import Metadata
-from jaxlm.restore import items_of
-from jaxlm.sharding import make_mesh
-from jaxlm.state import TrainState, make_blueprint, num_bytes
+from jaxlm.device.sharding import make_mesh
+from jaxlm.device.state import TrainState, make_blueprint, num_bytes
+from jaxlm.files import lock
 
 
 class _Matrix(nnx.Module):
@@ -189,7 +189,7 @@ def test_arrays_that_come_back_wrong_are_found_by_their_fingerprint(
     _save_all(tmp_path, {1: None, 2: None})
     _damage(tmp_path, 2)
     # The files lie: every manifest passes. What is left is the fingerprint.
-    monkeypatch.setattr("jaxlm.manifest.find_damage", lambda *_, **__: [])
+    monkeypatch.setattr("jaxlm.checkpoints.manifest.find_damage", lambda *_, **__: [])
     told = _Told()
     with _open(tmp_path, told) as checkpoints:
         restored = checkpoints.restore_latest(BLUEPRINT.abstract)

@@ -14,11 +14,11 @@ import pytest
 import runs
 
 from jaxlm import __main__ as cli
-from jaxlm.compare import diff_checkpoints
 from jaxlm.data.cache import list_caches
 from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.inference.sample import printable, sample_run
 from jaxlm.launch import run_main
-from jaxlm.sample import printable, sample_run
+from jaxlm.report.compare import diff_checkpoints
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_diff_names_every_leaf_layer_by_layer(at_home: Path, out):
 
 
 def test_diff_measures_the_difference(at_home: Path, monkeypatch: pytest.MonkeyPatch):
-    from jaxlm import compare
+    from jaxlm.report import compare
 
     def altered(path: Path):
         arrays = restore(path)
@@ -233,8 +233,8 @@ def test_verify_finds_the_recorded_loss_of_the_best(own_run: Path, out, monkeypa
     text = metadata.read_text()
     metadata.write_text(text.replace(f'"eval_loss": {loss!r}', f'"eval_loss": {loss - 1e-9!r}', 1))
     assert metadata.read_text() != text
-    monkeypatch.setattr("jaxlm.manifest.find_damage", lambda *_, **__: [])
-    monkeypatch.setattr("jaxlm.score.find_damage", lambda *_, **__: [])
+    monkeypatch.setattr("jaxlm.checkpoints.manifest.find_damage", lambda *_, **__: [])
+    monkeypatch.setattr("jaxlm.evaluation.score.find_damage", lambda *_, **__: [])
     said = out("checkpoints", "verify", runs.RUN, "--eval", code=1).splitlines()
     assert said[-2].endswith(f"found {loss!r}: not the same")
 
@@ -293,7 +293,7 @@ def test_sample_never_cuts_a_character(at_home: Path, monkeypatch: pytest.Monkey
     ids = tokenizer.encode(text).ids
     assert any("\ufffd" in tokenizer.decode([i]) for i in ids)
     coming = [np.array([i]) for i in ids]
-    monkeypatch.setattr("jaxlm.sample.stream", lambda *_, **__: iter(coming))
+    monkeypatch.setattr("jaxlm.inference.sample.stream", lambda *_, **__: iter(coming))
     pieces: list[str] = []
     (found,) = sample_run(runs.RUN, ["a "], say=str, write=pieces.append)
     assert "".join(pieces) == "a " + text and found.text == text

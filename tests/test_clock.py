@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from tiny import data, tiny_config
 
-from jaxlm import assemble
-from jaxlm.assemble import Parts
-from jaxlm.attempt import untimed_rows
-from jaxlm.clock import KINDS, Clock
-from jaxlm.compare import diff_checkpoints
-from jaxlm.loop import Loop
-from jaxlm.metrics import read_metrics
-from jaxlm.train import train
+from jaxlm.proof.attempt import untimed_rows
+from jaxlm.report.compare import diff_checkpoints
+from jaxlm.tracking.clock import KINDS, Clock
+from jaxlm.tracking.metrics import read_metrics
+from jaxlm.training import assemble
+from jaxlm.training.assemble import Parts
+from jaxlm.training.loop import Loop
+from jaxlm.training.train import train
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from jaxlm.folder import list_steps
+from jaxlm.checkpoints.folder import list_steps
 
 MEMBER = Path(__file__).parent / "member.py"
 

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from jaxlm.console import Console, format_bytes, format_count, format_duration
+from jaxlm.tracking.console import Console, format_bytes, format_count, format_duration
 
 ROW = {
     "train/loss": 4.7748,

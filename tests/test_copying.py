@@ -10,10 +10,10 @@ import pytest
 import runs
 
 from jaxlm import __main__ as cli
-from jaxlm import copying, manifest
-from jaxlm.compare import describe_run, diff_checkpoints
-from jaxlm.copying import copy_run
-from jaxlm.folder import list_steps, read_steps, recorded_directory
+from jaxlm.checkpoints import copying, manifest
+from jaxlm.checkpoints.copying import copy_run
+from jaxlm.checkpoints.folder import list_steps, read_steps, recorded_directory
+from jaxlm.report.compare import describe_run, diff_checkpoints
 
 DEST = "backup/tiny"
 

@@ -16,18 +16,18 @@ from flax import nnx
 from runs import give_to_another_run
 from tiny import data, tiny_config
 
-from jaxlm.assemble import model_factory
-from jaxlm.checkpoint import CheckpointError, Checkpoints
+from jaxlm.checkpoints.checkpoint import CheckpointError, Checkpoints
+from jaxlm.checkpoints.folder import Best, list_set_aside, list_steps, read_metadata, select
+from jaxlm.checkpoints.manifest import NAME, find_damage
+from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.checkpoints.restore import items_of
 from jaxlm.config import CheckpointConfig, Config, MeshConfig, OptimConfig
-from jaxlm.folder import Best, list_set_aside, list_steps, read_metadata, select
-from jaxlm.load import load_model
-from jaxlm.manifest import NAME, find_damage
-from jaxlm.metadata import Metadata
-from jaxlm.optim import make_optimizer
-from jaxlm.restore import items_of
-from jaxlm.sharding import make_mesh
-from jaxlm.state import fingerprint, make_blueprint
-from jaxlm.train import train
+from jaxlm.device.model import model_factory
+from jaxlm.device.optim import make_optimizer
+from jaxlm.device.sharding import make_mesh
+from jaxlm.device.state import fingerprint, make_blueprint
+from jaxlm.inference.load import load_model
+from jaxlm.training.train import train
 
 STEPS, BEST, LATEST = [3, 6, 9, 12], 9, 12
 # Large enough for arrays that Orbax keeps apart from its index: that has checksums, the arrays have

@@ -174,15 +174,23 @@ def test_the_links_of(page: str):
     assert missing == []
 
 
-def test_the_map_names_every_file():
-    text = (runs.REPO / "ARCHITECTURE.md").read_text()
-    files = [*(runs.REPO / "jaxlm").rglob("*.py"), *(runs.REPO / "configs").glob("*.py")]
-    names = [path.name for path in files if path.name != "__init__.py"]
-    assert len(names) > 30
-    tree = text.split("```")[1]
-    assert [name for name in names if not re.search(rf"\b{re.escape(name)}\b", tree)] == []
-    mapped = set(re.findall(r"\b([\w]+\.py)\b", tree))
-    assert mapped - set(names) - {"launch.py", "pin.py", "test_docs.py"} == set()
+def test_the_map_names_every_file_once():
+    tree = (runs.REPO / "ARCHITECTURE.md").read_text().split("```")[1]
+    package, named = "", []
+    for line in tree.partition("jaxlm/\n")[2].splitlines():
+        if folder := re.match(r"  (\w+)/ ", line):
+            package = folder[1]
+        elif file := re.match(r"( {2}| {4})(\w+\.py) +\S", line):
+            named.append(f"{package}/{file[2]}" if len(file[1]) == 4 else file[2])
+    files = {
+        path.relative_to(runs.REPO / "jaxlm").as_posix()
+        for path in (runs.REPO / "jaxlm").rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert len(files) > 30
+    assert sorted(named) == sorted(files)
+    configs = {path.name for path in (runs.REPO / "configs").glob("*.py")}
+    assert {name for name in configs if f"configs/{name} " not in tree} == set()
 
 
 def test_every_flag_named_in_the_docs_exists(home: Path, capsys: pytest.CaptureFixture):

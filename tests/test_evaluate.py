@@ -5,9 +5,9 @@ from small import Bigram, blueprint_of, host_batch, mesh_of, put, trained_params
 
 from jaxlm.data.batches import EvalBatches
 from jaxlm.data.shards import TokenShards
-from jaxlm.evaluate import evaluate
-from jaxlm.loss import cross_entropy, next_token_loss
-from jaxlm.step import make_eval_step
+from jaxlm.device.loss import cross_entropy, next_token_loss
+from jaxlm.device.step import make_eval_step
+from jaxlm.training.evaluate import evaluate
 
 SHAPE = (8, 1, 1)
 MESH = mesh_of(*SHAPE)

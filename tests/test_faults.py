@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from launching import ROOT, finish, launch, wait_for_step, write_config
 
-from jaxlm.attempt import untimed_rows
-from jaxlm.compare import diff_checkpoints
-from jaxlm.folder import list_steps, select
+from jaxlm.checkpoints.folder import list_steps, select
+from jaxlm.proof.attempt import untimed_rows
+from jaxlm.report.compare import diff_checkpoints
 
 pytestmark = pytest.mark.slow
 FAKETIME = list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))

@@ -13,10 +13,10 @@ import pytest
 import runs
 
 from jaxlm import __main__ as cli
-from jaxlm import follow as follow_module
-from jaxlm.evals import EvalLog, checkpoint_id, read_evals
-from jaxlm.folder import read_metadata
-from jaxlm.follow import follow
+from jaxlm.checkpoints.folder import read_metadata
+from jaxlm.evaluation import follow as follow_module
+from jaxlm.evaluation.evals import EvalLog, checkpoint_id, read_evals
+from jaxlm.evaluation.follow import follow
 
 EVALS = f"{runs.RUN}/evals.jsonl"
 

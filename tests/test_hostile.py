@@ -20,16 +20,17 @@ from fuzz import fuzz_readers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm import folder, manifest, metrics, skips
-from jaxlm.compare import diff_checkpoints
+from jaxlm.checkpoints import folder, manifest, skips
+from jaxlm.checkpoints.folder import find_checkpoints, read_metadata
+from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.checkpoints.restore import DamagedArrays
 from jaxlm.config import Config, OptimConfig, from_dict, to_dict
 from jaxlm.data import tokenizer
 from jaxlm.data.dataset import open_dataset
-from jaxlm.folder import find_checkpoints, read_metadata
-from jaxlm.load import load_model
-from jaxlm.metadata import Metadata
-from jaxlm.restore import DamagedArrays
-from jaxlm.strict import conform, parse_json, read_json
+from jaxlm.files.strict import conform, parse_json, read_json
+from jaxlm.inference.load import load_model
+from jaxlm.report.compare import diff_checkpoints
+from jaxlm.tracking import metrics
 
 NAMES = [
     *("manifest", "step metadata", "commit", "metadata", "config", "metrics", "skips", "holder"),
@@ -353,14 +354,15 @@ def test_what_orbax_cannot_read_is_named(own_run: Path, text: str):
 
 RESTORE = """
 import json, pathlib, pickle, sys
-from jaxlm import folder, manifest
-from jaxlm.assemble import model_factory
-from jaxlm.checkpoint import Checkpoints
+from jaxlm.checkpoints import folder
+from jaxlm.checkpoints import manifest
+from jaxlm.device.model import model_factory
+from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.config import MeshConfig
-from jaxlm.load import load_model
-from jaxlm.optim import make_optimizer
-from jaxlm.sharding import make_mesh
-from jaxlm.state import make_blueprint
+from jaxlm.inference.load import load_model
+from jaxlm.device.optim import make_optimizer
+from jaxlm.device.sharding import make_mesh
+from jaxlm.device.state import make_blueprint
 
 run, sabotage = sys.argv[1:]
 if sabotage:

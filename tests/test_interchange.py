@@ -15,15 +15,15 @@ import runs
 from safetensors.numpy import load_file, save_file
 from small import names_and_leaves
 
-from jaxlm import export as export_module
-from jaxlm import importing
+from jaxlm.checkpoints.folder import select
+from jaxlm.checkpoints.restore import restore_numpy
 from jaxlm.config import ModelConfig
-from jaxlm.export import export
-from jaxlm.folder import select
-from jaxlm.importing import find_tensors, import_folder
-from jaxlm.interchange import to_hf_config
-from jaxlm.load import load_model
-from jaxlm.restore import restore_numpy
+from jaxlm.inference.load import load_model
+from jaxlm.interchange import export as export_module
+from jaxlm.interchange import importing
+from jaxlm.interchange.export import export
+from jaxlm.interchange.importing import find_tensors, import_folder
+from jaxlm.interchange.mapping import to_hf_config
 
 # No two sizes alike, and N * H is not D.
 LLAMA = ModelConfig(

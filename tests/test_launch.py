@@ -13,8 +13,8 @@ import runs
 from test_config import INVALID
 
 from jaxlm import launch
+from jaxlm.checkpoints.folder import list_steps
 from jaxlm.config import Config, leaves
-from jaxlm.folder import list_steps
 
 
 @pytest.fixture
@@ -234,13 +234,13 @@ def test_a_fixed_field_takes_a_new_run_and_checkpoint_dir_is_its_folder(own_run:
 def test_out_of_memory_ends_with_advice(home: Path, monkeypatch: pytest.MonkeyPatch):
     import jax
 
-    import jaxlm.train  # noqa: F401  (now in sys.modules)
+    import jaxlm.training.train  # noqa: F401  (now in sys.modules)
 
     def fail(text: str) -> None:
         def train_(config: Config) -> None:
             raise jax.errors.JaxRuntimeError(text)
 
-        monkeypatch.setattr(sys.modules["jaxlm.train"], "train", train_)
+        monkeypatch.setattr(sys.modules["jaxlm.training.train"], "train", train_)
         launch.main(["--config", "configs/tiny.py"])
 
     with pytest.raises(

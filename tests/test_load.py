@@ -13,11 +13,11 @@ import runs
 from flax import nnx
 from small import names_and_leaves
 
-from jaxlm import load
+from jaxlm.checkpoints.restore import restore_numpy
 from jaxlm.config import Config, MeshConfig, ModelConfig
-from jaxlm.load import load_model
-from jaxlm.restore import restore_numpy
-from jaxlm.sharding import make_mesh
+from jaxlm.device.sharding import make_mesh
+from jaxlm.inference import load
+from jaxlm.inference.load import load_model
 
 TOKENS_BT = np.random.RandomState(0).randint(0, 512, (8, 32)).astype(np.int32)
 

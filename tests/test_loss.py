@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlm.loss import cross_entropy, next_token_loss, segments
+from jaxlm.device.loss import cross_entropy, next_token_loss, segments
 
 B, T, V, EOS = 3, 5, 17, 0
 rng = np.random.RandomState(0)

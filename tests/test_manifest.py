@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tiny import data, tiny_config
 
-from jaxlm.durable import write_file
-from jaxlm.manifest import NAME, find_damage
-from jaxlm.train import train
+from jaxlm.checkpoints.manifest import NAME, find_damage
+from jaxlm.files.durable import write_file
+from jaxlm.training.train import train
 
 
 @pytest.fixture(scope="module")

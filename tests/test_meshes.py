@@ -20,13 +20,13 @@ from small import (
     put,
 )
 
-from jaxlm.checkpoint import Checkpoints
+from jaxlm.checkpoints.checkpoint import Checkpoints
+from jaxlm.checkpoints.restore import items_of
 from jaxlm.config import CheckpointConfig
-from jaxlm.loss import next_token_loss
-from jaxlm.optim import make_optimizer, make_schedule
-from jaxlm.restore import items_of
-from jaxlm.state import TrainState, fingerprint
-from jaxlm.step import make_train_step
+from jaxlm.device.loss import next_token_loss
+from jaxlm.device.optim import make_optimizer, make_schedule
+from jaxlm.device.state import TrainState, fingerprint
+from jaxlm.device.step import make_train_step
 
 pytestmark = pytest.mark.slow  # a compilation for each mesh
 

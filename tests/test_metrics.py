@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from jaxlm import metrics
 from jaxlm.config import Config, TrackingConfig
-from jaxlm.metrics import Metrics, perplexity, read_metrics
+from jaxlm.tracking import metrics
+from jaxlm.tracking.metrics import Metrics, perplexity, read_metrics
 
 ROWS = [
     {"step": 10, "train/loss": 4.5, "train/tokens_seen": 40960},
@@ -149,7 +149,7 @@ def test_every_row_logged_survives_kill_9(tmp_path):
     child = f"""
 import os
 from jaxlm.config import Config
-from jaxlm.metrics import Metrics
+from jaxlm.tracking.metrics import Metrics
 run = Metrics(Config(run_dir={str(tmp_path)!r}), run_id=None, restored_step=0, owed_eval=False,
               new_future=False)
 for step in range(1, 101):
@@ -203,10 +203,10 @@ def test_trackers_that_are_off_are_never_imported(tmp_path):
     child = f"""
 import sys
 from jaxlm.config import Config
-from jaxlm.metrics import Metrics
+from jaxlm.tracking.metrics import Metrics
 Metrics(Config(run_dir={str(tmp_path)!r}), run_id=None, restored_step=0, owed_eval=False,
         new_future=False)
-assert "jaxlm.metrics" in sys.modules
+assert "jaxlm.tracking.metrics" in sys.modules
 assert not {{"wandb", "tensorboardX", "jax"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", child], check=True)

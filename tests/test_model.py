@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 from small import MODEL, blueprint_of, host_batch, initial_params, names_and_leaves, transformer
 
-from jaxlm.attention import blocked_attention, reference_attention
+from jaxlm.device.attention import blocked_attention, reference_attention
+from jaxlm.device.loss import next_token_loss
+from jaxlm.device.model import RMSNorm, Transformer, compute_dtype, rope, silu
 from jaxlm.launch import load_config
-from jaxlm.loss import next_token_loss
-from jaxlm.model import RMSNorm, Transformer, compute_dtype, rope, silu
 
 T = 9
 TOKENS = jnp.arange(T, dtype=jnp.int32)[None]  # a row of the embedding each

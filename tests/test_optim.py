@@ -7,8 +7,8 @@ import pytest
 from small import MODEL, blueprint_of, names_and_leaves
 
 from jaxlm.config import OptimConfig
-from jaxlm.model import Transformer
-from jaxlm.optim import decayed, labels, make_optimizer, make_schedule
+from jaxlm.device.model import Transformer
+from jaxlm.device.optim import decayed, labels, make_optimizer, make_schedule
 
 PEAK, NUM_STEPS, WARMUP = 0.5, 100, 10
 

@@ -11,7 +11,7 @@ def run_apart(code: str) -> str:
     return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("before", ["", "from jaxlm.train import Result"])
+@pytest.mark.parametrize("before", ["", "from jaxlm.training.train import Result"])
 def test_train_is_the_function(before: str):
     told = run_apart(
         f"{before}\nfrom jaxlm import Config, load_model, train\nimport jaxlm\n"

@@ -14,13 +14,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm import __main__ as cli
-from jaxlm import plan as planning
-from jaxlm.ahead import examine, examine_step
-from jaxlm.assemble import assemble
 from jaxlm.config import Config, MeshConfig
-from jaxlm.hlo import group_size, read_costs
 from jaxlm.launch import run_main
-from jaxlm.plan import (
+from jaxlm.plan import plan as planning
+from jaxlm.plan.ahead import examine, examine_step
+from jaxlm.plan.hlo import group_size, read_costs
+from jaxlm.plan.plan import (
     Settings,
     assess,
     describe,
@@ -29,7 +28,8 @@ from jaxlm.plan import (
     parse_topology,
     save_interval,
 )
-from jaxlm.plan import plan as make_plan
+from jaxlm.plan.plan import plan as make_plan
+from jaxlm.training.assemble import assemble
 
 CONFIG = Config(
     model=small.MODEL, optim=small.OPTIM, num_steps=10, batch_size=16, seq_len=8, eval_interval=5

@@ -13,11 +13,11 @@ import pytest
 import runs
 from small import MODEL, blueprint_of
 
-from jaxlm import preflight
 from jaxlm.config import CheckpointConfig, Config
-from jaxlm.guard import LOSS_WINDOW
-from jaxlm.optim import labels
-from jaxlm.state import num_bytes
+from jaxlm.device.guard import LOSS_WINDOW
+from jaxlm.device.optim import labels
+from jaxlm.device.state import num_bytes
+from jaxlm.training import preflight
 
 ABSTRACT = blueprint_of().abstract
 NUM_PARAMS = sum(leaf.size for leaf in jax.tree.leaves(ABSTRACT.params))

@@ -19,7 +19,7 @@ from jaxlm.data import cache, prepare
 from jaxlm.data.cache import clear_caches, list_caches
 from jaxlm.data.prepare import default_max_tokens, is_held_out
 from jaxlm.data.tokenizer import train_tokenizer
-from jaxlm.durable import write_file
+from jaxlm.files.durable import write_file
 
 SMALL = {"SHARD_TOKENS": 4500, "CHUNK_CHARS": 3000, "PIECE_CHARS": 400}
 

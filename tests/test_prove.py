@@ -12,9 +12,9 @@ import pytest
 import runs
 
 from jaxlm import __main__ as cli
-from jaxlm import manifest
-from jaxlm.attempt import compare_runs
+from jaxlm.checkpoints import manifest
 from jaxlm.launch import run_main
+from jaxlm.proof.attempt import compare_runs
 
 # What a user's file might do by mistake: batches that no one can make again.
 UNREPEATABLE = """

@@ -10,10 +10,11 @@ import pytest
 import runs
 
 from jaxlm import __main__ as cli
-from jaxlm import lock, manifest
-from jaxlm import prune as pruning
-from jaxlm.folder import list_steps, read_metadata, read_steps
-from jaxlm.prune import plan_pruning, prune
+from jaxlm.checkpoints import manifest
+from jaxlm.checkpoints import prune as pruning
+from jaxlm.checkpoints.folder import list_steps, read_metadata, read_steps
+from jaxlm.checkpoints.prune import plan_pruning, prune
+from jaxlm.files import lock
 
 STEPS = [4, 8, 12, 16, 20, 24]
 

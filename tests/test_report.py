@@ -10,11 +10,11 @@ import pytest
 import runs
 
 from jaxlm import __main__ as cli
-from jaxlm.charts import COLOURS, Curve, draw_curves, smooth, thin
-from jaxlm.clock import KINDS
-from jaxlm.history import read_history, split_by_start
 from jaxlm.launch import run_main
-from jaxlm.report import make_report
+from jaxlm.report.charts import COLOURS, Curve, draw_curves, smooth, thin
+from jaxlm.report.history import read_history, split_by_start
+from jaxlm.report.page import make_report
+from jaxlm.tracking.clock import KINDS
 
 pytest.importorskip("vl_convert", reason="the extra `report` is not installed")
 EVIL = '</script><script>document.title="owned"</script><img src=x onerror=alert(1)>'

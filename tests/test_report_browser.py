@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 from test_report import EVIL, timed, write_rows
 
-from jaxlm.history import read_history
-from jaxlm.report import make_report
+from jaxlm.report.history import read_history
+from jaxlm.report.page import make_report
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 pytestmark = [

@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 from tiny import VOCAB, TinyBatches, TinyEvalSet, tiny_config
 
-from jaxlm import aside, checkpoint, durable, guard, manifest, skips
-from jaxlm.attempt import untimed_rows
-from jaxlm.checkpoint import CheckpointError
-from jaxlm.compare import describe_run, diff_checkpoints, format_table
+from jaxlm.checkpoints import aside, checkpoint, manifest, skips
+from jaxlm.checkpoints.checkpoint import CheckpointError
+from jaxlm.checkpoints.folder import list_steps, read_metadata, read_steps, select
+from jaxlm.checkpoints.skips import Skip, held_by, skipped
 from jaxlm.config import Config, GuardConfig, OptimConfig
-from jaxlm.folder import list_steps, read_metadata, read_steps, select
-from jaxlm.skips import Skip, held_by, skipped
-from jaxlm.train import Result, train
+from jaxlm.device import guard
+from jaxlm.files import durable
+from jaxlm.proof.attempt import untimed_rows
+from jaxlm.report.compare import describe_run, diff_checkpoints, format_table
+from jaxlm.training.train import Result, train
 
 WINDOW = 4
 

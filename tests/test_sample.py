@@ -11,12 +11,12 @@ import pytest
 from flax import nnx
 from small import MODEL, OPTIM, mesh_of, transformer
 
-from jaxlm.decode import Knobs, Rule, candidates, choose, make_programs
-from jaxlm.kv_cache import make_cache
-from jaxlm.model import Transformer
-from jaxlm.optim import make_optimizer
-from jaxlm.sample import Sampling, sample, stream
-from jaxlm.state import make_blueprint
+from jaxlm.device.decode import Knobs, Rule, candidates, choose, make_programs
+from jaxlm.device.kv_cache import make_cache
+from jaxlm.device.model import Transformer
+from jaxlm.device.optim import make_optimizer
+from jaxlm.device.state import make_blueprint
+from jaxlm.inference.sample import Sampling, sample, stream
 
 B, T, S = 2, 12, 16
 TOKENS_BT = np.random.RandomState(0).randint(0, 32, (B, T)).astype(np.int32)
@@ -85,8 +85,8 @@ def test_prompts_of_any_length_give_in_a_batch_what_they_give_alone():
 
 def test_padding_that_is_seen_is_found(monkeypatch: pytest.MonkeyPatch):
     seen = make_programs.__wrapped__
-    monkeypatch.setattr("jaxlm.decode.NOWHERE", 0)
-    monkeypatch.setattr("jaxlm.sample.make_programs", seen)
+    monkeypatch.setattr("jaxlm.device.decode.NOWHERE", 0)
+    monkeypatch.setattr("jaxlm.inference.sample.make_programs", seen)
     (found,) = sample(model_of(), [PROMPTS[0]], GREEDY)
     assert found.tolist() != greedy_by_hand(model_of(), PROMPTS[0], 20)
 

@@ -12,12 +12,12 @@ import pytest
 import runs
 from scipy import stats
 
-from jaxlm import restore
-from jaxlm import score as score_module
-from jaxlm.assemble import prepare_data
-from jaxlm.folder import read_metadata
-from jaxlm.manifest import write_manifest
-from jaxlm.score import paired_difference, score, verify_step
+from jaxlm.checkpoints import restore
+from jaxlm.checkpoints.folder import read_metadata
+from jaxlm.checkpoints.manifest import write_manifest
+from jaxlm.evaluation import score as score_module
+from jaxlm.evaluation.score import paired_difference, score, verify_step
+from jaxlm.training.assemble import prepare_data
 
 NUM_TRIALS = 4000
 

@@ -25,7 +25,7 @@ SECRETS = {
 TRACKED = bool(importlib.util.find_spec("wandb") and importlib.util.find_spec("tensorboardX"))
 LEAK = """
 import os
-from jaxlm import loop as module
+from jaxlm.training import loop as module
 described = module.describe_environment
 module.describe_environment = lambda mesh: described(mesh) | {"environ": dict(os.environ)}
 """

@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec as P
 from small import mesh_of
 
 from jaxlm.config import MeshConfig
-from jaxlm.sharding import (
+from jaxlm.device.sharding import (
     AXES,
     batch_sharding,
     constrain,

@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec as P
 from small import MODEL, Bigram, blueprint_of, mesh_of, names_and_leaves
 
 from jaxlm.config import OptimConfig
-from jaxlm.guard import Guard
-from jaxlm.optim import make_optimizer
-from jaxlm.state import _survey, fingerprint, make_blueprint, survey
+from jaxlm.device.guard import Guard
+from jaxlm.device.optim import make_optimizer
+from jaxlm.device.state import _survey, fingerprint, make_blueprint, survey
 
 # --- the state
 

@@ -20,11 +20,11 @@ from small import (
 )
 
 from jaxlm.config import OptimConfig
-from jaxlm.guard import make_guard
-from jaxlm.loss import next_token_loss
-from jaxlm.optim import make_optimizer, make_schedule
-from jaxlm.state import TrainState, fingerprint
-from jaxlm.step import make_train_step
+from jaxlm.device.guard import make_guard
+from jaxlm.device.loss import next_token_loss
+from jaxlm.device.optim import make_optimizer, make_schedule
+from jaxlm.device.state import TrainState, fingerprint
+from jaxlm.device.step import make_train_step
 
 SCHEDULE = make_schedule(OPTIM, NUM_STEPS)
 CONSTANT = OptimConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant")

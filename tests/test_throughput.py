@@ -2,7 +2,7 @@ import pytest
 from small import MODEL
 
 from jaxlm.config import ModelConfig
-from jaxlm.throughput import DEVICES, flops_per_token, peak_flops
+from jaxlm.tracking.throughput import DEVICES, flops_per_token, peak_flops
 
 
 def test_flops_per_token_by_hand():

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from jaxlm.config import Config, OptimConfig, TrackingConfig, to_dict
-from jaxlm.metrics import Metrics, read_metrics
-from jaxlm.trackers import Trackers
+from jaxlm.tracking.metrics import Metrics, read_metrics
+from jaxlm.tracking.trackers import Trackers
 
 needs_wandb = pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="no wandb")
 needs_tensorboard = pytest.mark.skipif(
@@ -24,7 +24,7 @@ needs_tensorboard = pytest.mark.skipif(
 RUN = """
 import os, signal, sys
 from jaxlm.config import Config, TrackingConfig
-from jaxlm.metrics import Metrics
+from jaxlm.tracking.metrics import Metrics
 
 run_dir, restored, last, how = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 config = Config(run_dir=run_dir, eval_interval=50, tracking=TrackingConfig(wandb="offline"))

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from tiny import BATCH, TinyBatches, TinyEvalSet, data, tiny_config
 
-from jaxlm.attempt import untimed_rows
-from jaxlm.compare import diff_checkpoints
+from jaxlm.checkpoints.folder import list_steps, read_metadata, select
 from jaxlm.config import Config, MeshConfig, TrackingConfig
-from jaxlm.folder import list_steps, read_metadata, select
-from jaxlm.loss import Batch, next_token_loss
-from jaxlm.train import train
+from jaxlm.device.loss import Batch, next_token_loss
+from jaxlm.proof.attempt import untimed_rows
+from jaxlm.report.compare import diff_checkpoints
+from jaxlm.training.train import train
 
 
 class _StopAtOnce(TinyBatches):

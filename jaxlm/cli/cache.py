@@ -15,8 +15,8 @@ def list_all(cache_dir: str | None = None, *, json: bool = False) -> int:
       json: print JSON.
     """
     from jaxlm.compiled import PROGRAMS, compiled_bytes
-    from jaxlm.console import format_bytes, format_count
     from jaxlm.data.cache import cache_root, list_caches
+    from jaxlm.tracking.console import format_bytes, format_count
 
     entries, compiled = list_caches(cache_dir), compiled_bytes(cache_dir)
     lines = [

@@ -24,7 +24,7 @@ def compare(runs: Positional[tuple[str, ...]], *, json: bool = False) -> int:
       runs: run folders, or checkpoint folders.
       json: print JSON.
     """
-    from jaxlm.compare import describe_run, format_table
+    from jaxlm.report.compare import describe_run, format_table
 
     found = [describe_run(run) for run in runs]
     show(found if len(found) != 1 else found[0], format_table(found), json)
@@ -38,7 +38,7 @@ def diff(a: Positional[str], b: Positional[str]) -> int:
       a: RUN@STEP; STEP is best, latest, final or a number, and latest if left out.
       b: the other.
     """
-    from jaxlm.compare import diff_checkpoints
+    from jaxlm.report.compare import diff_checkpoints
 
     differences = diff_checkpoints(a, b)
     for difference in differences:
@@ -59,8 +59,8 @@ def verify(run: Positional[str], *, eval: bool = False, json: bool = False) -> i
     """
     from rich.progress import track
 
-    from jaxlm.folder import find_checkpoints, list_set_aside, list_steps, read_steps
-    from jaxlm.score import score, verify_step
+    from jaxlm.checkpoints.folder import find_checkpoints, list_set_aside, list_steps, read_steps
+    from jaxlm.evaluation.score import score, verify_step
 
     folder, found = find_checkpoints(run), {}
     steps = list_steps(folder)
@@ -112,8 +112,8 @@ def prune(
       delete: do it; refused while a trainer is at work in the folder.
       json: print JSON.
     """
-    from jaxlm import prune as pruning
-    from jaxlm.console import format_bytes
+    from jaxlm.checkpoints import prune as pruning
+    from jaxlm.tracking.console import format_bytes
 
     rules = {
         "keep_latest": keep_latest,
@@ -146,7 +146,7 @@ def copy(run: Positional[str], dest: Positional[str], *, json: bool = False) -> 
       dest: the new run folder, which appears once it is whole.
       json: print JSON.
     """
-    from jaxlm.copying import copy_run
+    from jaxlm.checkpoints.copying import copy_run
 
     found = copy_run(run, dest, say=note(json))
     steps = ", ".join(map(str, found.steps))
@@ -175,7 +175,7 @@ def average(
       out: the new folder, which `jaxlm eval` opens; by default RUN-average-FIRST-LAST.
       json: print JSON.
     """
-    from jaxlm.average import average as make_average
+    from jaxlm.evaluation.average import average as make_average
 
     try:
         chosen = [int(step) for step in steps.split(",")] if steps else []

@@ -26,7 +26,7 @@ def export(
       push: upload it to this repo of the Hugging Face Hub (OWNER/NAME); private, if it is new.
       json: print JSON.
     """
-    from jaxlm.export import export
+    from jaxlm.interchange.export import export
 
     if not max_shard_gb > 0:
         raise ValueError(f"max_shard_gb: found {max_shard_gb}, expected a number above 0")
@@ -57,7 +57,7 @@ def import_folder(folder: Positional[str], run: Positional[str], *, json: bool =
       run: the run folder to make; must not be there, or be empty.
       json: print JSON.
     """
-    from jaxlm.importing import import_folder
+    from jaxlm.interchange.importing import import_folder
 
     done = import_folder(folder, run, say=note(json))
     text = (

@@ -35,7 +35,7 @@ def evaluate(
         return _follow(runs, paired, source, out, poll_s, json)
     if out:
         raise ValueError(f"--out: found {out}, expected it with --follow only")
-    from jaxlm.score import paired_difference, score
+    from jaxlm.evaluation.score import paired_difference, score
 
     if not runs or (paired and len(runs) != 2):
         expected = "two of them with --paired" if paired else "at least one"
@@ -67,7 +67,7 @@ def _follow(
     poll_s: float,
     as_json: bool,
 ) -> int:
-    from jaxlm.follow import follow
+    from jaxlm.evaluation.follow import follow
 
     if len(runs) != 1 or "@" in runs[0] or paired:
         raise ValueError(f"--follow: found {' '.join(runs)}, expected one RUN, and no --paired")
@@ -104,8 +104,8 @@ def benchmark(
     from jaxlm.extras import MODULES, needs
 
     needs(MODULES["lm-eval"], "jaxlm benchmark")
-    from jaxlm.harness import run_tasks
-    from jaxlm.reader import Reader
+    from jaxlm.evaluation.harness import run_tasks
+    from jaxlm.inference.reader import Reader
 
     reader = Reader(run, batch_size=batch_size, say=note(json))
     names = [name for name in tasks.split(",") if name]
@@ -152,7 +152,7 @@ def sample(
       seed: the same seed gives the same text.
       json: print JSON.
     """
-    from jaxlm.sample import Sampling, printable, sample_run
+    from jaxlm.inference.sample import Sampling, printable, sample_run
 
     if num_samples < 1:
         raise ValueError(f"num_samples: found {num_samples}, expected at least 1")

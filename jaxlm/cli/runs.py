@@ -36,8 +36,8 @@ def prove_resume(flags: Positional[tuple[str, ...]] = ()) -> int:
     Args:
       flags: --prove_steps, --prove_kills, --prove_seed and --out; and those of launch.py.
     """
-    from jaxlm.durable import write_file
-    from jaxlm.prove import Settings, describe, prove
+    from jaxlm.files.durable import write_file
+    from jaxlm.proof.prove import Settings, describe, prove
 
     settings, own = tyro.cli(
         Settings, prog="jaxlm prove-resume --config FILE", args=flags, return_unknown_args=True
@@ -57,8 +57,8 @@ def plan(flags: Positional[tuple[str, ...]] = ()) -> int:
       flags: --topology, --save_cost_s, --mtbf_hours, --max_compiles and --json; and those of
         launch.py.
     """
-    from jaxlm.plan import Settings, describe
-    from jaxlm.plan import plan as make_plan
+    from jaxlm.plan.plan import Settings, describe
+    from jaxlm.plan.plan import plan as make_plan
 
     settings, own = tyro.cli(
         Settings, prog="jaxlm plan --config FILE", args=flags, return_unknown_args=True
@@ -70,7 +70,7 @@ def plan(flags: Positional[tuple[str, ...]] = ()) -> int:
 
 def doctor() -> int:
     """Say what this machine has for a run: versions, devices, caches, disk."""
-    from jaxlm.doctor import examine
+    from jaxlm.cli.doctor import examine
 
     print("\n".join(examine()))
     return 0
@@ -88,9 +88,9 @@ def report(
       out: the page; it is replaced as a whole.
       json: print JSON.
     """
-    from jaxlm.durable import write_file
-    from jaxlm.history import read_history
-    from jaxlm.report import make_report
+    from jaxlm.files.durable import write_file
+    from jaxlm.report.history import read_history
+    from jaxlm.report.page import make_report
 
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out: found {out}, expected a file in a folder that exists")

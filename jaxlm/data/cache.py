@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict
 
 import filelock
 
-from jaxlm.strict import read_json
+from jaxlm.files.strict import read_json
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from jaxlm.data.cache import MANIFEST, Manifest, Record
 from jaxlm.data.shards import TokenShards
-from jaxlm.durable import crc32c
-from jaxlm.strict import read_json, shown
+from jaxlm.files.durable import crc32c
+from jaxlm.files.strict import read_json, shown
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,8 +36,8 @@ from jaxlm.data.dataset import (
     open_dataset,
 )
 from jaxlm.data.sources import Source, open_source
-from jaxlm.durable import write_file
-from jaxlm.strict import read_json
+from jaxlm.files.durable import write_file
+from jaxlm.files.strict import read_json
 
 FORMAT = 1
 SHARD_TOKENS = 2**25

@@ -9,7 +9,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Tokenizer
 
-from jaxlm.durable import read_file
+from jaxlm.files.durable import read_file
 
 EOS = "<|endoftext|>"
 _EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>")

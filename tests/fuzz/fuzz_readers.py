@@ -25,9 +25,11 @@ import google_crc32c
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from jaxlm import folder, lock, manifest, metrics, skips  # noqa: E402
+from jaxlm.checkpoints import folder, manifest, skips  # noqa: E402
+from jaxlm.checkpoints.metadata import Metadata  # noqa: E402
 from jaxlm.data import cache, dataset, prepare, tokenizer  # noqa: E402
-from jaxlm.metadata import Metadata  # noqa: E402
+from jaxlm.files import lock  # noqa: E402
+from jaxlm.tracking import metrics  # noqa: E402
 
 DEEP = 3_000
 HOSTILE = [

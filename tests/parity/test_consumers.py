@@ -13,9 +13,9 @@ import runs
 from safetensors.numpy import load_file, save_file
 from test_interchange import LLAMA, MODELS, quiet
 
-from jaxlm.export import export
-from jaxlm.importing import import_folder
-from jaxlm.load import load_model
+from jaxlm.inference.load import load_model
+from jaxlm.interchange.export import export
+from jaxlm.interchange.importing import import_folder
 
 torch = pytest.importorskip("torch", reason="needs the dependency group parity")
 transformers = pytest.importorskip("transformers", reason="needs the dependency group parity")

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlm.attention import blocked_attention, reference_attention
 from jaxlm.config import ModelConfig
-from jaxlm.loss import cross_entropy
-from jaxlm.model import Transformer
+from jaxlm.device.attention import blocked_attention, reference_attention
+from jaxlm.device.loss import cross_entropy
+from jaxlm.device.model import Transformer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # No two sizes alike, so that no two dims can be taken for each other; N * H is not D.

@@ -1,0 +1,67 @@
+"""Steps under another name, and folders on their way out."""
+
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxlm.checkpoints.folder import SUPERSEDED
+from jaxlm.files.durable import fsync
+
+DELETING = "deleting"
+"""Orbax renames what it deletes into this folder, and leaves it there."""
+_CLEAR_ATTEMPTS = 40
+
+
+def put_aside(folder: Path, steps: Sequence[int], suffix: str) -> list[str]:
+    """Renames steps, never onto what is there already; returns their new names."""
+    names = []
+    for step in steps:
+        name, number = f"{step}{suffix}", 2
+        while (folder / name).exists():
+            name, number = f"{step}{suffix}-{number}", number + 1
+        (folder / str(step)).rename(folder / name)
+        names.append(name)
+    fsync(folder)
+    return names
+
+
+def list_old_superseded(folder: Path, num_kept: int) -> list[Path]:
+    """The superseded steps but for the newest."""
+    paths = folder.glob(f"*{SUPERSEDED}*")
+    return sorted(paths, key=lambda path: int(path.name.partition(".")[0]))[:-num_kept]
+
+
+def clear_partial(folder: Path) -> None:
+    """Removes what a failed save has written, whose other threads may still be at it."""
+    for _ in range(_CLEAR_ATTEMPTS):
+        partial = list(folder.glob("*.orbax-checkpoint-tmp*"))
+        if not partial:
+            return
+        for path in partial:
+            shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.05)
+
+
+class Purger:
+    """Frees the space of what is deleted, off the training thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self._doomed = folder / DELETING
+        self._thread = threading.Thread()
+
+    def purge(self, *paths: Path) -> None:
+        """Deletes these, and what is there already."""
+        self.join()
+        self._doomed.mkdir(exist_ok=True)
+        for path in paths:
+            path.rename(self._doomed / path.name)
+        doomed = list(self._doomed.iterdir())
+        self._thread = threading.Thread(target=lambda: [shutil.rmtree(p, True) for p in doomed])
+        self._thread.start()
+
+    def join(self) -> None:
+        """Waits until all is deleted."""
+        if self._thread.ident:
+            self._thread.join()

@@ -1,0 +1,468 @@
+"""Keeps a run's states in a folder, so that none that matters is ever lost.
+
+A step is committed by one rename; it carries the manifest of its files and the fingerprint of its
+arrays. What turns out to be damaged is renamed aside and said, never deleted, and the next sound
+one is taken. Orbax's `CheckpointManager` writes, commits and deletes; this module decides when,
+proves what came back, and tells only what is true on disk.
+"""
+
+import contextlib
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+from jaxlm.checkpoints import manifest
+from jaxlm.checkpoints.aside import DELETING, Purger, clear_partial, list_old_superseded, put_aside
+from jaxlm.checkpoints.folder import (
+    CORRUPT,
+    SUPERSEDED,
+    Best,
+    find_best,
+    list_set_aside,
+    list_steps,
+    read_steps,
+)
+from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.checkpoints.restore import ITEMS, DamagedArrays, items_of, restore_items, state_of
+from jaxlm.checkpoints.retention import Retention
+from jaxlm.checkpoints.skips import Skip, held_by, read_skips, skipped, write_skips
+from jaxlm.cluster import barrier
+from jaxlm.config import CheckpointConfig
+from jaxlm.device.state import TrainState, num_bytes, survey
+from jaxlm.files.durable import fsync
+from jaxlm.files.lock import HOLDER, lock, unlock
+
+_REPLACED = ".replaced"
+_RETRY_S, _MAX_RETRY_S = 10.0, 600.0
+# What Orbax and TensorStore raise when the disk refuses.
+_SAVE_ERRORS = (OSError, ValueError, RuntimeError)
+
+Flush = Callable[[], None]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be kept or had back; the message says what to do."""
+
+
+class Checkpoints:
+    """The checkpoint folder of a run that trains; one trainer at a time.
+
+    Args:
+      folder: the folder, made if missing.
+      config: when to keep what.
+      on_commit: called with (step, path, whether it is the best) once a checkpoint is on disk.
+      warn: called with a line about anything that is not as it should be.
+
+    Attributes:
+      skips: the batches that the run passes over.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        *,
+        on_commit: Callable[[int, str, bool], None],
+        warn: Callable[[str], None],
+    ):
+        self.folder = folder.absolute()
+        self._config = config
+        self._on_commit = on_commit
+        self._warn = warn
+        self.skips: list[Skip] = []
+        self._steps: dict[int, Metadata] = {}
+        self._saving: Metadata | None = None
+        self._retention = Retention(config)
+        self._num_failures = 0
+        self._purger = Purger(self.folder)
+        self._primary = jax.process_index() == 0
+        self._last_save_s = time.monotonic()
+
+    def __enter__(self) -> "Checkpoints":
+        """Locks the folder, clears what a killed run left half-done, and sets damaged steps aside.
+
+        Raises:
+          RuntimeError: another trainer holds the folder, or it cannot be written.
+        """
+        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        if self._primary:
+            required = self._config.lock == "required"
+            self._lock = lock(self.folder, required=required, warn=self._warn)
+            self._opened = self.folder.stat()
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self._unlock)
+            self._open()
+            on_error.pop_all()
+        return self
+
+    def _open(self) -> None:
+        if self._primary:
+            self._purge()
+            for path in self.folder.glob(f"*{_REPLACED}"):
+                self._finish_replacing(path)
+        self._sync("opened")
+        self._opened = self.folder.stat()
+        found = read_steps(self.folder, check=self._config.verify != "off")
+        self._steps, self.skips = found.sound, found.skips
+        self._run_id = found.run_id or secrets.token_hex(8)
+        if read_skips(self.folder) is None:
+            self._warn("skips.json is damaged; what the checkpoints hold of it is used instead")
+        for step, damage in found.damaged.items():
+            self._set_aside(step, damage)
+        self._put_aside(found.superseded, SUPERSEDED)
+        self._manager = self._open_manager()
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        """Waits for the save under way; an error of the run itself goes first."""
+        try:
+            self.wait()
+            self._manager.close()
+        except (CheckpointError, *_SAVE_ERRORS) as own:
+            if error is None:
+                raise
+            self._warn(str(own))
+        finally:
+            self._clear_partial()
+            self._purger.join()
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._primary:
+            with contextlib.suppress(OSError):  # a disk that is read-only by now
+                if self._is_ours():
+                    (self.folder / HOLDER).unlink(missing_ok=True)
+                    if not self._steps:  # a run that never began leaves nothing behind
+                        for path in (self.folder / DELETING, *self._made):
+                            path.rmdir()
+            unlock(self._lock)
+
+    @property
+    def best(self) -> Best | None:
+        """The best checkpoint that is on disk."""
+        return self.best_with(-1, None)
+
+    def best_with(self, step: int, eval_loss: float | None) -> Best | None:
+        """The best, once a checkpoint of this step and eval loss is on disk too."""
+        losses = {s: found.eval_loss for s, found in self._on_disk.items()}
+        return find_best({**losses, step: eval_loss})
+
+    @property
+    def latest(self) -> Metadata | None:
+        """The newest checkpoint that is on disk."""
+        return max(self._on_disk.values(), key=lambda found: found.step, default=None)
+
+    @property
+    def _on_disk(self) -> dict[int, Metadata]:
+        # Without what was deleted by hand under the run.
+        return {s: m for s, m in self._steps.items() if (self.folder / str(s)).exists()}
+
+    def batch_index(self, step: int) -> int:
+        """The batch that the state of `step` takes in."""
+        return step + skipped(self.skips, step)
+
+    @property
+    def due_by_time(self) -> bool:
+        """Whether the clock wants a save: for its interval, or to try a failed one again."""
+        since_s = time.monotonic() - self._last_save_s
+        if self._num_failures and not self._saving:
+            return since_s >= min(_RETRY_S * 2 ** (self._num_failures - 1), _MAX_RETRY_S)
+        minutes = self._config.save_interval_min
+        return minutes is not None and since_s >= 60 * minutes
+
+    def is_sound(self, step: int) -> bool:
+        """Whether every byte of a step's files is as it was written."""
+        return not manifest.find_damage(self.folder / str(step))
+
+    def restore_latest(self, abstract: TrainState) -> tuple[TrainState, Metadata] | None:
+        """The newest state that is proven sound, or None in a folder that never held one.
+
+        Raises:
+          CheckpointError: the folder holds checkpoints, and none is sound.
+          ValueError: the checkpoint is of another model.
+        """
+        restored = None
+        while restored is None and (latest := self.latest):
+            restored = self._restore(latest, abstract)
+        if restored is None and (aside := list_set_aside(self.folder)):
+            raise CheckpointError(
+                f"{self.folder} holds no sound checkpoint, only {', '.join(aside)}; bring "
+                "back a copy of one, or start a new run with --run_dir"
+            )
+        while self._config.verify == "full" and (best := self.best):
+            if not (damage := manifest.find_damage(self.folder / str(best.step))):
+                break
+            self._set_aside(best.step, damage)
+        return restored
+
+    def restore_best(self, abstract: TrainState) -> tuple[TrainState, Metadata] | None:
+        """The best state that is proven sound, or None if there is none."""
+        restored = None
+        while restored is None and (best := self.best):
+            restored = self._restore(self._steps[best.step], abstract)
+        return restored
+
+    def inherit(self, skips: list[Skip]) -> None:
+        """Passes over what the run that this one branches from did; does nothing once it has."""
+        if skips and not self.skips:
+            self.skips = skips
+            if self._primary:
+                write_skips(self.folder, skips)
+
+    def roll_back(
+        self, before: int, step: int, why: str, *, beginning: int, max_rollbacks: int
+    ) -> None:
+        """Goes back to the newest sound checkpoint, and passes over the batches up to `step`.
+
+        Args:
+          before: the checkpoint's step is lower than this; without one, it is the run's beginning.
+          step: the batches that the run has taken in; those since the checkpoint are passed over.
+          why: the reason, for people.
+          beginning: the step of the run's first state.
+          max_rollbacks: of the whole run.
+
+        Raises:
+          CheckpointError: there have been as many already, or all that is older is damaged.
+        """
+        self.wait()
+        if sum(skip.num_batches > 0 for skip in self.skips) >= max_rollbacks:
+            raise CheckpointError(
+                f"{why}; the run has been rolled back guard.max_rollbacks = {max_rollbacks} "
+                "time(s) already. Lower --optim.learning_rate, or raise --guard.max_rollbacks"
+            )
+        sound = (s for s in sorted(self._steps)[::-1] if s < before and self.is_sound(s))
+        to = next(sound, None)
+        if to is None and (aside := list_set_aside(self.folder)):
+            raise CheckpointError(
+                f"{why}; no older checkpoint is sound, there is only {', '.join(aside)}, and a run "
+                "does not begin anew among these: start another one with --run_dir"
+            )
+        to = beginning if to is None else to
+        # Batches, not steps: an earlier rollback may have passed over some in between.
+        self.go_back(Skip(to, self.batch_index(step - 1) + 1 - self.batch_index(to), why))
+        self._warn(f"{why}: going back to step {to}, past the batches from there")
+
+    def go_back(self, skip: Skip) -> None:
+        """Makes `skip.from_step` the latest: newer ones are superseded, and follow retention."""
+        self.skips.append(skip)
+        if self._primary:
+            write_skips(self.folder, self.skips)
+        self._sync(f"went back to {skip.from_step}")
+        newer = [step for step in list_steps(self.folder) if step > skip.from_step]
+        self._put_aside(newer, SUPERSEDED)
+
+    def save(self, state: TrainState, metadata: Metadata, before: Flush = lambda: None) -> None:
+        """Starts to save; returns once the state may be given to the next step.
+
+        Args:
+          state: the state.
+          metadata: what the checkpoint says of it.
+          before: brings to the disk what must be there first; if it fails, so does the save.
+
+        Raises:
+          CheckpointError: this or the last save failed (by `on_save_error`), the folder is gone,
+            or the state is not finite.
+        """
+        self.wait()
+        self._check_folder()
+        self._clear_partial()
+        if set(self._manager.all_steps()) != set(list_steps(self.folder)):
+            self._manager.reload()  # Orbax would keep what is gone, and delete what is the best
+        items = items_of(state)
+        fingerprints, nonfinite = survey(items)
+        if spoilt := next((name for name in nonfinite if name.startswith("params/")), None):
+            raise CheckpointError(
+                f"step {metadata.step}: {spoilt} holds values that are not finite, so the "
+                f"state is not saved; the last sound step is {max(self._steps, default=None)}"
+            )
+        self._retention.state_bytes = num_bytes(items)
+        skips = held_by(self.skips, metadata.step)
+        metadata = replace(metadata, fingerprints=fingerprints, skips=skips, run_id=self._run_id)
+        loss = metadata.eval_loss
+        metrics = None if loss is None or not math.isfinite(loss) else {"eval_loss": loss}
+        args = {name: ocp.args.PyTreeSave(item) for name, item in items.items()}
+        meta = ocp.args.JsonSave(metadata.to_json())
+        self._saving = metadata
+        self._last_save_s = time.monotonic()
+        try:
+            before()
+            saved = self._manager.save(
+                metadata.step,
+                args=ocp.args.Composite(**args, meta=meta),
+                metrics=metrics,
+                force=True,
+            )
+            assert saved, f"Orbax refused step {metadata.step} without a word"
+        except _SAVE_ERRORS as error:
+            self._save_failed(error)
+
+    def replace(self, state: TrainState, metadata: Metadata, before: Flush = lambda: None) -> None:
+        """Saves a step that may be there already; at any instant, the one or the other is."""
+        self.wait()
+        current = self.folder / str(metadata.step)
+        if not current.exists():
+            return self.save(state, metadata, before)
+        aside = self.folder / f"{metadata.step}{_REPLACED}"
+        if self._primary:
+            current.rename(aside)
+            fsync(self.folder)
+        self._sync("replacing")
+        self._manager.reload()
+        try:
+            self.save(state, metadata, before)
+            self.wait()
+        finally:
+            if self._primary and aside.exists():  # a folder that is gone has its error already
+                self._finish_replacing(aside)
+        self._sync("replaced")
+        self._manager.reload()
+
+    def poll(self) -> None:
+        """Tells of a save that has ended since; costs nothing while it runs."""
+        if self._saving and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk.
+
+        Raises:
+          CheckpointError: it failed, and `on_save_error` is `stop`.
+        """
+        if self._saving is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+            fsync(self.folder)
+        except _SAVE_ERRORS as error:
+            self._save_failed(error)
+            return
+        metadata, self._saving = self._saving, None
+        self._steps[metadata.step] = metadata
+        self._steps = self._on_disk  # the memory too is free of what is deleted
+        self._num_failures = 0
+        self._purge()
+        best = self.best is not None and self.best.step == metadata.step
+        self._on_commit(metadata.step, str(self.folder / str(metadata.step)), best)
+
+    def _open_manager(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            best_fn=lambda metrics: metrics["eval_loss"],
+            best_mode="min",
+            save_decision_policy=checkpoint_managers.AnySavePolicy([]),
+            preservation_policy=self._retention,
+            cleanup_tmp_directories=True,
+            todelete_subdir=DELETING,
+            async_options=ocp.AsyncOptions(
+                timeout_secs=self._config.save_timeout_s,
+                barrier_sync_fn=barrier if jax.process_count() > 1 else None,
+                post_finalization_callback=self._write_manifest,
+            ),
+        )
+        # Uncompressed: zstd would save 8% of the bytes and double the time.
+        handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ITEMS}
+        return ocp.CheckpointManager(
+            self.folder,
+            item_handlers={**handlers, "meta": ocp.JsonCheckpointHandler()},
+            options=options,
+        )
+
+    def _write_manifest(self) -> None:
+        # Runs in the saving thread of the primary process, after the arrays and before the rename.
+        assert self._saving is not None
+        # Orbax writes `_CHECKPOINT_METADATA` in a thread of its own, and has no public way to wait.
+        self._manager._non_blocking_metadata_store.wait_until_finished()
+        self._check_folder()  # TensorStore makes a deleted one again, with half of the arrays
+        (partial,) = self.folder.glob(f"{self._saving.step}.orbax-checkpoint-tmp*")
+        manifest.write_manifest(partial)
+
+    def _restore(
+        self, metadata: Metadata, abstract: TrainState
+    ) -> tuple[TrainState, Metadata] | None:
+        path, verify = self.folder / str(metadata.step), self._config.verify == "full"
+        if verify and (damage := manifest.find_damage(path)):
+            return self._set_aside(metadata.step, damage)
+        try:
+            items = restore_items(path, metadata, items_of(abstract), verify=verify)
+        except DamagedArrays as error:
+            return self._set_aside(metadata.step, [str(error)])
+        return state_of(items), metadata
+
+    def _set_aside(self, step: int, damage: list[str]) -> None:
+        (name,) = self._put_aside([step], CORRUPT)
+        more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
+        self._warn(f"checkpoint {step} is damaged: {damage[0]}{more}; renamed to {name}")
+
+    def _put_aside(self, steps: Sequence[int], suffix: str) -> list[str]:
+        # The new names.
+        if not steps:
+            return []
+        self._sync(f"{suffix} {steps}")  # every process has seen them
+        names = put_aside(self.folder, steps, suffix) if self._primary else list(map(str, steps))
+        if self._primary and suffix == SUPERSEDED:
+            self._purger.purge(*list_old_superseded(self.folder, self._config.keep_latest))
+        self._sync(f"put aside {steps}")
+        for step in steps:
+            self._steps.pop(step, None)
+        if hasattr(self, "_manager"):
+            self._manager.reload()
+        return names
+
+    def _save_failed(self, error: Exception) -> None:
+        assert self._saving is not None
+        step, self._saving = self._saving.step, None
+        self._num_failures += 1
+        self._check_folder()
+        self._clear_partial()
+        self._manager.reload()
+        kept = ", ".join(map(str, list_steps(self.folder))) or "none"
+        text = (
+            f"saving step {step} failed: {error}; on disk and untouched: {kept}. "
+            f"Look at the disk of {self.folder}"
+        )
+        # With several processes, Orbax's barriers are out of step after an error.
+        if self._config.on_save_error == "stop" or jax.process_count() > 1:
+            raise CheckpointError(text + "; the same command goes on from the latest") from error
+        self._warn(text + "; training goes on, and tries again (checkpoint.on_save_error is warn)")
+
+    def _clear_partial(self) -> None:
+        if self._primary and self._is_ours():
+            clear_partial(self.folder)
+
+    def _is_ours(self) -> bool:
+        # Whether the path still leads to the folder that was opened, and not to another one.
+        with contextlib.suppress(OSError):
+            return os.path.samestat(self.folder.stat(), self._opened)
+        return False
+
+    def _check_folder(self) -> None:
+        if not self._is_ours():
+            raise CheckpointError(
+                f"{self.folder} was deleted or replaced while the run was training; nothing more "
+                "is written there. Bring it back, and the same command goes on from its latest"
+            )
+
+    def _finish_replacing(self, aside: Path) -> None:
+        current = aside.with_name(aside.name.removesuffix(_REPLACED))
+        if manifest.find_damage(current, contents=False):
+            if current.exists():
+                self._set_aside(int(current.name), ["it is unfinished"])
+            aside.rename(current)
+        else:
+            self._purger.purge(aside)
+
+    def _purge(self) -> None:
+        if self._primary and self._is_ours():
+            self._purger.purge()
+
+    def _sync(self, name: str) -> None:
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"{self.folder}: {name}")

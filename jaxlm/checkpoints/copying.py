@@ -1,0 +1,127 @@
+"""A run, or one step of it, in another place: whole and verified there, or not there."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlm.checkpoints.folder import (
+    TOKENIZER,
+    find_checkpoints,
+    list_steps,
+    read_steps,
+    select,
+    when_settled,
+)
+from jaxlm.checkpoints.manifest import find_damage
+from jaxlm.checkpoints.skips import NAME as SKIPS
+from jaxlm.files.durable import write_file
+from jaxlm.files.publish import published
+from jaxlm.files.strict import read_json
+
+Say = Callable[[str], None]
+
+
+class Copied(NamedTuple):
+    """What a copy holds."""
+
+    folder: Path
+    """The run folder that it is."""
+    steps: list[int]
+    """Each verified there."""
+    deleted: list[int]
+    """Steps that the trainer deleted meanwhile."""
+    damaged: dict[int, str]
+    """Steps that are damaged, and were left out."""
+
+
+def copy_run(run: str, dest: str, *, say: Say = print) -> Copied:
+    """Copies a run or one step into a new run folder, and verifies every file of the copy.
+
+    A trainer may be at work in the source. The copy is a run in its own right: listed, loaded
+    and resumed as the source is. Config, metrics and the sound steps are copied, nothing else.
+
+    Args:
+      run: a run folder or checkpoint folder, with `@STEP` for one step alone.
+      dest: the new folder; it appears under this name when it is whole.
+      say: takes lines for the user.
+
+    Raises:
+      ValueError: no such run or step, `dest` is there already or within the source, or no step is
+        sound.
+      RuntimeError: a file could not be read or written.
+    """
+    name, at, _ = run.rpartition("@") if "@" in run else (run, "", "")
+    source, target = find_checkpoints(name), Path(dest)
+    steps = [select(run).step] if at else list_steps(source)[::-1]  # the newest stays longest
+    _check_target(name, source, dest)
+    deleted, damaged = [], {}
+    with published(target, say) as partial:
+        folder = partial / "checkpoints"
+        folder.mkdir()
+        try:
+            for step in steps:
+                damage = _copy_step(source / str(step), folder / str(step))
+                if damage is None:
+                    deleted.append(step)
+                    say(f"{step}: deleted by its trainer meanwhile, passed over")
+                elif damage:
+                    damaged[step] = damage[0]
+            # In this order: skips.json is written before metrics.jsonl is cut back.
+            for path in (Path(name, "metrics.jsonl"), source / TOKENIZER, source / SKIPS):
+                if path.is_file():
+                    shutil.copy2(path, partial if path.parent == Path(name) else folder)
+            _copy_config(Path(name), partial)
+        except OSError as error:
+            raise RuntimeError(
+                f"{dest}: the copy failed, and nothing is left of it ({error}); "
+                "look at the disks, then start again"
+            ) from error
+        found = read_steps(folder)
+        for step, damage in found.damaged.items():  # of another run than the others
+            shutil.rmtree(folder / str(step))
+            damaged[step] = damage[0]
+        for step, damage in damaged.items():
+            say(f"{step}: damaged, left out: {damage}")
+        if not (copied := list_steps(folder)):
+            raise ValueError(f"{run}: found no sound checkpoint to copy; look at {source}")
+    return Copied(target, copied, deleted, damaged)
+
+
+def _check_target(name: str, source: Path, dest: str) -> None:
+    if "://" in dest:
+        raise ValueError(f"{dest}: found a URL, expected a local path; mount it as a folder")
+    inside = [path for path in (Path(name), source) if _is_within(Path(dest), path)]
+    if inside:
+        raise ValueError(f"{dest}: lies within {inside[0]}, expected a place outside of the run")
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _copy_step(source: Path, target: Path) -> list[str] | None:
+    def copy() -> list[str]:
+        shutil.rmtree(target, ignore_errors=True)
+        if damage := find_damage(source, contents=False):  # links and pipes are not followed
+            return damage
+        try:
+            shutil.copytree(source, target)
+        except OSError:
+            if source.exists():
+                raise
+        return find_damage(target)
+
+    damage = when_settled(source, copy)
+    if damage != []:
+        shutil.rmtree(target, ignore_errors=True)
+    return damage
+
+
+def _copy_config(run: Path, target: Path) -> None:
+    path = run / "config.json"
+    if path.is_file():
+        values = read_json(path, dict[str, Any])
+        values["checkpoint"]["directory"] = None  # the copy has its checkpoints beside it
+        write_file(target / path.name, json.dumps(values, indent=2).encode())

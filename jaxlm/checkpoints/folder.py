@@ -1,0 +1,268 @@
+"""What lies in a checkpoint folder: steps, their metadata, and which is best, latest and final.
+
+Reading only; `jaxlm.checkpoints.checkpoint` writes. Anyone may read while a trainer runs.
+"""
+
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+from jaxlm.checkpoints import manifest
+from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.checkpoints.skips import Skip, held_by, read_skips
+from jaxlm.files.strict import read_json
+
+TOKENIZER = "tokenizer.json"
+CORRUPT = ".corrupt"
+"""Ends the name of a step that was found damaged."""
+SUPERSEDED = ".superseded"
+"""Ends the name of a step that the run has gone back from."""
+
+_COMMIT_S = 0.5  # more than lies between the rename of a step and its last file
+
+
+class Best(NamedTuple):
+    """The best checkpoint on disk."""
+
+    step: int
+    loss: float
+
+
+def list_steps(folder: Path) -> list[int]:
+    """The committed steps, ascending, whether sound or not."""
+    if not folder.is_dir():
+        return []
+    names = (entry.name for entry in folder.iterdir() if entry.is_dir())
+    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
+
+
+def list_set_aside(folder: Path) -> list[str]:
+    """The names of checkpoints that were found damaged and renamed."""
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name for entry in folder.iterdir() if CORRUPT in entry.name)
+
+
+def read_metadata(folder: Path, step: int) -> Metadata:
+    """The metadata of one step.
+
+    Raises:
+      ValueError: it is missing or cannot be read.
+    """
+    path = folder / str(step) / "meta" / "metadata"
+    try:
+        metadata = Metadata.from_json(read_json(path, dict[str, Any]))
+        if metadata.step != step:
+            raise ValueError(f"it is of step {metadata.step}")
+        return metadata
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder / str(step)}: its metadata cannot be read ({error}); "
+            "`jaxlm checkpoints list` shows the sound ones"
+        ) from error
+
+
+def when_settled(path: Path, look: Callable[[], list[str]]) -> list[str] | None:
+    """What `look` finds wrong with a step, at which a trainer may be at work.
+
+    It looks again if the trainer has put another one there, or finished its commit.
+
+    Returns:
+      Empty for a sound step; None for one that was deleted meanwhile.
+    """
+    while before := _identity(path):
+        if not (damage := look()):
+            return []
+        time.sleep(_COMMIT_S)
+        if _identity(path) == before:
+            return damage
+    return None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_ctime_ns
+
+
+class Steps(NamedTuple):
+    """What a quick look at a checkpoint folder finds."""
+
+    sound: dict[int, Metadata]
+    """Ascending. Of large files, only the size was looked at."""
+    damaged: dict[int, list[str]]
+    """Step -> what is wrong with it."""
+    superseded: list[int]
+    """Steps that the run has gone back from."""
+    skips: list[Skip]
+    """The batches that the run passes over."""
+    run_id: str
+    """The run that they are of; empty where there is none."""
+
+
+def read_steps(folder: Path, *, check: bool = True) -> Steps:
+    """Looks at every step; nothing is changed on disk, and a trainer may be at work there.
+
+    Args:
+      folder: the checkpoint folder.
+      check: compare the files with the manifest.
+
+    Raises:
+      ValueError: as many checkpoints are of one run as of another, or `check` is off and metadata
+        cannot be read.
+    """
+    found, damaged = {}, {}
+    for step in list_steps(folder):
+        try:
+            damage = manifest.find_damage(folder / str(step), contents=False) if check else []
+            if damage and (folder / str(step)).exists():
+                damaged[step] = damage
+            elif not damage:
+                found[step] = read_metadata(folder, step)
+        except ValueError:
+            if not check or (folder / str(step)).exists():
+                raise  # whole, but of another version; else it was deleted between the two looks
+    run_id, foreign = _tell_runs_apart(folder, {s: m.run_id for s, m in found.items()})
+    for step in foreign:
+        other = found.pop(step).run_id
+        damaged[step] = [f"it is of another run ({other}) than the others ({run_id})"]
+    # The list only grows. Where its file is lost, the checkpoints still have it.
+    lists = [metadata.skips for metadata in found.values()]
+    skips = max([read_skips(folder) or [], *lists], key=len)
+    superseded = [s for s, m in found.items() if m.skips != held_by(skips, s)]
+    sound = {step: found[step] for step in found if step not in superseded}
+    return Steps(sound, damaged, superseded, skips, run_id)
+
+
+def _tell_runs_apart(folder: Path, run_ids: dict[int, str]) -> tuple[str, list[int]]:
+    # The run that most checkpoints are of, and the steps that are of others.
+    ranked = Counter(run_ids.values()).most_common(2)
+    if len(ranked) == 2 and ranked[0][1] == ranked[1][1]:
+        found = ", ".join(f"{step} of run {run_id}" for step, run_id in run_ids.items())
+        raise ValueError(
+            f"{folder}: found checkpoints of several runs ({found}), expected those of one; "
+            "move away those that are not of this run"
+        )
+    own = ranked[0][0] if ranked else ""
+    return own, [step for step, run_id in run_ids.items() if run_id != own]
+
+
+def find_best(eval_losses: dict[int, float | None]) -> Best | None:
+    """The step of the lowest finite loss; of equal ones the first."""
+    finite = [Best(s, x) for s, x in eval_losses.items() if x is not None and math.isfinite(x)]
+    return min(finite, key=lambda best: (best.loss, best.step), default=None)
+
+
+class _Directory(TypedDict):
+    directory: str | None
+
+
+class _Recorded(TypedDict):
+    checkpoint: _Directory
+
+
+def recorded_directory(run_dir: Path) -> str | None:
+    """`checkpoint.directory` in the config.json of a run folder.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is not a config.
+    """
+    return read_json(run_dir / "config.json", _Recorded)["checkpoint"]["directory"]
+
+
+def find_checkpoints(run: str) -> Path:
+    """The checkpoint folder of a run folder, or of itself.
+
+    Raises:
+      ValueError: there is none.
+    """
+    path = Path(run)
+    if (path / "config.json").is_file():
+        recorded = recorded_directory(path)
+        path = Path(recorded) if recorded else path / "checkpoints"
+    elif (path / "checkpoints").is_dir():
+        path = path / "checkpoints"
+    try:
+        found = list_steps(path) or list_set_aside(path)
+    except OSError as error:
+        raise ValueError(f"{run}: its checkpoints cannot be listed ({error.strerror})") from error
+    if not found and not (path.name == "checkpoints" and path.is_dir()):
+        raise ValueError(
+            f"{run}: found no checkpoints, expected a run folder (such as runs/tiny) "
+            "or its checkpoints folder"
+        )
+    return path
+
+
+class Selected(NamedTuple):
+    """A checkpoint that was asked for."""
+
+    folder: Path
+    step: int
+    metadata: Metadata
+    passed_over: dict[int, list[str]]
+    """Damaged steps that would have come first, or may have, and what is wrong with them."""
+
+    @property
+    def path(self) -> Path:
+        """The step folder."""
+        return self.folder / str(self.step)
+
+
+def select(run: str, default: str = "best", *, contents: bool = True) -> Selected:
+    """Finds `RUN@STEP`: STEP is `best`, `latest`, `final` or a number.
+
+    A damaged best or latest is passed over for the next one, and named in the result.
+
+    Args:
+      run: a run folder or checkpoint folder, with `@STEP` or without.
+      default: the STEP where none is given.
+      contents: verify the array files too.
+
+    Raises:
+      ValueError: no such run or step, or it is damaged.
+    """
+    name, _, which = run.rpartition("@") if "@" in run else (run, "", "")
+    which = which or default
+    folder = find_checkpoints(name)
+    found = read_steps(folder)
+    # Of a damaged step, no one can tell whether it was the best or a final one.
+    passed_over = found.damaged if which in ("best", "final") else {}
+    for step in _candidates(name, found, which):
+        path = folder / str(step)
+        damage = found.damaged.get(step) or manifest.find_damage(path, contents=contents)
+        if not damage:
+            return Selected(folder, step, read_metadata(folder, step), passed_over)
+        passed_over[step] = damage
+    damaged = "; ".join(f"step {step}: {damage[0]}" for step, damage in passed_over.items())
+    there = ", ".join(map(str, list_steps(folder))) or "none"
+    raise ValueError(
+        f"{name}@{which}: "
+        + (f"damaged ({damaged})" if damaged else "there is no such checkpoint")
+        + f"; {folder} holds steps: {there}"
+    )
+
+
+def _candidates(run: str, found: Steps, which: str) -> list[int]:
+    steps = sorted(found.sound.keys() | found.damaged.keys(), reverse=True)
+    if which.isdigit():
+        return [step for step in steps if step == int(which)]
+    if which == "latest":
+        return steps
+    if which == "final":
+        return [step for step in steps if step in found.sound and found.sound[step].final]
+    if which != "best":
+        raise ValueError(f"{run}@{which}: expected @best, @latest, @final or @ and a step number")
+    losses = {step: metadata.eval_loss for step, metadata in found.sound.items()}
+    ranked = []
+    while best := find_best(losses):
+        ranked.append(best.step)
+        del losses[best.step]
+    return ranked

@@ -1,0 +1,166 @@
+"""What proves that the files of a checkpoint are those that were written.
+
+The manifest is written into the step folder just before the atomic commit: the size and the CRC32C
+of every file. Orbax goes on to write two things after it, which are checked by their content: the
+commit timestamp inside `_CHECKPOINT_METADATA`, and `commit_success.txt`.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, TypedDict
+
+import google_crc32c
+
+from jaxlm.files.durable import crc32c, fsync, read_file, write_file
+from jaxlm.files.strict import read_json, shown
+
+NAME = "manifest.json"
+_STEP_METADATA = "_CHECKPOINT_METADATA"
+_METADATA = "meta/metadata"
+_COMMIT = "commit_success.txt"
+_COMMIT_TEXT = "Checkpoint commit was successful to "
+# Files up to this size hold the metadata: a fast check reads them, and skips the arrays.
+_SMALL_BYTES = 1 << 20
+
+
+class _Manifest(TypedDict):
+    crc32c: int
+    files: dict[str, dict[str, int]]
+
+
+class _StepMetadata(TypedDict):
+    commit_timestamp_nsecs: int | None
+
+
+def write_manifest(folder: Path) -> None:
+    """Lists every file below `folder`, and brings all of them to the disk."""
+    files = {}
+    for path in _files(folder):
+        fsync(path)
+        files[path.relative_to(folder).as_posix()] = _entry(path)
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            fsync(path)
+    body = json.dumps(files, sort_keys=True)
+    text = json.dumps(
+        {"crc32c": google_crc32c.value(body.encode()), "files": files}, sort_keys=True
+    )
+    write_file(folder / NAME, text.encode())
+
+
+def find_damage(folder: Path, *, contents: bool = True) -> list[str]:
+    """What differs between a step folder and its manifest; empty if nothing does.
+
+    Args:
+      folder: the step folder.
+      contents: read the array files too; else only their sizes are compared.
+    """
+    if not folder.is_dir():
+        return ["it is not a folder" if folder.exists() else "it does not exist"]
+    try:
+        manifest = read_json(folder / NAME, _Manifest)
+    except FileNotFoundError:
+        return [f"{NAME} is missing: the checkpoint is unfinished, emptied or not of jaxlm"]
+    except (OSError, ValueError) as error:
+        return [f"{NAME} cannot be read ({error})"]
+    body = json.dumps(manifest["files"], sort_keys=True)
+    if manifest["crc32c"] != google_crc32c.value(body.encode()):
+        return [f"{NAME}: its own checksum does not match"]
+    if strays := _find_strays(folder):
+        return strays
+    damage = []
+    for name, entry in manifest["files"].items():
+        if found := _compare(folder, name, entry, contents):
+            label = name if name.isprintable() and len(name) < 1000 else shown(name)
+            damage.append(f"{label}: {found}")
+    damage += _unlisted(folder, manifest["files"]) + _commit_damage(folder)
+    return damage or _step_damage(folder)
+
+
+def _find_strays(folder: Path) -> list[str]:
+    # Who reads the checkpoint would be led out of it, or would wait for a pipe for ever.
+    root = Path(os.path.realpath(folder))
+    paths = [Path(top, name) for top, *names in os.walk(folder) for name in sum(names, [])]
+    return [
+        f"{path.relative_to(folder)}: leads out of the checkpoint, or is not a file"
+        for path in paths
+        if not Path(os.path.realpath(path)).is_relative_to(root)
+        or not (path.is_file() or path.is_dir())
+    ]
+
+
+def _files(folder: Path) -> list[Path]:
+    skipped = {folder / NAME, folder / _COMMIT}
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path not in skipped)
+
+
+def _entry(path: Path) -> dict[str, int]:
+    if path.name == _STEP_METADATA:
+        return {"json_crc32c": _timeless_crc32c(path)}
+    return {"bytes": path.stat().st_size, "crc32c": crc32c(path)}
+
+
+def _compare(folder: Path, name: str, entry: dict[str, int], contents: bool) -> str | None:
+    path = folder / name
+    try:
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            return "leads out of the checkpoint"
+        if "json_crc32c" in entry:
+            same = _timeless_crc32c(path) == entry["json_crc32c"]
+            return None if same else "content differs (checksum)"
+        size = path.stat().st_size
+        if size != entry.get("bytes"):
+            return f"{size} bytes, expected {entry.get('bytes')}"
+        if (contents or size <= _SMALL_BYTES) and crc32c(path) != entry.get("crc32c"):
+            return "content differs (checksum)"
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return str(error.strerror)
+    except ValueError as error:
+        return f"cannot be read ({error.__cause__ or error})"  # without the path
+    return None
+
+
+def _unlisted(folder: Path, files: dict[str, Any]) -> list[str]:
+    # Orbax would take them in: an eval loss put into a step without one, say, decides what is kept.
+    listed = {folder / NAME, folder / _COMMIT}
+    for path in (folder / name for name in files):
+        listed |= {path, *path.parents}
+    # Hidden files are the system's (.DS_Store, .nfs…), and nothing reads them.
+    found = sorted(p for p in folder.rglob("*") if p not in listed and not p.name.startswith("."))
+    return [f"{path.relative_to(folder).as_posix()}: not a part of it" for path in found]
+
+
+def _step_damage(folder: Path) -> list[str]:
+    # All files of another step, with their manifest, agree with each other.
+    named = re.match(r"\d+", folder.name)
+    try:
+        step = read_json(folder / _METADATA, dict[str, Any])["step"]
+    except (OSError, ValueError, KeyError):
+        return [f"{_METADATA} cannot be read"]
+    if named is None or step == int(named[0]):
+        return []
+    return [f"{_METADATA}: found step {step}, expected {named[0]}"]
+
+
+def _commit_damage(folder: Path) -> list[str]:
+    # The text names the folder as it was at the commit: a run may have moved since, but not a step.
+    step = re.match(r"\d+", folder.name)
+    try:
+        text = read_file(folder / _COMMIT, _SMALL_BYTES).decode()
+    except FileNotFoundError:
+        return [f"{_COMMIT} is missing: the commit did not finish"]
+    except (OSError, ValueError):
+        return [f"{_COMMIT} cannot be read"]
+    if step and text.startswith(_COMMIT_TEXT) and Path(text[len(_COMMIT_TEXT) :]).name == step[0]:
+        return []
+    return [f"{_COMMIT}: found {text[:80]!r}, expected {_COMMIT_TEXT!r} and the folder"]
+
+
+def _timeless_crc32c(path: Path) -> int:
+    values: dict[str, Any] = {**read_json(path, _StepMetadata)}
+    del values["commit_timestamp_nsecs"]
+    return google_crc32c.value(json.dumps(values, sort_keys=True).encode())

@@ -1,0 +1,77 @@
+"""What a checkpoint says of itself, besides its arrays."""
+
+import dataclasses
+import math
+from typing import Any
+
+from jaxlm.checkpoints.skips import Skip, to_json
+from jaxlm.config import Config, from_dict
+from jaxlm.files.strict import conform, spell
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """The JSON item `meta` of a checkpoint."""
+
+    step: int
+    """Batches taken in."""
+    tokens_seen: int
+    """Tokens trained on."""
+    eval_loss: float | None
+    """Held-out loss at this step (nats per token); None where none was due."""
+    best_eval_loss: float
+    """The lowest held-out loss up to this step; infinite before the first eval."""
+    best_step: int | None
+    """The step of `best_eval_loss`."""
+    num_worse_evals: int
+    """Evals since the best one."""
+    final: bool
+    """Whether a plan ended here: `num_steps` reached, or stopped by its evals."""
+    config: dict[str, Any]
+    """The run's config, as nested dicts."""
+    data_fingerprint: str
+    """Hash of the tokens that the run trains on."""
+    eos_id: int | None
+    """The token that ends a document."""
+    environment: dict[str, Any]
+    """Versions, devices and cores: what the bits of a run depend on."""
+    tracking_run_id: str
+    """Identity of the run at its trackers."""
+    lineage: list[dict[str, Any]]
+    """What was changed on the way here, oldest first."""
+    skips: list[Skip] = dataclasses.field(default_factory=list)
+    """Batches passed over on the way here."""
+    run_id: str = ""
+    """The same in all checkpoints of a run, and of no other."""
+    fingerprints: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    """Leaf name -> [dtype, shape, lane, lane], computed on the device before the save."""
+
+    def run_config(self) -> Config:
+        """The config as dataclasses.
+
+        Raises:
+          ValueError: another version wrote it, or no version.
+        """
+        try:
+            return from_dict(self.config)
+        except ValueError as error:
+            raise ValueError(f"the config in the metadata of step {self.step}: {error}") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; a best loss that is infinite becomes null."""
+        values = {f.name: spell(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        if not math.isfinite(self.best_eval_loss):
+            values["best_eval_loss"] = None
+        values["skips"] = to_json(self.skips)
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Metadata":
+        """The inverse of `to_json`.
+
+        Raises:
+          ValueError: a field is missing, unknown or of another type.
+        """
+        if values.get("best_eval_loss", 0) is None:
+            values = {**values, "best_eval_loss": math.inf}
+        return conform(values, cls)

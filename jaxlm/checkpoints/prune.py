@@ -1,0 +1,108 @@
+"""Checkpoints of a run that are no longer wanted, named and then deleted."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxlm.checkpoints.aside import Purger
+from jaxlm.checkpoints.folder import find_best, find_checkpoints, read_steps
+from jaxlm.checkpoints.manifest import find_damage
+from jaxlm.checkpoints.retention import Retention
+from jaxlm.config import CheckpointConfig
+from jaxlm.files.durable import folder_bytes
+from jaxlm.files.lock import HOLDER, lock, unlock
+
+
+class Pruning(NamedTuple):
+    """What becomes of the checkpoints of a run."""
+
+    folder: Path
+    kept: dict[int, str]
+    """Step -> why it stays."""
+    dropped: dict[int, int]
+    """Step -> its bytes."""
+
+
+def plan_pruning(
+    run: str,
+    *,
+    keep_latest: int = 1,
+    keep_every: int | None = None,
+    disk_budget_gb: float | None = None,
+) -> Pruning:
+    """Says what would be deleted; changes nothing on disk.
+
+    Best and latest stay under any rule, and so does what is damaged or superseded. Both are read in
+    full, and a damaged one does not count as such: the next sound one takes its place, and stays.
+
+    Args:
+      run: a run folder or checkpoint folder.
+      keep_latest: the newest to keep.
+      keep_every: keep also each step that is a multiple of this.
+      disk_budget_gb: of those (of all steps, without `keep_every`) keep as many as fit, evenly
+        apart (10^9 bytes).
+
+    Raises:
+      ValueError: no such run, or a rule that is out of range.
+    """
+    folder = find_checkpoints(run)
+    found = read_steps(folder)
+    losses = {step: metadata.eval_loss for step, metadata in found.sound.items()}
+    kept = dict.fromkeys(found.damaged, "damaged") | dict.fromkeys(found.superseded, "superseded")
+    while losses:
+        best, latest = find_best(losses), max(losses)
+        named = {latest: "latest"}
+        if best:
+            named[best.step] = "best, latest" if best.step == latest else "best"
+        damaged = [step for step in named if find_damage(folder / str(step))]
+        if not damaged:
+            kept |= named
+            break
+        for step in damaged:
+            kept[step] = "damaged"
+            del losses[step]
+    sizes = {step: folder_bytes(folder / str(step)) for step in losses}
+    if disk_budget_gb and not keep_every:
+        keep_every = math.gcd(*losses) or 1
+    rules = CheckpointConfig(
+        keep_latest=keep_latest, keep_every=keep_every, disk_budget_gb=disk_budget_gb
+    )
+    retention = Retention(rules, num_in_transit=0)
+    retention.state_bytes = max(sizes.values(), default=0)
+    for step in retention.kept(losses):
+        kept.setdefault(step, "by the rules")
+    dropped = {step: size for step, size in sizes.items() if step not in kept}
+    return Pruning(folder, dict(sorted(kept.items())), dropped)
+
+
+def prune(run: str, *, warn: Callable[[str], None], **rules: float | None) -> Pruning:
+    """Deletes what `plan_pruning` names, each step by one rename first: a kill leaves it or not.
+
+    Args:
+      run: a run folder or checkpoint folder.
+      warn: takes a line where the file system has no locks.
+      **rules: those of `plan_pruning`.
+
+    Raises:
+      ValueError: as `plan_pruning` raises.
+      RuntimeError: a trainer is at work in the folder.
+    """
+    with _locked(find_checkpoints(run), warn) as folder:
+        pruning = plan_pruning(run, **rules)  # pyright: ignore[reportArgumentType]
+        purger = Purger(folder)
+        purger.purge()  # what a killed run has left there, of the same name perhaps
+        purger.purge(*(folder / str(step) for step in pruning.dropped))
+        purger.join()
+    return pruning
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, warn: Callable[[str], None]) -> Iterator[Path]:
+    held = lock(folder, required=True, warn=warn)
+    try:
+        yield folder
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        unlock(held)

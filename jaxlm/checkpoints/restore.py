@@ -1,0 +1,165 @@
+"""The arrays of a checkpoint, back on a mesh and proven to be those that were saved."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+
+from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.device.guard import Guard
+from jaxlm.device.state import TrainState, fingerprint, path_name
+from jaxlm.files.durable import NO_ANSWER, no_answer, reading
+
+ITEMS = ("params", "opt_state", "state")
+"""The items of a checkpoint that hold arrays; `meta` is JSON."""
+
+# What Orbax and TensorStore raise of files that they did not write.
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+# Orbax warns of what is as it should be, and logs an error that it raises too: we tell it once.
+absl_logging.set_verbosity(absl_logging.FATAL)
+
+
+class DamagedArrays(ValueError):
+    """Arrays that came back with other bits than were saved."""
+
+
+def items_of(state: TrainState) -> dict[str, Any]:
+    """A state as the items of a checkpoint; each can be restored alone."""
+    rest = {"step": state.step, **state.guard._asdict()}
+    return {"params": state.params, "opt_state": state.opt_state, "state": rest}
+
+
+def state_of(items: dict[str, Any]) -> TrainState:
+    """The inverse of `items_of`."""
+    rest = dict(items["state"])
+    return TrainState(items["params"], items["opt_state"], rest.pop("step"), Guard(**rest))
+
+
+def restore_items(
+    path: Path, metadata: Metadata, abstract: dict[str, Any], *, verify: bool = True
+) -> dict[str, Any]:
+    """Restores items from a step folder.
+
+    Args:
+      path: the step folder.
+      metadata: of that step.
+      abstract: the items wanted, as trees of `jax.ShapeDtypeStruct` with shardings; any mesh will
+        do, whatever it was saved from.
+      verify: compare the fingerprint of every array with the one taken before the save.
+
+    Raises:
+      ValueError: an item has other leaves, dtypes or shapes.
+      DiskError: the disk gives no answer.
+      DamagedArrays: an item cannot be read, or an array differs from what was saved.
+    """
+    if "params" in abstract and len(abstract) > 1 and not (path / "opt_state").exists():
+        raise ValueError(
+            f"{path} holds weights only, so training cannot go on from it; to begin a run with "
+            f"them, add --init_from {path.parent}@{path.name}"
+        )
+    _check_layout(metadata.fingerprints, abstract, path)
+    restored, folder = {}, path.absolute()  # Orbax takes no relative path
+    for name, tree in abstract.items():
+        with _reading(folder / name) as checkpointer:
+            _check_bytes(folder / name, tree)
+            restored[name] = checkpointer.restore(
+                folder / name,
+                args=ocp.args.PyTreeRestore(
+                    item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
+                ),
+            )
+    if verify:
+        found = fingerprint(restored)
+        changed = [name for name in found if found[name] != metadata.fingerprints[name]]
+        if changed:
+            raise DamagedArrays(
+                f"{path}: {changed[0]} differs from what was saved"
+                + (f" (and {len(changed) - 1} more arrays)" if len(changed) > 1 else "")
+            )
+    return restored
+
+
+def find_changed_arrays(path: Path, metadata: Metadata) -> list[str]:
+    """The arrays of a step folder that are not those that were saved; it takes no model.
+
+    One item after the other is on this machine, and one array after the other on the device.
+    """
+    saved, found = metadata.fingerprints, {}
+    for name in _items_at(path):
+        found |= fingerprint(restore_numpy(path, (name,)))
+    names = sorted(saved.keys() | found.keys())
+    return [name for name in names if saved.get(name) != found.get(name)]
+
+
+def restore_numpy(path: Path, items: Sequence[str] = ()) -> dict[str, Any]:
+    """Items of a step folder (by default all) as numpy arrays: two may not fit on the devices.
+
+    Raises:
+      DamagedArrays: an item cannot be read.
+    """
+    restored, path = {}, path.absolute()
+    to_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+    for name in items or _items_at(path):
+        with _reading(path / name) as checkpointer:
+            about: Any = checkpointer.metadata(path / name).item_metadata  # None if unreadable
+            tree = about.tree
+            _check_bytes(path / name, tree)
+            args = jax.tree.map(lambda _: to_numpy, tree)
+            restored[name] = checkpointer.restore(
+                path / name, args=ocp.args.PyTreeRestore(restore_args=args)
+            )
+    return restored
+
+
+def _items_at(path: Path) -> list[str]:
+    return [name for name in ITEMS if (path / name).is_dir()]  # an average has params alone
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[ocp.Checkpointer]:
+    try:
+        with reading(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            yield checkpointer
+    except _UNREADABLE as error:
+        reason = str(error).partition("\n")[0]
+        # TensorStore tells of a disk without an answer in words, as of damage.
+        if any(f"OS error {code}:" in str(error) for code in NO_ANSWER):
+            raise no_answer(path, reason) from error
+        raise DamagedArrays(f"{path}: cannot be read ({type(error).__name__}: {reason})") from error
+
+
+def _check_bytes(path: Path, tree: Any) -> None:
+    # Saved as they are, arrays take no more memory than disk: what claims to be larger is not.
+    wanted = sum(
+        math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+    )
+    found = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    if found < wanted:
+        raise ValueError(f"{found:,} bytes, for arrays of {wanted:,}")
+
+
+def _check_layout(saved: dict[str, list[Any]], abstract: dict[str, Any], path: Path) -> None:
+    # Orbax would leave out what is not asked for, and cast another dtype, without a word.
+    wanted = {
+        path_name(key): [str(leaf.dtype), list(leaf.shape)]
+        for key, leaf in jax.tree_util.tree_leaves_with_path(abstract)
+    }
+    of_items = {
+        name: entry[:2] for name, entry in saved.items() if name.partition("/")[0] in abstract
+    }
+    for name in sorted(wanted.keys() | of_items.keys()):
+        if wanted.get(name) != of_items.get(name):
+            there, here = (
+                " ".join(map(str, x.get(name) or ["nothing"])) for x in (of_items, wanted)
+            )
+            raise ValueError(
+                f"{path}: {name} holds {there}, but this model has {here}; "
+                "restore it with the model that it was saved from"
+            )

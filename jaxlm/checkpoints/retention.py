@@ -1,0 +1,47 @@
+"""Which checkpoints are kept: a policy for Orbax, whose own can delete the latest."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxlm.checkpoints.folder import find_best
+from jaxlm.config import CheckpointConfig
+
+IN_TRANSIT = 2
+"""Checkpoints on the disk besides those kept: one being written, one being deleted."""
+
+
+class Retention:
+    """Keeps the newest, the best, and every so many: no setting can drop best or latest."""
+
+    def __init__(self, config: CheckpointConfig, num_in_transit: int = IN_TRANSIT):
+        self._config = config
+        self._num_in_transit = num_in_transit
+        self.state_bytes = 0  # known once a state is saved
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """For each checkpoint, ascending: whether it stays."""
+        del context
+        losses = {info.step: (info.metrics or {}).get("eval_loss") for info in checkpoints}
+        kept = self.kept(losses)
+        return [step in kept for step in losses]
+
+    def kept(self, eval_losses: dict[int, float | None]) -> set[int]:
+        """Of the steps, ascending, with their held-out losses: those that stay."""
+        steps = list(eval_losses)
+        best = find_best(eval_losses)
+        kept = set(steps[-self._config.keep_latest :])
+        if best:
+            kept.add(best.step)
+        return kept | self._milestones(steps, kept)
+
+    def _milestones(self, steps: list[int], kept: set[int]) -> set[int]:
+        every, budget = self._config.keep_every, self._config.disk_budget_gb
+        if every is None:
+            return set()
+        milestones = {step for step in steps if step % every == 0}
+        if budget and self.state_bytes:
+            room = int(budget * 1e9 / self.state_bytes) - self._num_in_transit
+            while milestones and len(milestones | kept) > room:
+                every *= 2  # every other one goes, so that those left stay evenly apart
+                milestones = {step for step in milestones if step % every == 0}
+        return milestones

@@ -1,0 +1,1 @@
+"""The device room: arrays in, arrays out. No file, clock or log."""

@@ -1,0 +1,186 @@
+"""The train state: what it holds, how it is made on a mesh, and its fingerprint."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxlm.device.guard import Guard, make_guard
+from jaxlm.device.sharding import batch_sharding, param_sharding, replicated
+
+Params = Any  # nested dicts of arrays
+ModelFactory = Callable[[nnx.Rngs], nnx.Module]
+
+
+class TrainState(NamedTuple):
+    """All that a step changes."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array
+    """int32 []: batches taken in."""
+    guard: Guard
+    """What was out of the ordinary of late."""
+
+
+class Blueprint(NamedTuple):
+    """A model and its optimizer on a mesh, before any array exists."""
+
+    graphdef: nnx.GraphDef
+    make: Callable[[int], TrainState]
+    """Seed -> the initial state, made sharded."""
+    abstract: TrainState
+    """The state as `jax.ShapeDtypeStruct` leaves with their shardings."""
+
+
+def jit_with_model(
+    function: Callable[[Any, Any], Any], blueprint: Blueprint, mesh: Mesh
+) -> Callable[[Params, Any], Any]:
+    """Compiles `(model, batch) -> arrays` as `(params, batch) -> arrays`, the same on all devices.
+
+    Args:
+      function: takes the model and a batch, whose arrays are split by rows.
+      blueprint: of the model.
+      mesh: the mesh.
+    """
+
+    def with_params(params: Params, batch: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(nnx.merge(blueprint.graphdef, params), batch)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.abstract.params)
+    return jax.jit(
+        with_params, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh)
+    )
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A leaf's path as one name, such as `params/layers/0/mlp/w_up_DF`."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def make_blueprint(model: ModelFactory, tx: optax.GradientTransformation, mesh: Mesh) -> Blueprint:
+    """Works out shapes and shardings by abstract evaluation.
+
+    Raises:
+      ValueError: the model holds variables other than `nnx.Param`, or the mesh does not divide it.
+    """
+    graphdef, variables = nnx.split(nnx.eval_shape(lambda: model(nnx.Rngs(params=0))))
+    shardings: dict[tuple[Any, ...], Any] = {}
+    for path, variable in nnx.to_flat_state(variables):
+        name = "/".join(map(str, path))
+        if not isinstance(variable, nnx.Param):
+            raise ValueError(
+                f"model: {name} is a {type(variable).__name__}, expected only nnx.Param; "
+                "a checkpoint holds params, so keep other state out of the model"
+            )
+        dims = variable.get_metadata().get("dims")
+        shardings[path] = param_sharding(name, variable.shape, dims, mesh)
+    abstract_params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=shardings[tuple(k.key for k in path)]
+        ),
+        nnx.to_pure_dict(variables),
+    )
+
+    def build(seed: jax.Array) -> TrainState:
+        params = nnx.to_pure_dict(nnx.split(model(nnx.Rngs(params=jax.random.key(seed))))[1])
+        return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32), make_guard())
+
+    whole = replicated(mesh)
+    shapes = jax.eval_shape(build, jax.ShapeDtypeStruct((), jnp.uint32))
+    opt_state_shardings = optax.tree_utils.tree_map_params(
+        tx,
+        lambda leaf, param: leaf if isinstance(leaf, optax.MaskedNode) else param.sharding,
+        shapes.opt_state,
+        abstract_params,
+        transform_non_params=lambda _: whole,
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),  # a param of another optimizer
+    )
+    param_shardings = jax.tree.map(lambda param: param.sharding, abstract_params)
+    guard_shardings = jax.tree.map(lambda _: whole, shapes.guard)
+    state_shardings: Any = (param_shardings, opt_state_shardings, whole, guard_shardings)
+    state_shardings = TrainState(*state_shardings)
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings,
+    )
+    init = jax.jit(build, out_shardings=state_shardings)
+    return Blueprint(graphdef, lambda seed: init(np.uint32(seed)), abstract)
+
+
+def fingerprint(tree: Any) -> dict[str, list[Any]]:
+    """Leaf name -> [dtype, shape, lane, lane]: equal exactly if every bit of the leaf is.
+
+    A lane is the sum, modulo 2^32, of the leaf's 32-bit words, each times an odd weight mixed from
+    its place in the *global* array. Integers add up to the same whatever the sharding; a single
+    changed bit changes a lane for certain, any other damage goes unseen with odds of 2^-64.
+    """
+    return survey(tree)[0]
+
+
+def survey(tree: Any) -> tuple[dict[str, list[Any]], list[str]]:
+    """The fingerprint, and the names of leaves with a NaN or an infinity, in one pass of memory."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    found = jax.device_get([_survey(leaf) for _, leaf in leaves])
+    fingerprints, nonfinite = {}, []
+    for (path, leaf), (first, second, bad) in zip(leaves, found, strict=True):
+        name = path_name(path)
+        fingerprints[name] = [str(leaf.dtype), list(leaf.shape), int(first), int(second)]
+        if bad:
+            nonfinite.append(name)
+    return fingerprints, nonfinite
+
+
+def _words(x: jax.Array) -> jax.Array:
+    """The bits of `x` as uint32 [n, …]: narrow types widened, 64-bit ones as two words."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    x = x.reshape(x.shape or (1,))
+    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+
+
+def _mix(x: jax.Array, salt: int) -> jax.Array:
+    # The finalizer of MurmurHash3 (public domain), which spreads every bit over the word.
+    x = (x ^ np.uint32(salt)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return (x ^ (x >> 16)) | np.uint32(1)
+
+
+@jax.jit
+def _survey(x: jax.Array) -> jax.Array:
+    # uint32 [3]: two lanes, and whether anything is not finite.
+    words = _words(x)
+    place = jnp.zeros(words.shape, jnp.uint32)
+    for dim, size in enumerate(words.shape):
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim)
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    bad = ~jnp.isfinite(x) if is_float else jnp.zeros(x.shape, bool)
+    bad = bad.reshape(*x.shape, *[1] * (words.ndim - x.ndim))
+    # One reduce of three operands: as sums of their own they take 25 times as long, and temporaries
+    # of the size of the leaf.
+    found = jax.lax.reduce(
+        (
+            words * _mix(place, 0x9E3779B9),
+            words * _mix(place, 0x7F4A7C15),
+            jnp.broadcast_to(bad, words.shape).astype(jnp.uint32),
+        ),
+        (np.uint32(0), np.uint32(0), np.uint32(0)),
+        lambda a, b: (a[0] + b[0], a[1] + b[1], a[2] | b[2]),
+        tuple(range(words.ndim)),
+    )
+    return jnp.stack(found)
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of all leaves, each counted once however many devices hold it."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,106 @@
+"""One update: loss, gradient, and what becomes of the state. Arrays in, arrays out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxlm.device.guard import observe
+from jaxlm.device.loss import Batch, Loss
+from jaxlm.device.sharding import batch_sharding, replicated
+from jaxlm.device.state import Blueprint, Params, TrainState, jit_with_model
+
+StepMetrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    blueprint: Blueprint,
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: Mesh,
+    num_microbatches: int = 1,
+    spike_zscore: float | None = None,
+) -> jax.stages.Wrapped:
+    """The compiled update; it consumes the state that it is given (donation).
+
+    The batch is taken in `num_microbatches` parts of its rows, whose loss and gradient sums add up
+    to those of the whole batch. If the loss or the gradient is not finite, params and optimizer
+    stay as they were.
+
+    Returns:
+      `(state, batch) -> (state, metrics)`, metrics being float32 [] `loss` (mean over tokens),
+      `grad_norm` (before clipping) and `learning_rate`, and the counts of `Guard`.
+    """
+
+    def loss_and_grads(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
+        def loss_sum(params: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
+            return loss(nnx.merge(blueprint.graphdef, params), part)
+
+        grad_of_sum = jax.value_and_grad(loss_sum, has_aux=True)
+        if num_microbatches == 1:
+            (total, weight), grads = grad_of_sum(params, batch)
+        else:
+            (total, weight), grads = _accumulate(grad_of_sum, params, batch, num_microbatches)
+        return total / weight, jax.tree.map(lambda grad: grad / weight, grads)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            loss_value, grads = loss_and_grads(state.params, batch)
+        grad_norm = optax.tree_utils.tree_norm(grads)
+        learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+
+        finite = jnp.isfinite(loss_value) & jnp.isfinite(grad_norm)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        guard = observe(state.guard, loss_value, finite, spike_zscore)
+        metrics = {
+            "loss": loss_value,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "nonfinite_steps": guard.nonfinite_steps,
+            "nonfinite_run": guard.nonfinite_run,
+            "spike_run": guard.spike_run,
+        }
+        return TrainState(params, opt_state, state.step + 1, guard), metrics
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.abstract)
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def _accumulate(
+    grad_of_sum: Callable[..., Any], params: Params, batch: Batch, num_microbatches: int
+) -> tuple[tuple[jax.Array, jax.Array], Params]:
+    # Part m takes rows m, m + M, …: each device goes on with its own rows, and none is moved.
+    parts = jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(-1, num_microbatches, *x.shape[1:]), 0, 1), batch
+    )
+
+    def add_part(sums: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, grad_of_sum(params, part)), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(grad_of_sum, params, first)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(add_part, zeros, parts)[0]
+
+
+def make_eval_step(
+    blueprint: Blueprint, loss: Loss, mesh: Mesh
+) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+    """The compiled `(params, batch) -> (loss sum, number of tokens)`, float32 []."""
+    return jit_with_model(loss, blueprint, mesh)

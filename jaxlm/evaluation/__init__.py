@@ -1,0 +1,1 @@
+"""Checkpoints judged from outside of the run."""

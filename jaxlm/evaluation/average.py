@@ -1,0 +1,132 @@
+"""The mean of the weights of several checkpoints of a run, in a folder of its own."""
+
+import json
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxlm.checkpoints.folder import TOKENIZER, find_checkpoints, read_steps, select
+from jaxlm.checkpoints.manifest import write_manifest
+from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.checkpoints.restore import DamagedArrays, restore_numpy
+from jaxlm.device.state import fingerprint
+from jaxlm.evaluation.score import score
+from jaxlm.files.durable import write_file
+from jaxlm.files.publish import published
+
+
+class Averaged(NamedTuple):
+    """An average, and how good it is."""
+
+    folder: Path
+    """Where it is: a run folder of one checkpoint that holds weights only."""
+    step: int
+    """Of the newest part."""
+    loss: float
+    """Held-out loss of the average (nats per token)."""
+    parts: dict[int, float]
+    """Step -> held-out loss of each part."""
+
+
+def average(
+    run: str,
+    *,
+    last: int = 5,
+    steps: Sequence[int] = (),
+    out: str | None = None,
+    warn: Callable[[str], None] = print,
+) -> Averaged:
+    """Averages the weights of checkpoints, evaluates the result and writes it beside the run.
+
+    Latest weight averaging (Sanyal et al., "Early Weight Averaging meets High Learning Rates for
+    LLM Pre-training", 2306.03241). The run is left as it is.
+
+    Args:
+      run: a run folder or checkpoint folder.
+      last: average so many of the newest sound checkpoints, or as many as there are.
+      steps: average these instead.
+      out: the new folder; by default RUN-average-FIRST-LAST.
+      warn: takes a line where the file system has no locks.
+
+    Raises:
+      ValueError: no such run or step, fewer than two, one is damaged, `out` is there already, or
+        the run's held-out set cannot be had.
+    """
+    folder = find_checkpoints(run)
+    chosen = sorted(set(steps)) or list(read_steps(folder).sound)[-max(last, 0) :]
+    if len(chosen) < 2:
+        raise ValueError(
+            f"{run}: found {len(chosen)} checkpoint(s) to average, expected at least 2; "
+            "`jaxlm checkpoints list` shows what there is, --checkpoint.keep_every keeps more"
+        )
+    base = Path(run).resolve()
+    base = base.parent if base.name == "checkpoints" else base
+    target = Path(out or f"{base}-average-{chosen[0]}-{chosen[-1]}")
+    with published(target, warn) as partial:
+        params, newest = _mean_params(folder, chosen)
+        path = partial / "checkpoints" / str(newest.step)
+        _save(path, params)
+        _describe(path, metadata := _metadata_of(params, newest, folder, chosen))
+        if (folder / TOKENIZER).is_file():
+            write_file(path.parent / TOKENIZER, (folder / TOKENIZER).read_bytes())
+        names = [f"{partial}@{newest.step}", *(f"{folder}@{step}" for step in chosen)]
+        own, *others = score(names, say=lambda line: None)  # of what is on the disk, so it loads
+        known = {"eval_loss": own.loss, "best_eval_loss": own.loss}
+        _describe(path, replace(metadata, **known, environment=own.environment))
+    losses = {step: other.loss for step, other in zip(chosen, others, strict=True)}
+    return Averaged(target, newest.step, own.loss, losses)
+
+
+def _mean_params(folder: Path, steps: Sequence[int]) -> tuple[dict[str, Any], Metadata]:
+    # One part after the other is in memory, beside the sum in float64. With the newest's metadata.
+    params, newest = _verified_params(folder, steps[0])
+    total = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
+    for step in steps[1:]:
+        params, newest = _verified_params(folder, step)
+        total = jax.tree.map(lambda a, leaf: a + leaf.astype(np.float64), total, params)
+    return jax.tree.map(lambda a, leaf: (a / len(steps)).astype(leaf.dtype), total, params), newest
+
+
+def _verified_params(folder: Path, step: int) -> tuple[dict[str, Any], Metadata]:
+    selected = select(f"{folder}@{step}")  # every file is verified, and then every array
+    params, saved = restore_numpy(selected.path, ["params"]), selected.metadata.fingerprints
+    for name, found in fingerprint(params).items():
+        if found != saved.get(name):
+            raise DamagedArrays(f"{selected.path}: {name} differs from what was saved")
+    return params, selected.metadata
+
+
+def _metadata_of(
+    params: dict[str, Any], newest: Metadata, folder: Path, steps: Sequence[int]
+) -> Metadata:
+    entry = {"step": newest.step, "averaged": list(steps), "of": str(folder.absolute())}
+    return replace(
+        newest,
+        best_step=newest.step,
+        num_worse_evals=0,
+        final=False,
+        lineage=[*newest.lineage, entry],
+        run_id=secrets.token_hex(8),
+        fingerprints=fingerprint(params),
+    )
+
+
+def _save(path: Path, params: dict[str, Any]) -> None:
+    handlers = {
+        "params": ocp.PyTreeCheckpointHandler(use_compression=False),
+        "meta": ocp.JsonCheckpointHandler(),
+    }
+    items = {"params": ocp.args.PyTreeSave(params["params"]), "meta": ocp.args.JsonSave({})}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+        checkpointer.save(path.absolute(), args=ocp.args.Composite(**items))
+
+
+def _describe(path: Path, metadata: Metadata) -> None:
+    write_file(path / "meta" / "metadata", json.dumps(metadata.to_json()).encode())
+    write_manifest(path)

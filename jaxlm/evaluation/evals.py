@@ -1,0 +1,112 @@
+"""evals.jsonl in a run folder: what `jaxlm eval --follow` found of each checkpoint.
+
+A row is a checkpoint on a held-out set. It names the bits of the checkpoint, since a run that went
+back makes the same step again with others.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TypedDict
+
+from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.files.durable import read_file
+from jaxlm.files.strict import parse_json, spell
+
+NAME = "evals.jsonl"
+_MAX_BYTES = 1 << 28
+
+
+class Eval(TypedDict):
+    """A row."""
+
+    step: int
+    checkpoint: str
+    """`checkpoint_id` of it."""
+    source: str
+    """Whose held-out documents these are."""
+    loss: float
+    """Nats per token."""
+    perplexity: float
+    num_tokens: int
+
+
+def checkpoint_id(metadata: Metadata) -> str:
+    """16 hex digits, the same for checkpoints with the same params."""
+    params = {k: v for k, v in metadata.fingerprints.items() if k.startswith("params/")}
+    return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def evals_path(run: str, folder: Path) -> Path:
+    """The evals.jsonl of a run that is named by its folder, or by its checkpoint folder."""
+    is_run = (Path(run) / "config.json").is_file() or Path(run) != folder
+    return (Path(run) if is_run else folder.parent) / NAME
+
+
+def read_evals(path: Path) -> list[Eval]:
+    """The rows, oldest first, without a last line that a kill cut short; none without a file.
+
+    Raises:
+      ValueError: a line is not a row.
+    """
+    try:
+        lines = read_file(path, _MAX_BYTES).split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(parse_json(line, Eval))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number}: found {line[:80]!r}, expected what `jaxlm eval --follow` "
+                f"writes ({error}); mend or delete that line"
+            ) from error
+    return rows
+
+
+class EvalLog:
+    """The file open for writing, by one process at a time.
+
+    Attributes:
+      rows: all rows, oldest first.
+    """
+
+    def __init__(self, path: Path):
+        """Opens the file, made if missing, and cuts off a line that a kill left short.
+
+        Raises:
+          ValueError: another process has it open, it has other rows, or there is no such folder.
+        """
+        if not path.parent.is_dir():
+            raise ValueError(f"--out: found no folder {path.parent}, expected one to write to")
+        self._file = path.open("ab", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.rows = read_evals(path)
+            content = read_file(path, _MAX_BYTES)
+            self._file.truncate(content.rfind(b"\n") + 1)
+        except BlockingIOError:
+            self._file.close()
+            raise ValueError(
+                f"{path}: another `jaxlm eval --follow` writes to it; wait for it, stop it, or "
+                "name another file with --out"
+            ) from None
+        except ValueError:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "EvalLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, row: Eval) -> None:
+        """Adds a row, on the disk when this returns."""
+        line = json.dumps({name: spell(value) for name, value in row.items()}) + "\n"
+        self._file.write(line.encode())
+        os.fsync(self._file.fileno())
+        self.rows.append(row)

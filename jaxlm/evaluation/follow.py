@@ -1,0 +1,117 @@
+"""`jaxlm eval --follow`: each new checkpoint of a running job is scored, from another process."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxlm.checkpoints.folder import find_checkpoints, read_steps
+from jaxlm.checkpoints.manifest import find_damage
+from jaxlm.checkpoints.restore import DamagedArrays
+from jaxlm.evaluation.evals import Eval, EvalLog, checkpoint_id, evals_path
+from jaxlm.evaluation.score import Scorer
+
+Say = Callable[[str], None]
+
+
+def follow(
+    run: str,
+    *,
+    source: str | None = None,
+    out: str | None = None,
+    poll_s: float = 10.0,
+    say: Say = print,
+    found: Callable[[Eval], None] = lambda _: None,
+) -> None:
+    """Evaluates the checkpoints of a run, oldest first, until one is final and all have a row.
+
+    Nothing in the checkpoint folder is changed. A checkpoint that retention deletes before its turn
+    is passed over, and so is a damaged one; both are said. What has a row is not evaluated again.
+
+    Args:
+      run: a run folder or checkpoint folder.
+      source: another `data.source`, of whose held-out documents to take the tokens instead.
+      out: the file to append to; by default `evals.jsonl` in the run folder.
+      poll_s: time between two looks at the folder (s).
+      say: takes lines for the user.
+      found: takes each row, once it is on disk.
+
+    Raises:
+      ValueError: there is no such run, another process writes the file, or the data is no longer
+        that of the run.
+      DiskError: the disk gives no answer.
+    """
+    folder = find_checkpoints(run)
+    scorer = Scorer(source, _once(say))
+    with EvalLog(Path(out) if out else evals_path(run, folder)) as log:
+        damaged: set[tuple[int, str, str]] = set()
+        while True:
+            steps, missed = read_steps(folder).sound, False
+            done = {_key(row) for row in log.rows}
+            for step, metadata in steps.items():
+                key = (step, checkpoint_id(metadata), source or metadata.config["data"]["source"])
+                if key in damaged or key in done:
+                    continue
+                try:
+                    row = _evaluate(f"{folder}@{step}", key, folder / str(step), scorer)
+                except DamagedArrays as error:
+                    damaged.add(key)
+                    say(f"Warning: step {step} is damaged, and was passed over ({error})")
+                    continue
+                if row is None:
+                    missed = True
+                    say(f"step {step} was deleted before it could be evaluated")
+                else:
+                    log.append(row)
+                    found(row)
+            now = read_steps(folder)
+            if not missed and now.sound.keys() == steps.keys():
+                if steps and steps[max(steps)].final:
+                    for step, what in now.damaged.items():  # earlier, it may be half committed
+                        say(f"Warning: step {step} is damaged, and was passed over ({what[0]})")
+                    return
+                time.sleep(poll_s)
+
+
+def _key(row: Eval) -> tuple[int, str, str]:
+    return row["step"], row["checkpoint"], row["source"]
+
+
+def _once(say: Say) -> Say:
+    # The same lines come with each checkpoint: what was prepared, which is best.
+    said: set[str] = set()
+
+    def say_once(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            say(line)
+
+    return say_once
+
+
+def _evaluate(run: str, key: tuple[int, str, str], path: Path, scorer: Scorer) -> Eval | None:
+    # None for a checkpoint that was deleted, or committed anew, meanwhile.
+    before = _inode(path)
+    try:
+        score = scorer(run)
+    except (ValueError, OSError) as error:
+        if before is None or _inode(path) != before:
+            return None
+        if damage := find_damage(path):
+            raise DamagedArrays(damage[0]) from error
+        raise
+    step, checkpoint, source = key
+    return {
+        "step": step,
+        "checkpoint": checkpoint,
+        "source": source,
+        "loss": score.loss,
+        "perplexity": score.perplexity,
+        "num_tokens": score.num_tokens,
+    }
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None

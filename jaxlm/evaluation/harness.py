@@ -1,0 +1,168 @@
+"""A checkpoint as a model of EleutherAI's lm-eval (the extra `lm-eval`), and its tasks run."""
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import lm_eval
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from rich.console import Console
+from rich.progress import Progress
+
+from jaxlm.inference.reader import Pair, Reader
+
+_MAX_NEW_TOKENS = 256  # where a task names no number, as lm-eval's own adapters
+
+
+class Harnessed(TemplateLM):
+    """What lm-eval asks of a model; the base class turns text into pairs of token lists."""
+
+    def __init__(self, reader: Reader):
+        super().__init__()
+        self._reader = reader
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end of a document, which is also what a text without a context follows."""
+        return self._reader.eos_id
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Text to tokens; none is added."""
+        del add_special_tokens, kwargs
+        return self._reader.tokenizer.encode(string, add_special_tokens=False).ids
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        pairs: list[Pair] = [(context, continuation) for _, context, continuation in requests]
+        return [tuple(found) for found in _with_progress(self._reader, pairs)]
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """The log-likelihood of whole texts, each token predicted once, in full windows."""
+        del disable_tqdm
+        pairs: list[Pair] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self._reader.seq_len,
+                context_len=1,
+            )
+            for window in map(make_disjoint_window, windows):
+                pairs.append(window)
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, found in zip(owners, _with_progress(self._reader, pairs), strict=True):
+            totals[owner] += found.logprob
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Greedy text up to a stop sequence, the end of the document or a number of tokens.
+
+        Raises:
+          ValueError: the task asks for sampling, or for more tokens than the model looks at.
+        """
+        del disable_tqdm
+        texts = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        asked: list[Any] = [request.args for request in requests]  # context, options
+        for number, (_, options) in enumerate(asked):
+            groups.setdefault(repr(options), []).append(number)
+        for numbers in groups.values():
+            contexts, options = [asked[n][0] for n in numbers], asked[numbers[0]][1]
+            for number, text in zip(numbers, self._generate(contexts, options), strict=True):
+                texts[number] = text
+        return texts
+
+    def _generate(self, contexts: Sequence[str], asked: dict[str, Any]) -> list[str]:
+        decode = self._reader.tokenizer.decode
+        default = min(_MAX_NEW_TOKENS, self._reader.seq_len // 2)
+        options: dict[str, Any] = dict(normalize_gen_kwargs(asked, default))
+        if options["do_sample"]:
+            raise ValueError(
+                f"generation_kwargs: found {asked}, expected greedy decoding; set do_sample: false "
+                "in the task"
+            )
+        until = handle_stop_sequences(options.get("until"), eos=None)
+        found = self._reader.continue_greedily(
+            [self.tok_encode(context) or [self.eot_token_id] for context in contexts],
+            options["max_gen_toks"],
+            lambda tokens: any(s and s in decode(tokens) for s in until),
+        )
+        return [postprocess_generated_text(decode(tokens), until, None) for tokens in found]
+
+
+def _with_progress(reader: Reader, pairs: Sequence[Pair]) -> list[Any]:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("Reading", total=len(pairs))
+        return reader.likelihoods(pairs, lambda count: progress.advance(task, count))
+
+
+def run_tasks(
+    reader: Reader,
+    tasks: Sequence[str],
+    *,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Runs tasks of lm-eval.
+
+    Args:
+      reader: the model.
+      tasks: their names; groups and tags too.
+      include_path: a folder of YAML tasks. If all tasks are there, lm-eval's own are not looked at,
+        which takes half a minute.
+      num_fewshot: examples in a prompt, where not what the task says.
+      limit: documents of each task at most.
+      say: takes lines for the user.
+
+    Returns:
+      `tasks`: for each the metrics, `samples` (documents) and `version`.
+
+    Raises:
+      ValueError: there is no such task.
+    """
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if missing := [task for task in tasks if task not in manager.all_tasks]:
+        say(f"looking for {', '.join(missing)} among the tasks of lm-eval")
+        manager = TaskManager(include_path=include_path)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            near = ", ".join(get_close_matches(task, manager.all_tasks)) or "no name like it"
+            raise ValueError(
+                f"--tasks: found {task}, expected the name of a task of lm-eval or of one in "
+                f"--include_path ({near})"
+            )
+    evaluate: Any = lm_eval.simple_evaluate  # its own types do not fit it
+    found = evaluate(
+        Harnessed(reader),
+        tasks=list(tasks),
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        bootstrap_iters=0,  # it would fork this process, threads and all
+        log_samples=False,
+    )
+    return {
+        name: {
+            **{key: value for key, value in metrics.items() if isinstance(value, float)},
+            "samples": found["n-samples"].get(name, {}).get("effective"),
+            "version": found["versions"].get(name),
+        }
+        for name, metrics in found["results"].items()
+    }

@@ -1,0 +1,251 @@
+"""Checkpoints judged from outside: whether they are whole, how good they are, which is better."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from scipy.special import stdtrit
+
+from jaxlm.checkpoints.folder import TOKENIZER, Selected, read_metadata, select, when_settled
+from jaxlm.checkpoints.manifest import find_damage
+from jaxlm.checkpoints.restore import find_changed_arrays
+from jaxlm.compiled import keep_compiled
+from jaxlm.config import Config, MeshConfig
+from jaxlm.data.prepare import Dataset
+from jaxlm.device.loss import next_token_loss
+from jaxlm.device.sharding import make_mesh
+from jaxlm.inference.load import restore_params, tell_selected
+from jaxlm.tracking.metrics import perplexity
+from jaxlm.training.assemble import assemble_eval, held_out_batches, mask_id, prepare_data
+from jaxlm.training.evaluate import batch_sums, mean_loss
+from jaxlm.training.resume import compare_environments, describe_environment
+
+Say = Callable[[str], None]
+TOLERANCE = 1e-3
+"""Relative difference of two losses of the same params on different machines; float32 on the one
+and bfloat16 on the other give about this much."""
+
+
+def verify_step(folder: Path, step: int) -> list[str] | None:
+    """What is wrong with a step, after a look at every file and every array.
+
+    Changes nothing on disk, and takes no model. A trainer may be at work in the folder.
+
+    Returns:
+      Empty for a sound step; None for one that was deleted meanwhile.
+    """
+    path = folder / str(step)
+
+    def look() -> list[str]:
+        if damage := find_damage(path):
+            return damage
+        try:
+            changed = find_changed_arrays(path, read_metadata(folder, step))
+        except (OSError, ValueError, RuntimeError) as error:
+            return [f"it cannot be restored: {error}"]
+        return [f"{name} differs from what was saved" for name in changed]
+
+    return when_settled(path, look)
+
+
+class Score(NamedTuple):
+    """A checkpoint on a held-out set."""
+
+    run: str
+    """`RUN@STEP`."""
+    step: int
+    source: str
+    """Whose held-out documents these are."""
+    loss: float
+    """Nats per token."""
+    perplexity: float
+    num_tokens: int
+    """Tokens predicted."""
+    recorded_loss: float | None
+    """What the run had found; None where it did not evaluate, or other text was taken."""
+    differences: list[str]
+    """What the bits of a loss depend on that is not as it was then."""
+    environment: dict[str, Any]
+    """What they depend on here."""
+    sums: np.ndarray
+    """Loss sum (nats) and number of tokens of each batch: float64 [batches, 2]."""
+
+    @property
+    def as_recorded(self) -> bool:
+        """Whether it is the recorded loss: to the bit, where nothing says that bits may differ."""
+        recorded = math.nan if self.recorded_loss is None else self.recorded_loss
+        return math.isclose(self.loss, recorded, rel_tol=TOLERANCE if self.differences else 0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values: all but the sums and the environment."""
+        values = self._asdict()
+        return {name: values[name] for name in values if name not in ("sums", "environment")}
+
+
+class _Candidate(NamedTuple):
+    """A checkpoint, and the data to evaluate it on."""
+
+    run: str
+    selected: Selected
+    config: Config
+    dataset: Dataset
+
+
+def score(
+    runs: Sequence[str], *, source: str | None = None, paired: bool = False, say: Say = print
+) -> list[Score]:
+    """Evaluates checkpoints on the held-out sets of their runs, on any number of devices.
+
+    Args:
+      runs: `RUN@STEP` each; best, where no STEP is given.
+      source: another `data.source`, of whose held-out documents to take the tokens instead.
+      paired: evaluate all in the batches of the first.
+      say: takes lines for the user.
+
+    Raises:
+      ValueError: a run or step is not there, or is damaged; the data is no longer that of the run;
+        or `paired`, and the runs have other held-out sets or tokenizers.
+    """
+    scorer = Scorer(source, say)
+    found = [scorer.find(run) for run in runs]
+    if paired:
+        found = [_in_batches_of(found[0], candidate) for candidate in found]
+    return [_score(candidate, source) for candidate in found]
+
+
+class Scorer:
+    """Evaluates one checkpoint after the other; data that they share is prepared once."""
+
+    def __init__(self, source: str | None, say: Say):
+        """Arguments are those of `score`."""
+        self._source, self._say = source, say
+        self._prepared: tuple[Config, tuple[Config, Dataset]] | None = None
+
+    def __call__(self, run: str) -> Score:
+        """The score of `RUN@STEP`; raises what `score` does."""
+        return _score(self.find(run), self._source)
+
+    def find(self, run: str) -> _Candidate:
+        """`RUN@STEP`, and the data to evaluate it on."""
+        selected = select(run)
+        tell_selected(selected, self._say)
+        config, recorded = selected.metadata.run_config(), selected.metadata.data_fingerprint
+        if self._source:
+            tokenizer = str(selected.folder / TOKENIZER)
+            data = dataclasses.replace(config.data, source=self._source, tokenizer=tokenizer)
+            config = dataclasses.replace(config, data=data)
+        keep_compiled(config.data.cache_dir)
+        if self._prepared is None or self._prepared[0] != config:
+            self._prepared = config, prepare_data(config, self._say)
+        config, dataset = self._prepared[1]
+        if not self._source and dataset.fingerprint != recorded:
+            raise ValueError(
+                f"{run}: found data {dataset.fingerprint}, expected that of the run, "
+                f"{recorded or 'which had batches of its own'}; bring it back, or name other text "
+                "with --source"
+            )
+        return _Candidate(run if "@" in run else f"{run}@best", selected, config, dataset)
+
+
+def _in_batches_of(first: _Candidate, other: _Candidate) -> _Candidate:
+    a, b = first.dataset, other.dataset
+    tokens_a, tokens_b = (data.eval.read(0, data.eval.num_tokens) for data in (a, b))
+    same = {
+        "tokenizer": a.tokenizer_path.read_bytes() == b.tokenizer_path.read_bytes(),
+        "held-out set": np.array_equal(tokens_a, tokens_b),
+        "seq_len": first.config.seq_len == other.config.seq_len,
+    }
+    if not all(same.values()):
+        what = ", ".join(name for name, is_same in same.items() if not is_same)
+        raise ValueError(
+            f"{first.run} and {other.run} differ in {what}, so they have no batches in common; "
+            "compare runs of the same data, or leave --paired out"
+        )
+    batch = {name: getattr(first.config, name) for name in ("batch_size", "num_microbatches")}
+    return other._replace(config=dataclasses.replace(other.config, **batch))
+
+
+def _score(candidate: _Candidate, source: str | None) -> Score:
+    run, selected, config, dataset = candidate
+    metadata = selected.metadata
+    mesh = _choose_mesh(metadata.environment["mesh"], config.micro_batch_size)
+    blueprint, params = restore_params(selected, mesh)
+    batches = held_out_batches(config, dataset)
+    loss = next_token_loss(eos_id=mask_id(config, dataset), num_chunks=config.loss_chunks)
+    eval_step, put = assemble_eval(config, blueprint, mesh, batches, loss)
+    sums = batch_sums(eval_step, params, put, len(batches))
+    environment = describe_environment(mesh)
+    return Score(
+        run=run,
+        step=selected.step,
+        source=config.data.source,
+        loss=mean_loss(sums),
+        perplexity=perplexity(mean_loss(sums)),
+        num_tokens=int(sums[:, 1].sum()),
+        recorded_loss=None if source else metadata.eval_loss,
+        differences=compare_environments(metadata.environment, environment),
+        environment=environment,
+        sums=sums,
+    )
+
+
+def _choose_mesh(recorded: dict[str, int], micro_batch_size: int) -> Mesh:
+    # That of the run, for its bits, or else as many devices as a batch can be split for.
+    count = jax.device_count()
+    fits = micro_batch_size % (recorded["data"] * recorded["fsdp"]) == 0
+    if fits and math.prod(recorded.values()) == count:
+        return make_mesh(MeshConfig(**recorded))
+    return make_mesh(MeshConfig(), jax.devices()[: math.gcd(micro_batch_size, count)])
+
+
+class PairedDifference(NamedTuple):
+    """How much lower the loss of one checkpoint is than that of another, over the same batches."""
+
+    mean: float
+    """Loss of the first minus loss of the second (nats per token)."""
+    low: float
+    high: float
+    """95% confidence interval of it."""
+    num_batches: int
+
+    @property
+    def better(self) -> int | None:
+        """0 if the first is better, 1 if the second; None if that cannot be told."""
+        if self.high < 0:
+            return 0
+        return 1 if self.low > 0 else None
+
+
+def paired_difference(sums_a: np.ndarray, sums_b: np.ndarray) -> PairedDifference:
+    """The difference of two losses, each token weighing the same, and how sure it is.
+
+    What makes a batch hard is hard for both, and drops out of the difference (Miller, "Adding Error
+    Bars to Evals", 2411.00640, section 3). The mean is a ratio, of the sum of differences to
+    the number of tokens; its error is that of a ratio estimator over batches (Cochran, "Sampling
+    Techniques", 3rd ed. 1977, chapter 6), with Student's t at one less than the batches. It tells
+    how the two would compare on more text of this kind, not on other text.
+
+    Args:
+      sums_a: of `batch_sums`.
+      sums_b: of the same batches.
+
+    Raises:
+      ValueError: fewer than two batches.
+    """
+    count = len(sums_a)
+    if count < 2:
+        raise ValueError(
+            f"held-out set: found {count} batch, expected at least 2 to tell how sure a difference "
+            "is; raise data.eval_tokens"
+        )
+    tokens, gaps = sums_a[:, 1], sums_a[:, 0] - sums_b[:, 0]
+    mean = gaps.sum() / tokens.sum()
+    residuals = gaps - mean * tokens
+    error = math.sqrt(count / (count - 1) * np.square(residuals).sum()) / tokens.sum()
+    margin = float(stdtrit(count - 1, 0.975)) * error
+    return PairedDifference(float(mean), float(mean - margin), float(mean + margin), count)

@@ -1,0 +1,109 @@
+"""One writer to a folder. The folder itself is locked, so there is no lock file to delete."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypedDict
+
+from jaxlm.files.durable import write_file
+from jaxlm.files.strict import read_json
+
+HOLDER = "holder.json"
+"""Who has the lock: for people, and trusted by nothing."""
+
+# NFS gives no exclusive lock on what is not open for writing (EBADF), others give none at all.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL)
+_held: set[int] = set()
+
+
+class _Holder(TypedDict):
+    host: str
+    pid: int
+    started: str
+
+
+def _let_go() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+# A lock lives on in the children that its holder forks: they close their copy at once.
+os.register_at_fork(after_in_child=_let_go)
+
+
+def lock(folder: Path, *, required: bool, warn: Callable[[str], None]) -> int:
+    """Locks a folder, made if missing; the kernel frees it when its holder dies, however it dies.
+
+    Args:
+      folder: the folder.
+      required: raise where the file system has no locks; else warn, and go on without.
+      warn: takes that warning.
+
+    Returns:
+      What `unlock` takes.
+
+    Raises:
+      RuntimeError: another process has the lock, there are no locks to be had, or the folder cannot
+        be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise RuntimeError(
+            f"{folder} is in use by another trainer ({describe_holder(folder)}); wait for it, stop "
+            "it, or start a new run with --run_dir"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        text = f"{folder} is on a file system without locks ({error.strerror})"
+        if required:
+            os.close(descriptor)
+            raise RuntimeError(
+                f"{text}: a second trainer there could not be kept out. Choose another "
+                "--checkpoint_dir, or make sure of that yourself and add "
+                "--checkpoint.lock if_possible"
+            ) from error
+        warn(f"{text}: see to it that there is no second trainer")
+    _held.add(descriptor)
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.ctime()}
+    try:
+        write_file(folder / HOLDER, json.dumps(holder).encode())
+    except OSError as error:
+        unlock(descriptor)
+        raise _not_writable(folder, error) from error
+    return descriptor
+
+
+def unlock(descriptor: int) -> None:
+    """Frees the lock."""
+    _held.remove(descriptor)
+    os.close(descriptor)
+
+
+def _not_writable(folder: Path, error: OSError) -> RuntimeError:
+    return RuntimeError(
+        f"{folder} cannot be written ({error.strerror}); look at its disk, or choose another "
+        "--run_dir"
+    )
+
+
+def describe_holder(folder: Path) -> str:
+    """Who has the lock, as far as is known."""
+    try:
+        holder = read_json(folder / HOLDER, _Holder)
+        return f"process {holder['pid']} on {holder['host']} since {holder['started']}"
+    except (OSError, ValueError):
+        return "it has not said which"

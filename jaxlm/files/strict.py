@@ -1,0 +1,156 @@
+"""JSON from disk, taken in strictly: of the kind that was asked for, or refused.
+
+Anyone can have written a file. So its size, its depth and its numbers are bounded, no key comes
+twice, and every value is of the type that an annotation names, before anyone uses it.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from jaxlm.files.durable import read_file
+
+T = TypeVar("T")
+MAX_BYTES = 1 << 24
+"""Of a JSON file; a checkpoint of 10,000 arrays needs a tenth of it."""
+_MAX_DEPTH = 32
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def spell(value: T) -> T | str:
+    """A value for JSON, which has no NaN and no infinities: a field of type float takes these."""
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """The content of a JSON file, as `conform` gives it.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is not a file, too large, not JSON or not of this kind; names the file.
+    """
+    try:
+        return parse_json(read_file(path, MAX_BYTES), kind)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse_json(data: bytes, kind: type[T]) -> T:
+    """JSON in UTF-8, as `conform` gives it.
+
+    Raises:
+      ValueError: it is not JSON (which has no NaN, no 1e999 and no key twice), too deep, holds an
+        integer beyond 64 bits, or is not of this kind.
+    """
+    try:
+        text = data.decode()
+        value = json.loads(
+            text,
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_finite,
+            object_pairs_hook=_unique,
+        )
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [inner for outer in level for inner in _children(outer)]
+    if level:
+        raise ValueError(f"nested more than {_MAX_DEPTH} deep")
+    if "\\ud" in text.lower():  # half of a pair could be neither printed nor written
+        json.dumps(value, ensure_ascii=False).encode()
+    return conform(value, kind)
+
+
+def conform(value: Any, kind: Any, name: str = "") -> Any:
+    """A JSON value of the kind that an annotation names; nothing is converted.
+
+    But for these: of a dataclass, an instance is made, and "NaN", "Infinity" and "-Infinity" are
+    floats. A dataclass has no other keys than its fields, a `TypedDict` may.
+
+    Args:
+      value: what `json.loads` gives.
+      kind: a scalar type, `Any`, `Literal`, `X | None`, `list[X]`, `dict[str, X]`, a `TypedDict` or
+        a dataclass.
+      name: of the value, for the message.
+
+    Raises:
+      ValueError: it is not of this kind, or the dataclass refuses it.
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        kind, none = args
+        assert none is type(None), "of unions, only X | None is needed"
+        return None if value is None else conform(value, kind, name)
+    if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
+        return _record(value, kind, name)
+    if origin is list and type(value) is list:
+        return [conform(item, args[0], f"{name}[{i}]") for i, item in enumerate(value)]
+    if origin is dict and type(value) is dict:
+        return {k: conform(item, args[1], f"{name}[{shown(k)}]") for k, item in value.items()}
+    if kind is float and type(value) is str and value in _NOT_FINITE:
+        return _NOT_FINITE[value]
+    if origin is Literal:
+        fits = any(value == arg and type(value) is type(arg) for arg in args)
+    else:
+        fits = kind is Any or type(value) is kind or (kind is float and type(value) is int)
+    if not fits:
+        expected = getattr(kind, "__name__", kind) if origin is None else kind
+        raise ValueError(f"{name + ': ' if name else ''}found {shown(value)}, expected {expected}")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value for a message: short, and nothing in it that a terminal would obey."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _record(value: Any, kind: Any, name: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    value = conform(value, dict[str, Any], name)
+    prefix = f"{name}." if name else ""
+    if typing.is_typeddict(kind):
+        required = kind.__required_keys__
+    else:
+        required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory}
+        for key in value.keys() - hints.keys():
+            raise ValueError(
+                f"{prefix}{shown(key)[1:-1]}: not a field of this version of jaxlm; "
+                "it was written by another version, so restore it with that one"
+            )
+    for key in sorted(required - value.keys()):
+        raise ValueError(f"{prefix}{key}: missing")
+    known = {key: conform(value[key], hints[key], prefix + key) for key in hints if key in value}
+    return {**value, **known} if typing.is_typeddict(kind) else kind(**known)
+
+
+def _children(value: Any) -> list[Any]:
+    return list(value.values()) if type(value) is dict else value if type(value) is list else []
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+        raise ValueError(f"found {text[:40]}, expected an integer of 64 bits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"found {text[:40]}, expected a finite number")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"found the key {shown(max(names, key=names.count))} more than once")
+    return found

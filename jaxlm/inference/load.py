@@ -1,0 +1,83 @@
+"""A trained model back from disk, for evals and for use."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxlm.checkpoints.folder import Selected, select
+from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.checkpoints.restore import restore_items
+from jaxlm.config import MeshConfig
+from jaxlm.device.model import model_factory
+from jaxlm.device.optim import make_optimizer
+from jaxlm.device.sharding import make_mesh
+from jaxlm.device.state import Blueprint, ModelFactory, Params, make_blueprint
+
+
+def load_model(
+    run: str,
+    *,
+    mesh: Mesh | None = None,
+    model: ModelFactory | None = None,
+    say: Callable[[str], None] = print,
+) -> tuple[Any, Metadata]:
+    """The model of `RUN@STEP`, verified, and what its checkpoint says of itself.
+
+    Only the weights are read. A damaged best or latest is said, and passed over for the next.
+
+    Args:
+      run: a run folder or checkpoint folder; `@best` (the default), `@latest`, `@final` or a step
+        number may follow.
+      mesh: where to put it; by default all devices, data-parallel. Any will do.
+      model: the factory that was given to `train`, if one was.
+      say: takes the lines that tell what was loaded.
+
+    Returns:
+      An `nnx.Module` (`jaxlm.device.model.Transformer`: int32 tokens [B, T] -> float32 logits
+      [B, T, V]), and the metadata.
+
+    Raises:
+      ValueError: no such run or step, it is damaged, or it is of another model.
+    """
+    selected = select(run)
+    metadata = selected.metadata
+    blueprint, params = restore_params(selected, mesh or make_mesh(MeshConfig()), model)
+    tell_selected(selected, say)
+    return nnx.merge(blueprint.graphdef, params), metadata
+
+
+def restore_params(
+    selected: Selected, mesh: Mesh, model: ModelFactory | None = None
+) -> tuple[Blueprint, Params]:
+    """The weights alone of a checkpoint on a mesh, verified, and the blueprint of their model.
+
+    Args:
+      selected: the checkpoint.
+      mesh: where to put them.
+      model: the factory that was given to `train`, if one was.
+
+    Raises:
+      ValueError: it is of another model, or damaged.
+    """
+    metadata, config = selected.metadata, selected.metadata.run_config()
+    if model is None and config.model.num_layers > len(metadata.fingerprints):
+        raise ValueError(
+            f"{selected.path}: its config has {config.model.num_layers:,} layers, and it holds "
+            f"{len(metadata.fingerprints)} arrays; it was altered"
+        )
+    factory = model or model_factory(config.model, mesh.devices.flat[0].platform)
+    blueprint = make_blueprint(factory, make_optimizer(config.optim), mesh)
+    wanted = {"params": blueprint.abstract.params}
+    return blueprint, restore_items(selected.path, metadata, wanted)["params"]
+
+
+def tell_selected(selected: Selected, say: Callable[[str], None]) -> None:
+    """Which checkpoint it is, and what it was passed over for."""
+    metadata = selected.metadata
+    for step, damage in selected.passed_over.items():
+        say(f"Warning: step {step} is damaged ({damage[0]}) and was passed over")
+    say(f"Loaded step {metadata.step} of {selected.folder}")
+    say(f"Best eval loss: {metadata.best_eval_loss:.4f}")
+    say(f"Tokens seen: {metadata.tokens_seen / 1e9:.2f}B")

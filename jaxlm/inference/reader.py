@@ -1,0 +1,174 @@
+"""A trained model that reads text: the likelihood of tokens, and the likeliest ones to follow.
+
+Rows are padded to a few lengths, so that few programs are compiled.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer
+
+from jaxlm.checkpoints.folder import TOKENIZER, select
+from jaxlm.compiled import keep_compiled
+from jaxlm.config import MeshConfig
+from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.device.likelihood import make_next_tokens, make_token_scores
+from jaxlm.device.sharding import make_mesh, put_batch
+from jaxlm.inference.load import restore_params, tell_selected
+
+Pair = tuple[Sequence[int], Sequence[int]]
+"""The tokens of a context, and those of its continuation."""
+_SHORTEST = 16
+
+
+class Likelihood(NamedTuple):
+    """A continuation after its context."""
+
+    logprob: float
+    """Sum over its tokens (nats)."""
+    is_greedy: bool
+    """Whether each of its tokens is the likeliest at its place."""
+
+
+class Reader:
+    """A checkpoint and its tokenizer.
+
+    Attributes:
+      step: its step.
+      tokenizer: text to tokens and back.
+      eos_id: the token that ends a document, and so comes before one.
+      seq_len: tokens that the model was trained to look at.
+    """
+
+    def __init__(
+        self, run: str, *, batch_size: int = 8, say: Callable[[str], None] = print
+    ) -> None:
+        """Restores the weights of `RUN@STEP` (best, where no STEP is given) on all devices.
+
+        Args:
+          run: `RUN@STEP`.
+          batch_size: rows at a time; rounded up to a multiple of the devices.
+          say: takes lines for the user.
+
+        Raises:
+          ValueError: there is no such checkpoint, it is damaged, or it has no tokenizer.
+        """
+        selected = select(run)
+        tell_selected(selected, say)
+        config, eos_id = selected.metadata.run_config(), selected.metadata.eos_id
+        if eos_id is None:
+            raise ValueError(
+                f"{run}: found no tokenizer, since the run had batches of its own; expected a run "
+                "on text. jaxlm.load_model gives its model, to be evaluated by code of yours"
+            )
+        keep_compiled(config.data.cache_dir)
+        self.step, self.eos_id, self.seq_len = selected.step, eos_id, config.seq_len
+        self.tokenizer: Tokenizer = load_tokenizer(selected.folder / TOKENIZER)
+        self._mesh = make_mesh(MeshConfig())
+        self._batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
+        blueprint, self._params = restore_params(selected, self._mesh)
+        mask = eos_id if config.model.document_mask else None
+        self._token_scores = make_token_scores(blueprint, self._mesh, mask)
+        self._next_tokens = make_next_tokens(blueprint, self._mesh, mask)
+
+    def likelihoods(
+        self, pairs: Sequence[Pair], done: Callable[[int], None] = lambda _: None
+    ) -> list[Likelihood]:
+        """How likely each continuation is after its context.
+
+        Where the two are longer than the model looks at, the context is cut from the left.
+
+        Args:
+          pairs: neither of the two may be empty.
+          done: told after each batch how many of the pairs it had.
+
+        Raises:
+          ValueError: a context or a continuation is empty, or a continuation is too long.
+        """
+        for context, continuation in pairs:
+            if not context or not 0 < len(continuation) <= self.seq_len:
+                raise ValueError(
+                    f"continuation: found {len(continuation)} tokens after {len(context)} of "
+                    f"context, expected 1 to {self.seq_len} (the run's seq_len) after at least 1; "
+                    "leave such documents out of the task"
+                )
+        rows = [[*context, *tokens][-self.seq_len - 1 :] for context, tokens in pairs]
+        found: dict[int, Likelihood] = {}
+        for T, batch in self._batches([len(row) - 1 for row in rows]):
+            tokens_BT = np.zeros((self._batch_size, T + 1), np.int32)
+            for b, i in enumerate(batch):
+                tokens_BT[b, : len(rows[i])] = rows[i]
+            arrays = {"inputs": tokens_BT[:, :-1], "targets": tokens_BT[:, 1:]}
+            scores = jax.device_get(self._token_scores(self._params, self._put(arrays)))
+            for b, i in enumerate(batch):
+                stop = len(rows[i]) - 1
+                of_row = slice(stop - len(pairs[i][1]), stop)
+                logprobs, likeliest = (array_BT[b, of_row] for array_BT in scores)
+                total = math.fsum(logprobs.tolist())
+                found[i] = Likelihood(total, bool(likeliest.all()))
+            done(len(batch))
+        return [found[i] for i in range(len(pairs))]
+
+    def continue_greedily(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        stop: Callable[[Sequence[int]], bool],
+    ) -> list[list[int]]:
+        """The likeliest tokens after each prompt, up to the end of the document.
+
+        Prompts are cut from the left, so that all tokens are within what the model looks at.
+
+        Args:
+          prompts: at least one token each.
+          max_tokens: new tokens at most.
+          stop: told the new tokens of a prompt after each; whether they are enough.
+
+        Returns:
+          The new tokens, without the one that ends the document.
+
+        Raises:
+          ValueError: `max_tokens` leaves no room for a prompt.
+        """
+        if not 0 < max_tokens < self.seq_len:
+            raise ValueError(
+                f"max_gen_toks: found {max_tokens}, expected 1 to {self.seq_len - 1}, below the "
+                "run's seq_len; set it in the task's generation_kwargs"
+            )
+        rows = [list(prompt[max_tokens - self.seq_len :]) for prompt in prompts]
+        new: list[list[int]] = [[] for _ in rows]
+        for T, batch in self._batches([len(row) + max_tokens for row in rows]):
+            going = list(batch)
+            while going:
+                inputs_BT = np.zeros((self._batch_size, T), np.int32)
+                last_B = np.zeros(self._batch_size, np.int32)
+                for b, i in enumerate(going):
+                    row = rows[i] + new[i]
+                    inputs_BT[b, : len(row)], last_B[b] = row, len(row) - 1
+                put = self._put({"inputs": inputs_BT, "last": last_B})
+                tokens_B = np.asarray(self._next_tokens(self._params, put))
+                for i, token in zip(going, tokens_B[: len(going)].tolist(), strict=True):
+                    if token != self.eos_id:
+                        new[i].append(token)
+                    if token == self.eos_id or len(new[i]) == max_tokens or stop(new[i]):
+                        batch.remove(i)
+                going = list(batch)
+        return new
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        # A length to pad to (a power of two, or seq_len) and indices of rows, the longest first: so
+        # memory runs out at once or never.
+        padded = [min(self.seq_len, max(_SHORTEST, 1 << (n - 1).bit_length())) for n in lengths]
+        order = sorted(range(len(lengths)), key=lambda i: -padded[i])
+        while order:
+            T = padded[order[0]]
+            batch = [i for i in order[: self._batch_size] if padded[i] == T]
+            order = order[len(batch) :]
+            yield T, batch
+
+    def _put(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+        rows_of = lambda rows: {name: array[rows] for name, array in arrays.items()}  # noqa: E731
+        return put_batch(rows_of, self._mesh, self._batch_size)

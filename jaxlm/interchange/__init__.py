@@ -1,0 +1,1 @@
+"""From and to the folders of Hugging Face transformers."""

@@ -1,0 +1,208 @@
+"""A checkpoint as a folder of Hugging Face transformers, which the tools around it read."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import huggingface_hub
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from jaxlm.checkpoints.folder import TOKENIZER, Selected, select
+from jaxlm.config import MeshConfig
+from jaxlm.data.tokenizer import find_eos, load_tokenizer
+from jaxlm.device.sharding import make_mesh
+from jaxlm.device.state import path_name
+from jaxlm.files.durable import check_free, new_folder
+from jaxlm.inference.load import restore_params, tell_selected
+from jaxlm.interchange.mapping import (
+    CONFIG,
+    GENERATION,
+    INDEX,
+    TOKENIZER_CONFIG,
+    WEIGHTS,
+    tensor_of,
+    to_hf_config,
+)
+from jaxlm.tracking.metrics import perplexity
+
+Dtype = Literal["float32", "bfloat16"]
+_DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+
+
+class Exported(NamedTuple):
+    """What was written."""
+
+    folder: str
+    step: int
+    architecture: str
+    dtype: str
+    num_params: int
+    files: list[str]
+    own_tokenizer: bool
+    """Whether llama.cpp's converter has to be told how the tokenizer splits words."""
+    url: str | None
+    """Where it was pushed to."""
+
+
+def export(
+    run: str,
+    folder: str,
+    *,
+    dtype: Dtype = "float32",
+    max_shard_bytes: int = 5 * 10**9,
+    push: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Exported:
+    """Writes the weights of `RUN@STEP`, its tokenizer and what it says of itself.
+
+    Args:
+      run: `RUN@STEP`; best, where no STEP is given.
+      folder: must not be there, or be empty; it is made whole or not at all.
+      dtype: of the weights, which are float32 in the run.
+      max_shard_bytes: a file of weights holds no more, but for a single tensor that is larger.
+      push: a repo of the Hugging Face Hub (OWNER/NAME) to upload it to, private if it is new.
+      say: takes lines for the user.
+
+    Raises:
+      ValueError: no such checkpoint, it is damaged or of a model of your own; the folder is taken;
+        or there is no token for the Hub.
+    """
+    target = Path(folder)
+    check_free(target)
+    if push:
+        _check_token()
+    selected = select(run)
+    tell_selected(selected, say)
+    _, params = restore_params(selected, make_mesh(MeshConfig()))
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+    with new_folder(target) as partial:
+        _write_weights(partial, params, dtype, max_shard_bytes)
+        own = _write_about(partial, selected, dtype, num_params, target.name, say)
+        files = sorted(path.name for path in partial.iterdir())
+    url = _push(target, push) if push else None
+    architecture = "Qwen3" if selected.metadata.run_config().model.qk_norm else "Llama"
+    return Exported(folder, selected.step, architecture, dtype, num_params, files, own, url)
+
+
+def _write_weights(folder: Path, params: Any, dtype: Dtype, max_shard_bytes: int) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    itemsize = np.dtype(_DTYPES[dtype]).itemsize
+    shards: list[list[tuple[str, jax.Array]]] = [[]]
+    size = 0
+    for path, leaf in leaves:
+        if shards[-1] and size + leaf.size * itemsize > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append((path_name(path), leaf))
+        size += leaf.size * itemsize
+    where = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else WEIGHTS
+        where |= dict.fromkeys(_write_shard(folder / file, shard, dtype), file)
+    if shards[1:]:
+        total = sum(leaf.size for _, leaf in leaves)
+        about = {"total_parameters": total, "total_size": total * itemsize}
+        _write_json(folder / INDEX, {"metadata": about, "weight_map": where})
+
+
+def _write_shard(path: Path, shard: list[tuple[str, jax.Array]], dtype: Dtype) -> list[str]:
+    tensors = {}
+    for name, leaf in shard:
+        tensor = tensor_of(name)
+        tensors[tensor.name] = tensor.to_theirs(np.asarray(leaf)).astype(_DTYPES[dtype])
+    save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses a file without it
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read it
+    with safe_open(path, framework="np") as file:
+        for name, wanted in tensors.items():
+            if file.get_tensor(name).tobytes() != wanted.tobytes():
+                raise ValueError(
+                    f"{name}: {path.name} holds other bits than were written; look at the disk"
+                )
+    return list(tensors)
+
+
+def _write_about(
+    folder: Path,
+    selected: Selected,
+    dtype: Dtype,
+    num_params: int,
+    name: str,
+    say: Callable[[str], None],
+) -> bool:
+    # All but the weights; whether the tokenizer is of our own making.
+    metadata = selected.metadata
+    config, eos_id = metadata.run_config(), metadata.eos_id
+    hf_config = to_hf_config(config.model, seq_len=config.seq_len, eos_id=eos_id, dtype=dtype)
+    _write_json(folder / CONFIG, hf_config)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eos_id)
+    _write_json(folder / GENERATION, {**ids, "do_sample": True})
+    own = False
+    if (source := selected.folder / TOKENIZER).is_file():
+        tokenizer = load_tokenizer(source)
+        eos_id = find_eos(tokenizer, config.data.eos_token) if eos_id is None else eos_id
+        ends = ("bos_token", "eos_token", "pad_token")  # what ends a document begins the next
+        about = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **dict.fromkeys(ends, tokenizer.id_to_token(eos_id)),
+            "model_max_length": config.seq_len,
+            "clean_up_tokenization_spaces": False,
+        }
+        (folder / TOKENIZER).write_bytes(source.read_bytes())
+        _write_json(folder / TOKENIZER_CONFIG, about)
+        own = config.data.tokenizer == "train"
+    else:
+        say(f"Warning: {selected.folder} holds no {TOKENIZER}: the folder gets none either")
+    (folder / "README.md").write_text(_card(selected, name, num_params, dtype))
+    return own
+
+
+def _card(selected: Selected, name: str, num_params: int, dtype: str) -> str:
+    metadata = selected.metadata
+    config = metadata.run_config()
+    kind, _, _ = config.data.source.partition(":")
+    # A path of the machine that trained it is not for the world.
+    source = {"text": "text files", "tfds_dir": "a folder of TFDS"}.get(kind, config.data.source)
+    rows = {
+        "parameters": f"{num_params:,}",
+        "layers, width": f"{config.model.num_layers}, {config.model.d_model}",
+        "step": f"{metadata.step:,}",
+        "tokens trained on": f"{metadata.tokens_seen:,}",
+        "sequence length": f"{config.seq_len:,}",
+        "data": source,
+        "data fingerprint": metadata.data_fingerprint or "none",
+        "optimizer, peak learning rate": f"{config.optim.name}, {config.optim.learning_rate:g}",
+        "dtype of the weights": dtype,
+    }
+    if (loss := metadata.eval_loss) is not None:
+        rows["held-out loss (nats per token)"] = f"{loss:.4f}"
+        rows["held-out perplexity"] = f"{perplexity(loss):.2f}"
+    table = "\n".join(f"| {what} | {value} |" for what, value in rows.items())
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- jaxlm\n---\n\n"
+        f"# {name}\n\nA pretrained language model, exported from a checkpoint of jaxlm. It "
+        "continues text; it was not taught to follow instructions.\n\n"
+        f"| | |\n|---|---|\n{table}\n"
+    )
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _check_token() -> None:
+    if huggingface_hub.get_token() is None:
+        raise ValueError(
+            "push: found no token of the Hugging Face Hub, expected $HF_TOKEN or that of "
+            "`hf auth login`; give one, or leave --push out"
+        )
+
+
+def _push(folder: Path, repo: str) -> str:
+    api = huggingface_hub.HfApi()
+    api.create_repo(repo, private=True, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo, folder_path=str(folder)).commit_url)

@@ -1,0 +1,273 @@
+"""A folder of Hugging Face transformers as a run to go on from.
+
+Whoever wrote the folder is not trusted: every size is checked before it is allocated, nothing in it
+is executed, and what is not exactly the tensors of its config is refused.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import jax
+import ml_dtypes  # noqa: F401 - gives numpy the bfloat16 that safetensors asks it for
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxlm.checkpoints.checkpoint import Checkpoints
+from jaxlm.checkpoints.folder import TOKENIZER
+from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, to_dict
+from jaxlm.data.dataset import check_vocabulary
+from jaxlm.data.tokenizer import find_eos, load_tokenizer, num_ids
+from jaxlm.device.model import model_factory
+from jaxlm.device.optim import make_optimizer
+from jaxlm.device.sharding import make_mesh
+from jaxlm.device.state import make_blueprint, path_name
+from jaxlm.files.durable import check_free, new_folder, read_file, write_file
+from jaxlm.files.strict import read_json, shown
+from jaxlm.interchange.mapping import CONFIG, INDEX, WEIGHTS, Tensor, from_hf_config, tensor_of
+from jaxlm.training.resume import describe_environment
+
+CONTINUE = "continue.py"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_MAX_SEQ_LEN = 2048
+_DTYPES = ("F32", "BF16", "F16")  # float32 holds each of their values
+
+
+class Imported(NamedTuple):
+    """What was made."""
+
+    run: str
+    num_params: int
+    dtypes: list[str]
+    """Those of the tensors that were read."""
+    config: str
+    """A config file that goes on from it."""
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
+
+class _Found(NamedTuple):
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def import_folder(folder: str, run: str, *, say: Callable[[str], None] = print) -> Imported:
+    """Makes a run whose step 0 has the weights of the folder, and the tokenizer beside it.
+
+    Args:
+      folder: of transformers: config.json, safetensors, tokenizer.json.
+      run: the run folder; must not be there, or be empty. It is made whole or not at all.
+      say: takes lines for the user.
+
+    Raises:
+      ValueError: the run folder is taken; or the folder is of another architecture, has pickled
+        weights, or holds not exactly the tensors of its config.
+      FileNotFoundError: a file of the folder is missing.
+    """
+    source, target = Path(folder), Path(run)
+    check_free(target)
+    hf_config = read_json(source / CONFIG, dict[str, Any])
+    model, num_positions = from_hf_config(hf_config, source)
+    found = find_tensors(source)
+    if model.num_layers > len(found):
+        raise ValueError(
+            f"{source / CONFIG}: num_hidden_layers: found {model.num_layers:,}, expected at most "
+            f"as many as the {len(found)} tensors in the folder; one of them is not whole"
+        )
+    tokenizer, eos_token, eos_id = _tokenizer(source, hf_config, model.vocab_size, say)
+    kept = target / "checkpoints" / TOKENIZER
+    config = Config(
+        model=model,
+        data=DataConfig(tokenizer=str(kept) if tokenizer else "train", eos_token=eos_token),
+        optim=OptimConfig(learning_rate=3e-4),
+        seq_len=max(1, min(num_positions, _MAX_SEQ_LEN)),
+        run_dir=run,
+    )
+    mesh = make_mesh(MeshConfig())
+    factory = model_factory(model, mesh.devices.flat[0].platform)
+    blueprint = make_blueprint(factory, make_optimizer(config.optim), mesh)
+    abstract = blueprint.abstract.params
+    _check_tensors(source, abstract, found)
+    with new_folder(target) as partial:
+        state = blueprint.make(0)._replace(params=_read_params(abstract, found))
+        checkpoints = Checkpoints(
+            partial / "checkpoints",
+            CheckpointConfig(),
+            on_commit=lambda *_: None,
+            warn=lambda line: say(f"Warning: {line}"),
+        )
+        with checkpoints:
+            checkpoints.save(state, _metadata(config, eos_id, describe_environment(mesh), folder))
+        if tokenizer:
+            write_file(partial / "checkpoints" / TOKENIZER, tokenizer)
+        text = json.dumps(to_dict(config), indent=2) + "\n"
+        write_file(partial / "config.json", text.encode())
+        write_file(partial / CONTINUE, _config_file(config, run).encode())
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    dtypes = sorted({tensor.dtype for tensor in found.values()})
+    return Imported(run, num_params, dtypes, str(target / CONTINUE))
+
+
+def find_tensors(folder: Path) -> dict[str, _Found]:
+    """Name -> file, shape and dtype of each tensor, from the headers alone.
+
+    Raises:
+      ValueError: no safetensors, a file of them that is damaged, or an index that does not fit.
+    """
+    index = _index(folder)
+    files = [folder / name for name in sorted(set(index.values()) if index else {WEIGHTS})]
+    if not files[0].is_file():
+        raise ValueError(_without_weights(folder))
+    found: dict[str, _Found] = {}
+    for file in files:
+        for name, tensor in _header(file):
+            if name in found:
+                raise ValueError(f"{name}: found in {found[name].file.name} and in {file.name}")
+            if index is not None and index.get(name) != file.name:
+                raise ValueError(f"{name}: {file.name} holds it, and {INDEX} does not say so")
+            found[name] = tensor
+    if missing := sorted((index or {}).keys() - found.keys()):
+        raise ValueError(f"{missing[0]}: {INDEX} names it, and it is in no file")
+    return found
+
+
+def _index(folder: Path) -> dict[str, str] | None:
+    # Name -> file, where the weights are in several.
+    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
+        return None
+    index = read_json(folder / INDEX, _Index)["weight_map"]
+    for name in index.values():
+        if name != Path(name).name or not (folder / name).is_file():
+            raise ValueError(f"{folder / INDEX}: {shown(name)} is not a file beside it")
+    return index
+
+
+def _without_weights(folder: Path) -> str:
+    expected = f"expected {WEIGHTS} or {INDEX}"
+    pickles = sorted(path.name for form in _PICKLES for path in folder.glob(form))
+    if not pickles:
+        return f"{folder}: found no weights, {expected}"
+    return (
+        f"{folder}: found the pickle {pickles[0]}, {expected}; a pickle can run any code when it "
+        "is read, so have its maker save it as safetensors"
+    )
+
+
+def _header(path: Path) -> Iterator[tuple[str, _Found]]:
+    # The library bounds the header, and checks each size and place against the file's length.
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                about = file.get_slice(name)
+                yield name, _Found(path, tuple(about.get_shape()), str(about.get_dtype()))
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a sound file of safetensors ({error})") from error
+
+
+def _check_tensors(folder: Path, abstract: Any, found: dict[str, _Found]) -> None:
+    wanted = {tensor.name: shape for _, tensor, shape in _leaves(abstract)}
+    if missing := [name for name in wanted if name not in found]:
+        raise ValueError(
+            f"{folder}: {missing[0]} is missing (and {len(missing) - 1} more); its config has it"
+        )
+    if extra := sorted(found.keys() - wanted.keys()):
+        raise ValueError(
+            f"{folder}: {shown(extra[0])[1:-1]} has no place in this model (and {len(extra) - 1} "
+            f"more); its {CONFIG} is of another"
+        )
+    for name, shape in wanted.items():
+        tensor = found[name]
+        if tensor.shape != shape:
+            hint = ", so it is transposed" if tensor.shape == shape[::-1] else ""
+            raise ValueError(
+                f"{tensor.file}: {name}: found {list(tensor.shape)}, expected {list(shape)}{hint}"
+            )
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{tensor.file}: {name}: found {tensor.dtype}, expected {', '.join(_DTYPES)}"
+            )
+
+
+def _leaves(abstract: Any) -> Iterator[tuple[Any, Tensor, tuple[int, ...]]]:
+    # Each leaf, its tensor there, and the shape there.
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        tensor = tensor_of(path_name(path))
+        yield leaf, tensor, tensor.shape(leaf.shape)
+
+
+def _read_params(abstract: Any, found: dict[str, _Found]) -> Any:
+    arrays = []
+    for leaf, tensor, _ in _leaves(abstract):
+        file = found[tensor.name].file
+        with safe_open(file, framework="np") as opened:
+            theirs = opened.get_tensor(tensor.name).astype(np.float32)
+        if not np.isfinite(theirs).all():
+            raise ValueError(f"{file}: {tensor.name}: found NaN or infinity, expected neither")
+        arrays.append(jax.device_put(tensor.to_ours(theirs, leaf.shape), leaf.sharding))
+    return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+
+
+def _tokenizer(
+    folder: Path, hf_config: dict[str, Any], vocab_size: int, say: Callable[[str], None]
+) -> tuple[bytes | None, str | None, int | None]:
+    # The file, and the token that ends a document, by name and id.
+    path = folder / TOKENIZER
+    if not path.is_file():
+        say(f"Warning: {folder} holds no {TOKENIZER}; the run can only go on with its own batches")
+        return None, None, None
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(str(path), num_ids(tokenizer), vocab_size)
+    eos_id = hf_config.get("eos_token_id")
+    eos_id = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
+    name = tokenizer.id_to_token(eos_id) if type(eos_id) is int and eos_id >= 0 else None
+    eos_id = find_eos(tokenizer, name)
+    return read_file(path, 1 << 28), tokenizer.id_to_token(eos_id), eos_id
+
+
+def _metadata(
+    config: Config, eos_id: int | None, environment: dict[str, Any], source: str
+) -> Metadata:
+    return Metadata(
+        step=0,
+        tokens_seen=0,
+        eval_loss=None,
+        best_eval_loss=math.inf,
+        best_step=None,
+        num_worse_evals=0,
+        final=False,
+        config=to_dict(config),
+        data_fingerprint="",
+        eos_id=eos_id,
+        environment=environment,
+        tracking_run_id="",
+        lineage=[{"step": 0, "imported_from": source}],
+    )
+
+
+def _config_file(config: Config, run: str) -> str:
+    changed = ", ".join(
+        f"{f.name}={value!r}"
+        for f in dataclasses.fields(config.model)
+        if (value := getattr(config.model, f.name)) != f.default
+    )
+    data = config.data
+    return f'''"""Goes on from weights that were imported. All but the model is yours to change."""
+
+from jaxlm.config import Config, DataConfig, ModelConfig, OptimConfig
+
+config = Config(
+    model=ModelConfig({changed}),
+    data=DataConfig(tokenizer={data.tokenizer!r}, eos_token={data.eos_token!r}),
+    optim=OptimConfig(learning_rate={config.optim.learning_rate!r}),
+    seq_len={config.seq_len},
+    init_from={run + "@0"!r},
+    run_dir={run.rstrip("/") + "-continued"!r},
+)
+'''

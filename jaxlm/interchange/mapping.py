@@ -1,0 +1,201 @@
+"""A run in the words of Hugging Face transformers: names of tensors, keys of config.json.
+
+Each table is read in both directions. Llama where the config has no `qk_norm`, Qwen3 where it has.
+"""
+
+import math
+import re
+from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+
+from jaxlm.config import ModelConfig
+from jaxlm.files.strict import conform, shown
+
+CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+_IN_LAYER = {
+    "attention_norm/scale": ("input_layernorm", 0),
+    "attention/w_q_DNH": ("self_attn.q_proj", 1),
+    "attention/w_k_DKH": ("self_attn.k_proj", 1),
+    "attention/w_v_DKH": ("self_attn.v_proj", 1),
+    "attention/w_o_NHD": ("self_attn.o_proj", 2),
+    "attention/q_norm/scale": ("self_attn.q_norm", 0),
+    "attention/k_norm/scale": ("self_attn.k_norm", 0),
+    "mlp_norm/scale": ("post_attention_layernorm", 0),
+    "mlp/w_gate_DF": ("mlp.gate_proj", 1),
+    "mlp/w_up_DF": ("mlp.up_proj", 1),
+    "mlp/w_down_FD": ("mlp.down_proj", 1),
+}
+_OUTSIDE = {
+    "embedding_VD": ("model.embed_tokens", 0),
+    "final_norm/scale": ("model.norm", 0),
+    "head_DV": ("lm_head", 1),
+}
+# Leaf -> name there, and how many of its dims are inputs; 0 is a tensor that is the same there.
+
+_KEYS = {
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "d_ff": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "init_std": "initializer_range",
+}
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+class Tensor(NamedTuple):
+    """What a leaf of the params is called there, and how it lies."""
+
+    name: str
+    num_inputs: int
+    """Leading dims of the leaf that are summed over; 0 where it lies as it does here."""
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape there of a leaf of this shape: [out, in]."""
+        n = self.num_inputs
+        return (math.prod(shape[n:]), math.prod(shape[:n])) if n else shape
+
+    def to_theirs(self, leaf: np.ndarray) -> np.ndarray:
+        """The leaf as it lies there, contiguous."""
+        if self.num_inputs:
+            leaf = leaf.reshape(self.shape(leaf.shape)[::-1]).T
+        return np.ascontiguousarray(leaf)  # safetensors would write a view in the wrong order
+
+    def to_ours(self, theirs: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The leaf of this shape."""
+        return np.ascontiguousarray((theirs.T if self.num_inputs else theirs).reshape(shape))
+
+
+def tensor_of(leaf: str) -> Tensor:
+    """The tensor of a leaf, such as `layers/0/mlp/w_up_DF`.
+
+    Raises:
+      ValueError: the architecture has none such.
+    """
+    layer = re.fullmatch(r"layers/(\d+)/(.+)", leaf)
+    found = _IN_LAYER.get(layer[2]) if layer else _OUTSIDE.get(leaf)
+    if found is None:
+        raise ValueError(
+            f"{leaf}: found a param that is not of jaxlm's own model, expected one that Llama or "
+            "Qwen3 has; a model of your own has no form that other tools know"
+        )
+    prefix = f"model.layers.{layer[1]}." if layer else ""
+    return Tensor(f"{prefix}{found[0]}.weight", found[1])
+
+
+def to_hf_config(model: ModelConfig, *, seq_len: int, eos_id: int | None, dtype: str) -> Any:
+    """The content of config.json."""
+    kind = "qwen3" if model.qk_norm else "llama"
+    values = {
+        "architectures": [_ARCHITECTURES[kind]],
+        "model_type": kind,
+        **{theirs: getattr(model, ours) for ours, theirs in _KEYS.items()},
+        "rope_theta": model.rope_theta,  # where transformers before 5 and llama.cpp look
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "max_position_embeddings": seq_len,
+        # What ends a document begins the next. Left out, it would be the token 1.
+        "bos_token_id": eos_id,
+        "eos_token_id": eos_id,
+        "dtype": dtype,
+        "use_cache": True,
+    }
+    more = {"use_sliding_window": False} if model.qk_norm else {"mlp_bias": False}
+    return {**values, **more}
+
+
+class HFConfig(TypedDict, total=False):
+    """The keys of config.json that are read."""
+
+    vocab_size: int
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int | None
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    initializer_range: float
+    max_position_embeddings: int
+    rope_theta: float | None
+    rope_parameters: dict[str, Any] | None
+
+
+_REQUIRED = ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads")
+# What the model of jaxlm has no place for, each with the values that mean that there is none of it.
+_ABSENT: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "rope_scaling": (None,),
+    "use_sliding_window": (False, None),
+    "partial_rotary_factor": (1, None),
+    "quantization_config": (None,),
+    "hidden_act": ("silu", "swish", None),
+}
+
+
+def from_hf_config(values: dict[str, Any], folder: object) -> tuple[ModelConfig, int]:
+    """The model that a config.json means, and the tokens that it was trained to attend to.
+
+    Raises:
+      ValueError: another architecture, a feature that jaxlm's model has not, or a key that is
+        missing or of another type.
+    """
+    where = f"{folder}/{CONFIG}"
+    kind = values.get("model_type")
+    names = values.get("architectures") or [_ARCHITECTURES.get(str(kind))]
+    if kind not in _ARCHITECTURES or names != [_ARCHITECTURES[kind]]:
+        found = f"{shown(kind)} with architectures {shown(values.get('architectures'))}"
+        raise ValueError(
+            f"{where}: model_type: found {found}, expected one of "
+            f"{', '.join(f'{k} ({v})' for k, v in _ARCHITECTURES.items())}; jaxlm has no other"
+        )
+    rope = conform(values.get("rope_parameters") or {}, dict[str, Any], "rope_parameters")
+    rope_type = rope.get("rope_type", "default")
+    odd = [(key, values.get(key)) for key, none in _ABSENT.items() if values.get(key) not in none]
+    odd += [("rope_parameters.rope_type", rope_type)] if rope_type != "default" else []
+    partial = rope.get("partial_rotary_factor", 1)
+    odd += [("rope_parameters.partial_rotary_factor", partial)] if partial != 1 else []
+    layers = values.get("layer_types") or []
+    odd += [("layer_types", kind) for kind in layers if kind != "full_attention"]
+    if kind == "llama" and values.get("sliding_window") is not None:
+        odd.append(("sliding_window", values["sliding_window"]))
+    if odd:
+        key, value = odd[0]
+        raise ValueError(
+            f"{where}: {key}: found {shown(value)}, expected none of it: jaxlm's model has no such "
+            "thing, and would compute another function with these weights"
+        )
+    try:
+        return _shape(conform(values, HFConfig), rope, qk_norm=kind == "qwen3")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _shape(values: HFConfig, rope: dict[str, Any], *, qk_norm: bool) -> tuple[ModelConfig, int]:
+    found: dict[str, Any] = {"tie_embeddings": False, "norm_eps": 1e-6}  # their defaults
+    found |= {ours: values[key] for ours, key in _KEYS.items() if values.get(key) is not None}
+    if not qk_norm:
+        found.setdefault("num_kv_heads", found.get("num_heads"))
+        if "num_heads" in found and "d_model" in found:
+            found.setdefault("head_dim", found["d_model"] // max(found["num_heads"], 1))
+    for ours in (*_REQUIRED, "head_dim"):
+        if found.get(ours) is None:
+            raise ValueError(f"{_KEYS[ours]}: missing; a model has no shape without it")
+    theta = rope.get("rope_theta", values.get("rope_theta"))
+    theta = conform(10_000.0 if theta is None else theta, float, "rope_theta")
+    # JSON does not tell 10000 from 10000.0, and a config does.
+    floats = {k: float(found[k]) for k in ("norm_eps", "init_std") if k in found}
+    model = ModelConfig(**{**found, **floats}, rope_theta=float(theta), qk_norm=qk_norm)
+    return model, values.get("max_position_embeddings", 2048)

@@ -1,0 +1,165 @@
+"""The training step, compiled for devices that are not here.
+
+It runs in a process of its own: a compiler that does not know a topology ends its process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from jaxlm.config import Config, from_dict
+from jaxlm.device.loss import next_token_loss
+from jaxlm.device.model import model_factory
+from jaxlm.device.optim import make_optimizer
+from jaxlm.device.sharding import batch_sharding, make_mesh
+from jaxlm.device.state import make_blueprint
+from jaxlm.extras import needs
+from jaxlm.plan.hlo import read_costs
+from jaxlm.training.assemble import check_batch, compile_step
+
+_COMMAND = (sys.executable, "-c", "from jaxlm.plan.ahead import main; main()")
+# So that libtpu looks for neither chips nor their metadata server, whatever the topology, and lets
+# several plans be made at once.
+_ENV_TPU = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_ID": "0"}
+_ENV_TPU |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
+_ENV_TPU["TPU_WORKER_HOSTNAMES"] = "localhost"
+# Compiling needs none of the CUDA libraries whose versions the plugin would compare.
+_ENV_CUDA = {"JAX_PLATFORMS": "", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+# An H100 SXM as XLA's own table of cards has it (openxla/xla, h100_sxm.txtpb).
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 2 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def examine(config: Config, platform: str, layout: str) -> dict[str, Any]:
+    """What `examine_step` finds, in a child process.
+
+    Returns:
+      Its values; or `refused`, the compiler's words, where the step needs more memory than the
+      device has.
+
+    Raises:
+      ValueError: the topology is not known, or the config does not fit it.
+      ImportError: the compiler is not installed.
+    """
+    request = json.dumps({"config": asdict(config), "platform": platform, "layout": layout})
+    env = os.environ | (_ENV_TPU if platform == "tpu" else _ENV_CUDA)
+    child = subprocess.run(_COMMAND, input=request, capture_output=True, text=True, env=env)
+    last = child.stdout.splitlines()[-1:]
+    found = json.loads(last[0]) if child.returncode == 0 and last else None
+    if found is None:
+        lines = [line for line in child.stderr.splitlines() if line.strip()] or ["nothing"]
+        # What aborts says so first, and follows it with its stack.
+        said = next((line for line in lines if "Check failed" in line), lines[-1])
+        found = {"failed": f"{said.strip()} (exit code {child.returncode})"}
+    if "failed" in found:
+        raise ValueError(
+            f"--topology: the compiler for {layout} gave up: {found['failed']}; try one that it "
+            "knows, such as v5e-16 or v5e:4x8, or a config of other sizes"
+        )
+    if "missing" in found:
+        raise ImportError(found["missing"])
+    if "wrong" in found:
+        raise ValueError(found["wrong"])
+    return found
+
+
+def main() -> None:
+    """The child: a request on standard input, the findings as the last line of standard output."""
+    request = json.load(sys.stdin)
+    try:
+        devices = find_devices(request["platform"], request["layout"])
+        found = examine_step(from_dict(request["config"]), devices)
+    except ImportError as error:
+        found = {"missing": str(error)}
+    except ValueError as error:
+        found = {"wrong": str(error)}
+    except jax.errors.JaxRuntimeError as error:
+        said = str(error).splitlines()[0]
+        found = {"refused" if "RESOURCE_EXHAUSTED" in said else "failed": said}
+    print(json.dumps(found))
+
+
+def find_devices(platform: str, layout: str) -> list[Any]:
+    """The devices of a topology, for compilation only.
+
+    Raises:
+      ImportError: the compiler for them is not installed.
+    """
+    if platform == "tpu":
+        needs("libtpu", "a plan for TPUs")
+        alone = {"chips_per_host_bounds": [1, 1, 1]} if layout.endswith(":1x1") else {}
+        return topologies.get_topology_desc(layout, "tpu", **alone).devices
+    needs("jax_cuda13_plugin", "a plan for GPUs")
+    jax.devices()  # registers the plugins
+    return topologies.get_topology_desc(
+        "h100", "cuda", target_config=_H100, topology=layout
+    ).devices
+
+
+def examine_step(config: Config, devices: list[Any]) -> dict[str, Any]:
+    """Compiles the step that the trainer would run there.
+
+    Returns:
+      `device_kind`, `mesh`, `memory` (bytes of one device by kind) and `costs` (of one device), as
+      JSON values.
+
+    Raises:
+      ValueError: the mesh divides neither batch nor model.
+      jax.errors.JaxRuntimeError: the step does not fit, or the topology is not known.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    check_batch(config, mesh)
+    tx = make_optimizer(config.optim)
+    blueprint = make_blueprint(model_factory(config.model, devices[0].platform), tx, mesh)
+    loss = next_token_loss(
+        z_loss=config.z_loss,
+        eos_id=0 if config.model.document_mask else None,
+        num_chunks=config.loss_chunks,
+    )
+    shape = config.batch_size, config.seq_len
+    tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))
+    example = {"inputs": tokens, "targets": tokens}
+    compiled = compile_step(config, blueprint, loss, tx, mesh, example)
+    sizes: Any = compiled.memory_analysis()
+    params, opt_state = map(_bytes_here, (blueprint.abstract.params, blueprint.abstract.opt_state))
+    memory = {
+        "params": params,
+        "optimizer": opt_state,
+        "batch_and_padding": sizes.argument_size_in_bytes - params - opt_state,
+        "temporaries": sizes.temp_size_in_bytes,
+        "results": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        "program": sizes.generated_code_size_in_bytes,
+    }
+    costs = read_costs(compiled.as_text() or "")
+    collectives = {kind: found._asdict() for kind, found in costs.collectives.items()}
+    return {
+        "device_kind": devices[0].device_kind,
+        "mesh": dict(mesh.shape),
+        "memory": memory,
+        "costs": costs._asdict() | {"collectives": collectives},
+    }
+
+
+def _bytes_here(tree: Any) -> int:
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

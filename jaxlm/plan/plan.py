@@ -1,0 +1,281 @@
+"""What a run will need on devices that are not here: memory, time, batch, and when to save."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxlm.config import Config
+from jaxlm.plan.ahead import examine
+from jaxlm.tracking.console import format_bytes, format_count
+from jaxlm.tracking.throughput import find_device, flops_per_token
+
+_NUM_AXES = {"v5e": 2, "v6e": 2, "v5p": 3}
+"""TPU generation -> axes of its network."""
+Compile = Callable[[Config], dict[str, Any] | None]
+"""What `assess` says of the step of a config, or None where enough has been compiled."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is planned; the other flags are those of launch.py."""
+
+    topology: str
+    """The devices, such as v5e-16, v6e-16, v5p-8, v5e:4x8 or h100x8."""
+    save_cost_s: float | None = None
+    """How long a save holds the run up, as measured (seconds)."""
+    mtbf_hours: float | None = None
+    """Mean time between failures of the whole machine (hours)."""
+    max_compiles: int = 16
+    """Steps to compile at most, in search of the largest batch or of what fits."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        for name in ("save_cost_s", "mtbf_hours", "max_compiles"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"--{name}: found {value}, expected a number above 0")
+        if (self.save_cost_s is None) != (self.mtbf_hours is None):
+            raise ValueError("--save_cost_s, --mtbf_hours: found one of them, expected both")
+
+
+def parse_topology(name: str) -> tuple[str, str]:
+    """A topology's name -> platform and layout, as its compiler takes them.
+
+    Raises:
+      ValueError: it is none of those that are known.
+    """
+    if gpus := re.fullmatch(r"h100x([1-8])", name):
+        return "cuda", f"1x1x{gpus[1]}"
+    if match := re.fullmatch(r"(v5e|v6e|v5p)(?:-(\d+)|:\d+(?:x\d+)+)", name):
+        generation, size = match.groups()
+        if size is None:
+            return "tpu", name
+        axes = _NUM_AXES[generation]
+        num_chips = int(size) // 2 if generation == "v5p" else int(size)  # v5p is sold by the core
+        power = num_chips.bit_length() - 1
+        if num_chips == 2**power and (power >= 2 or (power == 0 and axes == 2)):
+            sides = [2 ** ((power + axis) // axes) for axis in range(axes)]
+            sides.sort(key=lambda side: (side == 1, side))  # 2x2x1, and not 1x2x2
+            return "tpu", f"{generation}:{'x'.join(map(str, sides))}"
+    raise ValueError(
+        f"--topology: found {name!r}, expected v5e-N or v6e-N (N chips), v5p-N (N cores), a power "
+        "of two of at least 4 chips or one alone; a shape such as v5e:4x8; or h100x1 to h100x8"
+    )
+
+
+def plan(config: Config, settings: Settings) -> dict[str, Any]:
+    """Compiles the step of a config for a topology, and others that answer what follows from it.
+
+    Returns:
+      What `describe` prints, as JSON values; counts and bytes are of one device.
+
+    Raises:
+      ValueError: the topology is not known, or the config does not fit it.
+      ImportError: the compiler for it is not installed.
+    """
+    platform, layout = parse_topology(settings.topology)
+    num_left = settings.max_compiles
+
+    def compile_step(config: Config) -> dict[str, Any] | None:
+        nonlocal num_left
+        num_left -= 1
+        return None if num_left < 0 else assess(config, examine(config, platform, layout))
+
+    step = compile_step(config)
+    assert step is not None
+    report: dict[str, Any] = {"topology": settings.topology, "layout": layout, **step}
+    report |= {name: getattr(config, name) for name in ("batch_size", "seq_len")}
+    report["num_microbatches"] = config.num_microbatches
+    if not step["fits"]:
+        num_devices = math.prod(map(int, re.findall(r"\d+", layout.split(":")[-1])))
+        return report | {"changes": find_changes(config, num_devices, compile_step)}
+    report["largest_batch"] = largest_batch(config, step, compile_step)
+    if settings.save_cost_s and settings.mtbf_hours:
+        mtbf_s = settings.mtbf_hours * 3600
+        report["saves"] = save_interval(settings.save_cost_s, mtbf_s, step["roofline"]["step_s"])
+    return report
+
+
+def assess(config: Config, found: dict[str, Any]) -> dict[str, Any]:
+    """What `examine` found, with whether it fits and how long a step takes at least.
+
+    Compute, memory and links are taken to overlap in full, each at its peak.
+    """
+    if "refused" in found:
+        return {"fits": False, **found}
+    device = find_device(found["device_kind"])
+    assert device is not None, found["device_kind"]
+    num_devices = math.prod(found["mesh"].values())
+    model_flops = config.tokens_per_step * flops_per_token(config.model, config.seq_len)
+    model_flops /= num_devices
+    costs, needed = found["costs"], sum(found["memory"].values())
+    sent_bytes = sum(kind["num_bytes"] for kind in costs["collectives"].values())
+    times = {
+        # A kernel may hide its products from who reads the program.
+        "compute": max(costs["flops"], model_flops) / device.flops,
+        "memory": costs["memory_bytes"] / device.memory_bytes_per_s,
+        "interconnect": sent_bytes / device.link_bytes_per_s,
+    }
+    bound_by = max(times, key=lambda name: times[name])
+    roofline = {f"{name}_s": value for name, value in times.items()}
+    roofline |= {"step_s": times[bound_by], "bound_by": bound_by}
+    roofline["mfu"] = model_flops / device.flops / times[bound_by]
+    return {
+        **found,
+        "num_devices": num_devices,
+        "memory_needed": needed,
+        "memory_there": int(device.memory_bytes),
+        "fits": needed <= device.memory_bytes,
+        "roofline": roofline,
+    }
+
+
+def largest_batch(config: Config, step: dict[str, Any], compile_step: Compile) -> dict[str, Any]:
+    """The largest power of two of rows a device (of each microbatch) that fits.
+
+    Args:
+      config: one that fits.
+      step: what `assess` says of it.
+      compile_step: the same for another config.
+    """
+    unit = step["mesh"]["data"] * step["mesh"]["fsdp"] * config.num_microbatches
+    rows = config.batch_size // unit
+    fits, too_large = rows.bit_length() - 1, None
+    # Temporaries grow with the rows, so the first guess is mostly right; then one more says so.
+    temporary_bytes = step["memory"]["temporaries"]
+    room = (step["memory_there"] - step["memory_needed"]) / max(temporary_bytes, 1) + 1
+    guess = max(fits + 1, math.floor(math.log2(room * rows)))
+    while too_large != fits + 1:
+        found = compile_step(replace(config, batch_size=unit << guess))
+        if found is None:
+            break
+        fits, too_large = (guess, too_large) if found["fits"] else (fits, guess)
+        guess = fits + 1 if too_large is None else (fits + too_large) // 2
+    certain = too_large == fits + 1
+    return {"batch_size": unit << fits, "rows_per_device": 1 << fits, "certain": certain}
+
+
+def find_changes(config: Config, num_devices: int, compile_step: Compile) -> list[dict[str, Any]]:
+    """What makes a step fit that does not: smaller microbatches, remat, fsdp, or several of them.
+
+    Args:
+      config: one that does not fit.
+      num_devices: on how many.
+      compile_step: what `assess` says of another config.
+
+    Returns:
+      The changes that were tried, as flags: those that fit first, and of these the fastest first.
+    """
+    products, full = "--model.remat products", "--model.remat full"
+    fsdp = "--mesh.data 1 --mesh.fsdp -1"
+    changes = {
+        products: {"model": replace(config.model, remat="products")},
+        full: {"model": replace(config.model, remat="full")},
+        fsdp: {"mesh": replace(config.mesh, data=1, fsdp=-1)},
+    }
+    alone = [(), (products,), (full,)]
+    tried: list[dict[str, Any]] = []
+    for parts in [*alone, (fsdp,), (full, fsdp)] if num_devices > 1 else alone:
+        changed = config
+        for part in parts:
+            changed = replace(changed, **changes[part])
+        num = config.num_microbatches * (2 if changed == config else 1)
+        if (parts and changed == config) or (len(parts) == 2 and any(c["fits"] for c in tried)):
+            continue
+        while config.batch_size % num == 0:
+            flags = [] if num == config.num_microbatches else [f"--num_microbatches {num}"]
+            change = {"flags": " ".join([*flags, *parts])}
+            try:
+                found = compile_step(replace(changed, num_microbatches=num))
+            except ValueError as error:  # the mesh divides neither batch nor model
+                found = {"fits": False, "wrong": str(error)}
+            if found is None or "wrong" in found:
+                break
+            tried.append(change | found)
+            if found["fits"]:
+                break
+            num *= 2
+    return sorted(tried, key=lambda c: c["roofline"]["step_s"] if c["fits"] else math.inf)
+
+
+def save_interval(save_cost_s: float, mtbf_s: float, step_s: float) -> dict[str, Any]:
+    """The interval between saves that costs least (Young 1974; Daly 2006, first order).
+
+    Args:
+      save_cost_s: how long a save holds the run up.
+      mtbf_s: mean time between failures.
+      step_s: a step.
+    """
+    num_steps = max(round(math.sqrt(2 * save_cost_s * mtbf_s) / step_s), 1)
+    interval_s = num_steps * step_s
+    return {
+        "save_interval": num_steps,
+        "interval_s": interval_s,
+        "lost_s_per_failure": interval_s / 2,
+        "share_in_saves": save_cost_s / interval_s,
+        "share_lost": interval_s / 2 / mtbf_s,
+    }
+
+
+def describe(report: dict[str, Any]) -> list[str]:
+    """The report, for a person."""
+    lines = [
+        f"{report['topology']} ({report['layout']}): batch {report['batch_size']} of "
+        f"{report['seq_len']} tokens in {report['num_microbatches']} microbatch(es)"
+    ]
+    lines += _describe_step(report) if "memory" in report else [f"no: {report['refused']}"]
+    if batch := report.get("largest_batch"):
+        least = "" if batch["certain"] else "at least "
+        rows = f"{batch['rows_per_device']} rows a device at once"
+        lines.append(f"largest batch that fits: {least}{batch['batch_size']} ({rows})")
+    for change in report.get("changes", ()):
+        text = f"does not fit with {change['flags']}"
+        if change["fits"]:
+            times = change["roofline"]
+            text = (
+                f"fits with {change['flags']}: {format_bytes(change['memory_needed'])}, at least "
+                f"{_milliseconds(times['step_s'])} a step, MFU at most {times['mfu']:.0%}"
+            )
+        lines.append(text)
+    if saves := report.get("saves"):
+        lines.append(
+            f"cheapest --save_interval: {saves['save_interval']} ({saves['interval_s']:.0f} s); "
+            f"saves take {saves['share_in_saves']:.2%} of the time, and failures lose "
+            f"{saves['share_lost']:.2%}, {saves['lost_s_per_failure']:.0f} s each"
+        )
+    return lines
+
+
+def _describe_step(report: dict[str, Any]) -> list[str]:
+    costs, times = report["costs"], report["roofline"]
+    mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
+    kinds = [
+        f"{kind} {format_bytes(found['num_bytes'])} in {found['num']}"
+        for kind, found in costs["collectives"].items()
+    ]
+    memory = [f"{k.replace('_', ' ')} {format_bytes(n)}" for k, n in report["memory"].items()]
+    parts = [
+        f"{name} {_milliseconds(times[f'{name}_s'])}"
+        for name in ("compute", "memory", "interconnect")
+    ]
+    unknown = costs["num_unknown_loops"]
+    return [
+        f"{report['num_devices']} x {report['device_kind']} (mesh: {mesh}); of each device:",
+        f"memory {'fits' if report['fits'] else 'does not fit'}: "
+        f"{format_bytes(report['memory_needed'])} of {format_bytes(report['memory_there'])}",
+        f"  {', '.join(memory)}",
+        f"work of a step: {format_count(costs['flops'])}FLOP in products, "
+        f"{format_bytes(costs['memory_bytes'])} to and from memory",
+        f"  sent: {', '.join(kinds) or 'nothing'}",
+        *([f"  {unknown} loop(s) of unknown length are counted once"] if unknown else []),
+        f"a step takes at least {_milliseconds(times['step_s'])}, bound by {times['bound_by']}; "
+        f"MFU at most {times['mfu']:.0%}",
+        f"  {', '.join(parts)}",
+    ]
+
+
+def _milliseconds(duration_s: float) -> str:
+    return f"{duration_s * 1e3:{'.3g' if duration_s < 1 else ',.0f'}} ms"

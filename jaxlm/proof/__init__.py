@@ -1,0 +1,1 @@
+"""A run killed on purpose, and held against one that was not."""

@@ -1,0 +1,157 @@
+"""One start of a run, watched and struck from outside, and two runs held against each other.
+
+What `jaxlm prove-resume` is made of, and what the tests break runs with.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self
+
+from jaxlm.checkpoints.folder import read_steps
+from jaxlm.report.compare import diff_checkpoints
+from jaxlm.tracking.metrics import read_metrics
+
+_LOOK_INTERVAL_S = 0.001
+_TIMED = ("train/tokens_per_s", "train/mfu", "time/")
+_SAME = ("tokens_seen", "eval_loss", "best_eval_loss", "best_step", "num_worse_evals", "final")
+
+
+class Process(Protocol):
+    """A started command, as `subprocess.Popen` has it."""
+
+    def poll(self) -> int | None:
+        """Its exit code (minus the signal that killed it), or None while it runs."""
+
+    def send_signal(self, sig: int, /) -> None:
+        """Sends one."""
+
+    def wait(self) -> int:
+        """Waits for its end; returns its exit code."""
+        ...
+
+
+class Kill(NamedTuple):
+    """What a run was sent, and what was found then."""
+
+    signals: str
+    after_s: float
+    """Since its start."""
+    phase: str
+    """As its folders showed it once it had ended."""
+    step: int
+    """The last one in its metrics."""
+    code: int
+    """Its exit code; minus the signal that killed it."""
+
+
+class Attempt:
+    """One start of a run, watched through what appears in its folders."""
+
+    def __init__(self, run_dir: Path, start: Callable[[], Process]):
+        self.run_dir, self.checkpoints = run_dir, run_dir / "checkpoints"
+        self._started_ns = time.time_ns()
+        self.process = start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves no run behind."""
+        if self.process.poll() is None:
+            self.strike(signal.SIGKILL)
+
+    def wait_for(self, there: Callable[[Self], bool]) -> bool:
+        """Waits until something is there; False if the run has ended before."""
+        while self.process.poll() is None:
+            if there(self):
+                return True
+            time.sleep(_LOOK_INTERVAL_S)
+        return False
+
+    def strike(self, *numbers: int, gap_s: float = 0.0) -> Kill:
+        """Sends signals, one after the other, and waits for the end."""
+        after_s = self.age_s()
+        for number in numbers:
+            self.process.send_signal(number)
+            time.sleep(gap_s)
+        code = self.process.wait()
+        names = "+".join(signal.Signals(number).name for number in numbers)
+        return Kill(names, round(after_s, 4), self.phase(), self.last_step(), code)
+
+    def age_s(self) -> float:
+        """Time since the start."""
+        return (time.time_ns() - self._started_ns) / 1e9
+
+    def phase(self) -> str:
+        """What the run is at, or was when it died."""
+        if not self.is_new(self.run_dir / "config.json"):
+            return "starting"
+        partial = self.checkpoints.glob("*.orbax-checkpoint-tmp*")
+        return "saving" if any(map(self.is_new, partial)) else "training"
+
+    def last_step(self) -> int:
+        """The last step in the metrics, or 0."""
+        rows = untimed_rows(self.run_dir)
+        return int(rows[-1]["step"]) if rows else 0
+
+    def is_new(self, path: Path) -> bool:
+        """Whether this start has made or changed a file or folder."""
+        try:
+            return path.stat().st_ctime_ns >= self._started_ns
+        except FileNotFoundError:
+            return False
+
+
+def untimed_rows(run_dir: Path | str) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl but for what the clock has put there."""
+    path = Path(run_dir) / "metrics.jsonl"
+    rows = read_metrics(path) if path.exists() else []
+    return [{name: row[name] for name in row if not name.startswith(_TIMED)} for row in rows]
+
+
+def compare_runs(whole: Path, broken: Path) -> list[str]:
+    """What differs between two runs that should be the same to the bit, the first step first."""
+    a, b = facts_of(whole), facts_of(broken)
+    found = [
+        f"step {step}: {name}: {' '.join(there)} in one piece, {' '.join(here)} resumed"
+        for step, name in sorted(a.keys() | b.keys())
+        if (there := a.get((step, name), ["nothing"])) != (here := b.get((step, name), ["nothing"]))
+    ]
+    steps = [[row["step"] for row in untimed_rows(run)] for run in (whole, broken)]
+    if not found and steps[0] != steps[1]:
+        found.append("metrics.jsonl: the rows are in another order")
+    folders = [run / "checkpoints" for run in (whole, broken)]
+    kept = [read_steps(folder).sound for folder in folders]
+    needed = {step for found in kept for step in (max(found), found[max(found)].best_step)}
+    for step in sorted(kept[0].keys() | kept[1].keys()):
+        if not all(step in found for found in kept):
+            # A stop leaves a checkpoint more, which takes the place of another one.
+            found += [f"checkpoint {step}: only in one of the two"] if step in needed else []
+            continue
+        said = [{name: getattr(metadata[step], name) for name in _SAME} for metadata in kept]
+        found += [f"checkpoint {step}: {said[0]} and {said[1]}"] if said[0] != said[1] else []
+        differences = diff_checkpoints(*(f"{folder}@{step}" for folder in folders))
+        found += [f"checkpoint {step}: {name}: {what}" for name, what in differences]
+    return found
+
+
+def facts_of(run_dir: Path) -> dict[tuple[int, str], list[str]]:
+    """(Step, name) -> what each row of its metrics holds, and the hashes of its batch.
+
+    Floats are spelled to the bit. The batches are those of $JAXLM_RECORD_BATCHES, which for this
+    is the run folder with `.batches` at its end.
+    """
+    facts: dict[tuple[int, str], list[str]] = {}
+    for row in untimed_rows(run_dir):
+        for name in row.keys() - {"step"}:
+            facts.setdefault((row["step"], name), []).append(float(row[name]).hex())
+    for line in Path(f"{run_dir}.batches").read_text().splitlines():
+        batch = json.loads(line)
+        name = "batch, rows {}:{}".format(*batch["rows"])
+        hashes = facts.setdefault((batch["batch"] + 1, name), [])
+        if batch["sha256"] not in hashes:  # each start makes some that an earlier one has made
+            hashes.append(batch["sha256"])
+    return facts

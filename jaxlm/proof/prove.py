@@ -1,0 +1,225 @@
+"""A proof on the spot: a run that is killed and resumed ends with the bits of one that is not.
+
+On a user's own config and machine; the settings that a short proof needs are put over theirs.
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxlm.checkpoints.folder import read_steps
+from jaxlm.config import Config, to_dict
+from jaxlm.data.prepare import default_max_tokens
+from jaxlm.launch import STOPPED
+from jaxlm.proof.attempt import Attempt, Kill, compare_runs, facts_of
+
+COMMAND = (sys.executable, "-c")
+COMMAND += ("from jaxlm.launch import leave, main, run_main; leave(run_main(main))",)
+"""What launch.py does, wherever the user stands."""
+_MOST_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is put to the proof; the other flags are those of launch.py."""
+
+    prove_steps: int = 12
+    """Steps of the run (steps)."""
+    prove_kills: int = 3
+    """Kills at random instants; there is one in a save and a SIGTERM besides."""
+    prove_seed: int = 0
+    """Seed of the instants."""
+    out: Path | None = None
+    """Write the certificate here as JSON."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("prove_steps", 4), ("prove_kills", 0)):
+            if (found := getattr(self, name)) < least:
+                raise ValueError(f"{name}: found {found}, expected at least {least}")
+        if self.out and not self.out.parent.is_dir():
+            raise ValueError(f"out: found no folder {self.out.parent}, expected one; make it first")
+
+
+def prove(config: Config, flags: Sequence[str], settings: Settings) -> dict[str, Any]:
+    """Trains in one piece, then again with kills, and compares.
+
+    Args:
+      config: what `flags` say.
+      flags: those of launch.py.
+      settings: how many steps and kills.
+
+    Returns:
+      The certificate, as JSON values; `wrong` is empty if all is as it should be.
+
+    Raises:
+      ValueError: the run does not get to its end even in one piece, or it has several processes.
+    """
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        raise ValueError("found JAX_COORDINATOR_ADDRESS, expected a single process; unset it first")
+    own = _own_flags(config, settings.prove_steps)
+    print(f"for the proof: {' '.join(own)}")
+    beside = Path(config.run_dir).parent  # on the disk where the checkpoints are to be
+    with tempfile.TemporaryDirectory(
+        prefix="prove-resume-", dir=beside if beside.is_dir() else "."
+    ) as folder:
+        whole, broken = Path(folder) / "whole", Path(folder) / "broken"
+        with _start([*flags, *own], whole) as attempt:
+            if code := attempt.process.wait():
+                raise ValueError(
+                    f"in one piece, it ended with exit code {code}: {_last_words(whole)}; "
+                    f"try `launch.py {' '.join(flags)}` first"
+                )
+            whole_s = attempt.age_s()
+        print(f"in one piece: {whole_s:.1f} s")
+        kills, wrong = _break([*flags, *own], broken, whole_s, settings)
+        wrong = wrong or compare_runs(whole, broken)
+        metadata = read_steps(whole / "checkpoints").sound[settings.prove_steps]
+        steps = [_by_step(run, settings.prove_steps) for run in (whole, broken)]
+    return {
+        "proven": not wrong,
+        "wrong": wrong,
+        "kills": [kill._asdict() for kill in kills],
+        "seed": settings.prove_seed,
+        "flags": [*flags, *own],
+        "config_sha256": _sha256(to_dict(config)),
+        "data_fingerprint": metadata.data_fingerprint,
+        "environment": metadata.environment,
+        "fingerprints": metadata.fingerprints,
+        "steps": steps[0],
+        "steps_resumed": steps[1],
+    }
+
+
+def _by_step(run_dir: Path, num_steps: int) -> list[dict[str, list[str]]]:
+    facts = sorted(facts_of(run_dir).items())
+    return [
+        {name: found for (at, name), found in facts if at == step}
+        for step in range(1, num_steps + 1)
+    ]
+
+
+def _own_flags(config: Config, steps: int) -> list[str]:
+    num_tokens = config.num_steps * config.tokens_per_step
+    values = {
+        "num_steps": steps,
+        "optim.warmup_steps": min(config.optim.warmup_steps, steps // 2),
+        "data.max_tokens": default_max_tokens(config.data, num_tokens),  # as in the real run
+        "save_interval": steps // 4,
+        "eval_interval": steps // 3,
+        "log_interval": 1,
+        "stop_after_worse_evals": None,
+        "branch_from": None,
+        "init_from": None,
+        "resume": "auto",
+        "checkpoint.save_interval_min": None,
+        "checkpoint.keep_latest": 2,
+        "checkpoint.keep_every": None,
+        "tracking.wandb": "off",
+    }
+    flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
+    return [*flags, "--tracking.no-tensorboard"]
+
+
+def _start(flags: Sequence[str], run_dir: Path) -> Attempt:
+    command = [*COMMAND, *flags, f"--run_dir={run_dir}", f"--checkpoint_dir={run_dir}/checkpoints"]
+    environment = {**os.environ, "JAXLM_RECORD_BATCHES": f"{run_dir}.batches"}
+    if "JAX_COMPILATION_CACHE_DIR" not in environment:
+        # Or a compiler that makes something else at each start would go unseen.
+        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    with open(f"{run_dir}.log", "ab") as log:
+        return Attempt(
+            run_dir, lambda: subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        )
+
+
+def _break(
+    flags: Sequence[str], run_dir: Path, whole_s: float, settings: Settings
+) -> tuple[list[Kill], list[str]]:
+    """Kills a run again and again, then lets it end; returns the kills, and what went wrong."""
+    rng = random.Random(settings.prove_seed)
+    stop_step = rng.randint(1, settings.prove_steps // 2)
+
+    def in_save(attempt: Attempt) -> bool:
+        return attempt.phase() == "saving"
+
+    def in_step(attempt: Attempt) -> bool:
+        return attempt.phase() == "training" and attempt.last_step() >= stop_step
+
+    def at(instant_s: float) -> Callable[[Attempt], bool]:
+        return lambda attempt: attempt.age_s() >= instant_s
+
+    # The first one is early, so that there is something left to break for the others.
+    latest_s = [0.6 * whole_s] + [whole_s] * settings.prove_kills
+    aims = [(at(rng.uniform(0, x)), signal.SIGKILL) for x in latest_s[: settings.prove_kills]]
+    aims[1:1] = [(in_save, signal.SIGKILL), (in_step, signal.SIGTERM)]
+    kills: list[Kill] = []
+    while aims:
+        there, number = aims[0]
+        with _start(flags, run_dir) as attempt:
+            if not attempt.wait_for(there):
+                break  # it has ended before
+            kills.append(attempt.strike(number))
+        print("{} after {} s, {}, step {}: exit code {}".format(*kills[-1]))
+        if there is not in_save or kills[-1].phase == "saving":  # else the save was faster
+            del aims[0]
+    with _start(flags, run_dir) as attempt:
+        code = attempt.process.wait()
+    if code:
+        return kills, [f"resumed, it ended with exit code {code}: {_last_words(run_dir)}"]
+    if not any(kill.phase == "saving" for kill in kills):
+        return kills, ["no kill fell into a save; try more --prove_steps"]
+    if not any(kill.code == STOPPED for kill in kills):
+        return kills, ["no SIGTERM was taken in a step; try more --prove_steps"]
+    return kills, []
+
+
+def _last_words(run_dir: Path) -> str:
+    lines = Path(f"{run_dir}.log").read_text(errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+def _sha256(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def describe(certificate: dict[str, Any]) -> list[str]:
+    """The certificate in lines for a person."""
+    steps = certificate["steps"]
+    lines = [
+        f"config {certificate['config_sha256']}, data {certificate['data_fingerprint']}",
+        *(f"{name}: {value}" for name, value in certificate["environment"].items()),
+        f"seed {certificate['seed']}, {len(certificate['kills'])} kills",
+    ]
+    for number, facts in enumerate(steps, 1):
+        shown = (f"{name} {' '.join(found)}" for name, found in facts.items() if _is_shown(name))
+        lines.append(f"step {number}: {', '.join(shown)}")
+    for item in ("params", "opt_state"):
+        own = {k: v for k, v in certificate["fingerprints"].items() if k.startswith(f"{item}/")}
+        lines.append(f"{item}: {len(own)} arrays, fingerprint {_sha256(own)}")
+    lines += [f"WRONG: {text}" for text in certificate["wrong"][:_MOST_SHOWN]]
+    if certificate["wrong"]:
+        return [*lines, *_hints(certificate), "NOT PROVEN: resumed is not as in one piece"]
+    return [*lines, "PROVEN: every array, loss, eval loss and batch is equal to the bit"]
+
+
+def _is_shown(name: str) -> bool:
+    return name.startswith("batch") or name in ("train/loss", "eval/loss")
+
+
+def _hints(certificate: dict[str, Any]) -> list[str]:
+    if any(": batch, rows" in text for text in certificate["wrong"]):
+        return [
+            "hint: batch n may depend on n and the seed alone, never on the clock or os.urandom"
+        ]
+    if certificate["environment"]["device_kind"] != "cpu":
+        return ["hint: on a GPU, set XLA_FLAGS=--xla_gpu_deterministic_ops=true and try again"]
+    return ["hint: a model or a loss that draws from the clock or os.urandom cannot be resumed"]

@@ -1,0 +1,219 @@
+"""The loop: steps, evals and saves, in an order in which nothing is ever lost."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from jaxlm.checkpoints.checkpoint import CheckpointError, Checkpoints
+from jaxlm.checkpoints.folder import Best
+from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.config import to_dict
+from jaxlm.data.batches import prefetch
+from jaxlm.device.loss import Batch
+from jaxlm.device.state import TrainState
+from jaxlm.device.step import StepMetrics
+from jaxlm.tracking.clock import Clock
+from jaxlm.tracking.console import Console
+from jaxlm.tracking.metrics import Metrics, perplexity
+from jaxlm.tracking.throughput import flops_per_token
+from jaxlm.tracking.trace import traced
+from jaxlm.training.assemble import Parts
+from jaxlm.training.divergence import check_losses
+from jaxlm.training.evaluate import evaluate
+from jaxlm.training.resume import describe_environment, is_at_end
+from jaxlm.training.signals import StopRequest
+from jaxlm.training.start import Start
+
+Callback = Callable[[int, dict[str, float]], None]
+
+
+class Result(NamedTuple):
+    """How a call of `train` ended."""
+
+    step: int
+    """Steps done."""
+    complete: bool
+    """Whether the plan is at its end; else the run was stopped, and goes on when called again."""
+    best: Best | None
+    """The best checkpoint on disk."""
+
+
+class Loop:
+    """A run under way: what the loop keeps besides the state."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        checkpoints: Checkpoints,
+        metrics: Metrics | None,
+        console: Console,
+        callbacks: Sequence[Callback],
+        start: Start,
+        clock: Clock,
+    ) -> None:
+        self.parts, self.config = parts, parts.config
+        self.checkpoints, self.metrics = checkpoints, metrics
+        self.console, self.callbacks = console, callbacks
+        self.start, self.clock = start, clock
+        self.num_worse_evals = start.num_worse_evals
+        self.unread: tuple[int, StepMetrics] | None = None
+        self.nonfinite_steps = start.nonfinite_steps
+        self.environment = describe_environment(parts.mesh)
+
+    def run(self, state: TrainState, request: StopRequest) -> Result:
+        """Steps to the end of the plan, or until asked to stop."""
+        config, train_step = self.config, self.parts.train_step
+        if self.start.owes_eval or self.start.owes_end:
+            self.pay(state)
+        step, stopping = self.start.step, False
+        ended = self.at_end(step)
+        stop = step if ended else config.num_steps
+        batches = prefetch(self.put, step, stop, depth=config.data.prefetch)
+        batches, folder = self.clock.waiting(batches), Path(config.run_dir) / "profile"
+        self.clock.rate(step)
+        for index, batch in traced(batches, folder, config.profile, self.console.say):
+            state, step_metrics = train_step(state, batch)
+            self.read_metrics()  # those of an earlier step: the device is busy with this one
+            step = index + 1
+            ended = self.at_end(step)
+            stopping, save_due = request.agree(save=self.checkpoints.due_by_time)
+            stopping = stopping and not ended
+            save_due = save_due or step % config.checkpoint.save_interval == 0
+            self.unread = step, step_metrics
+            eval_loss, improved = None, False
+            if self.parts.eval_due(step) and not stopping:
+                eval_loss, improved = self.evaluate(step, state)
+                ended = self.at_end(step)
+            if save_due or improved or ended or stopping:
+                self.save(step, state, eval_loss, final=ended)
+            self.checkpoints.poll()
+            self.console.progress(step)
+            if ended or stopping:
+                break
+        with self.clock.spent("save"):
+            self.checkpoints.wait()
+        latest = self.checkpoints.latest
+        if (ended or stopping) and (latest is None or latest.step < step):
+            raise CheckpointError(
+                f"the run is at step {step}, and the newest checkpoint on disk is "
+                f"{latest.step if latest else 'none'}: its last save failed. Look at the disk of "
+                f"{self.checkpoints.folder}; the same command makes the lost steps again"
+            )
+        return Result(step, ended, self.checkpoints.best)
+
+    def put(self, step: int) -> Batch:
+        """The batch that the state of this step takes in."""
+        return self.parts.put(self.checkpoints.batch_index(step))
+
+    def at_end(self, step: int) -> bool:
+        """Whether the plan ends here."""
+        return is_at_end(self.config, step, self.num_worse_evals)
+
+    def tokens_seen(self, step: int) -> int:
+        """Tokens trained on after so many steps; a Python integer, since 2^31 are soon reached."""
+        done = step - self.start.step
+        return self.start.tokens_seen + done * self.config.tokens_per_step
+
+    def read_metrics(self) -> None:
+        """Looks at the step that is waiting, if any, and logs it if it is due.
+
+        Raises:
+          RuntimeError: too many steps in a row were not finite.
+          Diverged: the run is to go back.
+        """
+        if self.unread is None:
+            return
+        (step, on_device), self.unread = self.unread, None
+        values = {name: float(value) for name, value in jax.device_get(on_device).items()}
+        if (count := int(values["nonfinite_steps"])) > self.nonfinite_steps:
+            self.nonfinite_steps = count
+            self.console.warn(f"step {step} was not finite, and left params and optimizer alone")
+        runs = int(values["nonfinite_run"]), int(values["spike_run"])
+        check_losses(self.config.guard, step, *runs)
+        if step == 1 or step % self.config.log_interval == 0 or self.at_end(step):
+            self.log_step(step, values)
+
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        """One training row, for all that keep or show rows."""
+        steps_per_s = self.clock.rate(step)
+        tokens_per_s = steps_per_s * self.config.tokens_per_step
+        row = {
+            "train/loss": values["loss"],
+            "train/perplexity": perplexity(values["loss"]),
+            "train/learning_rate": values["learning_rate"],
+            "train/grad_norm": values["grad_norm"],
+            "train/nonfinite_steps": self.nonfinite_steps,
+            "train/tokens_seen": self.tokens_seen(step),
+            "train/tokens_per_s": tokens_per_s,
+        }
+        if self.parts.peak_flops:
+            flops = flops_per_token(self.config.model, self.config.seq_len)
+            row["train/mfu"] = tokens_per_s * flops / self.parts.peak_flops
+        row |= {f"time/{kind}": round(s, 3) for kind, s in self.clock.seconds().items()}
+        self.log(step, row)
+        self.console.step(step, row, (self.config.num_steps - step) / steps_per_s)
+
+    def log(self, step: int, row: dict[str, float]) -> None:
+        """One row for metrics.jsonl, the trackers and the callbacks."""
+        if self.metrics:
+            self.metrics.log(step, row)
+        for callback in self.callbacks:
+            callback(step, row)
+
+    def flush(self) -> None:
+        """Brings every row so far to the disk."""
+        if self.metrics:
+            self.metrics.flush()
+
+    def evaluate(self, step: int, state: TrainState) -> tuple[float, bool]:
+        """The held-out loss, and whether it is better than the best checkpoint on disk."""
+        self.read_metrics()
+        with self.clock.spent("eval"):
+            parts = self.parts
+            loss = evaluate(parts.eval_step, state.params, parts.put_eval, parts.num_eval_batches)
+            self.checkpoints.wait()  # only what is on disk counts as best
+            before = self.checkpoints.best
+            best = self.checkpoints.best_with(step, loss)
+            improved = best is not None and best.step == step
+            self.num_worse_evals = 0 if improved else self.num_worse_evals + 1
+            row = {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
+            self.log(step, {**row, "eval/best_loss": best.loss if best else math.inf})
+            self.console.evaluation(step, loss, before.loss if before else None, improved)
+        return loss, improved
+
+    def save(self, step: int, state: TrainState, eval_loss: float | None, *, final: bool) -> None:
+        """Starts to save this step, once every row up to it is on disk."""
+        self.read_metrics()
+        with self.clock.spent("save"):
+            self.checkpoints.wait()
+            self.checkpoints.save(state, self.metadata(step, eval_loss, final), self.flush)
+
+    def pay(self, state: TrainState) -> None:
+        """Makes what a stop left out, the eval and the end of the plan, and commits it."""
+        step, loss = self.start.step, self.start.eval_loss
+        if self.start.owes_eval:
+            loss, _ = self.evaluate(step, state)
+        metadata = self.metadata(step, loss, final=self.at_end(step))
+        self.checkpoints.replace(state, metadata, self.flush)
+
+    def metadata(self, step: int, eval_loss: float | None, final: bool) -> Metadata:
+        """What a checkpoint of this step says of itself."""
+        best = self.checkpoints.best_with(step, eval_loss)
+        return Metadata(
+            step=step,
+            tokens_seen=self.tokens_seen(step),
+            eval_loss=eval_loss,
+            best_eval_loss=best.loss if best else math.inf,
+            best_step=best.step if best else None,
+            num_worse_evals=self.num_worse_evals,
+            final=final,
+            config=to_dict(self.config),
+            data_fingerprint=self.parts.data_fingerprint,
+            eos_id=self.parts.eos_id,
+            environment=self.environment,
+            tracking_run_id=self.metrics.run_id if self.metrics else "",
+            lineage=self.start.lineage,
+        )

@@ -1,0 +1,95 @@
+"""What a run will need, found before its first step."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlm.checkpoints.retention import IN_TRANSIT
+from jaxlm.config import Config
+from jaxlm.device.state import TrainState, num_bytes
+from jaxlm.files.durable import folder_bytes
+from jaxlm.tracking.console import format_bytes, format_count
+
+_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "OUT_OF_MEMORY")
+
+
+def describe(config: Config, abstract: TrainState, memory: Any, mesh_size: int) -> str:
+    """Parameters, tokens and memory, in a line or two.
+
+    Args:
+      config: the run.
+      abstract: its state.
+      memory: `memory_analysis()` of the compiled step, or None where the backend has none.
+      mesh_size: number of devices.
+    """
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+    text = (
+        f"{format_count(num_params)} parameters; {format_count(config.tokens_per_step)} tokens a "
+        f"step, {format_count(config.tokens_per_step * config.num_steps)} in all"
+    )
+    if memory is not None:
+        state_bytes, temporary_bytes = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+        text += (
+            f"\nmemory on each of {mesh_size} device(s): {format_bytes(state_bytes)} state and "
+            f"batch, {format_bytes(temporary_bytes)} temporaries"
+        )
+    return text
+
+
+def checkpoint_bytes(config: Config, abstract: TrainState) -> int:
+    """Bytes that the checkpoints of this plan take at most.
+
+    The newest, the best, the milestones of `keep_every`, and those in transit.
+
+    Raises:
+      ValueError: the newest and the best alone are more than `disk_budget_gb`.
+    """
+    keep, state_bytes = config.checkpoint, num_bytes(abstract)
+    needed = state_bytes * (keep.keep_latest + 1 + IN_TRANSIT)
+    milestones = config.num_steps // keep.keep_every if keep.keep_every else 0
+    if keep.disk_budget_gb is None:
+        return needed + state_bytes * milestones
+    if needed > keep.disk_budget_gb * 1e9:
+        raise ValueError(
+            f"checkpoint.disk_budget_gb: found {keep.disk_budget_gb:g}, expected at least "
+            f"{needed / 1e9:.3g}: {keep.keep_latest + 1} checkpoints of "
+            f"{format_bytes(state_bytes)} kept and two in transit; raise it, or lower "
+            "--checkpoint.keep_latest"
+        )
+    return min(needed + state_bytes * milestones, int(keep.disk_budget_gb * 1e9))
+
+
+def disk_shortage(config: Config, abstract: TrainState) -> str | None:
+    """What to do if the checkpoints will not fit on their disk, or None if they will."""
+    needed = checkpoint_bytes(config, abstract)
+    folder = Path(config.checkpoint_dir).absolute()
+    used = folder_bytes(folder)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed <= free + used:
+        return None
+    return (
+        f"checkpoints need up to {format_bytes(needed)} in {config.checkpoint_dir}, and the disk "
+        f"has {format_bytes(free)}; free some, lower --checkpoint.keep_latest, raise "
+        "--checkpoint.keep_every, or set --checkpoint.disk_budget_gb"
+    )
+
+
+def memory_advice(error: BaseException, config: Config) -> str | None:
+    """What to try, if the error says that memory ran out; else None."""
+    if not any(sign in str(error) for sign in _OUT_OF_MEMORY):
+        return None
+    parts = 2 * config.num_microbatches
+    tries = []
+    if config.batch_size % parts == 0:
+        tries.append(f"--num_microbatches {parts} (the same training, in smaller parts)")
+    if config.loss_chunks == 1 and config.seq_len % 8 == 0:
+        tries.append("--loss_chunks 8 (never holds all logits)")
+    if config.model.remat != "full":
+        tries.append("--model.remat products, then full (computes activations again)")
+    tries.append("--mesh.fsdp N (splits the state over N devices)")
+    tries.append(f"--batch_size {max(config.batch_size // 2, 1)} (another run: a new --run_dir)")
+    return "the device ran out of memory; try, in this order:\n  " + "\n  ".join(tries)

@@ -1,0 +1,171 @@
+"""What a resume may change, and what the bits of a run depend on besides its config."""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlm.checkpoints.checkpoint import Checkpoints
+from jaxlm.checkpoints.folder import Best, list_steps, recorded_directory, select
+from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.compiled import num_cores
+from jaxlm.config import Change, Config, changes
+from jaxlm.device.optim import make_schedule
+
+Say = Callable[[str], None]
+_VERSIONS = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class Plan(NamedTuple):
+    """How a run goes on."""
+
+    config: Config
+    """The config to train with."""
+    changed: list[Change]
+    """Fields that differ from those of the newest checkpoint; none of them fixed."""
+    complete: bool
+    """Whether there is nothing left to do, and latest and best are sound."""
+
+
+def check_folders(config: Config) -> None:
+    """Refuses what can be refused before anything is made or locked.
+
+    Raises:
+      ValueError: the folders hold another run, or must not hold any, or the checkpoint to begin
+        from is not there.
+    """
+    folder = Path(config.checkpoint_dir)
+    steps = list_steps(folder)
+    if config.resume == "never" and steps:
+        raise ValueError(
+            f"resume: found never, but {folder} holds checkpoints {steps}; "
+            "choose another --run_dir, or leave --resume out to go on from the latest"
+        )
+    _check_run_folder(config)
+    if steps:
+        return
+    if config.init_from:
+        select(config.init_from, contents=False)
+    if config.branch_from:
+        step = select(config.branch_from, contents=False).step
+        if step >= config.num_steps:
+            raise ValueError(
+                f"branch_from: found step {step}, expected one before num_steps "
+                f"({config.num_steps}); add a larger --num_steps"
+            )
+
+
+def plan_resume(config: Config, checkpoints: Checkpoints) -> Plan:
+    """Holds the config against what its checkpoint folder was trained with.
+
+    Raises:
+      ValueError: a fixed field differs.
+    """
+    latest, best = checkpoints.latest, checkpoints.best
+    if latest is None:
+        return Plan(config, [], False)
+    before = latest.run_config()
+    if config.data.max_tokens is None:
+        # Resolved at the run's start: a longer run goes through the same tokens more often.
+        data = dataclasses.replace(config.data, max_tokens=before.data.max_tokens)
+        config = dataclasses.replace(config, data=data)
+    changed = _allowed_changes(latest, config, checkpoints.folder)
+    _check_owner(latest, config)
+    complete = latest.final and is_at_end(config, latest.step, latest.num_worse_evals)
+    if not complete or (best and goes_back(config, latest, best)):
+        return Plan(config, changed, False)
+    to_verify = {latest.step, best.step if best else latest.step}
+    return Plan(config, changed, all(map(checkpoints.is_sound, to_verify)))
+
+
+def goes_back(config: Config, latest: Metadata, best: Best) -> bool:
+    """Whether `--resume best` is still to go back.
+
+    A run that went back saves this setting in each checkpoint: when it is started again with the
+    same command, it goes on.
+    """
+    asked = config.resume == "best" and best.step < latest.step
+    return asked and latest.run_config().resume != "best"
+
+
+def is_at_end(config: Config, step: int, num_worse_evals: int) -> bool:
+    """Whether the plan ends here: by its steps, or by evals that were no better."""
+    limit = config.stop_after_worse_evals
+    return step >= config.num_steps or (limit is not None and num_worse_evals >= limit)
+
+
+def _allowed_changes(latest: Metadata, config: Config, folder: Path) -> list[Change]:
+    differing = changes(latest.run_config(), config)
+    refused = [str(change) for change in differing if change.policy == "fixed"]
+    if refused:
+        raise ValueError(
+            f"{folder} holds a run with other settings, which cannot change on the way:\n  "
+            + "\n  ".join(refused)
+            + "\nadd --run_dir for a new run, or set these back to go on with this one"
+        )
+    return differing
+
+
+def tell_changes(restored: Metadata, config: Config, recorded: list[Change], say: Say) -> None:
+    """The recorded changes, and what they do to the learning rate."""
+    for change in recorded:
+        say(f"changed from step {restored.step} on: {change}")
+    if any(change.name.startswith(("optim.", "num_steps")) for change in recorded):
+        was, now = (_learning_rate(c, restored.step) for c in (restored.run_config(), config))
+        say(f"learning rate at step {restored.step}: was {was:.3e}, is {now:.3e}")
+
+
+def _check_owner(restored: Metadata, config: Config) -> None:
+    owner = restored.run_config().run_dir
+    if config.checkpoint.directory and owner != config.run_dir:
+        raise ValueError(
+            f"checkpoint.directory: found {config.checkpoint.directory}, which holds the run "
+            f"{owner}; for a new run, name another --checkpoint_dir too, or leave it out"
+        )
+
+
+def _check_run_folder(config: Config) -> None:
+    # Its metrics.jsonl goes with one checkpoint folder; another's rows would replace them.
+    if not (Path(config.run_dir) / "config.json").is_file():
+        return
+    there = recorded_directory(Path(config.run_dir))
+    if there != config.checkpoint.directory:
+        raise ValueError(
+            f"checkpoint.directory: found {config.checkpoint.directory}, but run_dir "
+            f"{config.run_dir} belongs to {there or 'its own checkpoints'}; add --run_dir for a "
+            "new run, or set it back (a folder that was moved: change it in config.json)"
+        )
+
+
+def _learning_rate(config: Config, step: int) -> float:
+    return float(np.asarray(make_schedule(config.optim, config.num_steps)(step)))
+
+
+def describe_environment(mesh: Mesh) -> dict[str, Any]:
+    """Versions, devices and cores, as JSON values."""
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+        "device_kind": mesh.devices.flat[0].device_kind,
+        "mesh": dict(mesh.shape),
+        "processes": jax.process_count(),
+        "cores": num_cores(),
+    }
+
+
+def compare_environments(
+    before: dict[str, Any], now: dict[str, Any], prefix: str = ""
+) -> list[str]:
+    """What differs, one `name: was …, is …` each."""
+    found = []
+    for name in sorted(before.keys() | now.keys()):
+        was, is_now = before.get(name), now.get(name)
+        if isinstance(was, dict) and isinstance(is_now, dict):
+            found += compare_environments(was, is_now, f"{prefix}{name}.")
+        elif was != is_now:
+            found.append(f"{prefix}{name}: was {was}, is {is_now}")
+    return found

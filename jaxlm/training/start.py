@@ -1,0 +1,216 @@
+"""Where a run begins: at a new state, at its own latest checkpoint, or at another run's."""
+
+import contextlib
+import json
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxlm.checkpoints.checkpoint import Checkpoints
+from jaxlm.checkpoints.folder import TOKENIZER, Selected, read_steps, select
+from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.checkpoints.restore import items_of, restore_items, state_of
+from jaxlm.checkpoints.skips import Skip
+from jaxlm.config import changes, to_dict
+from jaxlm.device.state import TrainState
+from jaxlm.files.durable import write_file
+from jaxlm.tracking.console import Console
+from jaxlm.tracking.metrics import Metrics
+from jaxlm.training.assemble import Parts
+from jaxlm.training.resume import (
+    compare_environments,
+    describe_environment,
+    goes_back,
+    is_at_end,
+    tell_changes,
+)
+
+
+class Start(NamedTuple):
+    """What the first step goes on from, besides the state."""
+
+    step: int = 0
+    """Batches taken in."""
+    tokens_seen: int = 0
+    """Tokens trained on."""
+    nonfinite_steps: int = 0
+    """Those of the steps that were not finite."""
+    num_worse_evals: int = 0
+    """Evals since the best one."""
+    eval_loss: float | None = None
+    """The eval loss that the checkpoint of this step holds."""
+    owes_eval: bool = False
+    """An eval of this step is due, and its checkpoint holds none."""
+    owes_end: bool = False
+    """The plan ends at this step, and its checkpoint does not say so."""
+    run_id: str | None = None
+    """Identity at the trackers; None for a new run."""
+    new_future: bool = False
+    """Steps made before may be made otherwise now, by other settings or other batches."""
+    lineage: list[dict[str, Any]] = []  # never changed in place
+    """What was changed on the way here."""
+
+
+def start_state(
+    parts: Parts, checkpoints: Checkpoints, console: Console, *, rolled_back: bool = False
+) -> tuple[TrainState, Start]:
+    """The state to go on from, restored or new.
+
+    Args:
+      parts: the parts of the run.
+      checkpoints: its folder.
+      console: told where it goes on.
+      rolled_back: the run has just gone back by itself, so `--resume best` is not asked again.
+
+    Raises:
+      CheckpointError: the folder holds checkpoints, and none is sound.
+      ValueError: the checkpoint is of another model, or of other data.
+    """
+    config, latest, best = parts.config, checkpoints.latest, checkpoints.best
+    abstract, restored = parts.blueprint.abstract, None
+    if not rolled_back and latest and best and goes_back(config, latest, best):
+        restored = checkpoints.restore_best(abstract)
+    if restored:
+        _check_data(parts, restored[1])  # before newer ones are set aside
+        checkpoints.go_back(Skip(restored[1].step, 0, "--resume best"))
+    restored = restored or checkpoints.restore_latest(abstract)
+    if restored:
+        return restored[0], _resumed(parts, checkpoints, *restored, console)
+    if config.branch_from:
+        return _branch(parts, checkpoints, config.branch_from, console)
+    state = parts.blueprint.make(config.seed)
+    if config.init_from:
+        return _with_weights_of(parts, config.init_from, state, console)
+    return state, Start(new_future=bool(checkpoints.skips))
+
+
+def _resumed(
+    parts: Parts,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    metadata: Metadata,
+    console: Console,
+) -> Start:
+    config, lineage = parts.config, metadata.lineage
+    _check_data(parts, metadata)
+    if (config.branch_from or config.init_from) and not _beginnings(lineage):
+        console.warn("branch_from and init_from begin a new run; this one has begun, and goes on")
+    # Against what was restored, which is not the plan's latest if that turned out to be damaged.
+    recorded = [c for c in changes(metadata.run_config(), config) if c.policy == "recorded"]
+    tell_changes(metadata, config, recorded, console.say)
+    if recorded:
+        lineage = [*lineage, {"step": metadata.step, "changed": list(map(str, recorded))}]
+    console.say(f"Resuming from step {metadata.step} of {checkpoints.folder}")
+    _tell(metadata, console)
+    now = describe_environment(parts.mesh)
+    for difference in compare_environments(metadata.environment, now):
+        console.warn(f"bits may differ from a run in one piece: {difference}")
+    at_end = is_at_end(config, metadata.step, metadata.num_worse_evals)
+    return Start(
+        step=metadata.step,
+        tokens_seen=metadata.tokens_seen,
+        nonfinite_steps=int(state.guard.nonfinite_steps),
+        num_worse_evals=metadata.num_worse_evals,
+        eval_loss=metadata.eval_loss,
+        owes_eval=parts.eval_due(metadata.step) and metadata.eval_loss is None,
+        owes_end=at_end and not metadata.final,
+        run_id=metadata.tracking_run_id,
+        new_future=bool(recorded) or len(checkpoints.skips) > len(metadata.skips),
+        lineage=lineage,
+    )
+
+
+def _check_data(parts: Parts, metadata: Metadata) -> None:
+    if metadata.data_fingerprint != parts.data_fingerprint:
+        raise ValueError(
+            f"data: found fingerprint {parts.data_fingerprint or 'none'}, but step "
+            f"{metadata.step} was trained on {metadata.data_fingerprint or 'none'}; bring back the "
+            "data of that run (its source has changed since), or add --run_dir for a new run"
+        )
+
+
+def _branch(
+    parts: Parts, checkpoints: Checkpoints, source: str, console: Console
+) -> tuple[TrainState, Start]:
+    selected = _selected(parts, source, console)
+    skips = read_steps(selected.folder).skips
+    checkpoints.inherit([skip for skip in skips if skip.from_step <= selected.step])
+    metadata, path = selected.metadata, selected.path
+    state = state_of(restore_items(path, metadata, items_of(parts.blueprint.abstract)))
+    console.say(f"Branching from step {selected.step} of {selected.folder}")
+    _tell(metadata, console)
+    return state, Start(
+        step=selected.step,
+        tokens_seen=metadata.tokens_seen,
+        nonfinite_steps=int(state.guard.nonfinite_steps),
+        owes_eval=parts.eval_due(selected.step),
+        lineage=[*metadata.lineage, {"step": selected.step, "branched_from": str(path)}],
+    )
+
+
+def _with_weights_of(
+    parts: Parts, source: str, state: TrainState, console: Console
+) -> tuple[TrainState, Start]:
+    selected = _selected(parts, source, console)
+    wanted = {"params": parts.blueprint.abstract.params}
+    params = restore_items(selected.path, selected.metadata, wanted)["params"]
+    console.say(f"Beginning with the weights of step {selected.step} of {selected.folder}")
+    _tell(selected.metadata, console)
+    lineage = [*selected.metadata.lineage, {"step": 0, "initialized_from": str(selected.path)}]
+    return state._replace(params=params), Start(lineage=lineage)
+
+
+def _selected(parts: Parts, source: str, console: Console) -> Selected:
+    selected = select(source)
+    if selected.metadata.data_fingerprint != parts.data_fingerprint:
+        console.warn(f"the data is not that of {source}; its tokens must mean the same")
+    for step, damage in selected.passed_over.items():
+        console.warn(f"step {step} of {source} is damaged ({damage[0]}) and was passed over")
+    return selected
+
+
+def open_run_folder(
+    parts: Parts, start: Start, console: Console
+) -> AbstractContextManager[Metrics | None]:
+    """Writes what lies beside the checkpoints, and opens the metrics where the run goes on.
+
+    One process of several does this, and the others get None.
+    """
+    if jax.process_index() != 0:
+        return contextlib.nullcontext()
+    config = parts.config
+    run_dir, checkpoint_dir = Path(config.run_dir), Path(config.checkpoint_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(to_dict(config), indent=2) + "\n"
+    write_file(run_dir / "config.json", text.encode())
+    if parts.tokenizer_path:
+        write_file(checkpoint_dir / TOKENIZER, parts.tokenizer_path.read_bytes())
+    return Metrics(
+        config,
+        run_id=start.run_id,
+        restored_step=start.step,
+        owed_eval=start.owes_eval,
+        new_future=start.new_future,
+        say=console.say,
+    )
+
+
+def _tell(metadata: Metadata, console: Console) -> None:
+    best = f"{metadata.best_eval_loss:.4f} at step {metadata.best_step}"
+    console.say(
+        f"  best eval loss so far: {'none' if metadata.best_step is None else best}; "
+        f"tokens seen: {metadata.tokens_seen / 1e9:.4f} B"
+    )
+
+
+def beginning_of(lineage: list[dict[str, Any]]) -> int:
+    """The step of a run's first state."""
+    begun = _beginnings(lineage)
+    return begun[-1] if begun else 0
+
+
+def _beginnings(lineage: list[dict[str, Any]]) -> list[int]:
+    # The steps at which it, and what it came from, began with the state or weights of another run.
+    return [e["step"] for e in lineage if e.keys() & {"branched_from", "initialized_from"}]

@@ -1,0 +1,132 @@
+"""What is said of a run before its first step and after its last."""
+
+from pathlib import Path
+
+from jaxlm.checkpoints.folder import Best
+from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.config import Change, Config
+from jaxlm.device.state import num_bytes
+from jaxlm.inference.sample import Sampling, printable, sample_run
+from jaxlm.tracking.clock import Clock
+from jaxlm.tracking.console import Console, format_bytes, format_duration
+from jaxlm.training import preflight
+from jaxlm.training.assemble import Parts
+from jaxlm.training.resume import goes_back
+
+
+def tell_start(parts: Parts, console: Console) -> None:
+    """The config in short, what it needs, and what looks wrong about it.
+
+    Raises:
+      ValueError: the disk is too small, and `on_low_disk` is `refuse`.
+    """
+    config, abstract = parts.config, parts.blueprint.abstract
+    model, optim = config.model, config.optim
+    console.say(
+        f"run {config.run_dir}: {model.num_layers} layers, d_model {model.d_model}, "
+        f"{model.num_heads} heads of {model.head_dim} ({model.num_kv_heads} for keys and values), "
+        f"vocabulary {model.vocab_size}; {config.num_steps} steps of {config.batch_size} x "
+        f"{config.seq_len} tokens; {optim.schedule} schedule, learning rate {optim.learning_rate:g}"
+    )
+    console.say(preflight.describe(config, abstract, parts.memory, parts.mesh.size))
+    state_bytes = num_bytes(abstract)
+    console.say(
+        f"checkpoints: {format_bytes(state_bytes)} each, at most "
+        f"{format_bytes(preflight.checkpoint_bytes(config, abstract))} on disk, every "
+        f"{config.checkpoint.save_interval} steps in {config.checkpoint_dir}"
+    )
+    if shortage := preflight.disk_shortage(config, abstract):
+        if config.checkpoint.on_low_disk == "refuse":
+            raise ValueError(f"{shortage}, or add --checkpoint.on_low_disk warn")
+        console.warn(shortage)
+    if not config.intervals_nest:
+        console.warn(
+            f"save_interval {config.checkpoint.save_interval} and eval_interval "
+            f"{config.eval_interval} seldom meet; keep them equal to have a checkpoint at each eval"
+        )
+
+
+def tell_resume_best(
+    config: Config, latest: Metadata | None, best: Best | None, console: Console
+) -> None:
+    """Why `--resume best` does not go back, where it does not."""
+    if config.resume != "best" or not (latest and best) or goes_back(config, latest, best):
+        return
+    if best.step == latest.step:
+        console.say(f"the best, step {best.step}, is the latest: there is nothing to go back from")
+        return
+    console.warn(
+        f"a run with --resume best made step {latest.step}, so it goes on from there; to begin "
+        f"again at step {best.step}, add --branch_from {config.run_dir}@best --run_dir NEW"
+    )
+
+
+def tell_complete(
+    config: Config, latest: Metadata, best: Best | None, changed: list[Change], console: Console
+) -> None:
+    """That there is nothing left to train, and how to go on."""
+    if latest.step < config.num_steps:
+        reason = f"ended at step {latest.step}: {latest.num_worse_evals} evals without a new best"
+        more = "a larger --stop_after_worse_evals"
+    else:
+        reason = f"is complete at step {latest.step} (num_steps is {config.num_steps})"
+        more = "a larger --num_steps"
+    console.say(f"run {config.run_dir} {reason}")
+    for change in changed:
+        console.say(f"  this command differs in {change}")
+    console.say(f"to go on with it, add {more}; for a new run, add --run_dir")
+    _tell_where(config, best, console)
+
+
+def tell_time(clock: Clock, console: Console) -> None:
+    """What this start of the run spent its time on, the most first."""
+    seconds = sorted(clock.seconds().items(), key=lambda item: -item[1])
+    total_s = sum(s for _, s in seconds)
+    shares = ", ".join(f"{kind} {s / total_s:.1%}" for kind, s in seconds if s > 0.0005 * total_s)
+    console.say(f"time: {format_duration(total_s)}, of it {shares}")
+
+
+def tell_sample(config: Config, best: Best | None, console: Console) -> None:
+    """What the best model makes of the config's prompt."""
+    if config.sample_prompt is None:
+        return
+    run = f"{config.checkpoint_dir}@{best.step if best else 'latest'}"
+    sampling = Sampling(min(64, config.seq_len // 2 or 1), temperature=0.8, top_k=50)
+    try:
+        (found,) = sample_run(run, [config.sample_prompt], sampling, say=lambda _: None)
+    except ValueError as error:  # the run is complete and on disk, whatever comes of its sample
+        console.warn(f"no sample: {error}")
+        return
+    console.say(f"sample: {printable(found.prompt + found.text)}")
+
+
+def tell_end(
+    config: Config, step: int, complete: bool, best: Best | None, console: Console
+) -> None:
+    """Where everything is, and what to type next."""
+    if not complete:
+        console.say(
+            f"stopped at step {step} of {config.num_steps}, saved; the same command goes on"
+        )
+        return
+    console.say(f"done: {step} steps")
+    if best and best.step < step:
+        evals = -(-(step - best.step) // config.eval_interval)
+        flags = f"--branch_from {config.run_dir}@best --run_dir {config.run_dir}-2"
+        if config.checkpoint.directory:
+            flags += f" --checkpoint_dir {config.checkpoint.directory}-2"
+        console.say(
+            f"best was {evals} eval(s) ago, at step {best.step}; to go on from there with other "
+            f"settings (a lower --optim.learning_rate, say), the same command with\n  {flags}"
+        )
+    _tell_where(config, best, console)
+
+
+def _tell_where(config: Config, best: Best | None, console: Console) -> None:
+    run = config.run_dir
+    if best:
+        console.say(f"best model: {run}@best (step {best.step}, eval loss {best.loss:.4f})")
+    console.say(
+        f"metrics: {Path(run) / 'metrics.jsonl'}; checkpoints: {config.checkpoint_dir}\n"
+        f"next: jaxlm checkpoints list {run}"
+    )

@@ -1,0 +1,122 @@
+"""The training loop: steps, evals and saves, from the latest checkpoint to the end of the plan."""
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from jaxlm.checkpoints.checkpoint import Checkpoints
+from jaxlm.cluster import check_alike
+from jaxlm.config import Config
+from jaxlm.device.loss import Loss
+from jaxlm.device.state import ModelFactory
+from jaxlm.tracking.clock import Clock
+from jaxlm.tracking.console import Console
+from jaxlm.training.assemble import Parts, TrainSet, assemble
+from jaxlm.training.divergence import Diverged
+from jaxlm.training.evaluate import EvalSet
+from jaxlm.training.loop import Callback, Loop, Result
+from jaxlm.training.resume import check_folders, plan_resume
+from jaxlm.training.signals import StopRequest, stop_requests
+from jaxlm.training.start import beginning_of, open_run_folder, start_state
+from jaxlm.training.summary import (
+    tell_complete,
+    tell_end,
+    tell_resume_best,
+    tell_sample,
+    tell_start,
+    tell_time,
+)
+
+
+def train(
+    config: Config,
+    *,
+    model: ModelFactory | None = None,
+    loss: Loss | None = None,
+    batches: TrainSet | None = None,
+    eval_batches: EvalSet | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Result:
+    """Trains to the end of the plan, from the latest sound checkpoint if there is one.
+
+    Args:
+      config: the run.
+      model: `nnx.Rngs -> nnx.Module` of `nnx.Param`s; by default the decoder of `config.model`.
+      loss: `(model, batch) -> (sum over tokens, number of tokens)`; by default next-token
+        cross-entropy.
+      batches: `(index, rows) -> host arrays` of training batch `index`; by default `config.data`.
+      eval_batches: the held-out set; by default that of `config.data`, and none with own `batches`.
+      callbacks: each called with (step, row) for every row of metrics.jsonl.
+
+    Raises:
+      ValueError: the config, the data or the checkpoints do not fit each other.
+      CheckpointError: the checkpoints cannot be had or kept.
+    """
+    clock = Clock()
+    primary = jax.process_index() == 0
+    console = Console(config.num_steps, stream=None if primary else open(os.devnull, "w"))
+    check_folders(config)
+    with contextlib.ExitStack() as stack:
+        stack.callback(console.close)
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                Path(config.checkpoint_dir),
+                config.checkpoint,
+                on_commit=console.saved,
+                warn=console.warn,
+            )
+        )
+        plan = plan_resume(config, checkpoints)
+        tell_resume_best(config, checkpoints.latest, checkpoints.best, console)
+        if plan.complete and (latest := checkpoints.latest):
+            tell_complete(plan.config, latest, checkpoints.best, plan.changed, console)
+            return Result(latest.step, True, checkpoints.best)
+        parts = assemble(
+            plan.config,
+            model=model,
+            loss=loss,
+            batches=batches,
+            eval_batches=eval_batches,
+            say=console.say,
+            clock=clock,
+        )
+        check_alike("data", {"fingerprint": parts.data_fingerprint})
+        tell_start(parts, console)
+        request = stack.enter_context(stop_requests(parts.mesh))
+        result = _train_to_end(parts, checkpoints, console, callbacks, request, clock)
+    tell_time(clock, console)
+    if result.complete and jax.process_count() == 1 and not (model or batches):
+        tell_sample(parts.config, result.best, console)
+    tell_end(parts.config, result.step, result.complete, result.best, console)
+    return result
+
+
+def _train_to_end(
+    parts: Parts,
+    checkpoints: Checkpoints,
+    console: Console,
+    callbacks: Sequence[Callback],
+    request: StopRequest,
+    clock: Clock,
+) -> Result:
+    rolled_back = False
+    while True:  # once, and once more for each rollback: it is a resume, of its own accord
+        with clock.spent("restore" if checkpoints.latest else "start"):
+            state, start = start_state(parts, checkpoints, console, rolled_back=rolled_back)
+        with open_run_folder(parts, start, console) as metrics:
+            loop = Loop(parts, checkpoints, metrics, console, callbacks, start, clock)
+            try:
+                with clock.spent("steps"):
+                    return loop.run(state, request)
+            except Diverged as spike:
+                checkpoints.roll_back(
+                    spike.step - spike.num_steps,
+                    spike.step,
+                    str(spike),
+                    beginning=beginning_of(start.lineage),
+                    max_rollbacks=parts.config.guard.max_rollbacks,
+                )
+                rolled_back = True
