@@ -86,7 +86,7 @@ def test_training_goes_on_from_a_whole_state_only(run: Path, capsys: pytest.Capt
         ({"steps": [8]}, "found 1 checkpoint"),
         ({"last": 1}, "found 1 checkpoint"),
         ({"steps": [8, 9]}, "no such checkpoint"),
-        ({"out": "texts"}, "texts exists already"),
+        ({"out": "texts"}, "texts: found something there"),
     ],
 )
 def test_refusals_leave_nothing(run: Path, rules: dict[str, Any], message: str):

@@ -140,7 +140,7 @@ def test_after_a_kill_the_next_copy_is_whole(run: Path) -> None:
     ("args", "message"),
     [
         (("runs/none", DEST), "found no checkpoints"),
-        ((runs.RUN, "texts"), "texts exists already, expected a new name"),
+        ((runs.RUN, "texts"), "texts: found something there"),
         ((runs.RUN, f"{runs.RUN}/copy"), "lies within"),
         ((runs.RUN, "gs://bucket/tiny"), "expected a local path"),
         ((f"{runs.RUN}@5", DEST), "no such checkpoint"),

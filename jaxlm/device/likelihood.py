@@ -1,4 +1,4 @@
-"""What a model makes of given tokens: how likely each is, and which one is likeliest next.
+"""What a model makes of given tokens: how likely each is.
 
 Arrays in, arrays out. Dims: B batch, T time, V vocabulary.
 """
@@ -14,7 +14,6 @@ from jaxlm.device.loss import Batch, cross_entropy, segments
 from jaxlm.device.state import Blueprint, Params, jit_with_model
 
 TokenScores = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
-NextTokens = Callable[[Params, Batch], jax.Array]
 
 
 def make_token_scores(blueprint: Blueprint, mesh: Mesh, eos_id: int | None) -> TokenScores:
@@ -31,31 +30,10 @@ def make_token_scores(blueprint: Blueprint, mesh: Mesh, eos_id: int | None) -> T
     """
 
     def token_scores(model: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        logits_BTV = _logits(model, batch["inputs"], eos_id)
+        inputs_BT = batch["inputs"]
+        logits_BTV = model(inputs_BT, None if eos_id is None else segments(inputs_BT, eos_id))
         targets_BT = batch["targets"]
         likeliest_BT = jnp.argmax(logits_BTV, axis=-1) == targets_BT
         return -cross_entropy(logits_BTV, targets_BT), likeliest_BT
 
     return jit_with_model(token_scores, blueprint, mesh)
-
-
-def make_next_tokens(blueprint: Blueprint, mesh: Mesh, eos_id: int | None) -> NextTokens:
-    """The compiled `(params, batch) -> likeliest next tokens`, by a forward pass over all of it.
-
-    Arguments are those of `make_token_scores`.
-
-    Returns:
-      A function of params and a batch of `inputs`, int32 [B, T], padded at the end, and
-      `last`, int32 [B], the index of the last token of each row; it gives int32 [B].
-    """
-
-    def next_tokens(model: Any, batch: Batch) -> jax.Array:
-        logits_BTV = _logits(model, batch["inputs"], eos_id)
-        last_BTV = jnp.take_along_axis(logits_BTV, batch["last"][:, None, None], axis=1)
-        return jnp.argmax(last_BTV[:, 0], axis=-1).astype(jnp.int32)
-
-    return jit_with_model(next_tokens, blueprint, mesh)
-
-
-def _logits(model: Any, inputs_BT: jax.Array, eos_id: int | None) -> jax.Array:
-    return model(inputs_BT, None if eos_id is None else segments(inputs_BT, eos_id))

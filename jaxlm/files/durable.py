@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,41 +103,3 @@ def folder_bytes(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 num_bytes += os.lstat(os.path.join(parent, name)).st_size
     return num_bytes
-
-
-def put_in_place(partial: Path, path: Path) -> None:
-    """Gives a folder its name, once all of it is on the disk."""
-    for inner in (*partial.rglob("*"), partial):
-        fsync(inner)
-    partial.rename(path)
-    fsync(path.parent)
-
-
-def check_free(path: Path) -> None:
-    """Raises ValueError unless a folder can be made here: nothing is there, or an empty one."""
-    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-        raise ValueError(
-            f"{path}: found something there, expected no folder or an empty one; "
-            "name another, or remove it first"
-        )
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name once it is whole; else nothing is left of it.
-
-    Raises:
-      ValueError: the name is taken.
-      OSError: it could not be written.
-    """
-    path = Path(os.path.abspath(path))
-    check_free(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
-    partial.mkdir()
-    try:
-        yield partial
-        put_in_place(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

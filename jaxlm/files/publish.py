@@ -5,8 +5,18 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jaxlm.files.durable import put_in_place
+from jaxlm.files.durable import fsync
 from jaxlm.files.lock import lock, unlock
+
+
+def check_free(target: Path) -> None:
+    """Raises ValueError unless a folder can be made here: nothing is there, or an empty one."""
+    taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+    if taken or target.is_symlink():
+        raise ValueError(
+            f"{target}: found something there, expected no folder or an empty one; "
+            "name another, or remove it first"
+        )
 
 
 @contextlib.contextmanager
@@ -23,17 +33,17 @@ def published(target: Path, warn: Callable[[str], None]) -> Iterator[Path]:
       ValueError: there is something of that name.
       RuntimeError: another process is filling it, or it cannot be written.
     """
-    if target.exists():
-        raise ValueError(
-            f"{target} exists already, expected a new name; choose another one, or move it away"
-        )
+    check_free(target)
     partial = target.with_name(f".{target.name}.partial")
     held = lock(partial, required=False, warn=warn)
     try:
         for path in partial.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield partial
-        put_in_place(partial, target)
+        for path in (*partial.rglob("*"), partial):
+            fsync(path)
+        partial.rename(target)
+        fsync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         unlock(held)

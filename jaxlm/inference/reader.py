@@ -9,15 +9,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from tokenizers import Tokenizer
 
 from jaxlm.checkpoints.folder import TOKENIZER, select
 from jaxlm.compiled import keep_compiled
 from jaxlm.config import MeshConfig
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.device.likelihood import make_next_tokens, make_token_scores
+from jaxlm.device.likelihood import make_token_scores
 from jaxlm.device.sharding import make_mesh, put_batch
 from jaxlm.inference.load import restore_params, tell_selected
+from jaxlm.inference.sample import Sampling, stream
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """The tokens of a context, and those of its continuation."""
@@ -72,7 +74,7 @@ class Reader:
         blueprint, self._params = restore_params(selected, self._mesh)
         mask = eos_id if config.model.document_mask else None
         self._token_scores = make_token_scores(blueprint, self._mesh, mask)
-        self._next_tokens = make_next_tokens(blueprint, self._mesh, mask)
+        self._model = nnx.merge(blueprint.graphdef, self._params)
 
     def likelihoods(
         self, pairs: Sequence[Pair], done: Callable[[int], None] = lambda _: None
@@ -140,22 +142,21 @@ class Reader:
             )
         rows = [list(prompt[max_tokens - self.seq_len :]) for prompt in prompts]
         new: list[list[int]] = [[] for _ in rows]
-        for T, batch in self._batches([len(row) + max_tokens for row in rows]):
-            going = list(batch)
-            while going:
-                inputs_BT = np.zeros((self._batch_size, T), np.int32)
-                last_B = np.zeros(self._batch_size, np.int32)
-                for b, i in enumerate(going):
-                    row = rows[i] + new[i]
-                    inputs_BT[b, : len(row)], last_B[b] = row, len(row) - 1
-                put = self._put({"inputs": inputs_BT, "last": last_B})
-                tokens_B = np.asarray(self._next_tokens(self._params, put))
-                for i, token in zip(going, tokens_B[: len(going)].tolist(), strict=True):
+        greedy = Sampling(max_tokens, temperature=0)
+        for _, batch in self._batches(list(map(len, rows))):
+            idle = [[self.eos_id]] * (self._batch_size - len(batch))  # so that shapes are few
+            going = set(batch)
+            texts = [rows[i] for i in batch] + idle
+            for tokens_B in stream(self._model, texts, greedy, eos_id=self.eos_id):
+                for i, token in zip(batch, tokens_B.tolist(), strict=False):
+                    if i not in going:
+                        continue
                     if token != self.eos_id:
                         new[i].append(token)
-                    if token == self.eos_id or len(new[i]) == max_tokens or stop(new[i]):
-                        batch.remove(i)
-                going = list(batch)
+                    if token == self.eos_id or stop(new[i]):
+                        going.remove(i)
+                if not going:
+                    break
         return new
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:

@@ -17,7 +17,7 @@ from jaxlm.config import MeshConfig
 from jaxlm.data.tokenizer import find_eos, load_tokenizer
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import path_name
-from jaxlm.files.durable import check_free, new_folder
+from jaxlm.files.publish import check_free, published
 from jaxlm.inference.load import restore_params, tell_selected
 from jaxlm.interchange.mapping import (
     CONFIG,
@@ -80,7 +80,7 @@ def export(
     tell_selected(selected, say)
     _, params = restore_params(selected, make_mesh(MeshConfig()))
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-    with new_folder(target) as partial:
+    with published(target, say) as partial:
         _write_weights(partial, params, dtype, max_shard_bytes)
         own = _write_about(partial, selected, dtype, num_params, target.name, say)
         files = sorted(path.name for path in partial.iterdir())

@@ -26,7 +26,8 @@ from jaxlm.device.model import model_factory
 from jaxlm.device.optim import make_optimizer
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import make_blueprint, path_name
-from jaxlm.files.durable import check_free, new_folder, read_file, write_file
+from jaxlm.files.durable import read_file, write_file
+from jaxlm.files.publish import check_free, published
 from jaxlm.files.strict import read_json, shown
 from jaxlm.interchange.mapping import CONFIG, INDEX, WEIGHTS, Tensor, from_hf_config, tensor_of
 from jaxlm.training.resume import describe_environment
@@ -95,7 +96,7 @@ def import_folder(folder: str, run: str, *, say: Callable[[str], None] = print) 
     blueprint = make_blueprint(factory, make_optimizer(config.optim), mesh)
     abstract = blueprint.abstract.params
     _check_tensors(source, abstract, found)
-    with new_folder(target) as partial:
+    with published(target, say) as partial:
         state = blueprint.make(0)._replace(params=_read_params(abstract, found))
         checkpoints = Checkpoints(
             partial / "checkpoints",
