@@ -63,19 +63,9 @@ def found(compiled: Any) -> dict[str, Any]:
 
 def ours(case: str, topology: str) -> Any:
     """Our step, compiled."""
-    import jax
-    import numpy as np
-
-    from jaxlm.device.loss import next_token_loss
-    from jaxlm.device.model import model_factory
-    from jaxlm.device.optim import make_optimizer
-    from jaxlm.device.sharding import batch_sharding, make_mesh
-    from jaxlm.device.state import make_blueprint
-    from jaxlm.device.step import make_train_step
     from jaxlm.launch import parse_config
-    from jaxlm.plan.ahead import find_devices
+    from jaxlm.plan.ahead import find_devices, lower_ahead
     from jaxlm.plan.plan import parse_topology
-    from jaxlm.training.assemble import make_schedule
 
     path, rows, flags, _ = CASES[case]
     devices = find_devices(*parse_topology(topology))
@@ -84,20 +74,7 @@ def ours(case: str, topology: str) -> Any:
         ["--config", path, "--optim.name", "adamw", f"--batch_size={batch_size}", *flags],
         prog="against_maxtext.py",
     )
-    mesh = make_mesh(config.mesh, devices)
-    tx = make_optimizer(config.optim)
-    blueprint = make_blueprint(model_factory(config.model, "tpu"), tx, mesh)
-    step = make_train_step(
-        blueprint,
-        next_token_loss(num_chunks=config.loss_chunks),
-        tx,
-        make_schedule(config.optim, config.num_steps),
-        mesh,
-    )
-    shape = config.batch_size, config.seq_len
-    tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))
-    lowered = step.lower(blueprint.abstract, {"inputs": tokens, "targets": tokens})
-    return lowered.compile(compiler_options=COMPILER)
+    return lower_ahead(config, devices)[0].compile(compiler_options=COMPILER)
 
 
 def maxtext(case: str, topology: str, *more: str) -> Any:

@@ -177,6 +177,22 @@ def test_the_loss_in_chunks_is_the_loss_without_all_logits_in_memory(options: di
     assert f"{B}x{T}x{V}xf32" in text[0] and f"{B}x{T}x{V}xf32" not in text[1]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loss_in_chunks_sums_the_gradients_of_the_head_in_the_dtype_of_compute(dtype: str):
+    """Else devices send each other twice the bytes of it."""
+    graphdef, params = nnx.split(transformer(dtype=dtype))
+    loss = next_token_loss(num_chunks=3)
+    grad = jax.grad(lambda params: loss(nnx.merge(graphdef, params), host_batch(0))[0])
+    loops = [e for e in jax.make_jaxpr(grad)(params).eqns if e.primitive.name == "scan"]
+    head = [
+        out.aval.dtype.name
+        for loop in loops
+        for out in loop.outvars
+        if out.aval.shape == (MODEL.d_model, MODEL.vocab_size)
+    ]
+    assert head == [dtype]
+
+
 def test_bfloat16_compute_is_close_and_keeps_float32_params_and_logits():
     narrow = transformer(dtype="bfloat16")
     assert {p.dtype for p in jax.tree.leaves(nnx.split(narrow)[1])} == {jnp.dtype("float32")}

@@ -36,7 +36,7 @@ def model_of(number: int = 0) -> Transformer:
 @nnx.jit
 def extend(model: Any, tokens: Any, cache: Any, positions: Any) -> Any:
     x, cache = model.hidden(tokens, cache=cache, positions_BT=positions)
-    return model.logits(x), cache
+    return model.readout()(x), cache
 
 
 def cached_logits(model: Transformer, sizes: list[int], shift: int = 0) -> np.ndarray:

@@ -136,7 +136,7 @@ def make_programs(graphdef: Any, mesh: Mesh | None, rule: Rule) -> Programs:
         x_BPD, cache = model.hidden(tokens_BP, cache=cache, positions_BT=positions_BP)
         last_B1D = jnp.take_along_axis(x_BPD, (length_B - 1)[:, None, None], axis=1)
         count = jnp.zeros((), jnp.int32)
-        token_B = choose(model.logits(last_B1D)[:, 0], rule, knobs, count)
+        token_B = choose(model.readout()(last_B1D)[:, 0], rule, knobs, count)
         ended_B = token_B == (-1 if rule.eos_id is None else rule.eos_id)
         return Decoding(cache, token_B, length_B, ended_B, count + 1), token_B
 
@@ -151,7 +151,7 @@ def make_programs(graphdef: Any, mesh: Mesh | None, rule: Rule) -> Programs:
             x_B1D, cache = model.hidden(
                 state.token_B[:, None], cache=state.cache, positions_BT=state.position_B[:, None]
             )
-            token_B = choose(model.logits(x_B1D)[:, 0], rule, knobs, state.num_new)
+            token_B = choose(model.readout()(x_B1D)[:, 0], rule, knobs, state.num_new)
             told_B = jnp.where(state.ended_B, -1, token_B)
             ended_B = state.ended_B | (token_B == (-1 if rule.eos_id is None else rule.eos_id))
             after = Decoding(cache, token_B, state.position_B + 1, ended_B, state.num_new + 1)

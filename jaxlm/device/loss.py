@@ -19,7 +19,7 @@ def next_token_loss(*, z_loss: float = 0.0, eos_id: int | None = None, num_chunk
       eos_id: where given, attention stays within a document; documents end at this token.
       num_chunks: parts of the sequence whose logits are made one after the other, and again in the
         backward pass, so that no [B, T, V] is ever in memory. More than one takes a model with
-        `hidden(tokens_BT, segment_ids_BT) -> (x_BTD, None)` and `logits(x_BTD) -> logits_BTV`.
+        `hidden(tokens_BT, segment_ids_BT) -> (x_BTD, None)` and `readout()(x_BTD) -> logits_BTV`.
 
     Returns:
       A loss of a model `(tokens_BT, segment_ids_BT or None) -> logits_BTV` and a batch of
@@ -34,7 +34,9 @@ def next_token_loss(*, z_loss: float = 0.0, eos_id: int | None = None, num_chunk
             losses_BT = cross_entropy(logits_BTV, batch["targets"], z_loss)
         else:
             x_BTD, _ = model.hidden(inputs_BT, segment_ids_BT)
-            losses_BT = _in_chunks(model.logits, x_BTD, batch["targets"], z_loss, num_chunks)
+            # The readout is made out here, so that gradients of its weights are summed, and sent
+            # between devices, in the dtype that it casts them to.
+            losses_BT = _in_chunks(model.readout(), x_BTD, batch["targets"], z_loss, num_chunks)
         mask_BT = batch.get("loss_mask", jnp.ones_like(losses_BT))
         return jnp.sum(losses_BT * mask_BT), jnp.sum(mask_BT)
 
@@ -50,7 +52,7 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, z_loss: float = 
 
 
 def _in_chunks(
-    logits: Callable[[jax.Array], jax.Array],
+    readout: Callable[[jax.Array], jax.Array],
     x_BTD: jax.Array,
     targets_BT: jax.Array,
     z_loss: float,
@@ -61,7 +63,7 @@ def _in_chunks(
     @jax.checkpoint
     def losses(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, targets = chunk
-        return cross_entropy(logits(x), targets, z_loss)
+        return cross_entropy(readout(x), targets, z_loss)
 
     def split(x: jax.Array) -> jax.Array:
         return jnp.swapaxes(x.reshape(B, num_chunks, T // num_chunks, *x.shape[2:]), 0, 1)

@@ -252,7 +252,7 @@ class Transformer(nnx.Module):
           float32 [B, T, V].
         """
         x_BTD, _ = self.hidden(tokens_BT, segment_ids_BT)
-        return self.logits(x_BTD)
+        return self.readout()(x_BTD)
 
     def hidden(
         self,
@@ -285,10 +285,11 @@ class Transformer(nnx.Module):
         cache = end([past for past in pasts if past]) if cache is not None else None
         return self.final_norm(x_BTD), cache
 
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """`hidden` -> float32 [B, T, V]."""
+    def readout(self) -> Callable[[jax.Array], jax.Array]:
+        """What makes logits, float32 [B, T, V], of `hidden`; weights are cast here, once."""
         if self.config.tie_embeddings:
             w_DV = self.embedding_VD[...].astype(self.dtype).T
         else:
             w_DV = self.head_DV[...].astype(self.dtype)
-        return constrain(widen(x_BTD, w_DV, jnp.dtype("float32")), "batch", None, "vocab")
+        f32 = jnp.dtype("float32")
+        return lambda x_BTD: constrain(widen(x_BTD, w_DV, f32), "batch", None, "vocab")

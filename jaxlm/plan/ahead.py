@@ -19,10 +19,10 @@ from jaxlm.device.loss import next_token_loss
 from jaxlm.device.model import model_factory
 from jaxlm.device.optim import make_optimizer
 from jaxlm.device.sharding import batch_sharding, make_mesh
-from jaxlm.device.state import make_blueprint
+from jaxlm.device.state import Blueprint, make_blueprint
 from jaxlm.extras import needs
 from jaxlm.plan.hlo import read_costs
-from jaxlm.training.assemble import check_batch, compile_step
+from jaxlm.training.assemble import check_batch, lower_step
 
 _COMMAND = (sys.executable, "-c", "from jaxlm.plan.ahead import main; main()")
 # So that libtpu looks for neither chips nor their metadata server, whatever the topology, and lets
@@ -114,16 +114,11 @@ def find_devices(platform: str, layout: str) -> list[Any]:
     ).devices
 
 
-def examine_step(config: Config, devices: list[Any]) -> dict[str, Any]:
-    """Compiles the step that the trainer would run there.
-
-    Returns:
-      `device_kind`, `mesh`, `memory` (bytes of one device by kind) and `costs` (of one device), as
-      JSON values.
+def lower_ahead(config: Config, devices: list[Any]) -> tuple[jax.stages.Lowered, Blueprint]:
+    """The step that the trainer would run on these devices, and the blueprint of its state.
 
     Raises:
       ValueError: the mesh divides neither batch nor model.
-      jax.errors.JaxRuntimeError: the step does not fit, or the topology is not known.
     """
     mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
@@ -137,7 +132,22 @@ def examine_step(config: Config, devices: list[Any]) -> dict[str, Any]:
     shape = config.batch_size, config.seq_len
     tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))
     example = {"inputs": tokens, "targets": tokens}
-    compiled = compile_step(config, blueprint, loss, tx, mesh, example)
+    return lower_step(config, blueprint, loss, tx, mesh, example), blueprint
+
+
+def examine_step(config: Config, devices: list[Any]) -> dict[str, Any]:
+    """Compiles the step that the trainer would run there.
+
+    Returns:
+      `device_kind`, `mesh`, `memory` (bytes of one device by kind) and `costs` (of one device), as
+      JSON values.
+
+    Raises:
+      ValueError: the mesh divides neither batch nor model.
+      jax.errors.JaxRuntimeError: the step does not fit, or the topology is not known.
+    """
+    lowered, blueprint = lower_ahead(config, devices)
+    compiled = lowered.compile()
     sizes: Any = compiled.memory_analysis()
     params, opt_state = map(_bytes_here, (blueprint.abstract.params, blueprint.abstract.opt_state))
     memory = {
@@ -152,7 +162,7 @@ def examine_step(config: Config, devices: list[Any]) -> dict[str, Any]:
     collectives = {kind: found._asdict() for kind, found in costs.collectives.items()}
     return {
         "device_kind": devices[0].device_kind,
-        "mesh": dict(mesh.shape),
+        "mesh": dict(make_mesh(config.mesh, devices).shape),
         "memory": memory,
         "costs": costs._asdict() | {"collectives": collectives},
     }

@@ -159,7 +159,7 @@ def largest_batch(config: Config, step: dict[str, Any], compile_step: Compile) -
 
 
 def find_changes(config: Config, num_devices: int, compile_step: Compile) -> list[dict[str, Any]]:
-    """What makes a step fit that does not: smaller microbatches, remat, fsdp, or several of them.
+    """What makes a step fit that does not: smaller microbatches, logits in parts, remat, fsdp.
 
     Args:
       config: one that does not fit.
@@ -170,20 +170,25 @@ def find_changes(config: Config, num_devices: int, compile_step: Compile) -> lis
       The changes that were tried, as flags: those that fit first, and of these the fastest first.
     """
     products, full = "--model.remat products", "--model.remat full"
-    fsdp = "--mesh.data 1 --mesh.fsdp -1"
+    chunks, fsdp = "--loss_chunks 8", "--mesh.data 1 --mesh.fsdp -1"
     changes = {
+        chunks: {"loss_chunks": 8},
         products: {"model": replace(config.model, remat="products")},
         full: {"model": replace(config.model, remat="full")},
         fsdp: {"mesh": replace(config.mesh, data=1, fsdp=-1)},
     }
-    alone = [(), (products,), (full,)]
+    alone = [(), (chunks,), (products,), (full,)]
+    more = [(fsdp,), (chunks, full, fsdp)] if num_devices > 1 else [(chunks, full)]
     tried: list[dict[str, Any]] = []
-    for parts in [*alone, (fsdp,), (full, fsdp)] if num_devices > 1 else alone:
+    for parts in [*alone, *more]:
+        enough = any(change["fits"] for change in tried)
+        if (chunks in parts and config.seq_len % 8) or (parts[1:] and enough):
+            continue
         changed = config
         for part in parts:
             changed = replace(changed, **changes[part])
         num = config.num_microbatches * (2 if changed == config else 1)
-        if (parts and changed == config) or (len(parts) == 2 and any(c["fits"] for c in tried)):
+        if parts and changed == config:
             continue
         while config.batch_size % num == 0:
             flags = [] if num == config.num_microbatches else [f"--num_microbatches {num}"]

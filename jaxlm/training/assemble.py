@@ -113,7 +113,7 @@ def assemble(
         return put_batch(partial(rows_of, index), mesh, config.batch_size)
 
     with clock.spent("compile") if clock else nullcontext():
-        compiled = compile_step(config, blueprint, train_loss, tx, mesh, put(0))
+        compiled = lower_step(config, blueprint, train_loss, tx, mesh, put(0)).compile()
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     eval_loss = loss or next_token()
     eval_step, put_eval = assemble_eval(config, blueprint, mesh, eval_batches, eval_loss)
@@ -134,15 +134,15 @@ def assemble(
     )
 
 
-def compile_step(
+def lower_step(
     config: Config,
     blueprint: Blueprint,
     loss: Loss,
     tx: optax.GradientTransformation,
     mesh: Mesh,
     example: Any,
-) -> jax.stages.Compiled:
-    """The train step of a run, for the devices of the mesh, which need not be here.
+) -> jax.stages.Lowered:
+    """The train step of a run, to be compiled for the devices of the mesh, which need not be here.
 
     `example` is a batch, or its `jax.ShapeDtypeStruct`s with their shardings.
     """
@@ -158,7 +158,7 @@ def compile_step(
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), example
     )
-    return train_step.lower(blueprint.abstract, shapes).compile()
+    return train_step.lower(blueprint.abstract, shapes)
 
 
 def assemble_eval(
