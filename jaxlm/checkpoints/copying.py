@@ -19,6 +19,7 @@ from jaxlm.checkpoints.skips import NAME as SKIPS
 from jaxlm.files.durable import write_file
 from jaxlm.files.publish import published
 from jaxlm.files.strict import read_json
+from jaxlm.terminal import track
 
 Say = Callable[[str], None]
 
@@ -61,7 +62,7 @@ def copy_run(run: str, dest: str, *, say: Say = print) -> Copied:
         folder = partial / "checkpoints"
         folder.mkdir()
         try:
-            for step in steps:
+            for step in track(steps, "Copying"):
                 damage = _copy_step(source / str(step), folder / str(step))
                 if damage is None:
                     deleted.append(step)

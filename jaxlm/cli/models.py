@@ -30,6 +30,11 @@ def evaluate(
       out: with --follow, the file to append to; evals.jsonl in the run folder if left out.
       poll_s: with --follow, seconds between two looks at the folder.
       json: print JSON; with --follow, an object a line.
+
+    Examples:
+      jaxlm eval runs/tiny@best runs/tiny-2@best --paired
+      jaxlm eval runs/tiny --source "text:books/*.txt"
+      jaxlm eval runs/tiny --follow
     """
     if follow:
         return _follow(runs, paired, source, out, poll_s, json)
@@ -100,6 +105,10 @@ def benchmark(
       limit: documents of each task at most.
       batch_size: rows at a time.
       json: print JSON.
+
+    Examples:
+      jaxlm benchmark runs/tiny@best --tasks lambada_openai --limit 100
+      jaxlm benchmark runs/tiny --tasks mine --include_path tasks --json
     """
     from jaxlm.extras import MODULES, needs
 
@@ -151,6 +160,10 @@ def sample(
       top_p: choose among the fewest most likely tokens that together have this probability.
       seed: the same seed gives the same text.
       json: print JSON.
+
+    Examples:
+      jaxlm sample runs/tiny@best --prompt "My fellow citizens"
+      jaxlm sample runs/tiny --num_samples 3 --temperature 0.8 --top_k 50
     """
     from jaxlm.inference.sample import Sampling, printable, sample_run
 

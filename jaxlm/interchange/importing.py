@@ -29,6 +29,7 @@ from jaxlm.device.state import make_blueprint, path_name
 from jaxlm.files.durable import check_free, new_folder, read_file, write_file
 from jaxlm.files.strict import read_json, shown
 from jaxlm.interchange.mapping import CONFIG, INDEX, WEIGHTS, Tensor, from_hf_config, tensor_of
+from jaxlm.terminal import progress, track
 from jaxlm.training.resume import describe_environment
 
 CONTINUE = "continue.py"
@@ -103,7 +104,7 @@ def import_folder(folder: str, run: str, *, say: Callable[[str], None] = print) 
             on_commit=lambda *_: None,
             warn=lambda line: say(f"Warning: {line}"),
         )
-        with checkpoints:
+        with checkpoints, progress("Saving the run"):
             checkpoints.save(state, _metadata(config, eos_id, describe_environment(mesh), folder))
         if tokenizer:
             write_file(partial / "checkpoints" / TOKENIZER, tokenizer)
@@ -204,7 +205,7 @@ def _leaves(abstract: Any) -> Iterator[tuple[Any, Tensor, tuple[int, ...]]]:
 
 def _read_params(abstract: Any, found: dict[str, _Found]) -> Any:
     arrays = []
-    for leaf, tensor, _ in _leaves(abstract):
+    for leaf, tensor, _ in track([*_leaves(abstract)], "Reading the weights"):
         file = found[tensor.name].file
         with safe_open(file, framework="np") as opened:
             theirs = opened.get_tensor(tensor.name).astype(np.float32)
