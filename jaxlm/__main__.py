@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import Annotated, Any, Literal, Union
 
-import tyro
-from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional
+try:
+    import tyro
+    from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional
 
-from jaxlm.cli import cache, checkpoints, interchange, models, runs
-from jaxlm.cli.completion import script
-from jaxlm.config import Config, leaves
-from jaxlm.launch import leave, run_main, with_examples
+    from jaxlm.cli import cache, checkpoints, interchange, models, runs
+    from jaxlm.cli.completion import script
+    from jaxlm.config import Config, leaves
+    from jaxlm.launch import leave, run_main, with_examples
+except KeyboardInterrupt:  # else a traceback, of nothing done yet
+    raise SystemExit(130) from None
 
 
 def _choice(commands: dict[str, Callable[..., int]]) -> Any:
@@ -52,13 +55,10 @@ def completion(shell: Positional[Literal["bash", "zsh", "fish"]]) -> int:
 
 
 def _flags(name: str, function: Callable[..., int]) -> list[str]:
-    flags = [
-        "help",
-        *(p.name for p in signature(function).parameters.values() if p.kind == p.KEYWORD_ONLY),
-    ]
+    names = [p.name for p in signature(function).parameters.values() if p.kind == p.KEYWORD_ONLY]
     if name in OF_A_CONFIG:
-        flags += [*re.findall(r"--(\w+)(?![\w.])", function.__doc__ or ""), *leaves(Config())]
-    return [f"--{flag}" for flag in dict.fromkeys(flags)]
+        names += [*re.findall(r"--(\w+)(?![\w.])", function.__doc__ or ""), *leaves(Config())]
+    return [f"--{name}" for name in dict.fromkeys(["help", *names])]
 
 
 OF_A_CONFIG = ("prepare", "prove-resume", "plan")
@@ -113,7 +113,14 @@ def command(args: Sequence[str]) -> int:
 
 def main() -> None:
     """The entry point: exits with the command's code, or 1 and a message."""
-    leave(run_main(lambda: command(sys.argv[1:])))
+
+    def run() -> int:
+        try:
+            return command(sys.argv[1:])
+        finally:
+            sys.stdout.flush()  # what cannot be told is no success
+
+    leave(run_main(run))
 
 
 if __name__ == "__main__":

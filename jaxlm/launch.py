@@ -19,6 +19,8 @@ import tyro
 from jaxlm.config import Config, leaves
 from jaxlm.terminal import STOPPED, wants_color
 
+_INTERRUPTED = "interrupted; the same command goes on from what is on disk"
+
 
 def parse_config(args: Sequence[str], prog: str) -> Config:
     """The config of `--config FILE` with the flags that follow applied to it.
@@ -114,6 +116,14 @@ def with_examples(function: Callable[..., object]) -> Iterator[None]:
         raise
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    # In an import, a library would make an error of its own of it.
+    if any(f.filename.startswith("<frozen importlib") for f in traceback.extract_stack(frame)):
+        os.write(2, f"{_INTERRUPTED}\n".encode())
+        os._exit(130)
+    raise KeyboardInterrupt
+
+
 def run_main(main: Callable[[], int | None]) -> int:
     """Calls `main` and turns an error that jaxlm raised on purpose into one message.
 
@@ -123,6 +133,8 @@ def run_main(main: Callable[[], int | None]) -> int:
       The exit code.
     """
     tyro._experimental_options["ansi_codes"] = wants_color()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         return main() or 0
     except SystemExit as stop:  # help, flags that do not fit, a stop before the first step
@@ -150,7 +162,7 @@ def leave(code: int) -> NoReturn:
 def explain(error: BaseException) -> tuple[int, str | None]:
     """Exit code and message of an error; no message for a bug."""
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted; the same command goes on from what is on disk"
+        return 130, _INTERRUPTED
     if isinstance(error, SystemExit):
         return (error.code, "stopped") if isinstance(error.code, int) else (1, str(error.code))
     innermost = traceback.extract_tb(error.__traceback__)[-1]

@@ -76,7 +76,7 @@ def verify(run: Positional[str], *, eval: bool = False, json: bool = False) -> i
     folder, found = find_checkpoints(run), {}
     steps = list_steps(folder)
     if not steps:
-        raise ValueError(f"{folder}: found no checkpoint to verify")
+        raise ValueError(f"{folder}: found no checkpoint to verify; name a folder that has some")
     at_a_look = read_steps(folder).damaged  # among them sound ones of another run
     for step in track(steps, "Verifying"):
         if (damage := verify_step(folder, step)) is not None:  # not deleted by a trainer

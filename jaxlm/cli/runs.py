@@ -69,7 +69,7 @@ def plan(flags: Positional[tuple[str, ...]] = ()) -> int:
 
     Examples:
       jaxlm plan --config configs/180m.py --topology v5e-16
-      jaxlm plan --config configs/1b.py --topology h100x8 --mesh.data 1 --mesh.fsdp 8
+      jaxlm plan --config configs/1b.py --topology h100x8 --model.remat full
     """
     from jaxlm.plan.plan import Settings, describe
     from jaxlm.plan.plan import plan as make_plan
@@ -117,7 +117,7 @@ def report(
     from jaxlm.report.page import make_report
 
     if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"--out: found {out}, expected a file in a folder that exists")
+        raise ValueError(f"--out: found {out}, expected a file; make its folder first")
     histories = [read_history(run) for run in track(runs, "Reading")]
     with progress("Making the page"):
         page = make_report(histories).encode()

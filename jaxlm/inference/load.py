@@ -66,7 +66,7 @@ def restore_params(
     if model is None and config.model.num_layers > len(metadata.fingerprints):
         raise ValueError(
             f"{selected.path}: its config has {config.model.num_layers:,} layers, and it holds "
-            f"{len(metadata.fingerprints)} arrays; it was altered"
+            f"{len(metadata.fingerprints)} arrays; it was altered, so take a copy from before"
         )
     factory = model or model_factory(config.model, mesh.devices.flat[0].platform)
     blueprint = make_blueprint(factory, make_optimizer(config.optim), mesh)
