@@ -338,12 +338,16 @@ def test_exit_codes(own_run: Path, monkeypatch, capsys: pytest.CaptureFixture):
     assert codes == {*CODES.values(), terminal.STOPPED, 130, 141}
 
 
+# As in a shell: what is written at the end is what may fail.
+BUFFERED = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+BUFFERED["PYTHONPATH"] = str(runs.REPO)
+
+
 def with_closed_pipe(*command: str, cwd: Path) -> tuple[int, str]:
     reader, writer = os.pipe()
     os.close(reader)
-    env = {**os.environ, "PYTHONPATH": str(runs.REPO)}
     done = subprocess.run(
-        [sys.executable, *command], stdout=writer, stderr=subprocess.PIPE, cwd=cwd, env=env
+        [sys.executable, *command], stdout=writer, stderr=subprocess.PIPE, cwd=cwd, env=BUFFERED
     )
     os.close(writer)
     return done.returncode, done.stderr.decode()
@@ -367,8 +371,9 @@ def test_ctrl_c_is_one_line(tiny_run: Path):
 
 
 def test_a_full_disk_is_no_success(tiny_run: Path):
-    env = {**os.environ, "PYTHONPATH": str(runs.REPO)}
     command = [sys.executable, "-m", "jaxlm", "completion", "bash"]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=tiny_run, env=env)
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, cwd=tiny_run, env=BUFFERED
+        )
     assert done.returncode == 1 and b"No space left" in done.stderr
