@@ -1,14 +1,22 @@
 """The `jaxlm` command: which function each of its words calls."""
 
+import contextlib
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Union
+from inspect import signature
+from typing import Annotated, Any, Literal, Union
 
-import tyro
-from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes
+try:
+    import tyro
+    from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional
 
-from jaxlm.cli import cache, checkpoints, interchange, models, runs
-from jaxlm.launch import leave, run_main
+    from jaxlm.cli import cache, checkpoints, interchange, models, runs
+    from jaxlm.cli.completion import script
+    from jaxlm.config import Config, leaves
+    from jaxlm.launch import leave, run_main, with_examples
+except KeyboardInterrupt:  # else a traceback, of nothing done yet
+    raise SystemExit(130) from None
 
 
 def _choice(commands: dict[str, Callable[..., int]]) -> Any:
@@ -17,7 +25,7 @@ def _choice(commands: dict[str, Callable[..., int]]) -> Any:
     ]
 
 
-def _group(doc: str, **commands: Callable[..., int]) -> Callable[[int], int]:
+def _group(doc: str, commands: dict[str, Callable[..., int]]) -> Callable[[int], int]:
     def group(command: int) -> int:
         return command  # the exit code: tyro has called it
 
@@ -26,21 +34,53 @@ def _group(doc: str, **commands: Callable[..., int]) -> Callable[[int], int]:
     return group
 
 
+def completion(shell: Positional[Literal["bash", "zsh", "fish"]]) -> int:
+    """Print what makes a shell complete the words and flags of jaxlm at the Tab key.
+
+    Args:
+      shell: yours.
+
+    Examples:
+      eval "$(jaxlm completion bash)"  # in ~/.bashrc
+      eval "$(jaxlm completion zsh)"   # in ~/.zshrc, after compinit
+      jaxlm completion fish > ~/.config/fish/completions/jaxlm.fish
+    """
+    proposed = {"": [*COMMANDS], "completion": ["bash", "zsh", "fish"]}
+    proposed |= {name: [*group] for name, group in GROUPS.items()}
+    for group, functions in {"": COMMANDS, **GROUPS}.items():
+        for name, function in functions.items():
+            proposed.setdefault(f"{group} {name}".strip(), _flags(name, function))
+    print(script(shell, proposed))
+    return 0
+
+
+def _flags(name: str, function: Callable[..., int]) -> list[str]:
+    names = [p.name for p in signature(function).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    if name in OF_A_CONFIG:
+        names += [*re.findall(r"--(\w+)(?![\w.])", function.__doc__ or ""), *leaves(Config())]
+    return [f"--{name}" for name in dict.fromkeys(["help", *names])]
+
+
+OF_A_CONFIG = ("prepare", "prove-resume", "plan")
+"""Commands that take the flags of launch.py."""
+GROUPS: dict[str, dict[str, Callable[..., int]]] = {
+    "cache": {"list": cache.list_all, "clear": cache.clear},
+    "checkpoints": {
+        "list": checkpoints.list_all,
+        "compare": checkpoints.compare,
+        "diff": checkpoints.diff,
+        "verify": checkpoints.verify,
+        "prune": checkpoints.prune,
+        "copy": checkpoints.copy,
+        "average": checkpoints.average,
+    },
+}
 COMMANDS: dict[str, Callable[..., int]] = {
     "prepare": runs.prepare,
     "prove-resume": runs.prove_resume,
     "plan": runs.plan,
-    "cache": _group("Look at and clear prepared tokens.", list=cache.list_all, clear=cache.clear),
-    "checkpoints": _group(
-        "Look at checkpoints, and tidy them up.",
-        list=checkpoints.list_all,
-        compare=checkpoints.compare,
-        diff=checkpoints.diff,
-        verify=checkpoints.verify,
-        prune=checkpoints.prune,
-        copy=checkpoints.copy,
-        average=checkpoints.average,
-    ),
+    "cache": _group("Look at and clear prepared tokens.", GROUPS["cache"]),
+    "checkpoints": _group("Look at checkpoints, and tidy them up.", GROUPS["checkpoints"]),
     "eval": models.evaluate,
     "benchmark": models.benchmark,
     "sample": models.sample,
@@ -48,19 +88,39 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "import": interchange.import_folder,
     "report": runs.report,
     "doctor": runs.doctor,
+    "completion": completion,
 }
 
 
 def command(args: Sequence[str]) -> int:
-    """Runs one command; returns its exit code."""
-    if args and args[0] in ("prepare", "prove-resume", "plan"):
-        return COMMANDS[args[0]](tuple(args[1:]))  # its flags are those of a config
-    return tyro.cli(OmitSubcommandPrefixes[_choice(COMMANDS)], prog="jaxlm", args=list(args))
+    """Runs one command; returns its exit code.
+
+    Examples:
+      jaxlm checkpoints list runs/tiny
+      jaxlm sample runs/tiny@best --prompt "My fellow citizens"
+      jaxlm checkpoints prune --help
+    """
+    first, second = (*args, "", "")[:2]
+    if not second and (not first or first in GROUPS):  # a word is missing: show which there are
+        with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(SystemExit):
+            command([*args, "--help"])
+        raise SystemExit(2)
+    with with_examples(GROUPS.get(first, {}).get(second) or COMMANDS.get(first, command)):
+        if first in OF_A_CONFIG:
+            return COMMANDS[first](tuple(args[1:]))
+        return tyro.cli(OmitSubcommandPrefixes[_choice(COMMANDS)], prog="jaxlm", args=list(args))
 
 
 def main() -> None:
     """The entry point: exits with the command's code, or 1 and a message."""
-    leave(run_main(lambda: command(sys.argv[1:])))
+
+    def run() -> int:
+        try:
+            return command(sys.argv[1:])
+        finally:
+            sys.stdout.flush()  # what cannot be told is no success
+
+    leave(run_main(run))
 
 
 if __name__ == "__main__":

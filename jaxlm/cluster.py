@@ -17,8 +17,8 @@ import jax
 from jax._src.distributed import global_state  # the coordination service has no public client
 from jax.errors import JaxRuntimeError
 
-LOST = 75
-"""Exit code where another process was lost (EX_TEMPFAIL): start all again, and they go on."""
+from jaxlm.terminal import STOPPED
+
 _HEARTBEAT_TIMEOUT_S = 10
 _LINGER_S = 0.5
 _PATIENCE_MS = 3_600_000
@@ -84,7 +84,7 @@ class Cluster:
                 if self._over:
                     return
                 if "DEADLINE_EXCEEDED" not in str(error):
-                    _leave(LOST, f"process 0 was lost ({_first_line(error)}); {_ADVICE}")
+                    _leave(STOPPED, f"process 0 was lost ({_first_line(error)}); {_ADVICE}")
         code, text = json.loads(verdict)
         if jax.process_index() == 0:
             time.sleep(_LINGER_S)  # the others are told by this one
@@ -155,7 +155,7 @@ def _if_lost(error: BaseException) -> tuple[int, str] | None:
     cause: BaseException | None = error
     while cause and not _is_loss(cause):
         cause = cause.__cause__ or cause.__context__
-    return cause and (LOST, f"another process was lost ({_first_line(cause)}); {_ADVICE}")
+    return cause and (STOPPED, f"another process was lost ({_first_line(cause)}); {_ADVICE}")
 
 
 def _is_loss(error: BaseException) -> bool:
@@ -176,4 +176,4 @@ def _leave(code: int, text: str) -> None:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(number: int) -> None:
-    _leave(LOST, f"aborted: most likely another process was lost, see above; {_ADVICE}")
+    _leave(STOPPED, f"aborted: most likely another process was lost, see above; {_ADVICE}")

@@ -1,13 +1,14 @@
 """From a command line to a run: the config file, its flags, and what a person sees of an error."""
 
 import argparse
+import contextlib
+import inspect
 import os
 import runpy
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -16,9 +17,9 @@ from typing import NoReturn
 import tyro
 
 from jaxlm.config import Config, leaves
+from jaxlm.terminal import STOPPED, wants_color
 
-STOPPED = 75
-"""Exit code of a run that was asked to stop and saved (EX_TEMPFAIL): start it again to go on."""
+_INTERRUPTED = "interrupted; the same command goes on from what is on disk"
 
 
 def parse_config(args: Sequence[str], prog: str) -> Config:
@@ -61,8 +62,15 @@ def load_config(path: str) -> Config:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Trains; returns the exit code: 0 at the end of the plan, 75 if stopped on the way."""
-    config = parse_config(sys.argv[1:] if args is None else args, prog="launch.py")
+    """Trains; returns the exit code: 0 at the end of the plan, 75 if stopped on the way.
+
+    Examples:
+      python launch.py --config configs/tiny.py
+      python launch.py --config configs/tiny.py --num_steps 1000  # goes on to there
+      python launch.py --config configs/tiny.py --seed 1 --run_dir runs/seed1
+    """
+    with with_examples(main):
+        config = parse_config(sys.argv[1:] if args is None else args, prog="launch.py")
     # Until the loop takes over, there is nothing to save: stop at once, with the same code.
     before = signal.signal(signal.SIGTERM, _stop_now)
     try:
@@ -96,6 +104,26 @@ def _stop_now(number: int, frame: FrameType | None) -> None:
     raise SystemExit(STOPPED)
 
 
+@contextlib.contextmanager
+def with_examples(function: Callable[..., object]) -> Iterator[None]:
+    """Puts the examples of a docstring, as they stand there, after the help printed within."""
+    try:
+        yield
+    except SystemExit as stop:
+        examples = inspect.cleandoc(function.__doc__ or "").partition("\nExamples:\n")[2]
+        if not stop.code and examples:
+            print(f"\nexamples:\n{examples}")
+        raise
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    # In an import, a library would make an error of its own of it.
+    if any(f.filename.startswith("<frozen importlib") for f in traceback.extract_stack(frame)):
+        os.write(2, f"{_INTERRUPTED}\n".encode())
+        os._exit(130)
+    raise KeyboardInterrupt
+
+
 def run_main(main: Callable[[], int | None]) -> int:
     """Calls `main` and turns an error that jaxlm raised on purpose into one message.
 
@@ -104,8 +132,16 @@ def run_main(main: Callable[[], int | None]) -> int:
     Returns:
       The exit code.
     """
+    tyro._experimental_options["ansi_codes"] = wants_color()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         return main() or 0
+    except SystemExit as stop:  # help, flags that do not fit, a stop before the first step
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+            return 1
+        return stop.code or 0
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # what a shell says of a process that SIGPIPE ended
@@ -118,7 +154,7 @@ def run_main(main: Callable[[], int | None]) -> int:
 def leave(code: int) -> NoReturn:
     """Ends this process now; the usual way out waits for the threads of a save that failed."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
+        with contextlib.suppress(OSError):
             stream.flush()
     os._exit(code)
 
@@ -126,7 +162,7 @@ def leave(code: int) -> NoReturn:
 def explain(error: BaseException) -> tuple[int, str | None]:
     """Exit code and message of an error; no message for a bug."""
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted; the same command goes on from the latest checkpoint"
+        return 130, _INTERRUPTED
     if isinstance(error, SystemExit):
         return (error.code, "stopped") if isinstance(error.code, int) else (1, str(error.code))
     innermost = traceback.extract_tb(error.__traceback__)[-1]

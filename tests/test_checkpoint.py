@@ -1,6 +1,7 @@
 """Best and latest are always on disk, and only what is sound is restored."""
 
 import contextlib
+import errno
 import math
 import os
 import resource
@@ -437,3 +438,19 @@ def test_a_run_that_has_lost_its_folder_leaves_another_s_alone(tmp_path: Path) -
         (folder / "holder.json").write_text("{}")
         checkpoints.save(_state(2), metadata_of(2, None))
     assert all(path.exists() for path in theirs) and (folder / "holder.json").exists()
+
+
+def test_a_lock_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    folder, there = tmp_path / "a/b/c", tmp_path / "there"
+    there.mkdir()
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    for name in (folder, there):
+        with pytest.raises(RuntimeError, match="could not be kept out"):
+            lock.lock(name, required=True, warn=print)
+    assert list(tmp_path.iterdir()) == [there]  # one that was there before stays
+    held = lock.lock(folder, required=False, warn=lambda _: None)
+    assert folder.is_dir()
+    lock.unlock(held)

@@ -20,6 +20,7 @@ from jaxlm import launch
 PAGES = {
     "README.md": 4,
     "docs/checkpoints.md": 4,
+    "docs/commands.md": 1,
     "docs/evals.md": 2,
     "docs/interchange.md": 2,
     "docs/keep.md": 3,

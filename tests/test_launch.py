@@ -151,6 +151,19 @@ def test_what_does_not_fit_is_one_message(home: Path, capfd: pytest.CaptureFixtu
     assert list_steps(home / "runs/tiny/checkpoints") == []
 
 
+@pytest.mark.parametrize("begin", ["--init_from", "--branch_from"])
+def test_another_model_is_refused_before_any_data_is_prepared(
+    own_run: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, begin: str
+):
+    monkeypatch.chdir(own_run)
+    flags = [begin, f"{runs.RUN}@4", "--run_dir", "runs/b", "--data.source", "text:none/*.txt"]
+    args = ["--config", "configs/tiny.py", *flags]
+    assert launch.run_main(lambda: launch.main([*args, "--model.d_ff", "96"])) == 1
+    assert "mlp/w_down_FD holds float32 [64, 32], but this model has" in capfd.readouterr().err
+    assert launch.run_main(lambda: launch.main(args)) == 1  # the control: the model fits
+    assert "none/*.txt" in capfd.readouterr().err
+
+
 def test_exit_codes_of_run_main(capsys: pytest.CaptureFixture):
     def interrupted() -> int:
         raise KeyboardInterrupt

@@ -29,6 +29,7 @@ LAYERS = [
     {"data", "device"},
     {"config"},
     {"cluster", "extras", "files"},
+    {"terminal"},
 ]
 PURE = {"collections.abc", "flax", "functools", "jax", "jaxlm", "math", "numpy", "optax", "typing"}
 

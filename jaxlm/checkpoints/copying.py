@@ -19,6 +19,7 @@ from jaxlm.checkpoints.skips import NAME as SKIPS
 from jaxlm.files.durable import write_file
 from jaxlm.files.publish import published
 from jaxlm.files.strict import read_json
+from jaxlm.terminal import track
 
 Say = Callable[[str], None]
 
@@ -61,7 +62,7 @@ def copy_run(run: str, dest: str, *, say: Say = print) -> Copied:
         folder = partial / "checkpoints"
         folder.mkdir()
         try:
-            for step in steps:
+            for step in track(steps, "Copying"):
                 damage = _copy_step(source / str(step), folder / str(step))
                 if damage is None:
                     deleted.append(step)
@@ -92,13 +93,9 @@ def copy_run(run: str, dest: str, *, say: Say = print) -> Copied:
 def _check_target(name: str, source: Path, dest: str) -> None:
     if "://" in dest:
         raise ValueError(f"{dest}: found a URL, expected a local path; mount it as a folder")
-    inside = [path for path in (Path(name), source) if _is_within(Path(dest), path)]
-    if inside:
+    folders, target = (Path(name), source), Path(dest).resolve()
+    if inside := [path for path in folders if target.is_relative_to(path.resolve())]:
         raise ValueError(f"{dest}: lies within {inside[0]}, expected a place outside of the run")
-
-
-def _is_within(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
 
 
 def _copy_step(source: Path, target: Path) -> list[str] | None:

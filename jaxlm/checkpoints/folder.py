@@ -15,6 +15,7 @@ from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.skips import Skip, held_by, read_skips
 from jaxlm.files.strict import read_json
+from jaxlm.terminal import progress
 
 TOKENIZER = "tokenizer.json"
 CORRUPT = ".corrupt"
@@ -237,7 +238,8 @@ def select(run: str, default: str = "best", *, contents: bool = True) -> Selecte
     passed_over = found.damaged if which in ("best", "final") else {}
     for step in _candidates(name, found, which):
         path = folder / str(step)
-        damage = found.damaged.get(step) or manifest.find_damage(path, contents=contents)
+        with progress(f"Verifying step {step}"):
+            damage = found.damaged.get(step) or manifest.find_damage(path, contents=contents)
         if not damage:
             return Selected(folder, step, read_metadata(folder, step), passed_over)
         passed_over[step] = damage

@@ -13,6 +13,7 @@ from jaxlm.checkpoints.retention import Retention
 from jaxlm.config import CheckpointConfig
 from jaxlm.files.durable import folder_bytes
 from jaxlm.files.lock import HOLDER, lock, unlock
+from jaxlm.terminal import track
 
 
 class Pruning(NamedTuple):
@@ -56,7 +57,7 @@ def plan_pruning(
         named = {latest: "latest"}
         if best:
             named[best.step] = "best, latest" if best.step == latest else "best"
-        damaged = [step for step in named if find_damage(folder / str(step))]
+        damaged = [step for step in track([*named], "Verifying") if find_damage(folder / str(step))]
         if not damaged:
             kept |= named
             break

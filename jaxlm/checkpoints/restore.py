@@ -64,7 +64,7 @@ def restore_items(
             f"{path} holds weights only, so training cannot go on from it; to begin a run with "
             f"them, add --init_from {path.parent}@{path.name}"
         )
-    _check_layout(metadata.fingerprints, abstract, path)
+    check_layout(metadata.fingerprints, abstract, path)
     restored, folder = {}, path.absolute()  # Orbax takes no relative path
     for name, tree in abstract.items():
         with _reading(folder / name) as checkpointer:
@@ -145,7 +145,8 @@ def _check_bytes(path: Path, tree: Any) -> None:
         raise ValueError(f"{found:,} bytes, for arrays of {wanted:,}")
 
 
-def _check_layout(saved: dict[str, list[Any]], abstract: dict[str, Any], path: Path) -> None:
+def check_layout(saved: dict[str, list[Any]], abstract: dict[str, Any], path: Path) -> None:
+    """Raises ValueError unless arrays were saved with these names, dtypes and shapes."""
     # Orbax would leave out what is not asked for, and cast another dtype, without a word.
     wanted = {
         path_name(key): [str(leaf.dtype), list(leaf.shape)]

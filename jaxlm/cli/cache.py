@@ -7,12 +7,15 @@ from tyro.conf import Positional
 from jaxlm.cli.output import show
 
 
-def list_all(cache_dir: str | None = None, *, json: bool = False) -> int:
+def list_all(*, cache_dir: str | None = None, json: bool = False) -> int:
     """List the prepared tokens and compiled programs that runs share.
 
     Args:
       cache_dir: the cache; by default $JAXLM_CACHE, else ~/.cache/jaxlm.
       json: print JSON.
+
+    Examples:
+      jaxlm cache list
     """
     from jaxlm.compiled import PROGRAMS, compiled_bytes
     from jaxlm.data.cache import cache_root, list_caches
@@ -37,6 +40,10 @@ def clear(names: Positional[tuple[str, ...]] = (), *, cache_dir: str | None = No
     Args:
       names: which, as `jaxlm cache list` names them; all there is if none is given.
       cache_dir: the cache; by default $JAXLM_CACHE, else ~/.cache/jaxlm.
+
+    Examples:
+      jaxlm cache clear  # all there is
+      jaxlm cache clear embedded-eb4bcf8e9a60
     """
     from jaxlm.compiled import clear_compiled
     from jaxlm.data.cache import clear_caches

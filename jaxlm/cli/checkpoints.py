@@ -1,7 +1,5 @@
 """`jaxlm checkpoints`: those on disk."""
 
-import sys
-
 from tyro.conf import Positional
 
 from jaxlm.cli.output import note, show
@@ -13,6 +11,10 @@ def list_all(run: Positional[str], *, json: bool = False) -> int:
     Args:
       run: a run folder, or a checkpoint folder.
       json: print JSON.
+
+    Examples:
+      jaxlm checkpoints list runs/tiny
+      jaxlm checkpoints list runs/tiny --json
     """
     return compare((run,), json=json)
 
@@ -23,6 +25,9 @@ def compare(runs: Positional[tuple[str, ...]], *, json: bool = False) -> int:
     Args:
       runs: run folders, or checkpoint folders.
       json: print JSON.
+
+    Examples:
+      jaxlm checkpoints compare runs/tiny runs/tiny-2
     """
     from jaxlm.report.compare import describe_run, format_table
 
@@ -37,6 +42,9 @@ def diff(a: Positional[str], b: Positional[str]) -> int:
     Args:
       a: RUN@STEP; STEP is best, latest, final or a number, and latest if left out.
       b: the other.
+
+    Examples:
+      jaxlm checkpoints diff runs/tiny@best runs/tiny@latest
     """
     from jaxlm.report.compare import diff_checkpoints
 
@@ -56,18 +64,21 @@ def verify(run: Positional[str], *, eval: bool = False, json: bool = False) -> i
       run: a run folder, or a checkpoint folder.
       eval: also evaluate the best one again: its loss must be the recorded one.
       json: print JSON.
-    """
-    from rich.progress import track
 
+    Examples:
+      jaxlm checkpoints verify runs/tiny
+      jaxlm checkpoints verify runs/tiny --eval
+    """
     from jaxlm.checkpoints.folder import find_checkpoints, list_set_aside, list_steps, read_steps
     from jaxlm.evaluation.score import score, verify_step
+    from jaxlm.terminal import track
 
     folder, found = find_checkpoints(run), {}
     steps = list_steps(folder)
     if not steps:
-        raise ValueError(f"{folder}: found no checkpoint to verify")
+        raise ValueError(f"{folder}: found no checkpoint to verify; name a folder that has some")
     at_a_look = read_steps(folder).damaged  # among them sound ones of another run
-    for step in track(steps, "Verifying", transient=True, disable=json or not sys.stdout.isatty()):
+    for step in track(steps, "Verifying"):
         if (damage := verify_step(folder, step)) is not None:  # not deleted by a trainer
             found[step] = damage = damage or at_a_look.get(step, [])
             if not json:
@@ -111,6 +122,10 @@ def prune(
       disk_budget_gb: of those (or of all) keep as many as fit, evenly apart (10^9 bytes).
       delete: do it; refused while a trainer is at work in the folder.
       json: print JSON.
+
+    Examples:
+      jaxlm checkpoints prune runs/tiny --keep_every 1000
+      jaxlm checkpoints prune runs/tiny --disk_budget_gb 50 --delete
     """
     from jaxlm.checkpoints import prune as pruning
     from jaxlm.tracking.console import format_bytes
@@ -145,6 +160,10 @@ def copy(run: Positional[str], dest: Positional[str], *, json: bool = False) -> 
       run: RUN or RUN@STEP.
       dest: the new run folder, which appears once it is whole.
       json: print JSON.
+
+    Examples:
+      jaxlm checkpoints copy runs/tiny /backup/tiny
+      jaxlm checkpoints copy runs/tiny@best /backup/tiny-best
     """
     from jaxlm.checkpoints.copying import copy_run
 
@@ -174,6 +193,10 @@ def average(
       steps: these instead, such as 100,200,300.
       out: the new folder, which `jaxlm eval` opens; by default RUN-average-FIRST-LAST.
       json: print JSON.
+
+    Examples:
+      jaxlm checkpoints average runs/tiny --last 3
+      jaxlm checkpoints average runs/tiny --steps 300,400,500 --out runs/mean
     """
     from jaxlm.evaluation.average import average as make_average
 

@@ -25,6 +25,10 @@ def export(
       max_shard_gb: weights in files of so many bytes (10^9) at most.
       push: upload it to this repo of the Hugging Face Hub (OWNER/NAME); private, if it is new.
       json: print JSON.
+
+    Examples:
+      jaxlm export runs/tiny@best tiny-hf
+      jaxlm export runs/tiny@best tiny-hf --dtype bfloat16 --push me/tiny
     """
     from jaxlm.interchange.export import export
 
@@ -56,6 +60,9 @@ def import_folder(folder: Positional[str], run: Positional[str], *, json: bool =
       folder: with config.json, safetensors and tokenizer.json.
       run: the run folder to make; must not be there, or be empty.
       json: print JSON.
+
+    Examples:
+      jaxlm import Qwen3-0.6B runs/qwen
     """
     from jaxlm.interchange.importing import import_folder
 

@@ -1,7 +1,6 @@
 """`jaxlm eval`, `sample` and `benchmark`: a trained model at work."""
 
 import json
-import sys
 from typing import Any
 
 from tyro.conf import Positional
@@ -30,16 +29,21 @@ def evaluate(
       out: with --follow, the file to append to; evals.jsonl in the run folder if left out.
       poll_s: with --follow, seconds between two looks at the folder.
       json: print JSON; with --follow, an object a line.
+
+    Examples:
+      jaxlm eval runs/tiny@best runs/tiny-2@best --paired
+      jaxlm eval runs/tiny --source "text:books/*.txt"
+      jaxlm eval runs/tiny --follow
     """
     if follow:
         return _follow(runs, paired, source, out, poll_s, json)
     if out:
-        raise ValueError(f"--out: found {out}, expected it with --follow only")
+        raise ValueError(f"--out: found {out}, expected it with --follow only; add --follow")
     from jaxlm.evaluation.score import paired_difference, score
 
     if not runs or (paired and len(runs) != 2):
         expected = "two of them with --paired" if paired else "at least one"
-        raise ValueError(f"RUN@STEP: found {len(runs)}, expected {expected}")
+        raise ValueError(f"RUN@STEP: found {len(runs)}, expected {expected}; add or drop some")
     scores = score(runs, source=source, paired=paired, say=note(json))
     values: list[Any] = [s.to_json() for s in scores]
     lines = [
@@ -70,7 +74,7 @@ def _follow(
     from jaxlm.evaluation.follow import follow
 
     if len(runs) != 1 or "@" in runs[0] or paired:
-        raise ValueError(f"--follow: found {' '.join(runs)}, expected one RUN, and no --paired")
+        raise ValueError(f"--follow: found {' '.join(runs)}, expected one RUN; leave out the rest")
 
     def tell(row: Any) -> None:
         line = f"step {row['step']}: loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f}"
@@ -100,6 +104,10 @@ def benchmark(
       limit: documents of each task at most.
       batch_size: rows at a time.
       json: print JSON.
+
+    Examples:
+      jaxlm benchmark runs/tiny@best --tasks lambada_openai --limit 100
+      jaxlm benchmark runs/tiny --tasks mine --include_path tasks --json
     """
     from jaxlm.extras import MODULES, needs
 
@@ -151,6 +159,10 @@ def sample(
       top_p: choose among the fewest most likely tokens that together have this probability.
       seed: the same seed gives the same text.
       json: print JSON.
+
+    Examples:
+      jaxlm sample runs/tiny@best --prompt "My fellow citizens"
+      jaxlm sample runs/tiny --num_samples 3 --temperature 0.8 --top_k 50
     """
     from jaxlm.inference.sample import Sampling, printable, sample_run
 
@@ -163,10 +175,7 @@ def sample(
     def write(text: str) -> None:
         print(printable(text), end="", flush=True)
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr)
-
-    samples = sample_run(run, prompts, sampling, say=say, write=write if streams else None)
+    samples = sample_run(run, prompts, sampling, say=note(True), write=write if streams else None)
     lines = [printable(found.prompt + found.text) for found in samples]
     values = [found._asdict() for found in samples]
     if streams:

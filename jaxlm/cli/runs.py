@@ -8,13 +8,18 @@ from tyro.conf import Positional
 
 from jaxlm.cli.output import show
 from jaxlm.launch import parse_config
+from jaxlm.terminal import progress, track
 
 
 def prepare(flags: Positional[tuple[str, ...]] = ()) -> int:
-    """Make the tokens of a config, without training: `jaxlm prepare --config FILE [--data.…]`.
+    """Make the tokens of a config, without training.
 
     Args:
       flags: those of launch.py.
+
+    Examples:
+      jaxlm prepare --config configs/180m.py
+      jaxlm prepare --config configs/tiny.py --data.source "text:books/*.txt"
     """
     config = parse_config(flags, prog="jaxlm prepare")
     from jaxlm.data import prepare as preparation
@@ -31,10 +36,14 @@ def prepare(flags: Positional[tuple[str, ...]] = ()) -> int:
 
 
 def prove_resume(flags: Positional[tuple[str, ...]] = ()) -> int:
-    """Kill and resume a short run of a config, and compare the bits: prove-resume --config FILE.
+    """Kill and resume a short run of a config, and compare the bits.
 
     Args:
       flags: --prove_steps, --prove_kills, --prove_seed and --out; and those of launch.py.
+
+    Examples:
+      jaxlm prove-resume --config configs/tiny.py
+      jaxlm prove-resume --config configs/tiny.py --prove_kills 5 --out proof.json
     """
     from jaxlm.files.durable import write_file
     from jaxlm.proof.prove import Settings, describe, prove
@@ -43,7 +52,8 @@ def prove_resume(flags: Positional[tuple[str, ...]] = ()) -> int:
         Settings, prog="jaxlm prove-resume --config FILE", args=flags, return_unknown_args=True
     )
     config = parse_config(own, prog="jaxlm prove-resume")
-    certificate = prove(config, own, settings)
+    with progress("Training"):
+        certificate = prove(config, own, settings)
     if settings.out:
         write_file(settings.out, json.dumps(certificate, indent=2).encode() + b"\n")
     print("\n".join(describe(certificate)))
@@ -51,11 +61,15 @@ def prove_resume(flags: Positional[tuple[str, ...]] = ()) -> int:
 
 
 def plan(flags: Positional[tuple[str, ...]] = ()) -> int:
-    """Say what a run needs on devices that are not here: plan --config FILE --topology v5e-16.
+    """Say what a run needs on devices that are not here.
 
     Args:
       flags: --topology, --save_cost_s, --mtbf_hours, --max_compiles and --json; and those of
         launch.py.
+
+    Examples:
+      jaxlm plan --config configs/180m.py --topology v5e-16
+      jaxlm plan --config configs/1b.py --topology h100x8 --model.remat full
     """
     from jaxlm.plan.plan import Settings, describe
     from jaxlm.plan.plan import plan as make_plan
@@ -63,13 +77,19 @@ def plan(flags: Positional[tuple[str, ...]] = ()) -> int:
     settings, own = tyro.cli(
         Settings, prog="jaxlm plan --config FILE", args=flags, return_unknown_args=True
     )
-    report = make_plan(parse_config(own, prog="jaxlm plan"), settings)
+    config = parse_config(own, prog="jaxlm plan")
+    with progress(f"Compiling for {settings.topology}"):
+        report = make_plan(config, settings)
     show(report, "\n".join(describe(report)), settings.json)
     return 0
 
 
 def doctor() -> int:
-    """Say what this machine has for a run: versions, devices, caches, disk."""
+    """Say what this machine has for a run: versions, devices, caches, disk.
+
+    Examples:
+      jaxlm doctor
+    """
     from jaxlm.cli.doctor import examine
 
     print("\n".join(examine()))
@@ -87,15 +107,20 @@ def report(
       runs: run folders, or checkpoint folders.
       out: the page; it is replaced as a whole.
       json: print JSON.
+
+    Examples:
+      jaxlm report runs/tiny
+      jaxlm report runs/tiny runs/tiny-2 --out both.html
     """
     from jaxlm.files.durable import write_file
     from jaxlm.report.history import read_history
     from jaxlm.report.page import make_report
 
     if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"--out: found {out}, expected a file in a folder that exists")
-    histories = [read_history(run) for run in runs]
-    page = make_report(histories).encode()
+        raise ValueError(f"--out: found {out}, expected a file; make its folder first")
+    histories = [read_history(run) for run in track(runs, "Reading")]
+    with progress("Making the page"):
+        page = make_report(histories).encode()
     write_file(out, page)
     missing = {history.run: history.missing for history in histories}
     if not json:

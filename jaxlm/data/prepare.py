@@ -21,7 +21,6 @@ from typing import Any
 import filelock
 import google_crc32c
 import numpy as np
-import rich.progress
 from tokenizers import Tokenizer
 
 from jaxlm.config import DataConfig
@@ -38,6 +37,7 @@ from jaxlm.data.dataset import (
 from jaxlm.data.sources import Source, open_source
 from jaxlm.files.durable import write_file
 from jaxlm.files.strict import read_json
+from jaxlm.terminal import can_draw, progress
 
 FORMAT = 1
 SHARD_TOKENS = 2**25
@@ -284,14 +284,14 @@ def _encode(
 @contextlib.contextmanager
 def _progress_bar(total: int, log: Log) -> Iterator[Callable[[int], None]]:
     """Gives what to call with the tokens so far: a bar in a terminal, else a line now and then."""
-    last_s = time.monotonic()
-    with rich.progress.Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("Preparing tokens", total=total)
+    last_s, before = time.monotonic(), 0
+    with progress("Preparing tokens", total) as advance:
 
         def show(done: int) -> None:
-            nonlocal last_s
-            bar.update(task, completed=done)
-            if bar.disable and time.monotonic() - last_s >= 10:
+            nonlocal last_s, before
+            advance(done - before)
+            before = done
+            if not can_draw(sys.stderr) and time.monotonic() - last_s >= 10:
                 last_s = time.monotonic()
                 log(f"Preparing tokens: {done:,} of at most {total:,} ({done / total:.0%})")
 

@@ -19,6 +19,7 @@ from jaxlm.device.state import fingerprint
 from jaxlm.evaluation.score import score
 from jaxlm.files.durable import write_file
 from jaxlm.files.publish import published
+from jaxlm.terminal import progress
 
 
 class Averaged(NamedTuple):
@@ -85,11 +86,13 @@ def average(
 
 def _mean_params(folder: Path, steps: Sequence[int]) -> tuple[dict[str, Any], Metadata]:
     # One part after the other is in memory, beside the sum in float64. With the newest's metadata.
-    params, newest = _verified_params(folder, steps[0])
-    total = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
-    for step in steps[1:]:
-        params, newest = _verified_params(folder, step)
-        total = jax.tree.map(lambda a, leaf: a + leaf.astype(np.float64), total, params)
+    with progress("Averaging", len(steps)) as advance:
+        params, newest = _verified_params(folder, steps[0])
+        total = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
+        for step in steps[1:]:
+            advance(1)
+            params, newest = _verified_params(folder, step)
+            total = jax.tree.map(lambda a, leaf: a + leaf.astype(np.float64), total, params)
     return jax.tree.map(lambda a, leaf: (a / len(steps)).astype(leaf.dtype), total, params), newest
 
 

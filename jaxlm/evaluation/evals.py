@@ -81,7 +81,7 @@ class EvalLog:
           ValueError: another process has it open, it has other rows, or there is no such folder.
         """
         if not path.parent.is_dir():
-            raise ValueError(f"--out: found no folder {path.parent}, expected one to write to")
+            raise ValueError(f"--out: found no folder {path.parent}, expected one; make it first")
         self._file = path.open("ab", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,10 +14,9 @@ from lm_eval.models.utils import (
 )
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from rich.console import Console
-from rich.progress import Progress
 
 from jaxlm.inference.reader import Pair, Reader
+from jaxlm.terminal import progress
 
 _MAX_NEW_TOKENS = 256  # where a task names no number, as lm-eval's own adapters
 
@@ -106,9 +105,8 @@ class Harnessed(TemplateLM):
 
 
 def _with_progress(reader: Reader, pairs: Sequence[Pair]) -> list[Any]:
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("Reading", total=len(pairs))
-        return reader.likelihoods(pairs, lambda count: progress.advance(task, count))
+    with progress("Reading", len(pairs)) as advance:
+        return reader.likelihoods(pairs, advance)
 
 
 def run_tasks(

@@ -17,9 +17,11 @@ from jaxlm.checkpoints.restore import find_changed_arrays
 from jaxlm.compiled import keep_compiled
 from jaxlm.config import Config, MeshConfig
 from jaxlm.data.prepare import Dataset
-from jaxlm.device.loss import next_token_loss
+from jaxlm.device.loss import Batch, next_token_loss
 from jaxlm.device.sharding import make_mesh
+from jaxlm.device.state import Params
 from jaxlm.inference.load import restore_params, tell_selected
+from jaxlm.terminal import progress
 from jaxlm.tracking.metrics import perplexity
 from jaxlm.training.assemble import assemble_eval, held_out_batches, mask_id, prepare_data
 from jaxlm.training.evaluate import batch_sums, mean_loss
@@ -178,7 +180,14 @@ def _score(candidate: _Candidate, source: str | None) -> Score:
     batches = held_out_batches(config, dataset)
     loss = next_token_loss(eos_id=mask_id(config, dataset), num_chunks=config.loss_chunks)
     eval_step, put = assemble_eval(config, blueprint, mesh, batches, loss)
-    sums = batch_sums(eval_step, params, put, len(batches))
+    with progress(f"Evaluating step {selected.step}", len(batches)) as advance:
+
+        def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            found = jax.block_until_ready(eval_step(params, batch))
+            advance(1)
+            return found
+
+        sums = batch_sums(step, params, put, len(batches))
     environment = describe_environment(mesh)
     return Score(
         run=run,

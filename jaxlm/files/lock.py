@@ -1,5 +1,6 @@
 """One writer to a folder. The folder itself is locked, so there is no lock file to delete."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -52,6 +53,17 @@ def lock(folder: Path, *, required: bool, warn: Callable[[str], None]) -> int:
       RuntimeError: another process has the lock, there are no locks to be had, or the folder cannot
         be written.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        return _lock(folder, required, warn)
+    except (OSError, RuntimeError):
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _lock(folder: Path, required: bool, warn: Callable[[str], None]) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

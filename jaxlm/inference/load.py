@@ -14,6 +14,7 @@ from jaxlm.device.model import model_factory
 from jaxlm.device.optim import make_optimizer
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import Blueprint, ModelFactory, Params, make_blueprint
+from jaxlm.terminal import progress
 
 
 def load_model(
@@ -65,12 +66,13 @@ def restore_params(
     if model is None and config.model.num_layers > len(metadata.fingerprints):
         raise ValueError(
             f"{selected.path}: its config has {config.model.num_layers:,} layers, and it holds "
-            f"{len(metadata.fingerprints)} arrays; it was altered"
+            f"{len(metadata.fingerprints)} arrays; it was altered, so take a copy from before"
         )
     factory = model or model_factory(config.model, mesh.devices.flat[0].platform)
     blueprint = make_blueprint(factory, make_optimizer(config.optim), mesh)
     wanted = {"params": blueprint.abstract.params}
-    return blueprint, restore_items(selected.path, metadata, wanted)["params"]
+    with progress("Loading the weights"):
+        return blueprint, restore_items(selected.path, metadata, wanted)["params"]
 
 
 def tell_selected(selected: Selected, say: Callable[[str], None]) -> None:

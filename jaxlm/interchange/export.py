@@ -28,6 +28,7 @@ from jaxlm.interchange.mapping import (
     tensor_of,
     to_hf_config,
 )
+from jaxlm.terminal import track
 from jaxlm.tracking.metrics import perplexity
 
 Dtype = Literal["float32", "bfloat16"]
@@ -101,7 +102,7 @@ def _write_weights(folder: Path, params: Any, dtype: Dtype, max_shard_bytes: int
         shards[-1].append((path_name(path), leaf))
         size += leaf.size * itemsize
     where = {}
-    for number, shard in enumerate(shards, start=1):
+    for number, shard in enumerate(track(shards, "Writing the weights"), start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else WEIGHTS
         where |= dict.fromkeys(_write_shard(folder / file, shard, dtype), file)
     if shards[1:]:

@@ -30,11 +30,13 @@ from jaxlm.files.durable import read_file, write_file
 from jaxlm.files.publish import check_free, published
 from jaxlm.files.strict import read_json, shown
 from jaxlm.interchange.mapping import CONFIG, INDEX, WEIGHTS, Tensor, from_hf_config, tensor_of
+from jaxlm.terminal import progress, track
 from jaxlm.training.resume import describe_environment
 
 CONTINUE = "continue.py"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MAX_SEQ_LEN = 2048
+_ANEW = "get the folder anew from its maker"
 _DTYPES = ("F32", "BF16", "F16")  # float32 holds each of their values
 
 
@@ -80,7 +82,7 @@ def import_folder(folder: str, run: str, *, say: Callable[[str], None] = print) 
     if model.num_layers > len(found):
         raise ValueError(
             f"{source / CONFIG}: num_hidden_layers: found {model.num_layers:,}, expected at most "
-            f"as many as the {len(found)} tensors in the folder; one of them is not whole"
+            f"as many as the {len(found)} tensors in the folder; one is not whole, get it anew"
         )
     tokenizer, eos_token, eos_id = _tokenizer(source, hf_config, model.vocab_size, say)
     kept = target / "checkpoints" / TOKENIZER
@@ -104,7 +106,7 @@ def import_folder(folder: str, run: str, *, say: Callable[[str], None] = print) 
             on_commit=lambda *_: None,
             warn=lambda line: say(f"Warning: {line}"),
         )
-        with checkpoints:
+        with checkpoints, progress("Saving the run"):
             checkpoints.save(state, _metadata(config, eos_id, describe_environment(mesh), folder))
         if tokenizer:
             write_file(partial / "checkpoints" / TOKENIZER, tokenizer)
@@ -130,12 +132,12 @@ def find_tensors(folder: Path) -> dict[str, _Found]:
     for file in files:
         for name, tensor in _header(file):
             if name in found:
-                raise ValueError(f"{name}: found in {found[name].file.name} and in {file.name}")
+                raise ValueError(f"{name}: in {found[name].file.name} and {file.name}; {_ANEW}")
             if index is not None and index.get(name) != file.name:
-                raise ValueError(f"{name}: {file.name} holds it, and {INDEX} does not say so")
+                raise ValueError(f"{name}: {file.name} has it, {INDEX} does not say so; {_ANEW}")
             found[name] = tensor
     if missing := sorted((index or {}).keys() - found.keys()):
-        raise ValueError(f"{missing[0]}: {INDEX} names it, and it is in no file")
+        raise ValueError(f"{missing[0]}: {INDEX} names it, and it is in no file; {_ANEW}")
     return found
 
 
@@ -146,7 +148,7 @@ def _index(folder: Path) -> dict[str, str] | None:
     index = read_json(folder / INDEX, _Index)["weight_map"]
     for name in index.values():
         if name != Path(name).name or not (folder / name).is_file():
-            raise ValueError(f"{folder / INDEX}: {shown(name)} is not a file beside it")
+            raise ValueError(f"{folder / INDEX}: {shown(name)} is not a file beside it; {_ANEW}")
     return index
 
 
@@ -169,19 +171,19 @@ def _header(path: Path) -> Iterator[tuple[str, _Found]]:
                 about = file.get_slice(name)
                 yield name, _Found(path, tuple(about.get_shape()), str(about.get_dtype()))
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a sound file of safetensors ({error})") from error
+        raise ValueError(f"{path}: not a sound file of safetensors ({error}); {_ANEW}") from error
 
 
 def _check_tensors(folder: Path, abstract: Any, found: dict[str, _Found]) -> None:
     wanted = {tensor.name: shape for _, tensor, shape in _leaves(abstract)}
     if missing := [name for name in wanted if name not in found]:
         raise ValueError(
-            f"{folder}: {missing[0]} is missing (and {len(missing) - 1} more); its config has it"
+            f"{folder}: {missing[0]} is missing (and {len(missing) - 1} more); {_ANEW}"
         )
     if extra := sorted(found.keys() - wanted.keys()):
         raise ValueError(
             f"{folder}: {shown(extra[0])[1:-1]} has no place in this model (and {len(extra) - 1} "
-            f"more); its {CONFIG} is of another"
+            f"more), so its {CONFIG} is of another; {_ANEW}"
         )
     for name, shape in wanted.items():
         tensor = found[name]
@@ -205,7 +207,7 @@ def _leaves(abstract: Any) -> Iterator[tuple[Any, Tensor, tuple[int, ...]]]:
 
 def _read_params(abstract: Any, found: dict[str, _Found]) -> Any:
     arrays = []
-    for leaf, tensor, _ in _leaves(abstract):
+    for leaf, tensor, _ in track([*_leaves(abstract)], "Reading the weights"):
         file = found[tensor.name].file
         with safe_open(file, framework="np") as opened:
             theirs = opened.get_tensor(tensor.name).astype(np.float32)

@@ -38,7 +38,7 @@ class Settings:
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"--{name}: found {value}, expected a number above 0")
         if (self.save_cost_s is None) != (self.mtbf_hours is None):
-            raise ValueError("--save_cost_s, --mtbf_hours: found one of them, expected both")
+            raise ValueError("--save_cost_s, --mtbf_hours: found one, expected both; add the other")
 
 
 def parse_topology(name: str) -> tuple[str, str]:

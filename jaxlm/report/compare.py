@@ -1,5 +1,6 @@
 """Checkpoints side by side: the table of a run or of several, and the difference of two."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +13,12 @@ from jaxlm.checkpoints.folder import (
     read_steps,
     select,
 )
-from jaxlm.checkpoints.restore import restore_numpy
+from jaxlm.checkpoints.restore import ITEMS, restore_numpy
 from jaxlm.checkpoints.skips import to_json
 from jaxlm.device.state import path_name
 from jaxlm.evaluation.evals import checkpoint_id, evals_path, read_evals
 from jaxlm.files.durable import folder_bytes
+from jaxlm.terminal import track
 from jaxlm.tracking.console import format_bytes
 
 
@@ -114,19 +116,20 @@ def diff_checkpoints(run_a: str, run_b: str) -> list[Difference]:
     Raises:
       ValueError: no such run or step, or it is damaged.
     """
-    a, b = (_arrays(run) for run in (run_a, run_b))
+    paths = [select(run, default="latest").path for run in (run_a, run_b)]
     found = []
-    for name in a | b:
-        if name not in a or name not in b:
-            found.append(Difference(name, f"only in {run_a if name in a else run_b}"))
-        elif what := _difference(a[name], b[name]):
-            found.append(Difference(name, what))
+    for item in track(ITEMS, "Comparing"):  # two whole states may be more than the memory
+        a, b = (_arrays(path, item) for path in paths)
+        for name in a | b:
+            if name not in a or name not in b:
+                found.append(Difference(name, f"only in {run_a if name in a else run_b}"))
+            elif what := _difference(a[name], b[name]):
+                found.append(Difference(name, what))
     return found
 
 
-def _arrays(run: str) -> dict[str, np.ndarray]:
-    selected = select(run, default="latest")
-    arrays = restore_numpy(selected.path)
+def _arrays(path: Path, item: str) -> dict[str, np.ndarray]:
+    arrays = restore_numpy(path, [item]) if (path / item).is_dir() else {}
     return {
         path_name(path): np.atleast_1d(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)

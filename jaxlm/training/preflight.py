@@ -71,10 +71,15 @@ def disk_shortage(config: Config, abstract: TrainState) -> str | None:
     free = shutil.disk_usage(folder).free
     if needed <= free + used:
         return None
+    keep, tries = config.checkpoint, ["free some"]
+    if keep.keep_latest > 1:
+        tries.append(f"lower --checkpoint.keep_latest (now {keep.keep_latest})")
+    if keep.keep_every:
+        tries.append(f"raise --checkpoint.keep_every (now {keep.keep_every})")
+        tries.append("set a smaller --checkpoint.disk_budget_gb")
     return (
         f"checkpoints need up to {format_bytes(needed)} in {config.checkpoint_dir}, and the disk "
-        f"has {format_bytes(free)}; free some, lower --checkpoint.keep_latest, raise "
-        "--checkpoint.keep_every, or set --checkpoint.disk_budget_gb"
+        f"has {format_bytes(free)}; {', or '.join(tries)}"
     )
 
 

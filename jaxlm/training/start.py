@@ -11,10 +11,13 @@ import jax
 from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.folder import TOKENIZER, Selected, read_steps, select
 from jaxlm.checkpoints.metadata import Metadata
-from jaxlm.checkpoints.restore import items_of, restore_items, state_of
+from jaxlm.checkpoints.restore import check_layout, items_of, restore_items, state_of
 from jaxlm.checkpoints.skips import Skip
-from jaxlm.config import changes, to_dict
-from jaxlm.device.state import TrainState
+from jaxlm.config import Config, changes, to_dict
+from jaxlm.device.model import model_factory
+from jaxlm.device.optim import make_optimizer
+from jaxlm.device.sharding import make_mesh
+from jaxlm.device.state import ModelFactory, TrainState, make_blueprint
 from jaxlm.files.durable import write_file
 from jaxlm.tracking.console import Console
 from jaxlm.tracking.metrics import Metrics
@@ -51,6 +54,21 @@ class Start(NamedTuple):
     """Steps made before may be made otherwise now, by other settings or other batches."""
     lineage: list[dict[str, Any]] = []  # never changed in place
     """What was changed on the way here."""
+
+
+def check_beginning(config: Config, model: ModelFactory | None) -> None:
+    """Refuses to begin with a checkpoint of another model, before any data is prepared.
+
+    Raises:
+      ValueError: its arrays are not those of this run.
+    """
+    if not (source := config.branch_from or config.init_from):
+        return
+    selected, mesh = select(source, contents=False), make_mesh(config.mesh)
+    factory = model or model_factory(config.model, mesh.devices.flat[0].platform)
+    items = items_of(make_blueprint(factory, make_optimizer(config.optim), mesh).abstract)
+    wanted = items if config.branch_from else {"params": items["params"]}
+    check_layout(selected.metadata.fingerprints, wanted, selected.path)
 
 
 def start_state(

@@ -20,7 +20,7 @@ from jaxlm.training.evaluate import EvalSet
 from jaxlm.training.loop import Callback, Loop, Result
 from jaxlm.training.resume import check_folders, plan_resume
 from jaxlm.training.signals import StopRequest, stop_requests
-from jaxlm.training.start import beginning_of, open_run_folder, start_state
+from jaxlm.training.start import beginning_of, check_beginning, open_run_folder, start_state
 from jaxlm.training.summary import (
     tell_complete,
     tell_end,
@@ -74,6 +74,8 @@ def train(
         if plan.complete and (latest := checkpoints.latest):
             tell_complete(plan.config, latest, checkpoints.best, plan.changed, console)
             return Result(latest.step, True, checkpoints.best)
+        if checkpoints.latest is None:
+            check_beginning(config, model)
         parts = assemble(
             plan.config,
             model=model,

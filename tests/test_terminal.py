@@ -1,0 +1,379 @@
+"""What a command owes to who started it: colours, progress, examples, completion, exit codes."""
+
+import functools
+import io
+import os
+import pty
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+
+from jaxlm import __main__ as cli
+from jaxlm import launch, terminal
+
+COLOR = re.compile(r"\x1b\[[0-9;]*m")
+EXAMPLES = {
+    name: f for group in ({"": cli.COMMANDS} | cli.GROUPS).values() for name, f in group.items()
+}
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch):
+    """Puts streams in place of the two of this process; both are terminals if nothing else."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+    def put(out: io.StringIO | None = None, err: io.StringIO | None = None):
+        both = out or Terminal(), err or Terminal()
+        monkeypatch.setattr(sys, "stdout", both[0])
+        monkeypatch.setattr(sys, "stderr", both[1])
+        return both
+
+    return put
+
+
+@pytest.fixture
+def at_home(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tiny_run)
+    return tiny_run
+
+
+def run(*args: str) -> int:
+    return launch.run_main(lambda: cli.command(args))
+
+
+# --- colours
+
+TOLD = (["--help"], ["nonsense"], ["checkpoints", "list", runs.RUN, "--jsn"], ["checkpoints"])
+
+
+@pytest.mark.parametrize("args", TOLD, ids=" ".join)
+def test_colours_are_for_terminals_that_want_them(args: list[str], streams, monkeypatch):
+    def told(out: io.StringIO | None = None, err: io.StringIO | None = None) -> str:
+        both = streams(out, err)
+        assert run(*args) == (0 if "--help" in args else 2)
+        text = "".join(stream.getvalue() for stream in both)
+        assert "jaxlm" in text
+        return text
+
+    assert COLOR.search(told())
+    assert "\x1b" not in told(out=io.StringIO()) and "\x1b" not in told(err=io.StringIO())
+    monkeypatch.setenv("NO_COLOR", "")  # empty is as if it were not there
+    assert COLOR.search(told())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in told()
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
+    assert "\x1b" not in told()
+
+
+def in_terminal(home: Path, *args: str, **env: str) -> tuple[int, str]:
+    """Exit code and all that a command says to a terminal, in a process of its own."""
+    ours, theirs = pty.openpty()
+    base = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "TERM")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxlm", *args],
+        cwd=home,
+        stdout=theirs,
+        stderr=theirs,
+        env={**base, "PYTHONPATH": str(runs.REPO), "TERM": "xterm-256color", **env},
+    )
+    os.close(theirs)
+    said = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            said += chunk
+    except OSError:  # the other end is closed
+        pass
+    os.close(ours)
+    return process.wait(), said.decode()
+
+
+def test_a_real_terminal(tiny_run: Path):
+    code, said = in_terminal(tiny_run, "checkpoints", "verify", runs.RUN)
+    assert code == 0 and "Verifying" in said and COLOR.search(said.replace("\x1b[0m", ""))
+    assert "12: sound" in said and "0 of 3 steps are damaged" in said
+    assert said.rfind("\x1b[?25h") > said.rfind("\x1b[?25l")  # the cursor is back
+    code, said = in_terminal(tiny_run, "checkpoints", "verify", runs.RUN, NO_COLOR="1")
+    assert code == 0 and "Verifying" in said and "12: sound" in said
+    assert not re.search(r"\x1b\[[0-9;]*(3|4|9)[0-9]", said)
+
+
+# --- progress
+
+
+def test_progress_is_for_a_terminal_on_standard_error(streams, monkeypatch):
+    def seen(**kinds: io.StringIO) -> str:
+        out, err = streams(**kinds)
+        assert list(terminal.track([1, 2, 3], "Counting")) == [1, 2, 3]
+        assert out.getvalue() == ""
+        return err.getvalue()
+
+    assert "Counting" in seen() and "Counting" in seen(out=io.StringIO())
+    assert seen(err=io.StringIO()) == ""
+    monkeypatch.setenv("TERM", "dumb")
+    assert seen() == ""
+
+
+def test_what_is_printed_beside_a_bar_goes_where_it_should(streams):
+    out, err = streams(out=io.StringIO())
+    with terminal.progress("Counting"):
+        print('{"a": 1}')
+    assert out.getvalue() == '{"a": 1}\n' and "Counting" in err.getvalue()
+    assert '"a"' not in err.getvalue()  # rich would have put it there
+    _, err = streams()
+    with terminal.progress("Counting"):
+        print("a line")
+    assert "a line\n" in err.getvalue()  # the same terminal, above the bar
+
+
+def test_one_bar_at_a_time(streams):
+    _, err = streams()
+    with terminal.progress("Outer"), terminal.progress("Inner") as advance:
+        advance(1)
+    assert "Outer" in err.getvalue() and "Inner" not in err.getvalue()
+    with pytest.raises(ZeroDivisionError), terminal.progress("Broken"):
+        raise ZeroDivisionError
+    with terminal.progress("Another"):
+        pass
+    assert "Another" in err.getvalue()
+
+
+LONG = {
+    "checkpoints diff RUN RUN": "Comparing",
+    "checkpoints copy RUN copy": "Copying",
+    "checkpoints prune RUN": "Verifying",
+    "report RUN": "Reading",
+    "eval RUN@8": "Evaluating step 8",
+    "export RUN exported": "Writing the weights",
+    "import exported imported": "Saving the run",
+    "checkpoints average RUN": "Averaging",
+}
+
+
+@pytest.mark.slow
+def test_all_long_work_says_so(own_run: Path, streams, monkeypatch):
+    monkeypatch.chdir(own_run)
+    for command, what in LONG.items():
+        out, err = streams(out=io.StringIO())
+        assert run(*command.replace("RUN", runs.RUN).split()) == 0, command
+        assert what in err.getvalue(), command
+        assert "\x1b" not in out.getvalue(), command
+
+
+# --- help
+
+
+def shown(*args: str) -> str:
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "stdout", out)
+        patch.setenv("COLUMNS", "80")
+        cli.command([*args, "--help"])
+    assert not stop.value.code
+    return out.getvalue()
+
+
+def commands() -> list[tuple[str, ...]]:
+    alone = [(name,) for name in cli.COMMANDS if name not in cli.GROUPS]
+    return [*alone, *((group, name) for group in cli.GROUPS for name in cli.GROUPS[group])]
+
+
+@pytest.mark.parametrize("words", [(), *commands()], ids=" ".join)
+def test_help_ends_with_examples_that_are_right(words: tuple[str, ...], monkeypatch):
+    _, _, examples = shown(*words).partition("\n\nexamples:\n")
+    lines = examples.splitlines()
+    assert 1 <= len(lines) <= 3 and max(map(len, lines)) <= 80
+    called = []
+    for commands in (cli.COMMANDS, *cli.GROUPS.values()):
+        for name, function in [item for item in commands.items() if item[0] not in cli.GROUPS]:
+
+            def note(*args: object, name: str = name, **kwargs: object) -> int:
+                called.append(name)
+                return 0
+
+            monkeypatch.setitem(commands, name, functools.wraps(function)(note))
+    for group, commands in cli.GROUPS.items():
+        monkeypatch.setitem(cli.COMMANDS, group, cli._group("", commands))
+    for line in lines:
+        args = shlex.split(re.findall(r"jaxlm [^)>#]*", line)[0])[1:]
+        if "--help" not in args:
+            assert cli.command(args) == 0, line
+    assert not words or called == [words[-1]] * len(lines)
+
+
+def test_the_help_of_launch_ends_with_examples(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        launch.main(["--help"])
+    examples = capsys.readouterr().out.partition("\n\nexamples:\n")[2].splitlines()
+    assert 1 <= len(examples) <= 3 and max(map(len, examples)) <= 80
+    for line in examples:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(runs.REPO)
+            assert launch.parse_config(shlex.split(line, comments=True)[2:], prog="launch.py")
+
+
+# --- completion
+
+
+def complete(shell: str, line: str, folder: Path) -> set[str]:
+    """What is proposed at the end of a line."""
+    script = folder / f"script.{shell}"
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        assert cli.command(["completion", shell]) == 0
+    script.write_text(out.getvalue())
+    if shell == "fish":
+        code = f"source {script}; complete -C {shlex.quote(line)}"
+    else:
+        words = " ".join(shlex.quote(word) for word in line.split(" "))
+        code = (
+            f'source {script}; complete -p jaxlm | grep -q -e "-o default" || exit 3\n'
+            f"COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _jaxlm\n"
+            'printf "%s\\n" "${COMPREPLY[@]}"'
+        )
+    done = subprocess.run([shell, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return {found.split("\t")[0] for found in done.stdout.split("\n")} - {""}
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+def test_a_shell_completes_words_flags_and_paths(shell: str, tmp_path: Path):
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell} here")
+    (tmp_path / "runs").mkdir()
+    assert complete(shell, "jaxlm che", tmp_path) == {"checkpoints"}
+    assert complete(shell, "jaxlm checkpoints ", tmp_path) == set(cli.GROUPS["checkpoints"])
+    found = complete(shell, "jaxlm checkpoints prune runs/tiny --k", tmp_path)
+    assert found == {"--keep_latest", "--keep_every"}
+    assert complete(shell, "jaxlm plan --save_", tmp_path) == {"--save_cost_s"}
+    assert "--optim.learning_rate" in complete(shell, "jaxlm prepare --optim", tmp_path)
+    # A path: nothing of ours, so that bash does what it does by default.
+    assert complete(shell, "jaxlm checkpoints list ru", tmp_path) == (
+        {"runs/"} if shell == "fish" else set()
+    )
+    assert complete(shell, "jaxlm checkpoints list nothing-of-this-name", tmp_path) == set()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_every_flag_is_completed(shell: str, capsys: pytest.CaptureFixture):
+    assert cli.command(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=script, text=True, check=True)
+    for words in commands():
+        flags = re.findall(r"^│ --([a-z][\w.-]*)", shown(*words), re.M)
+        at = next(line for line in script.splitlines() if f"{' '.join(words)} " in line)
+        lines = script if shell == "fish" else at
+        for flag in flags:
+            assert flag.replace("-", "_") in lines, (words, flag)
+
+
+# --- exit codes
+
+
+def interrupted() -> int:
+    raise KeyboardInterrupt
+
+
+CODES = {
+    "--help": 0,
+    "checkpoints list RUN": 0,
+    "checkpoints list RUN --help": 0,
+    "checkpoints diff RUN RUN": 0,
+    "checkpoints verify RUN": 0,
+    "completion bash": 0,
+    "checkpoints diff RUN@4 RUN@8": 1,
+    "checkpoints verify DAMAGED": 1,
+    "checkpoints copy DAMAGED copy": 1,
+    "checkpoints list none": 1,
+    "checkpoints prune RUN --keep_latest 0": 1,
+    "sample RUN --num_samples 0": 1,
+    "eval RUN --paired": 1,
+    "report none": 1,
+    "prepare": 1,
+    "": 2,
+    "checkpoints": 2,
+    "nonsense": 2,
+    "checkpoints nonsense": 2,
+    "checkpoints list": 2,
+    "checkpoints list RUN --jsn": 2,
+    "completion csh": 2,
+    "plan --topology": 2,
+    "prepare --config configs/tiny.py --num_steps 0": 2,
+}
+
+
+def test_exit_codes(own_run: Path, monkeypatch, capsys: pytest.CaptureFixture):
+    monkeypatch.chdir(own_run)
+    shutil.copytree(runs.RUN, "damaged")
+    runs.damage(Path("damaged/checkpoints/8"))
+    for line, code in CODES.items():
+        args = line.replace("RUN", runs.RUN).replace("DAMAGED", "damaged").split()
+        assert run(*args) == code, line
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err and said.out + said.err, line
+        if code == 2:
+            assert said.out == "", line
+    assert launch.run_main(interrupted) == 130
+    assert capsys.readouterr().err.count("\n") == 1
+    page = (runs.REPO / "docs/commands.md").read_text()
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.M)}
+    assert codes == {*CODES.values(), terminal.STOPPED, 130, 141}
+
+
+# As in a shell: what is written at the end is what may fail.
+BUFFERED = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+BUFFERED["PYTHONPATH"] = str(runs.REPO)
+
+
+def with_closed_pipe(*command: str, cwd: Path) -> tuple[int, str]:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, *command], stdout=writer, stderr=subprocess.PIPE, cwd=cwd, env=BUFFERED
+    )
+    os.close(writer)
+    return done.returncode, done.stderr.decode()
+
+
+def test_a_reader_that_goes_away_is_no_error(tiny_run: Path):
+    assert with_closed_pipe("-m", "jaxlm", "--help", cwd=tiny_run) == (141, "")
+    found = with_closed_pipe("-m", "jaxlm", "checkpoints", "list", runs.RUN, cwd=tiny_run)
+    assert found == (141, "")
+    code, said = with_closed_pipe("-c", "print(1)", cwd=tiny_run)  # the control
+    assert code != 141 and "BrokenPipeError" in said
+
+
+def test_ctrl_c_is_one_line(tiny_run: Path):
+    command = [sys.executable, "-m", "jaxlm", "eval", runs.RUN, "--follow", "--source", "text:x"]
+    env = {**os.environ, "PYTHONPATH": str(runs.REPO)}
+    process = subprocess.Popen(command, cwd=tiny_run, env=env, stderr=subprocess.PIPE, text=True)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert (process.returncode, said.count("\n")) in [(130, 1), (-signal.SIGINT, 0)], said
+
+
+def test_a_full_disk_is_no_success(tiny_run: Path):
+    command = [sys.executable, "-m", "jaxlm", "completion", "bash"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, cwd=tiny_run, env=BUFFERED
+        )
+    assert done.returncode == 1 and b"No space left" in done.stderr
