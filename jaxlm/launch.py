@@ -1,6 +1,7 @@
 """From a command line to a run: the config file, its flags, and what a person sees of an error."""
 
 import argparse
+import importlib.util
 import os
 import runpy
 import signal
@@ -16,6 +17,7 @@ from typing import NoReturn
 import tyro
 
 from jaxlm.config import Config, leaves
+from jaxlm.extras import MODULES
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and saved (EX_TEMPFAIL): start it again to go on."""
@@ -84,12 +86,20 @@ def _train(config: Config) -> int:
     from jaxlm.training.train import train
 
     check_alike("settings", {name: value for name, (value, _) in leaves(config).items()})
+    shown = config.tracking.wandb != "off" and importlib.util.find_spec(MODULES["report"])
     try:
-        return 0 if train(config).complete else STOPPED
+        return 0 if train(config, report=_report if shown else None).complete else STOPPED
     except jax.errors.JaxRuntimeError as error:
         if advice := memory_advice(error, config):
             raise SystemExit(f"error: {str(error).splitlines()[0]}\n{advice}") from error
         raise
+
+
+def _report(run: str) -> str:
+    from jaxlm.report.history import read_history
+    from jaxlm.report.page import make_report
+
+    return make_report([read_history(run)])
 
 
 def _stop_now(number: int, frame: FrameType | None) -> None:
