@@ -108,14 +108,15 @@ def read_wandb(folder: Path) -> tuple[list[dict], dict]:
             record = wandb_internal_pb2.Record.FromString(b"".join(parts))
             parts = []
             if record.WhichOneof("record_type") == "history":
-                row = {
-                    x.key or x.nested_key[0]: json.loads(x.value_json) for x in record.history.item
-                }
+                row = {}
+                for item in record.history.item:
+                    name, *inside = [item.key] if item.key else item.nested_key
+                    value = json.loads(item.value_json)
+                    if inside == ["path"]:  # of a page
+                        row[name] = folder / "files" / value
+                    elif not inside:
+                        row[name] = value
                 step = row.pop("_step")
-                for name, value in row.items():
-                    if isinstance(value, dict):
-                        assert value["_type"] == "html-file"
-                        row[name] = folder / "files" / value["path"]
                 rows.append({"step": step, **{k: v for k, v in row.items() if k[0] != "_"}})
             for item in record.config.update:
                 config[item.key] = json.loads(item.value_json)
