@@ -27,6 +27,7 @@ PAGES = {
     "docs/library.md": 4,
     "docs/report.md": 1,
     "docs/sample.md": 2,
+    "docs/tracking.md": 1,
 }
 WITH_LAUNCH = {"README.md", "docs/checkpoints.md"}
 # Tested elsewhere, or not to be had here: an install, the whole suite, a proof, an accelerator or
@@ -210,6 +211,7 @@ def test_every_flag_named_in_the_docs_exists(home: Path, capsys: pytest.CaptureF
             name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", text)
         }
         named -= {"xla_gpu_deterministic_ops", "model", "output_dir", "outfile", "outtype"}
+        named -= {"logdir"}
         assert named - known == set(), page
 
 

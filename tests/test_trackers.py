@@ -1,7 +1,10 @@
+import html
 import importlib.util
 import json
 import math
 import os
+import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -10,7 +13,9 @@ import types
 from pathlib import Path
 
 import pytest
+import runs
 
+from jaxlm import launch
 from jaxlm.config import Config, OptimConfig, TrackingConfig, to_dict
 from jaxlm.tracking.metrics import Metrics, read_metrics
 from jaxlm.tracking.trackers import Trackers
@@ -83,7 +88,10 @@ def wandb_folders(run_dir: Path) -> list[Path]:
 
 
 def read_wandb(folder: Path) -> tuple[list[dict], dict]:
-    """The rows and the config in an offline folder: LevelDB's log format, after 7 bytes."""
+    """Rows and config in an offline folder: LevelDB's log format, after 7 bytes.
+
+    A page is in its row as the file that it names.
+    """
     from wandb.proto import wandb_internal_pb2
 
     data = next(folder.glob("*.wandb")).read_bytes()
@@ -100,17 +108,27 @@ def read_wandb(folder: Path) -> tuple[list[dict], dict]:
             record = wandb_internal_pb2.Record.FromString(b"".join(parts))
             parts = []
             if record.WhichOneof("record_type") == "history":
-                row = {
-                    x.key or x.nested_key[0]: json.loads(x.value_json) for x in record.history.item
-                }
+                row = {}
+                for item in record.history.item:
+                    name, *inside = [item.key] if item.key else item.nested_key
+                    value = json.loads(item.value_json)
+                    if inside == ["path"]:  # of a page
+                        row[name] = folder / "files" / value
+                    elif not inside:
+                        row[name] = value
                 step = row.pop("_step")
                 rows.append({"step": step, **{k: v for k, v in row.items() if k[0] != "_"}})
             for item in record.config.update:
                 config[item.key] = json.loads(item.value_json)
 
 
+def without_texts(rows: list[dict]) -> list[dict]:
+    kept = [{k: v for k, v in row.items() if not isinstance(v, str | Path)} for row in rows]
+    return [row for row in kept if len(row) > 1]
+
+
 def is_whole(folder: Path, run_dir: Path) -> bool:
-    found, _ = read_wandb(folder)
+    found = without_texts(read_wandb(folder)[0])
     expected = merged(read_metrics(run_dir / "metrics.jsonl"))
     assert len(found) == len(merged(found))
     return same(
@@ -159,6 +177,7 @@ class Server:
         module = types.ModuleType("wandb")
         module.init = self.init
         module.Settings = lambda **_: None
+        module.Html = lambda page, **_: page
         monkeypatch.setitem(sys.modules, "wandb", module)
 
     def init(self, *, id: str, resume: str | None, mode: str, **_: object) -> types.SimpleNamespace:
@@ -339,7 +358,12 @@ def read_tensorboard(folder: Path) -> list[dict]:
             event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
             at += 16 + size
             if event.summary.value:
-                values = {value.tag: value.simple_value for value in event.summary.value}
+                values = {
+                    value.tag: value.tensor.string_val[0].decode()
+                    if value.HasField("tensor")
+                    else value.simple_value
+                    for value in event.summary.value
+                }
                 rows.append({"step": event.step, **values})
     return rows
 
@@ -389,3 +413,118 @@ def test_a_folder_that_cannot_be_written_does_not_stop_the_run(tmp_path, capsys)
         train(run, 10, 50)
     assert capsys.readouterr().out.count("TensorBoard failed; the run goes on without it") == 1
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 7
+
+
+SHOWN = "--run_dir runs/shown --sample_prompt 'the <b>' --tracking.wandb online"
+
+
+@needs_tensorboard
+def test_the_sample_and_the_report_of_a_finished_run_are_shown(own_run, monkeypatch):
+    server = Server(monkeypatch)
+    code, said = runs.launched(own_run, f"{SHOWN} --tracking.tensorboard")
+    assert code == 0 and "failed" not in said
+    shown = read_tensorboard(own_run / "runs/shown/tensorboard")[-1]
+    assert shown["step"] == 8 and f"sample: {shown['sample/text_summary']}\n" in said
+    assert list(shown) == ["step", "sample/text_summary"]  # TensorBoard has no place for a page
+    ((run_id, rows),) = server.runs.items()
+    page = rows[8].pop("report")
+    assert page.startswith("<!doctype html>") and "runs/shown" in page
+    escaped = html.escape(shown["sample/text_summary"])
+    assert rows[8].pop("sample") == f'<pre style="white-space: pre-wrap">{escaped}</pre>'
+    assert rows == as_server(own_run / "runs/shown")
+    monkeypatch.setattr(launch, "_report", lambda run: {}["a bug"])
+    code, said = runs.launched(own_run, f"{SHOWN} --num_steps 12")
+    assert code == 0 and "report failed; the run goes on without it (KeyError: 'a bug')" in said
+    longer = max(server.runs.values(), key=len)
+    assert 12 in longer and "eval/loss" in longer[12] and "sample" in longer[12]
+
+
+# The real command, but for two spoilt batches, and a kill at the first row of a step.
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+import numpy as np
+from jaxlm import launch
+from jaxlm.data.batches import TrainBatches
+from jaxlm.device import guard
+from jaxlm.tracking.metrics import Metrics
+
+guard.LOSS_WINDOW = 4
+at, saved, *flags = sys.argv[1:]
+right, log = TrainBatches.__call__, Metrics.log
+
+def spoilt(self, index, rows):
+    batch = right(self, index, rows)
+    if index in (13, 14):  # a byte that is in no text
+        batch |= {"targets": np.ones_like(batch["targets"])}
+    return batch
+
+def killed(self, step, row):
+    log(self, step, row)
+    if step == int(at):
+        while not Path("runs/curve/checkpoints", saved).exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+TrainBatches.__call__, Metrics.log = spoilt, killed
+launch.leave(launch.run_main(lambda: launch.main(flags)))
+"""
+FLAGS = "--config configs/tiny.py --run_dir runs/curve --num_steps 24 --log_interval 1"
+FLAGS += " --eval_interval 6 --save_interval 2 --guard.spike_zscore 5 --guard.spike_steps 2"
+FLAGS += " --tracking.wandb offline --tracking.tensorboard --sample_prompt 'the <b>'"
+
+
+def killed_at(home: Path, step: int, saved: int) -> tuple[int, str]:
+    """Exit code and output of the command that is killed at a step, once `saved` is on disk."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(step), str(saved), *shlex.split(FLAGS)],
+        cwd=home,
+        env=clean | {"PYTHONPATH": str(runs.REPO)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.mark.slow
+@needs_wandb
+@needs_tensorboard
+def test_a_real_run_is_one_curve_in_both_after_kills_resumes_and_a_rollback(own_run):
+    run_dir = own_run / "runs" / "curve"
+    newest, folder = run_dir / "wandb" / "latest-run", run_dir / "tensorboard"
+
+    def whole() -> list[bool]:
+        expected = as_float32(read_metrics(run_dir / "metrics.jsonl"))
+        in_tensorboard = same(without_texts(read_tensorboard(folder)), expected)
+        return [is_whole(newest, run_dir), in_tensorboard]
+
+    # Among the spoilt batches, and after the rollback that they make.
+    for step, saved, told in ((14, 12, "run runs"), (18, 16, "Resuming from step 12")):
+        code, said = killed_at(own_run, step, saved)
+        assert code == -signal.SIGKILL and told in said, said
+        assert whole() == [False, True]  # the row of a step goes to W&B with the next one
+    assert said.count("Resuming from step 12") == 2, said
+    code, said = killed_at(own_run, -1, 0)
+    assert code == 0, said
+    assert whole() == [True, True]
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 25))
+    assert len(wandb_folders(run_dir)) == 4
+    last = read_wandb(newest)[0][-1]
+    assert last["step"] == 24 and "the &lt;b&gt;" in last["sample"].read_text()
+    assert last["report"].read_text().startswith("<!doctype html>")
+    assert read_tensorboard(folder)[-1]["sample/text_summary"].startswith("the <b>")
+    # The controls: one bit of one value, and a file that another start left.
+    path = run_dir / "metrics.jsonl"
+    text = path.read_text()
+    loss = rows[-1]["eval/loss"]
+    path.write_text(text.replace(repr(loss), repr(loss * (1 + 1e-6))))
+    assert whole() == [False, False]
+    path.write_text(text)
+    (event_file,) = folder.iterdir()
+    shutil.copy(event_file, folder / "events.out.tfevents.0.left.jaxlm")
+    assert whole() == [True, False]

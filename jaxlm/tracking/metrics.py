@@ -64,6 +64,7 @@ class Metrics:
     At the start, the rows after the restored step are cut off: the run makes them again.
 
     Attributes:
+      trackers: those that the config asks for.
       run_id: the W&B run; goes into each checkpoint.
     """
 
@@ -105,14 +106,14 @@ class Metrics:
         write_file(path, b"".join(map(_line, kept)))
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""  # what the disk would not take so far
-        self._trackers = Trackers(config, kept, run_id=run_id, new_future=new_future, say=say)
-        self.run_id = self._trackers.run_id
+        self.trackers = Trackers(config, kept, run_id=run_id, new_future=new_future, say=say)
+        self.run_id = self.trackers.run_id
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._trackers.close(failed=kind is not None)
+        self.trackers.close(failed=kind is not None)
         try:
             with self._file:
                 self.flush()
@@ -125,7 +126,7 @@ class Metrics:
         self._unwritten += _line({"step": step, **row})
         with contextlib.suppress(OSError):
             self._write()
-        self._trackers.log(step, row)
+        self.trackers.log(step, row)
 
     def flush(self) -> None:
         """Waits until every row so far is on the disk; called before a checkpoint is committed.

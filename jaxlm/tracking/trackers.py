@@ -3,6 +3,7 @@
 A tracker is a convenience: once training has begun, one that fails is reported once and dropped.
 """
 
+import html
 import os
 import secrets
 import sys
@@ -69,6 +70,17 @@ class Trackers:
         """Sends one row to every tracker that still works."""
         for name, tracker in list(self._trackers.items()):
             self._guard(name, lambda tracker=tracker: tracker.log(step, row))
+
+    def show(self, step: int, name: str, make: Callable[[], str], *, is_html: bool = False) -> None:
+        """Sends a text, made only where there is a tracker; a page of HTML goes to W&B alone."""
+
+        def send() -> None:
+            text = make()
+            for each, tracker in list(self._trackers.items()):
+                self._guard(each, lambda tracker=tracker: tracker.show(step, name, text, is_html))
+
+        if self._trackers:
+            self._guard(name, send)
 
     def close(self, *, failed: bool = False) -> None:
         """Closes all; a second call does nothing."""
@@ -151,6 +163,13 @@ class _Wandb:
         self._step = step
         self._pending |= {name: value for name, value in row.items() if name != "step"}
 
+    def show(self, step: int, name: str, text: str, is_html: bool) -> None:
+        import wandb
+
+        page = text if is_html else f'<pre style="white-space: pre-wrap">{html.escape(text)}</pre>'
+        # Uninjected: else it gets a stylesheet from the network.
+        self.log(step, {name: wandb.Html(page, inject=False, data_is_not_path=True)})
+
     def _send(self) -> None:
         if self._pending:
             self._run.log(self._pending, step=self._step, commit=True)
@@ -164,6 +183,10 @@ class _Wandb:
         if not (self._online and eval_due and "eval/loss" not in self._pending):
             self._send()
         self._run.finish(exit_code=int(failed))
+
+
+def _scalars(row: Row) -> dict[str, Any]:
+    return {"value": [{"tag": k, "simple_value": v} for k, v in row.items() if k != "step"]}
 
 
 class _TensorBoard:
@@ -184,18 +207,25 @@ class _TensorBoard:
         # The name holds only the second: two starts within one would write to the same file.
         self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}.jaxlm")
         for row in history:
-            self._write(row["step"], row)
+            self._write(row["step"], _scalars(row))
         self._writer.flush()
         for path in earlier:
             path.unlink()
 
-    def _write(self, step: int, row: Row) -> None:
-        values = [{"tag": name, "simple_value": row[name]} for name in row if name != "step"]
-        event = self._event_class(step=step, wall_time=time.time(), summary={"value": values})
+    def _write(self, step: int, summary: Any) -> None:
+        event = self._event_class(step=step, wall_time=time.time(), summary=summary)
         self._writer.write_event(event)
 
     def log(self, step: int, row: Row) -> None:
-        self._write(step, row)
+        self._write(step, _scalars(row))
+        self._writer.flush()
+
+    def show(self, step: int, name: str, text: str, is_html: bool) -> None:
+        if is_html:  # it can show none
+            return
+        from tensorboardX.summary import text as summary_of
+
+        self._write(step, summary_of(name, text))
         self._writer.flush()
 
     def close(self, *, failed: bool = False) -> None:

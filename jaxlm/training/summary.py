@@ -86,18 +86,20 @@ def tell_time(clock: Clock, console: Console) -> None:
     console.say(f"time: {format_duration(total_s)}, of it {shares}")
 
 
-def tell_sample(config: Config, best: Best | None, console: Console) -> None:
-    """What the best model makes of the config's prompt."""
+def tell_sample(config: Config, best: Best | None, console: Console) -> str | None:
+    """What the best model makes of the config's prompt, which is returned too."""
     if config.sample_prompt is None:
-        return
+        return None
     run = f"{config.checkpoint_dir}@{best.step if best else 'latest'}"
     sampling = Sampling(min(64, config.seq_len // 2 or 1), temperature=0.8, top_k=50)
     try:
         (found,) = sample_run(run, [config.sample_prompt], sampling, say=lambda _: None)
     except ValueError as error:  # the run is complete and on disk, whatever comes of its sample
         console.warn(f"no sample: {error}")
-        return
-    console.say(f"sample: {printable(found.prompt + found.text)}")
+        return None
+    text = printable(found.prompt + found.text)
+    console.say(f"sample: {text}")
+    return text
 
 
 def tell_end(

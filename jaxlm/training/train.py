@@ -1,8 +1,9 @@
 """The training loop: steps, evals and saves, from the latest checkpoint to the end of the plan."""
 
 import contextlib
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from jaxlm.device.loss import Loss
 from jaxlm.device.state import ModelFactory
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.console import Console
+from jaxlm.tracking.metrics import Metrics
 from jaxlm.training.assemble import Parts, TrainSet, assemble
 from jaxlm.training.divergence import Diverged
 from jaxlm.training.evaluate import EvalSet
@@ -39,6 +41,7 @@ def train(
     batches: TrainSet | None = None,
     eval_batches: EvalSet | None = None,
     callbacks: Sequence[Callback] = (),
+    report: Callable[[str], str] | None = None,
 ) -> Result:
     """Trains to the end of the plan, from the latest sound checkpoint if there is one.
 
@@ -50,6 +53,7 @@ def train(
       batches: `(index, rows) -> host arrays` of training batch `index`; by default `config.data`.
       eval_batches: the held-out set; by default that of `config.data`, and none with own `batches`.
       callbacks: each called with (step, row) for every row of metrics.jsonl.
+      report: makes an HTML page of a run folder; that of a complete run goes to Weights & Biases.
 
     Raises:
       ValueError: the config, the data or the checkpoints do not fit each other.
@@ -88,10 +92,20 @@ def train(
         check_alike("data", {"fingerprint": parts.data_fingerprint})
         tell_start(parts, console)
         request = stack.enter_context(stop_requests(parts.mesh))
-        result = _train_to_end(parts, checkpoints, console, callbacks, request, clock)
-    tell_time(clock, console)
-    if result.complete and jax.process_count() == 1 and not (model or batches):
-        tell_sample(parts.config, result.best, console)
+
+        def finish(result: Result, metrics: Metrics | None) -> None:
+            tell_time(clock, console)
+            if not result.complete:
+                return
+            if jax.process_count() == 1 and not (model or batches):
+                text = tell_sample(parts.config, result.best, console)
+                if text and metrics:
+                    metrics.trackers.show(result.step, "sample", lambda: text)
+            if report and metrics:
+                page = functools.partial(report, parts.config.run_dir)
+                metrics.trackers.show(result.step, "report", page, is_html=True)
+
+        result = _train_to_end(parts, checkpoints, console, callbacks, request, clock, finish)
     tell_end(parts.config, result.step, result.complete, result.best, console)
     return result
 
@@ -103,6 +117,7 @@ def _train_to_end(
     callbacks: Sequence[Callback],
     request: StopRequest,
     clock: Clock,
+    finish: Callable[[Result, Metrics | None], None],
 ) -> Result:
     rolled_back = False
     while True:  # once, and once more for each rollback: it is a resume, of its own accord
@@ -112,7 +127,9 @@ def _train_to_end(
             loop = Loop(parts, checkpoints, metrics, console, callbacks, start, clock)
             try:
                 with clock.spent("steps"):
-                    return loop.run(state, request)
+                    result = loop.run(state, request)
+                finish(result, metrics)  # while the trackers still listen
+                return result
             except Diverged as spike:
                 checkpoints.roll_back(
                     spike.step - spike.num_steps,
