@@ -9,6 +9,7 @@ from jaxlm.device.state import num_bytes
 from jaxlm.inference.sample import Sampling, printable, sample_run
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.console import Console, format_bytes, format_duration
+from jaxlm.tracking.events import Events
 from jaxlm.training import preflight
 from jaxlm.training.assemble import Parts
 from jaxlm.training.resume import goes_back
@@ -86,18 +87,21 @@ def tell_time(clock: Clock, console: Console) -> None:
     console.say(f"time: {format_duration(total_s)}, of it {shares}")
 
 
-def tell_sample(config: Config, best: Best | None, console: Console) -> None:
+def tell_sample(config: Config, best: Best | None, console: Console, events: Events) -> None:
     """What the best model makes of the config's prompt."""
     if config.sample_prompt is None:
         return
-    run = f"{config.checkpoint_dir}@{best.step if best else 'latest'}"
+    step = best.step if best else config.num_steps
     sampling = Sampling(min(64, config.seq_len // 2 or 1), temperature=0.8, top_k=50)
     try:
-        (found,) = sample_run(run, [config.sample_prompt], sampling, say=lambda _: None)
+        (found,) = sample_run(
+            f"{config.checkpoint_dir}@{step}", [config.sample_prompt], sampling, say=lambda _: None
+        )
     except ValueError as error:  # the run is complete and on disk, whatever comes of its sample
         console.warn(f"no sample: {error}")
         return
     console.say(f"sample: {printable(found.prompt + found.text)}")
+    events.add("sample", step, "at the end", prompt=found.prompt, text=found.text)
 
 
 def tell_end(

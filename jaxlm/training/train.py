@@ -14,6 +14,7 @@ from jaxlm.device.loss import Loss
 from jaxlm.device.state import ModelFactory
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.console import Console
+from jaxlm.tracking.events import NAME, Events
 from jaxlm.training.assemble import Parts, TrainSet, assemble
 from jaxlm.training.divergence import Diverged
 from jaxlm.training.evaluate import EvalSet
@@ -58,6 +59,7 @@ def train(
     clock = Clock()
     primary = jax.process_index() == 0
     console = Console(config.num_steps, stream=None if primary else open(os.devnull, "w"))
+    events = Events(Path(config.run_dir) / NAME if primary else None, console.warn)
     check_folders(config)
     with contextlib.ExitStack() as stack:
         stack.callback(console.close)
@@ -67,6 +69,7 @@ def train(
                 config.checkpoint,
                 on_commit=console.saved,
                 warn=console.warn,
+                events=events,
             )
         )
         plan = plan_resume(config, checkpoints)
@@ -86,10 +89,14 @@ def train(
         check_alike("data", {"fingerprint": parts.data_fingerprint})
         tell_start(parts, console)
         request = stack.enter_context(stop_requests(parts.mesh))
+        stack.push(events.failed)
         result = _train_to_end(parts, checkpoints, console, callbacks, request, clock)
+        how = "end" if result.complete else "stop"
+        why = f"of {config.num_steps} steps" if result.complete else request.received
+        events.add(how, result.step, why)
     tell_time(clock, console)
     if result.complete and jax.process_count() == 1 and not (model or batches):
-        tell_sample(parts.config, result.best, console)
+        tell_sample(parts.config, result.best, console, events)
     tell_end(parts.config, result.step, result.complete, result.best, console)
     return result
 
@@ -108,6 +115,8 @@ def _train_to_end(
             state, start = start_state(parts, checkpoints, console, rolled_back=rolled_back)
         with open_run_folder(parts, start, console) as metrics:
             loop = Loop(parts, checkpoints, metrics, console, callbacks, start, clock)
+            if not rolled_back:
+                checkpoints.events.start(start.step, start.why, loop.environment)
             try:
                 with clock.spent("steps"):
                     return loop.run(state, request)
