@@ -16,10 +16,11 @@ from test_rollback import SpoiltBatches, _config
 from tiny import TinyEvalSet
 
 from jaxlm.checkpoints import manifest
+from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.copying import copy_run
 from jaxlm.checkpoints.folder import list_names, list_steps
 from jaxlm.checkpoints.prune import prune
-from jaxlm.config import Config, GuardConfig
+from jaxlm.config import CheckpointConfig, Config, GuardConfig
 from jaxlm.device import guard
 from jaxlm.tracking.events import NAME, Event, Events, checkpoints_left, read_events
 from jaxlm.training.train import train
@@ -154,6 +155,9 @@ def test_pruned_and_copied(own_run: Path, tmp_path: Path):
 def test_a_run_from_before_there_were_events_is_found_as_it_is(own_run: Path):
     run = own_run / runs.RUN
     (run / NAME).unlink()
+    folder, events = run / "checkpoints", Events(run / NAME)
+    with Checkpoints(folder, CheckpointConfig(), on_commit=print, warn=print, events=events):
+        assert tells_the_disk(run)
     assert runs.launched(own_run, "--num_steps 16 --optim.learning_rate 3")[0] == 0
     assert tells_the_disk(run)
     found = {event["step"] for event in events_of(run) if event["why"] == "found on disk"}

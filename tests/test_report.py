@@ -67,7 +67,7 @@ def test_what_happened_to_a_run(tiny_run: Path):
     assert len(history.processes) == 2 and history.missing == []
     page = visible(make_report([history]))
     assert "resumed; optim.learning_rate: was 0.01, is 3.0" in page
-    assert "What became of checkpoints" in page
+    assert "the latest 5 events of checkpoints" in page
 
 
 def test_a_step_is_read_once(tiny_run: Path, monkeypatch: pytest.MonkeyPatch):

@@ -45,7 +45,7 @@ from jaxlm.files.lock import HOLDER, lock, unlock
 from jaxlm.tracking.events import Events
 
 _RETRY_S, _MAX_RETRY_S = 10.0, 600.0
-_SUPERSEDED_WHY = "superseded: the run went back to before it"
+_SUPERSEDED_WHY = "the run went back to before it"
 # What Orbax and TensorStore raise when the disk refuses.
 _SAVE_ERRORS = (OSError, ValueError, RuntimeError)
 
@@ -408,7 +408,7 @@ class Checkpoints:
         if self._primary and suffix == SUPERSEDED:
             old = list_old_superseded(self.folder, self._config.keep_latest)
             self._purger.purge(*old)
-            self._tell({path.name: "superseded, and not among the newest" for path in old})
+            self._tell({path.name: "not among the newest set aside" for path in old})
         self._sync(f"put aside {steps}")
         for step in steps:
             self._steps.pop(step, None)

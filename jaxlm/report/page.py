@@ -203,15 +203,20 @@ def _charts(histories: Sequence[History], runs: list[str]) -> tuple[str, list[di
 
 
 def _events(histories: Sequence[History]) -> str:
-    head, found = ["run", "time", "step", "event", "why"], ""
-    for title, kinds in (("Events", RUN_KINDS), ("What became of checkpoints", CHECKPOINT_KINDS)):
-        rows = [
-            [_name(run, history.run), event["time"], event["step"], event["event"], _why(event)]
+    def found(kinds: Sequence[str]) -> list[list[object]]:
+        return [
+            [_name(run, history.run), event["step"], event["event"], _why(event), event["time"]]
             for run, history in enumerate(histories)
             for event in _of_kinds(history, kinds)[-2 * _MAX_ROWS // len(histories) :]
         ]
-        found += f"<h2>{title}</h2>{as_table(head, rows)}" if rows else ""
-    return found
+
+    head = ["run", "step", "event", "why", "time"]
+    of_runs, of_checkpoints = found(RUN_KINDS), found(CHECKPOINT_KINDS)
+    table = as_table(head, of_runs) if of_runs else ""
+    if of_checkpoints:
+        summary = f"<summary>the latest {len(of_checkpoints)} events of checkpoints</summary>"
+        table += f"<details>{summary}{as_table(head, of_checkpoints)}</details>"
+    return f"<h2>Events</h2>{table}" if table else ""
 
 
 def _samples(histories: Sequence[History]) -> str:
