@@ -33,8 +33,8 @@ from jaxlm.report.compare import diff_checkpoints
 from jaxlm.tracking import metrics
 
 NAMES = [
-    *("manifest", "step metadata", "commit", "metadata", "config", "metrics", "skips", "holder"),
-    *("data manifest", "progress", "tokenizer"),
+    *("manifest", "step metadata", "commit", "metadata", "config", "metrics", "events", "skips"),
+    *("holder", "data manifest", "progress", "tokenizer"),
 ]
 
 

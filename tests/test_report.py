@@ -3,18 +3,20 @@
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import runs
 
 from jaxlm import __main__ as cli
+from jaxlm.checkpoints import folder
+from jaxlm.evaluation.evals import checkpoint_id
 from jaxlm.launch import run_main
 from jaxlm.report.charts import COLOURS, Curve, draw_curves, smooth, thin
 from jaxlm.report.history import read_history, split_by_start
 from jaxlm.report.page import make_report
-from jaxlm.tracking.clock import KINDS
+from jaxlm.tracking import clock
+from jaxlm.tracking.events import KINDS
 
 pytest.importorskip("vl_convert", reason="the extra `report` is not installed")
 EVIL = '</script><script>document.title="owned"</script><img src=x onerror=alert(1)>'
@@ -37,7 +39,7 @@ def write_rows(run: Path, rows: list[dict]) -> None:
 
 
 def timed(step: int, **seconds: float) -> dict:
-    return {"step": step} | {f"time/{kind}": seconds.get(kind, 0.0) for kind in KINDS}
+    return {"step": step} | {f"time/{kind}": seconds.get(kind, 0.0) for kind in clock.KINDS}
 
 
 def test_the_page_of_a_run(tiny_run: Path, tmp_path: Path, monkeypatch, capsys):
@@ -56,17 +58,73 @@ def test_the_page_of_a_run(tiny_run: Path, tmp_path: Path, monkeypatch, capsys):
     assert "best" in visible(page) and "optim.learning_rate" in visible(page)
 
 
-def test_what_happened_to_a_run(own_run: Path):
-    folder = own_run / runs.RUN / "checkpoints"
-    shutil.copytree(folder / "4", folder / "2.corrupt")
-    (folder / "2.corrupt" / "manifest.json").unlink(missing_ok=True)
-    history = read_history(str(own_run / runs.RUN))
-    kinds = {(event.step, event.kind) for event in history.events}
-    assert {(8, "best"), (8, "save"), (12, "save"), (2, "set aside"), (8, "change")} <= kinds
-    assert [step for step, kind in kinds if kind == "start"] and (12, "best") not in kinds
+def test_what_happened_to_a_run(tiny_run: Path):
+    history = read_history(str(tiny_run / runs.RUN))
+    kinds = [(event["step"], event["event"]) for event in history.events]
+    saved = [(4, "save"), (4, "best"), (8, "save"), (8, "best")]
+    assert kinds[:6] == [(0, "start"), *saved, (8, "end")]
+    assert kinds[6:] == [(8, "start"), (12, "save"), (12, "end")]
     assert len(history.processes) == 2 and history.missing == []
-    (change,) = [event for event in history.events if event.kind == "change"]
-    assert "learning_rate" in change.why
+    page = visible(make_report([history]))
+    assert "resumed; optim.learning_rate: was 0.01, is 3.0" in page
+    assert "the latest 5 events of checkpoints" in page
+
+
+def test_a_step_is_read_once(tiny_run: Path, monkeypatch: pytest.MonkeyPatch):
+    asked, real = [], folder.read_metadata
+    monkeypatch.setattr(folder, "read_metadata", lambda *a: asked.append(a[1]) or real(*a))
+    read_history(str(tiny_run / runs.RUN))
+    assert asked == [4, 8, 12]
+
+
+def write_events(run: Path, *events: dict) -> None:
+    lines = [{"time": "2026-01-31T23:59:59Z", "why": ""} | event for event in events]
+    (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_deletions_rollbacks_and_samples_are_shown(tmp_path: Path):
+    write_rows(tmp_path, [{"step": 9, "train/loss": 2.0}])
+    write_events(
+        tmp_path,
+        {"event": "save", "step": 4, "checkpoint": "4", "why": "interval"},
+        {"event": "deletion", "step": 4, "checkpoint": "4", "why": "by some rule"},
+        {"event": "set aside", "step": 8, "checkpoint": "8.corrupt", "why": "one bit"},
+        {"event": "rollback", "step": 6, "why": "from step 9"},
+        {"event": "sample", "step": 8, "prompt": "To be", "text": ", or not"},
+        {"event": "of the future", "step": 8},
+    )
+    page = make_report([read_history(str(tmp_path))])
+    timeline = {(row["x"], row["k"], row["w"]) for row in specs(page)[-1]["data"]["values"]}
+    assert timeline == {
+        (4, "save", "interval"),
+        (4, "deletion", "by some rule"),
+        (8, "set aside", "8.corrupt: one bit"),
+        (6, "rollback", "from step 9"),
+    }
+    assert (
+        "<pre><strong>To be</strong>, or not</pre>" in page
+        and "2026-01-31T23:59:59Z" in visible(page)
+    )
+
+
+def test_what_eval_follow_found_is_drawn_and_in_the_table(own_run: Path):
+    run = own_run / runs.RUN
+    steps = folder.read_steps(run / "checkpoints").sound
+    rows = [
+        {"step": step, "checkpoint": checkpoint_id(found), "source": "text:<b>", "loss": step / 4}
+        | {"perplexity": 1.0, "num_tokens": 9}
+        for step, found in steps.items()
+    ]
+    again = rows[1] | {"checkpoint": "gone", "loss": 7.5}  # a run that went back
+    (run / "evals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [again, *rows]))
+    page = make_report([read_history(str(run))])
+    assert "eval --follow: text:&lt;b&gt;" in page and "<th>text:&lt;b&gt;</th>" in page
+    drawn = {row["x"]: row["y"] for row in specs(page)[-2]["data"]["values"]}
+    assert drawn == {4: 1.0, 8: 2.0, 12: 3.0} and "<td>3.0000</td>" in page
+    (run / "evals.jsonl").write_text("[]\n")
+    history = read_history(str(run))
+    assert "no losses of `jaxlm eval --follow` from evals.jsonl" in history.missing[0]
+    assert len(history.checkpoints) == 3
 
 
 def test_a_new_start_is_told_from_the_clock():
@@ -111,11 +169,14 @@ def test_what_is_missing_is_said(tmp_path: Path):
         file.write('{"step": 2, "tr')
     write_rows(tmp_path / "bad", [{"step": "one"}, {"step": 2}])
     empty, torn, bad = (read_history(str(tmp_path / name)) for name in ("empty", "torn", "bad"))
-    assert len(empty.missing) == 3 and "metrics.jsonl is not there" in empty.missing[0]
+    assert len(empty.missing) == 4 and "metrics.jsonl is not there" in empty.missing[0]
     assert len(torn.rows) == 1 and not any("curves" in line for line in torn.missing)
     assert "line 1" in bad.missing[0] and bad.rows == []
+    write_events(tmp_path / "bad", {"event": "end", "step": 1}, {"event": 1, "step": 1})
+    half = read_history(str(tmp_path / "bad"))
+    assert len(half.events) == 1 and any("jsonl, line 2 is no event" in x for x in half.missing)
     page = visible(make_report([empty, torn, bad]))
-    assert page.count("⚠") == 8 and "line 1" in page
+    assert page.count("⚠") == 11 and "line 1" in page
 
 
 def test_a_damaged_run_still_has_its_page(own_run: Path):
@@ -123,8 +184,8 @@ def test_a_damaged_run_still_has_its_page(own_run: Path):
     (own_run / runs.RUN / "checkpoints" / "12" / "meta" / "metadata").write_text("{")
     (own_run / runs.RUN / "config.json").write_text("[]")
     history = read_history(str(own_run / runs.RUN))
-    assert any(event.kind == "damaged" and event.step == 12 for event in history.events)
-    assert "config.json cannot be read" in history.missing[-1]
+    assert any(line.startswith("checkpoint 12 is damaged: ") for line in history.missing)
+    assert any(line.startswith("no config from config.json: ") for line in history.missing)
     assert "damaged" in visible(make_report([history]))
 
 
@@ -132,11 +193,13 @@ def test_nothing_from_disk_comes_alive(tmp_path: Path):
     run = tmp_path / "<b>run"
     write_rows(run, [{"step": 1, "train/loss": 2.0}])
     (run / "config.json").write_text(json.dumps({"checkpoint": {"directory": None}, EVIL: EVIL}))
-    (run / "checkpoints" / f"7.corrupt{EVIL.replace('/', '_')}").mkdir(parents=True)
+    evil: dict = {name: EVIL for name in ("why", "checkpoint", "host", "prompt", "text", "time")}
+    write_events(run, *(evil | {"event": kind, "step": 2**62} for kind in (*KINDS, EVIL)))
     page = make_report([read_history(str(run))])
     assert page.count("<script") == 2 + page.count('"<script')
     assert "<b>" not in visible(page) and "<img" not in visible(page)
     assert "&lt;img" in visible(page) and "set aside" in visible(page)
+    assert visible(page).count("&lt;img") > 2 * len(KINDS)
     assert "<" not in re.findall(r'id="specs">(.*?)</script>', page, re.S)[0]
 
 
@@ -151,6 +214,8 @@ def test_a_page_stays_small(tmp_path: Path):
             row |= {"train/grad_norm": row["train/loss"], "train/tokens_per_s": row["step"] / 7}
             row |= {"eval/loss": row["train/loss"], "eval/best_loss": row["train/loss"]}
         write_rows(tmp_path / name, rows[:: 1 if name == "run0" else 20])
+        events = [{"event": kind, "step": 1, "why": "w" * 500} for kind in KINDS]
+        write_events(tmp_path / name, *events * 500)
     page = make_report([read_history(str(tmp_path / name)) for name in names])
     assert len(page.encode()) < 2_000_000
     assert len({row["r"] for row in specs(page)[0]["data"]["values"]}) == len(COLOURS)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from test_report import EVIL, timed, write_rows
+from test_report import EVIL, timed, write_events, write_rows
 
 from jaxlm.report.history import read_history
 from jaxlm.report.page import make_report
+from jaxlm.tracking.events import KINDS
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 pytestmark = [
@@ -126,7 +127,8 @@ def test_no_script_but_ours_runs(browser, tmp_path: Path):
 
 def test_hostile_text_is_text(browser, tmp_path: Path):
     run = tmp_path / "<b>run"
-    (run / "checkpoints" / f"7.corrupt{EVIL.replace('/', '_')}").mkdir(parents=True)
+    run.mkdir()
+    write_events(run, *({"event": kind, "step": 7, "why": EVIL, "text": EVIL} for kind in KINDS))
     seen = look(browser, a_run(run), tmp_path)
     assert "<b>run" in seen.tooltip
     assert seen.title == str(run)[:159] + "…" * (len(str(run)) > 160) and seen.said == []

@@ -19,31 +19,33 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers
 
 from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.aside import DELETING, Purger, clear_partial, list_old_superseded, put_aside
 from jaxlm.checkpoints.folder import (
     CORRUPT,
+    REPLACED,
     SUPERSEDED,
     Best,
     find_best,
+    list_names,
     list_set_aside,
     list_steps,
     read_steps,
 )
+from jaxlm.checkpoints.manager import open_manager
 from jaxlm.checkpoints.metadata import Metadata
-from jaxlm.checkpoints.restore import ITEMS, DamagedArrays, items_of, restore_items, state_of
+from jaxlm.checkpoints.restore import DamagedArrays, items_of, restore_items, state_of
 from jaxlm.checkpoints.retention import Retention
 from jaxlm.checkpoints.skips import Skip, held_by, read_skips, skipped, write_skips
-from jaxlm.cluster import barrier
 from jaxlm.config import CheckpointConfig
 from jaxlm.device.state import TrainState, num_bytes, survey
 from jaxlm.files.durable import fsync
 from jaxlm.files.lock import HOLDER, lock, unlock
+from jaxlm.tracking.events import Events
 
-_REPLACED = ".replaced"
 _RETRY_S, _MAX_RETRY_S = 10.0, 600.0
+_SUPERSEDED_WHY = "the run went back to before it"
 # What Orbax and TensorStore raise when the disk refuses.
 _SAVE_ERRORS = (OSError, ValueError, RuntimeError)
 
@@ -62,8 +64,10 @@ class Checkpoints:
       config: when to keep what.
       on_commit: called with (step, path, whether it is the best) once a checkpoint is on disk.
       warn: called with a line about anything that is not as it should be.
+      events: takes what happens to the checkpoints; by default it is not written down.
 
     Attributes:
+      events: as above.
       skips: the batches that the run passes over.
     """
 
@@ -74,14 +78,17 @@ class Checkpoints:
         *,
         on_commit: Callable[[int, str, bool], None],
         warn: Callable[[str], None],
+        events: Events | None = None,
     ):
         self.folder = folder.absolute()
         self._config = config
         self._on_commit = on_commit
         self._warn = warn
+        self.events = events or Events(None)
         self.skips: list[Skip] = []
         self._steps: dict[int, Metadata] = {}
         self._saving: Metadata | None = None
+        self._saved_for = ""  # the reason of the last save
         self._retention = Retention(config)
         self._num_failures = 0
         self._purger = Purger(self.folder)
@@ -108,7 +115,8 @@ class Checkpoints:
     def _open(self) -> None:
         if self._primary:
             self._purge()
-            for path in self.folder.glob(f"*{_REPLACED}"):
+            self._tell({})  # what a kill kept from being written down
+            for path in self.folder.glob(f"*{REPLACED}"):
                 self._finish_replacing(path)
         self._sync("opened")
         self._opened = self.folder.stat()
@@ -119,8 +127,10 @@ class Checkpoints:
             self._warn("skips.json is damaged; what the checkpoints hold of it is used instead")
         for step, damage in found.damaged.items():
             self._set_aside(step, damage)
-        self._put_aside(found.superseded, SUPERSEDED)
-        self._manager = self._open_manager()
+        self._put_aside(found.superseded, SUPERSEDED, _SUPERSEDED_WHY)
+        self._manager = open_manager(
+            self.folder, self._retention, self._config.save_timeout_s, self._write_manifest
+        )
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         """Waits for the save under way; an error of the run itself goes first."""
@@ -248,25 +258,31 @@ class Checkpoints:
             )
         to = beginning if to is None else to
         # Batches, not steps: an earlier rollback may have passed over some in between.
-        self.go_back(Skip(to, self.batch_index(step - 1) + 1 - self.batch_index(to), why))
+        num_batches = self.batch_index(step - 1) + 1 - self.batch_index(to)
+        self.go_back(Skip(to, num_batches, why), step)
         self._warn(f"{why}: going back to step {to}, past the batches from there")
 
-    def go_back(self, skip: Skip) -> None:
-        """Makes `skip.from_step` the latest: newer ones are superseded, and follow retention."""
+    def go_back(self, skip: Skip, at: int) -> None:
+        """From step `at` back to `skip.from_step`: newer ones are superseded, follow retention."""
+        why = f"from step {at}, past {skip.num_batches} batches: {skip.why}"
+        self.events.add("rollback", skip.from_step, why)
         self.skips.append(skip)
         if self._primary:
             write_skips(self.folder, self.skips)
         self._sync(f"went back to {skip.from_step}")
         newer = [step for step in list_steps(self.folder) if step > skip.from_step]
-        self._put_aside(newer, SUPERSEDED)
+        self._put_aside(newer, SUPERSEDED, _SUPERSEDED_WHY)
 
-    def save(self, state: TrainState, metadata: Metadata, before: Flush = lambda: None) -> None:
+    def save(
+        self, state: TrainState, metadata: Metadata, before: Flush = lambda: None, why: str = ""
+    ) -> None:
         """Starts to save; returns once the state may be given to the next step.
 
         Args:
           state: the state.
           metadata: what the checkpoint says of it.
           before: brings to the disk what must be there first; if it fails, so does the save.
+          why: the reason, for people.
 
         Raises:
           CheckpointError: this or the last save failed (by `on_save_error`), the folder is gone,
@@ -291,7 +307,7 @@ class Checkpoints:
         metrics = None if loss is None or not math.isfinite(loss) else {"eval_loss": loss}
         args = {name: ocp.args.PyTreeSave(item) for name, item in items.items()}
         meta = ocp.args.JsonSave(metadata.to_json())
-        self._saving = metadata
+        self._saving, self._saved_for = metadata, why
         self._last_save_s = time.monotonic()
         try:
             before()
@@ -311,7 +327,7 @@ class Checkpoints:
         current = self.folder / str(metadata.step)
         if not current.exists():
             return self.save(state, metadata, before)
-        aside = self.folder / f"{metadata.step}{_REPLACED}"
+        aside = self.folder / f"{metadata.step}{REPLACED}"
         if self._primary:
             current.rename(aside)
             fsync(self.folder)
@@ -351,29 +367,10 @@ class Checkpoints:
         self._num_failures = 0
         self._purge()
         best = self.best is not None and self.best.step == metadata.step
+        self._tell({str(metadata.step): self._saved_for} | self._retention.dropped)
+        if best:
+            self.events.add("best", metadata.step, f"eval loss {metadata.eval_loss:.4f}")
         self._on_commit(metadata.step, str(self.folder / str(metadata.step)), best)
-
-    def _open_manager(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(
-            best_fn=lambda metrics: metrics["eval_loss"],
-            best_mode="min",
-            save_decision_policy=checkpoint_managers.AnySavePolicy([]),
-            preservation_policy=self._retention,
-            cleanup_tmp_directories=True,
-            todelete_subdir=DELETING,
-            async_options=ocp.AsyncOptions(
-                timeout_secs=self._config.save_timeout_s,
-                barrier_sync_fn=barrier if jax.process_count() > 1 else None,
-                post_finalization_callback=self._write_manifest,
-            ),
-        )
-        # Uncompressed: zstd would save 8% of the bytes and double the time.
-        handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ITEMS}
-        return ocp.CheckpointManager(
-            self.folder,
-            item_handlers={**handlers, "meta": ocp.JsonCheckpointHandler()},
-            options=options,
-        )
 
     def _write_manifest(self) -> None:
         # Runs in the saving thread of the primary process, after the arrays and before the rename.
@@ -397,18 +394,21 @@ class Checkpoints:
         return state_of(items), metadata
 
     def _set_aside(self, step: int, damage: list[str]) -> None:
-        (name,) = self._put_aside([step], CORRUPT)
+        (name,) = self._put_aside([step], CORRUPT, f"damaged: {damage[0]}")
         more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
         self._warn(f"checkpoint {step} is damaged: {damage[0]}{more}; renamed to {name}")
 
-    def _put_aside(self, steps: Sequence[int], suffix: str) -> list[str]:
+    def _put_aside(self, steps: Sequence[int], suffix: str, why: str) -> list[str]:
         # The new names.
         if not steps:
             return []
         self._sync(f"{suffix} {steps}")  # every process has seen them
         names = put_aside(self.folder, steps, suffix) if self._primary else list(map(str, steps))
+        self._tell(dict.fromkeys(names, why))
         if self._primary and suffix == SUPERSEDED:
-            self._purger.purge(*list_old_superseded(self.folder, self._config.keep_latest))
+            old = list_old_superseded(self.folder, self._config.keep_latest)
+            self._purger.purge(*old)
+            self._tell({path.name: "not among the newest set aside" for path in old})
         self._sync(f"put aside {steps}")
         for step in steps:
             self._steps.pop(step, None)
@@ -451,13 +451,17 @@ class Checkpoints:
             )
 
     def _finish_replacing(self, aside: Path) -> None:
-        current = aside.with_name(aside.name.removesuffix(_REPLACED))
+        current = aside.with_name(aside.name.removesuffix(REPLACED))
         if manifest.find_damage(current, contents=False):
             if current.exists():
                 self._set_aside(int(current.name), ["it is unfinished"])
             aside.rename(current)
         else:
             self._purger.purge(aside)
+
+    def _tell(self, why: dict[str, str]) -> None:
+        # Writes down what has become of the checkpoints since the last time.
+        self.events.compare(list_names(self.folder), why)
 
     def _purge(self) -> None:
         if self._primary and self._is_ours():

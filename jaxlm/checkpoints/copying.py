@@ -20,6 +20,7 @@ from jaxlm.files.durable import write_file
 from jaxlm.files.publish import published
 from jaxlm.files.strict import read_json
 from jaxlm.terminal import track
+from jaxlm.tracking.events import NAME as EVENTS
 
 Say = Callable[[str], None]
 
@@ -41,7 +42,7 @@ def copy_run(run: str, dest: str, *, say: Say = print) -> Copied:
     """Copies a run or one step into a new run folder, and verifies every file of the copy.
 
     A trainer may be at work in the source. The copy is a run in its own right: listed, loaded
-    and resumed as the source is. Config, metrics and the sound steps are copied, nothing else.
+    and resumed as the source is. Config, metrics, events and the sound steps are copied, no more.
 
     Args:
       run: a run folder or checkpoint folder, with `@STEP` for one step alone.
@@ -70,7 +71,8 @@ def copy_run(run: str, dest: str, *, say: Say = print) -> Copied:
                 elif damage:
                     damaged[step] = damage[0]
             # In this order: skips.json is written before metrics.jsonl is cut back.
-            for path in (Path(name, "metrics.jsonl"), source / TOKENIZER, source / SKIPS):
+            records = Path(name, "metrics.jsonl"), Path(name, EVENTS)
+            for path in (*records, source / TOKENIZER, source / SKIPS):
                 if path.is_file():
                     shutil.copy2(path, partial if path.parent == Path(name) else folder)
             _copy_config(Path(name), partial)

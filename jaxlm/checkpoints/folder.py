@@ -22,6 +22,9 @@ CORRUPT = ".corrupt"
 """Ends the name of a step that was found damaged."""
 SUPERSEDED = ".superseded"
 """Ends the name of a step that the run has gone back from."""
+REPLACED = ".replaced"
+"""Ends the name of a step while it is saved again."""
+_NAME = re.compile(rf"(0|[1-9]\d{{0,17}})(({CORRUPT}|{SUPERSEDED})(-\d+)?)?")
 
 _COMMIT_S = 0.5  # more than lies between the rename of a step and its last file
 
@@ -46,6 +49,12 @@ def list_set_aside(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     return sorted(entry.name for entry in folder.iterdir() if CORRUPT in entry.name)
+
+
+def list_names(folder: Path) -> list[str]:
+    """The folders of all checkpoints, those set aside included; one being replaced is its step."""
+    names = {entry.name.removesuffix(REPLACED) for entry in folder.iterdir() if entry.is_dir()}
+    return sorted(filter(_NAME.fullmatch, names))
 
 
 def read_metadata(folder: Path, step: int) -> Metadata:
@@ -200,6 +209,12 @@ def find_checkpoints(run: str) -> Path:
             "or its checkpoints folder"
         )
     return path
+
+
+def run_folder(run: str, folder: Path) -> Path:
+    """The run folder of a run that is named by it, or by its checkpoint folder."""
+    is_run = (Path(run) / "config.json").is_file() or Path(run) != folder
+    return Path(run) if is_run else folder.parent
 
 
 class Selected(NamedTuple):

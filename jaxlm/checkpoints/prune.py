@@ -7,13 +7,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxlm.checkpoints.aside import Purger
-from jaxlm.checkpoints.folder import find_best, find_checkpoints, read_steps
+from jaxlm.checkpoints.folder import (
+    find_best,
+    find_checkpoints,
+    list_names,
+    read_steps,
+    run_folder,
+)
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.retention import Retention
 from jaxlm.config import CheckpointConfig
 from jaxlm.files.durable import folder_bytes
 from jaxlm.files.lock import HOLDER, lock, unlock
 from jaxlm.terminal import track
+from jaxlm.tracking.events import NAME, Events
 
 
 class Pruning(NamedTuple):
@@ -95,6 +102,9 @@ def prune(run: str, *, warn: Callable[[str], None], **rules: float | None) -> Pr
         purger = Purger(folder)
         purger.purge()  # what a killed run has left there, of the same name perhaps
         purger.purge(*(folder / str(step) for step in pruning.dropped))
+        if (path := run_folder(run, folder) / NAME).exists():
+            why = dict.fromkeys(map(str, pruning.dropped), "jaxlm checkpoints prune")
+            Events(path, warn).compare(list_names(folder), why)
         purger.join()
     return pruning
 

@@ -17,12 +17,14 @@ class Retention:
         self._config = config
         self._num_in_transit = num_in_transit
         self.state_bytes = 0  # known once a state is saved
+        self.dropped: dict[str, str] = {}  # step -> why it did not stay
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         """For each checkpoint, ascending: whether it stays."""
         del context
         losses = {info.step: (info.metrics or {}).get("eval_loss") for info in checkpoints}
         kept = self.kept(losses)
+        self.dropped = dict.fromkeys((str(s) for s in losses if s not in kept), self._rule)
         return [step in kept for step in losses]
 
     def kept(self, eval_losses: dict[int, float | None]) -> set[int]:
@@ -33,6 +35,12 @@ class Retention:
         if best:
             kept.add(best.step)
         return kept | self._milestones(steps, kept)
+
+    @property
+    def _rule(self) -> str:
+        rule = f"neither the best nor of the latest {self._config.keep_latest}"
+        every = self._config.keep_every
+        return rule + (f", and not kept by keep_every {every}" if every else "")
 
     def _milestones(self, steps: list[int], kept: set[int]) -> set[int]:
         every, budget = self._config.keep_every, self._config.disk_budget_gb

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import TypedDict
 
+from jaxlm.checkpoints.folder import run_folder
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.files.durable import read_file
 from jaxlm.files.strict import parse_json, spell
@@ -41,8 +42,7 @@ def checkpoint_id(metadata: Metadata) -> str:
 
 def evals_path(run: str, folder: Path) -> Path:
     """The evals.jsonl of a run that is named by its folder, or by its checkpoint folder."""
-    is_run = (Path(run) / "config.json").is_file() or Path(run) != folder
-    return (Path(run) if is_run else folder.parent) / NAME
+    return run_folder(run, folder) / NAME
 
 
 def read_evals(path: Path) -> list[Eval]:

@@ -1,5 +1,6 @@
 """Checkpoints side by side: the table of a run or of several, and the difference of two."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +14,11 @@ from jaxlm.checkpoints.folder import (
     read_steps,
     select,
 )
+from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import ITEMS, restore_numpy
 from jaxlm.checkpoints.skips import to_json
 from jaxlm.device.state import path_name
-from jaxlm.evaluation.evals import checkpoint_id, evals_path, read_evals
+from jaxlm.evaluation.evals import Eval, checkpoint_id, evals_path, read_evals
 from jaxlm.files.durable import folder_bytes
 from jaxlm.terminal import track
 from jaxlm.tracking.console import format_bytes
@@ -28,19 +30,42 @@ def describe_run(run: str) -> dict[str, Any]:
     Returns:
       `run`, `folder`, `set_aside` (names of damaged ones), `damaged` (those not yet set aside, as
       step -> what is wrong, as far as a quick look shows), `skips` (where the run has gone back, as
-      `from_step`, `num_batches` and `why`), and `checkpoints`: for each, ascending,
-      `step`, `tokens_seen`, `eval_loss`, `best_eval_loss`, `bytes`, `is`, a list of `best`,
-      `latest` and `final`, and `followed`, what `jaxlm eval --follow` found, as source -> loss.
+      `from_step`, `num_batches` and `why`), and `checkpoints`, as `describe_steps` gives them.
 
     Raises:
       ValueError: there is no such run.
     """
     folder = find_checkpoints(run)
-    found, damaged, _, skips, _ = read_steps(folder)
+    found = read_steps(folder)
+    return {
+        "run": run,
+        "folder": str(folder),
+        "checkpoints": describe_steps(folder, found.sound, read_evals(evals_path(run, folder))),
+        "set_aside": list_set_aside(folder),
+        "skips": to_json(found.skips),
+        "damaged": {str(step): damage[0] for step, damage in found.damaged.items()},
+    }
+
+
+def describe_steps(
+    folder: Path, found: dict[int, Metadata], evals: Sequence[Eval]
+) -> list[dict[str, Any]]:
+    """Checkpoints as JSON values.
+
+    Args:
+      folder: the checkpoint folder.
+      found: those in it.
+      evals: the rows of evals.jsonl.
+
+    Returns:
+      For each, ascending, `step`, `tokens_seen`, `eval_loss`, `best_eval_loss`, `bytes`, `is`, a
+      list of `best`, `latest` and `final`, and `followed`, what `jaxlm eval --follow` found, as
+      source -> loss.
+    """
     best = find_best({step: metadata.eval_loss for step, metadata in found.items()})
     named = {"best": best.step if best else None, "latest": max(found, default=None)}
     named["final"] = max((step for step in found if found[step].final), default=None)
-    rows, followed = [], read_evals(evals_path(run, folder))
+    rows = []
     for step, metadata in found.items():
         here = (step, checkpoint_id(metadata))
         values = metadata.to_json()
@@ -51,19 +76,12 @@ def describe_run(run: str) -> dict[str, Any]:
             | {
                 "followed": {
                     row["source"]: row["loss"]
-                    for row in followed
+                    for row in evals
                     if (row["step"], row["checkpoint"]) == here
                 }
             }
         )
-    return {
-        "run": run,
-        "folder": str(folder),
-        "checkpoints": rows,
-        "set_aside": list_set_aside(folder),
-        "skips": to_json(skips),
-        "damaged": {str(step): damage[0] for step, damage in damaged.items()},
-    }
+    return rows
 
 
 def format_table(runs: list[dict[str, Any]]) -> str:

@@ -3,41 +3,27 @@
 Reading only; the run may be training, stopped, damaged or not even begun.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from jaxlm.checkpoints.folder import CORRUPT, SUPERSEDED, find_checkpoints, read_steps
-from jaxlm.checkpoints.manifest import find_damage
+from jaxlm.checkpoints.folder import find_checkpoints, read_steps
 from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.evaluation.evals import NAME as EVALS
+from jaxlm.evaluation.evals import Eval, read_evals
 from jaxlm.files.durable import DiskError, folder_bytes
 from jaxlm.files.strict import read_json
-from jaxlm.report.compare import describe_run
+from jaxlm.report.compare import describe_steps
 from jaxlm.tracking.clock import KINDS
+from jaxlm.tracking.events import NAME as EVENTS
+from jaxlm.tracking.events import Event, read_events
 from jaxlm.tracking.metrics import read_metrics
 from jaxlm.tracking.trackers import Row
 
-EVENTS = (
-    "start",
-    "change",
-    "best",
-    "save",
-    "not finite",
-    "rollback",
-    "superseded",
-    "damaged",
-    "set aside",
-)
-"""The kinds of events. `save` is a checkpoint that is on disk now; deletions are not recorded."""
+T = TypeVar("T")
 _UNREADABLE = (OSError, ValueError, DiskError)
-
-
-class Event(NamedTuple):
-    """Something that happened to a run."""
-
-    step: int
-    kind: str
-    """One of `EVENTS`."""
-    why: str
+_read_config = partial(read_json, kind=dict[str, Any])
 
 
 class Process(NamedTuple):
@@ -64,9 +50,11 @@ class History(NamedTuple):
     """metrics.jsonl."""
     processes: list[Process]
     events: list[Event]
-    """By step."""
+    """events.jsonl."""
+    evals: list[Eval]
+    """evals.jsonl."""
     checkpoints: list[dict[str, Any]]
-    """As in `compare.describe_run`."""
+    """As in `compare.describe_steps`."""
     num_bytes: int
     """Of the run folder and of its checkpoints, those set aside included."""
     config: dict[str, Any]
@@ -91,42 +79,42 @@ def read_history(run: str) -> History:
         raise ValueError(f"{run}: found no folder, expected a run folder (such as runs/tiny)")
     missing: list[str] = []
     run_dir = path.parent if path.name == "checkpoints" else path
-    rows = _rows(run_dir, missing)
-    folder, found, latest = _checkpoints(run, missing)
-    processes = split_by_start(rows)
-    events = [*_events_of_rows(rows, processes), *_events_of_folder(folder, found, latest)]
+    rows = _tried(read_metrics, run_dir / "metrics.jsonl", "curves", missing)
+    events, unreadable = _tried(read_events, run_dir / EVENTS, "events", missing) or ([], [])
+    evals = _tried(read_evals, run_dir / EVALS, "losses of `jaxlm eval --follow`", missing) or []
+    if rows == []:
+        missing.append("metrics.jsonl is empty so far: no curves")
+    missing += unreadable
+    config = _tried(_read_config, run_dir / "config.json", "config", missing)
+    folder, checkpoints, latest = _checkpoints(run, evals, missing)
     folders = {run_dir} if folder is None or run_dir in folder.parents else {run_dir, folder}
     return History(
         run=run,
-        rows=rows,
-        processes=processes,
-        events=sorted(events, key=lambda event: (event.step, EVENTS.index(event.kind))),
-        checkpoints=found["checkpoints"],
+        rows=rows or [],
+        processes=split_by_start(rows or []),
+        events=events,
+        evals=evals,
+        checkpoints=checkpoints,
         num_bytes=sum(map(folder_bytes, folders)),
-        config=_flat(_config(run_dir, latest, missing)),
+        config=_flat(config or (latest.config if latest else {})),
         environment=_flat(latest.environment if latest else {}),
         missing=missing,
     )
 
 
-def _rows(run_dir: Path, missing: list[str]) -> list[Row]:
+def _tried(read: Callable[[Path], T], path: Path, what: str, missing: list[str]) -> T | None:
     try:
-        rows = read_metrics(run_dir / "metrics.jsonl")
+        return read(path)
     except FileNotFoundError:
-        missing.append("metrics.jsonl is not there: no curves")
-        return []
+        missing.append(f"{path.name} is not there: no {what}")
     except _UNREADABLE as error:
-        missing.append(f"no curves: {error}")
-        return []
-    if not rows:
-        missing.append("metrics.jsonl is empty so far: no curves")
-    return rows
+        missing.append(f"no {what} from {path.name}: {error}")
+    return None
 
 
 def _checkpoints(
-    run: str, missing: list[str]
-) -> tuple[Path | None, dict[str, Any], Metadata | None]:
-    nothing: dict[str, Any] = {"checkpoints": [], "set_aside": [], "skips": [], "damaged": {}}
+    run: str, evals: list[Eval], missing: list[str]
+) -> tuple[Path | None, list[dict[str, Any]], Metadata | None]:
     try:
         try:
             folder = find_checkpoints(run)
@@ -134,21 +122,15 @@ def _checkpoints(
             folder = Path(run) / "checkpoints"
             if not folder.is_dir():
                 raise
-        found, steps = describe_run(str(folder)), read_steps(folder).sound
+        steps = read_steps(folder)
     except _UNREADABLE as error:
         missing.append(f"no checkpoints: {error}")
-        return None, nothing, None
-    if not steps:
+        return None, [], None
+    missing += [f"checkpoint {step} is damaged: {why[0]}" for step, why in steps.damaged.items()]
+    latest = steps.sound[max(steps.sound)] if steps.sound else None
+    if latest is None:
         missing.append("no sound checkpoint is on disk")
-    return folder, found, steps[max(steps)] if steps else None
-
-
-def _config(run_dir: Path, latest: Metadata | None, missing: list[str]) -> dict[str, Any]:
-    try:
-        return read_json(run_dir / "config.json", dict[str, Any])
-    except _UNREADABLE as error:
-        missing.append(f"config.json cannot be read: {error}")
-        return latest.config if latest else {}
+    return folder, describe_steps(folder, steps.sound, evals), latest
 
 
 def goodput(seconds: dict[str, float]) -> float:
@@ -176,55 +158,6 @@ def split_by_start(rows: list[Row]) -> list[Process]:
                 first_step = found.pop().first_step
         found.append(Process(first_step, int(row["step"]), seconds))
     return found
-
-
-def _events_of_rows(rows: list[Row], processes: list[Process]) -> list[Event]:
-    events = [
-        Event(p.first_step, "start", "goes on in a new process" if number else "first row")
-        for number, p in enumerate(processes)
-    ]
-    num_nonfinite = 0.0
-    for row in rows:
-        step = int(row["step"])
-        if "eval/loss" in row and row["eval/loss"] == row.get("eval/best_loss"):
-            events.append(Event(step, "best", f"eval/loss {row['eval/loss']:.4f}"))
-        if (count := row.get("train/nonfinite_steps", 0.0)) > num_nonfinite:
-            events.append(Event(step, "not finite", f"{count:g} steps so far"))
-            num_nonfinite = count
-    return events
-
-
-def _events_of_folder(
-    folder: Path | None, found: dict[str, Any], latest: Metadata | None
-) -> list[Event]:
-    if folder is None:
-        return []
-    events = [
-        Event(row["step"], "save", ", ".join(row["is"]) or "on disk")
-        for row in found["checkpoints"]
-    ]
-    for skip in found["skips"]:
-        past = f", past {skip['num_batches']} batches" if skip["num_batches"] else ""
-        events.append(Event(skip["from_step"], "rollback", f"to here{past}: {skip['why']}"))
-    for step, why in found["damaged"].items():
-        events.append(Event(int(step), "damaged", why))
-    for kind, mark in (("set aside", CORRUPT), ("superseded", SUPERSEDED)):
-        for path in sorted(folder.glob(f"*{mark}*")):
-            step = path.name.partition(".")[0]
-            if step.isdecimal() and step.isascii() and len(step) < 16:
-                why = "the run went back to before it"
-                if kind == "set aside":
-                    damage = find_damage(path, contents=False)
-                    why = (
-                        damage[0] if damage else "damaged, which a look at its sizes does not show"
-                    )
-                events.append(Event(int(step), kind, f"{path.name}: {why}"))
-    for entry in latest.lineage if latest else []:
-        step = entry.get("step")
-        what = {name: value for name, value in entry.items() if name != "step"}
-        why = "; ".join(f"{name}: {value}" for name, value in what.items())
-        events.append(Event(step if type(step) is int else 0, "change", why))
-    return events
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

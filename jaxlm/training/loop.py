@@ -87,8 +87,9 @@ class Loop:
             if self.parts.eval_due(step) and not stopping:
                 eval_loss, improved = self.evaluate(step, state)
                 ended = self.at_end(step)
-            if save_due or improved or ended or stopping:
-                self.save(step, state, eval_loss, final=ended)
+            reasons = {"interval": save_due, "best": improved, "final": ended, "stop": stopping}
+            if why := [reason for reason, applies in reasons.items() if applies]:
+                self.save(step, state, eval_loss, why)
             self.checkpoints.poll()
             self.console.progress(step)
             if ended or stopping:
@@ -131,6 +132,7 @@ class Loop:
         if (count := int(values["nonfinite_steps"])) > self.nonfinite_steps:
             self.nonfinite_steps = count
             self.console.warn(f"step {step} was not finite, and left params and optimizer alone")
+            self.checkpoints.events.add("not finite", step, f"{count} steps so far")
         runs = int(values["nonfinite_run"]), int(values["spike_run"])
         check_losses(self.config.guard, step, *runs)
         if step == 1 or step % self.config.log_interval == 0 or self.at_end(step):
@@ -184,12 +186,15 @@ class Loop:
             self.console.evaluation(step, loss, before.loss if before else None, improved)
         return loss, improved
 
-    def save(self, step: int, state: TrainState, eval_loss: float | None, *, final: bool) -> None:
+    def save(
+        self, step: int, state: TrainState, eval_loss: float | None, why: Sequence[str]
+    ) -> None:
         """Starts to save this step, once every row up to it is on disk."""
         self.read_metrics()
         with self.clock.spent("save"):
             self.checkpoints.wait()
-            self.checkpoints.save(state, self.metadata(step, eval_loss, final), self.flush)
+            metadata = self.metadata(step, eval_loss, final="final" in why)
+            self.checkpoints.save(state, metadata, self.flush, ", ".join(why))
 
     def pay(self, state: TrainState) -> None:
         """Makes what a stop left out, the eval and the end of the plan, and commits it."""

@@ -16,10 +16,14 @@ from jaxlm.device.sharding import replicated
 
 
 class StopRequest:
-    """Whether this run was asked to stop."""
+    """Whether this run was asked to stop.
+
+    Attributes:
+      received: the name of the signal that this process got, or empty.
+    """
 
     def __init__(self, mesh: Mesh):
-        self.received = False
+        self.received = ""
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._any = jax.jit(lambda flags: flags.max(axis=0), out_shardings=replicated(mesh))
         self._earlier: jax.Array | None = None
@@ -33,9 +37,9 @@ class StopRequest:
           save: whether this process would save now.
         """
         if jax.process_count() == 1:
-            return self.received, save
+            return bool(self.received), save
         # Reduced on the devices and read one step late, so that none of them ever waits.
-        mine = np.array([[self.received, save]], np.int32)
+        mine = np.array([[bool(self.received), save]], np.int32)
         shape = (self._sharding.mesh.size, 2)
         flags = jax.make_array_from_callback(shape, self._sharding, lambda _: mine)
         earlier, self._earlier = self._earlier, self._any(flags)
@@ -63,9 +67,8 @@ def stop_requests(mesh: Mesh) -> Iterator[StopRequest]:
 
     def receive(number: int, frame: FrameType | None) -> None:
         del frame
-        request.received = True
+        request.received = name = signal.Signals(number).name
         restore()
-        name = signal.Signals(number).name
         text = f"{name}: finishing this step, then saving and stopping; once more to stop at once\n"
         with suppress(OSError):  # a terminal that is gone must not cost the save
             os.write(2, text.encode())  # not print: the signal may have come in the middle of one

@@ -52,6 +52,8 @@ class Start(NamedTuple):
     """Identity at the trackers; None for a new run."""
     new_future: bool = False
     """Steps made before may be made otherwise now, by other settings or other batches."""
+    why: str = "new"
+    """How it came here, for people."""
     lineage: list[dict[str, Any]] = []  # never changed in place
     """What was changed on the way here."""
 
@@ -90,9 +92,9 @@ def start_state(
     abstract, restored = parts.blueprint.abstract, None
     if not rolled_back and latest and best and goes_back(config, latest, best):
         restored = checkpoints.restore_best(abstract)
-    if restored:
+    if restored and latest:
         _check_data(parts, restored[1])  # before newer ones are set aside
-        checkpoints.go_back(Skip(restored[1].step, 0, "--resume best"))
+        checkpoints.go_back(Skip(restored[1].step, 0, "--resume best"), latest.step)
     restored = restored or checkpoints.restore_latest(abstract)
     if restored:
         return restored[0], _resumed(parts, checkpoints, *restored, console)
@@ -136,6 +138,7 @@ def _resumed(
         owes_end=at_end and not metadata.final,
         run_id=metadata.tracking_run_id,
         new_future=bool(recorded) or len(checkpoints.skips) > len(metadata.skips),
+        why="; ".join(["resumed", *map(str, recorded)]),
         lineage=lineage,
     )
 
@@ -164,6 +167,7 @@ def _branch(
         tokens_seen=metadata.tokens_seen,
         nonfinite_steps=int(state.guard.nonfinite_steps),
         owes_eval=parts.eval_due(selected.step),
+        why=f"branched from {path}",
         lineage=[*metadata.lineage, {"step": selected.step, "branched_from": str(path)}],
     )
 
@@ -177,7 +181,8 @@ def _with_weights_of(
     console.say(f"Beginning with the weights of step {selected.step} of {selected.folder}")
     _tell(selected.metadata, console)
     lineage = [*selected.metadata.lineage, {"step": 0, "initialized_from": str(selected.path)}]
-    return state._replace(params=params), Start(lineage=lineage)
+    why = f"new, with the weights of {selected.path}"
+    return state._replace(params=params), Start(why=why, lineage=lineage)
 
 
 def _selected(parts: Parts, source: str, console: Console) -> Selected:

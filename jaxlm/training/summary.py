@@ -9,6 +9,7 @@ from jaxlm.device.state import num_bytes
 from jaxlm.inference.sample import Sampling, printable, sample_run
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.console import Console, format_bytes, format_duration
+from jaxlm.tracking.events import Events
 from jaxlm.training import preflight
 from jaxlm.training.assemble import Parts
 from jaxlm.training.resume import goes_back
@@ -86,11 +87,12 @@ def tell_time(clock: Clock, console: Console) -> None:
     console.say(f"time: {format_duration(total_s)}, of it {shares}")
 
 
-def tell_sample(config: Config, best: Best | None, console: Console) -> str | None:
+def tell_sample(config: Config, best: Best | None, console: Console, events: Events) -> str | None:
     """What the best model makes of the config's prompt, which is returned too."""
     if config.sample_prompt is None:
         return None
-    run = f"{config.checkpoint_dir}@{best.step if best else 'latest'}"
+    step = best.step if best else config.num_steps
+    run = f"{config.checkpoint_dir}@{step}"
     sampling = Sampling(min(64, config.seq_len // 2 or 1), temperature=0.8, top_k=50)
     try:
         (found,) = sample_run(run, [config.sample_prompt], sampling, say=lambda _: None)
@@ -99,6 +101,7 @@ def tell_sample(config: Config, best: Best | None, console: Console) -> str | No
         return None
     text = printable(found.prompt + found.text)
     console.say(f"sample: {text}")
+    events.add("sample", step, "at the end", prompt=found.prompt, text=found.text)
     return text
 
 

@@ -15,6 +15,7 @@ from jaxlm.device.loss import Loss
 from jaxlm.device.state import ModelFactory
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.console import Console
+from jaxlm.tracking.events import NAME, Events
 from jaxlm.tracking.metrics import Metrics
 from jaxlm.training.assemble import Parts, TrainSet, assemble
 from jaxlm.training.divergence import Diverged
@@ -62,6 +63,7 @@ def train(
     clock = Clock()
     primary = jax.process_index() == 0
     console = Console(config.num_steps, stream=None if primary else open(os.devnull, "w"))
+    events = Events(Path(config.run_dir) / NAME if primary else None, console.warn)
     check_folders(config)
     with contextlib.ExitStack() as stack:
         stack.callback(console.close)
@@ -71,6 +73,7 @@ def train(
                 config.checkpoint,
                 on_commit=console.saved,
                 warn=console.warn,
+                events=events,
             )
         )
         plan = plan_resume(config, checkpoints)
@@ -94,17 +97,20 @@ def train(
         request = stack.enter_context(stop_requests(parts.mesh))
 
         def finish(result: Result, metrics: Metrics | None) -> None:
+            why = f"of {config.num_steps} steps" if result.complete else request.received
+            events.add("end" if result.complete else "stop", result.step, why)
             tell_time(clock, console)
             if not result.complete:
                 return
             if jax.process_count() == 1 and not (model or batches):
-                text = tell_sample(parts.config, result.best, console)
+                text = tell_sample(parts.config, result.best, console, events)
                 if text and metrics:
                     metrics.trackers.show(result.step, "sample", lambda: text)
             if report and metrics:
                 page = functools.partial(report, parts.config.run_dir)
                 metrics.trackers.show(result.step, "report", page, is_html=True)
 
+        stack.push(events.failed)
         result = _train_to_end(parts, checkpoints, console, callbacks, request, clock, finish)
     tell_end(parts.config, result.step, result.complete, result.best, console)
     return result
@@ -125,6 +131,8 @@ def _train_to_end(
             state, start = start_state(parts, checkpoints, console, rolled_back=rolled_back)
         with open_run_folder(parts, start, console) as metrics:
             loop = Loop(parts, checkpoints, metrics, console, callbacks, start, clock)
+            if not rolled_back:
+                checkpoints.events.start(start.step, start.why, loop.environment)
             try:
                 with clock.spent("steps"):
                     result = loop.run(state, request)

@@ -29,7 +29,7 @@ from jaxlm.checkpoints import folder, manifest, skips  # noqa: E402
 from jaxlm.checkpoints.metadata import Metadata  # noqa: E402
 from jaxlm.data import cache, dataset, prepare, tokenizer  # noqa: E402
 from jaxlm.files import lock  # noqa: E402
-from jaxlm.tracking import metrics  # noqa: E402
+from jaxlm.tracking import events, metrics  # noqa: E402
 
 DEEP = 3_000
 HOSTILE = [
@@ -117,6 +117,13 @@ def _run_readers(home: Path) -> dict[str, Reader]:
         assert all(type(row["step"]) is int for row in read)
         b"".join(metrics._line(row) for row in read)
 
+    def read_what_happened() -> None:
+        found, unreadable = events.read_events(run / events.NAME)
+        assert all(line.isprintable() for line in unreadable)
+        assert all(type(step) is int for step in events.checkpoints_left(found).values())
+        events.Events(run / events.NAME).compare(["4", "8.corrupt"], {})
+        assert not events.read_events(run / events.NAME)[1] or unreadable
+
     def read_passed_over() -> None:
         read = skips.read_skips(run)
         assert read is None or skips.skipped(read, 9) == skips.skipped(skips.held_by(read, 10), 9)
@@ -126,11 +133,17 @@ def _run_readers(home: Path) -> dict[str, Reader]:
 
     skips.write_skips(run, [skips.Skip(12, 3, "a spike"), skips.Skip(40, 0, "--resume best")])
     passed_over = (run / skips.NAME).read_text()
+    line = {"time": "2026-01-31T23:59:59Z", "event": "save", "step": 4, "why": "every 4"}
+    line["checkpoint"] = "4"
+    start = line | {"event": "start", "host": "here", "pid": 1, "environment": {"cores": 2}}
+    aside = line | {"event": "set aside", "checkpoint": "4.corrupt"}
+    happened = "".join(json.dumps(event) + "\n" for event in (start, line, aside))
     holder = json.dumps({"host": "here", "pid": 1234, "started": "Mon Jan  1 00:00:00 2024"})
     config = json.dumps({"checkpoint": {"directory": None, "keep_latest": 3}, "num_steps": 12})
     return {
         "config": Reader(run / "config.json", config, lambda: folder.find_checkpoints(str(run))),
         "metrics": Reader(run / "metrics.jsonl", "\n".join(map(json.dumps, rows)), read_metrics),
+        "events": Reader(run / events.NAME, happened, read_what_happened, tolerant=True),
         "skips": Reader(run / skips.NAME, passed_over, read_passed_over, tolerant=True),
         "holder": Reader(run / lock.HOLDER, holder, read_holder, tolerant=True),
     }
