@@ -10,6 +10,7 @@ import inspect
 import io
 import os
 import re
+import textwrap
 from collections.abc import Iterator
 from itertools import pairwise
 from unittest import mock
@@ -55,7 +56,7 @@ def describe(cls: type, prefix: str) -> Iterator[str]:
 
 def types_and_docstrings(cls: type) -> tuple[dict[str, str], dict[str, str]]:
     """What the source says of each field: its annotation, and the string below it."""
-    (node,) = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(node, ast.ClassDef)
     types, meanings = {}, {}
     for field, after in pairwise([*node.body, ast.Pass()]):

@@ -191,7 +191,7 @@ def test_the_snippets_of(page: str, home: Path):
     said = out.getvalue()
     if page == "docs/tutorial.md":
         assert "is complete at step 12" in said and "0 of 3 steps are damaged" in said
-        assert re.search(r"Resuming from step [4-9]\b", said)
+        assert re.search(r"Resuming from step \d\b", said)
     if page == "docs/interchange.md":
         assert "step 8 as Llama" in said and "51,360 parameters in bfloat16" in said
         assert "runs/imported@0 (step 0): loss 5." in said
@@ -326,7 +326,7 @@ def test_the_map_names_every_file_once():
     assert {name for name in configs if f"configs/{name} " not in tree} == set()
 
 
-def test_every_flag_named_in_the_docs_exists(home: Path):
+def test_every_flag_named_in_the_docs_exists():
     def flags(text: str) -> set[str]:
         named = re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", text)
         return {name.replace("-", "_") for name in named}
