@@ -9,7 +9,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -26,8 +25,6 @@ from jaxlm.data.batches import TrainBatches
 
 PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (runs.REPO / "docs").glob("*.md"))]
 WITH_LAUNCH = {"README.md", "docs/checkpoints.md", "docs/tutorial.md"}
-# Commands that only the slow tests run, each in a process of its own.
-SLOW = re.compile(r"jaxlm prove-resume|HF_HUB_OFFLINE=1 jaxlm benchmark")
 # Commands that no test runs as they stand here, and why.
 NOT_RUN = {
     r"pip install uv": "these tests run in what it makes",
@@ -36,22 +33,14 @@ NOT_RUN = {
     r"uv run --extra (cuda|tpu) .*launch\.py": "needs an accelerator",
     r"(uv run --extra tpu )?jaxlm plan": "needs a compiler: tests/test_plan.py, where one is",
     r"jaxlm benchmark .*--tasks lambada_openai": "reads its texts from the Hub",
+    r"HF_HUB_OFFLINE=1 jaxlm benchmark": "slow: tests/test_benchmark.py runs it in a process",
+    r"jaxlm prove-resume": "slow: tests/test_prove.py",
     r"python tests/chaos\.py": "takes 45 minutes: tests/test_chaos.py runs a short one",
     r'python -c "import conversion': "needs llama.cpp: tried by hand",
 }
 A_COMMAND = re.compile(r"^ *\$? *(\w+=\S+ )*(jaxlm|python|uv|uvx|pip|launch\.py)\b", re.M)
 # The names of the folders that a page takes for granted, beside runs/tiny.
 SECOND_RUN = "runs/tiny-2"
-TASK = """task: words
-dataset_path: json
-dataset_kwargs: {data_files: {test: tasks/words.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: ""
-doc_to_choice: choices
-doc_to_target: 0
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-"""
 
 
 class Snippet(NamedTuple):
@@ -75,9 +64,7 @@ class Command(NamedTuple):
 
     @property
     def reason(self) -> str | None:
-        """Why it is not run at once."""
-        if SLOW.match(self.words):
-            return "slow"
+        """Why it is not run."""
         return next((why for form, why in NOT_RUN.items() if re.match(form, self.words)), None)
 
 
@@ -202,27 +189,11 @@ def test_the_snippets_of(page: str, home: Path):
         assert "every array is equal to the bit" in said and "arrays differ" in said
 
 
-@pytest.mark.slow
-def test_the_slow_commands(home: Path):
-    (home / "tasks").mkdir()
-    (home / "tasks/words.yaml").write_text(TASK)
-    (home / "tasks/words.jsonl").write_text('{"choices": ["one", "two"]}\n')
-    shutil.copytree(runs.REPO / "jaxlm", home / "jaxlm")
-    found = {c.words for page in PAGES for c in commands_of(page) if SLOW.match(c.words)}
-    assert len(found) == 3
-    for command in found:
-        *settings, rest = re.split(r" (?=jaxlm)", f" {command}", maxsplit=1)
-        env = os.environ | dict(setting.split("=") for setting in "".join(settings).split())
-        words = [sys.executable, "-m", *shlex.split(rest)]
-        done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, (command, done.stderr)
-
-
 def test_the_docs_are_run():
     """How many commands, and that each of the others has its reason."""
     found = {page: commands_of(page) for page in PAGES}
     everything = [command for of_page in found.values() for command in of_page]
-    not_run = [c for c in everything if c.reason not in (None, "slow")]
+    not_run = [c for c in everything if c.reason]
     print(f"{len(everything)} commands: {len(everything) - len(not_run)} run, {len(not_run)} not")
     assert len(everything) - len(not_run) >= 80
     for form in NOT_RUN:
