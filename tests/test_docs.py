@@ -1,41 +1,44 @@
 """Every command and every example of the docs is run, on a small run."""
 
 import contextlib
+import dataclasses
 import io
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+from unittest import mock
 
 import pytest
+import reference
 import runs
 
 from jaxlm import __main__ as cli
 from jaxlm import launch
+from jaxlm.config import Config, free, leaves
+from jaxlm.data.batches import TrainBatches
 
-# Each page, and how many snippets it has at least.
-PAGES = {
-    "README.md": 4,
-    "docs/checkpoints.md": 4,
-    "docs/commands.md": 1,
-    "docs/evals.md": 2,
-    "docs/interchange.md": 2,
-    "docs/keep.md": 3,
-    "docs/library.md": 4,
-    "docs/report.md": 1,
-    "docs/sample.md": 2,
-    "docs/tracking.md": 1,
+PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (runs.REPO / "docs").glob("*.md"))]
+WITH_LAUNCH = {"README.md", "docs/checkpoints.md", "docs/tutorial.md"}
+# Commands that no test runs as they stand here, and why.
+NOT_RUN = {
+    r"pip install uv": "these tests run in what it makes",
+    r"pip install -r requirements\S*\.txt": "an install, which .ci/run makes",
+    r"uv run pytest": "it is what runs this",
+    r"uv run --extra (cuda|tpu) .*launch\.py": "needs an accelerator",
+    r"(uv run --extra tpu )?jaxlm plan": "needs a compiler: tests/test_plan.py, where one is",
+    r"jaxlm benchmark .*--tasks lambada_openai": "reads its texts from the Hub",
+    r"HF_HUB_OFFLINE=1 jaxlm benchmark": "slow: tests/test_benchmark.py runs it in a process",
+    r"jaxlm prove-resume": "slow: tests/test_prove.py",
+    r"python tests/chaos\.py": "takes 45 minutes: tests/test_chaos.py runs a short one",
+    r'python -c "import conversion': "needs llama.cpp: tried by hand",
 }
-WITH_LAUNCH = {"README.md", "docs/checkpoints.md"}
-# Tested elsewhere, or not to be had here: an install, the whole suite, a proof, an accelerator or
-# its compiler.
-NOT_RUN = re.compile(
-    r"^(pip install|uv run pytest|uv run --extra|python -m venv|git clone|"
-    r"jaxlm prove-resume|jaxlm plan)\b"
-)
+A_COMMAND = re.compile(r"^ *\$? *(\w+=\S+ )*(jaxlm|python|uv|uvx|pip|launch\.py)\b", re.M)
 # The names of the folders that a page takes for granted, beside runs/tiny.
 SECOND_RUN = "runs/tiny-2"
 
@@ -48,24 +51,35 @@ class Snippet(NamedTuple):
 
 
 def snippets(page: str, text: str) -> Iterator[Snippet]:
-    for match in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.M | re.S):
+    for match in re.finditer(r"^```(\S*)\n(.*?)^```$", text, re.M | re.S):
         line = text[: match.start()].count("\n") + 2
         yield Snippet(page, line, match[1], match[2])
 
 
-def run_shell(text: str) -> list[str]:
-    """Runs the commands of a snippet, ours in this process; returns those that were not run."""
-    not_run = []
+class Command(NamedTuple):
+    words: str
+    exit_code: int = 0
+    stopped: bool = False
+    """Someone presses Ctrl-C."""
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is not run."""
+        return next((why for form, why in NOT_RUN.items() if re.match(form, self.words)), None)
+
+
+def commands(snippet: Snippet) -> Iterator[Command]:
+    text = re.sub(r'"[^"]*"', lambda quoted: quoted[0].replace("\n", "; "), snippet.text)
     for line in text.replace("\\\n", " ").splitlines():
         command, _, comment = line.partition("#")
         told = re.search(r"exit code (\d+)", comment)
-        expected = int(told[1]) if told else 0
-        for part in command.split("&&"):
-            if NOT_RUN.match(part.strip()):
-                not_run.append(part.strip())
-            elif part.strip():
-                assert run_command(part) == expected, line
-    return not_run
+        for part in filter(None, map(str.strip, command.split("&&"))):
+            yield Command(part, int(told[1]) if told else 0, "press Ctrl-C" in comment)
+
+
+def commands_of(page: str) -> list[Command]:
+    found = snippets(page, (runs.REPO / page).read_text())
+    return [c for snippet in found if snippet.language == "bash" for c in commands(snippet)]
 
 
 def run_command(command: str) -> int:
@@ -91,21 +105,41 @@ def run_command(command: str) -> int:
     raise AssertionError(f"no test knows how to run: {command}")
 
 
-def run_page(page: str, text: str) -> tuple[int, list[str]]:
-    """Runs the snippets of a page in order, in one Python and one folder."""
+@contextlib.contextmanager
+def ctrl_c(step: int) -> Iterator[None]:
+    """Sends SIGINT once, when a run asks for the batch of a step."""
+    sent, make = [], TrainBatches.__call__
+
+    def send(self, index: int, rows: slice) -> object:
+        if index == step and not sent:
+            sent.append(index)
+            os.kill(os.getpid(), signal.SIGINT)
+        return make(self, index, rows)
+
+    with mock.patch.object(TrainBatches, "__call__", send):
+        yield
+    assert sent
+
+
+def run_page(page: str, text: str) -> int:
+    """Runs the snippets of a page in order, in one Python and one folder; returns how many."""
     names: dict[str, object] = {}
-    count, not_run = 0, []
+    count = 0
     for snippet in snippets(page, text):
         if snippet.language == "bash":
-            not_run += run_shell(snippet.text)
+            for command in commands(snippet):
+                if command.reason is None:
+                    with ctrl_c(4) if command.stopped else contextlib.nullcontext():
+                        assert run_command(command.words) == command.exit_code, command
+                    count += 1
         elif snippet.language == "python":
             code = "\n" * (snippet.line - 1) + snippet.text  # so that errors name the page's line
             exec(compile(code, snippet.page, "exec"), names)
+            count += 1
         else:
-            assert snippet.language == "text", snippet
-            continue
-        count += 1
-    return count, not_run
+            assert snippet.language in ("", "text") or snippet.language[0] == "{", snippet
+            assert not A_COMMAND.search(snippet.text), f"not run, for it is in no bash: {snippet}"
+    return count
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -137,14 +171,14 @@ def home(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_snippets_of(page: str, home: Path):
+    if page == "docs/tutorial.md":
+        shutil.rmtree("runs")
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        count, not_run = run_page(page, (runs.REPO / page).read_text())
-    assert count >= PAGES[page]
+        run_page(page, (runs.REPO / page).read_text())
     said = out.getvalue()
-    if page == "README.md":
-        assert {"pip install uv", "uv run pytest"} <= set(not_run)
-    else:
-        assert not_run == []
+    if page == "docs/tutorial.md":
+        assert "is complete at step 12" in said and "0 of 3 steps are damaged" in said
+        assert re.search(r"Resuming from step \d\b", said)
     if page == "docs/interchange.md":
         assert "step 8 as Llama" in said and "51,360 parameters in bfloat16" in said
         assert "runs/imported@0 (step 0): loss 5." in said
@@ -153,6 +187,19 @@ def test_the_snippets_of(page: str, home: Path):
         assert "Resuming from step 12" in said and "Branching from step 8" in said
         assert "Warning: step 8 is damaged (params/" in said
         assert "every array is equal to the bit" in said and "arrays differ" in said
+
+
+def test_the_docs_are_run():
+    """How many commands, and that each of the others has its reason."""
+    found = {page: commands_of(page) for page in PAGES}
+    everything = [command for of_page in found.values() for command in of_page]
+    not_run = [c for c in everything if c.reason]
+    print(f"{len(everything)} commands: {len(everything) - len(not_run)} run, {len(not_run)} not")
+    assert len(everything) - len(not_run) >= 80
+    for form in NOT_RUN:
+        assert any(re.match(form, c.words) for c in not_run), f"no page has {form}"
+    without = {page for page, of_page in found.items() if not of_page}
+    assert without == {"docs/api.md", "docs/index.md", "docs/library.md"}
 
 
 def test_a_broken_snippet_is_found(home: Path):
@@ -164,16 +211,71 @@ def test_a_broken_snippet_is_found(home: Path):
         run_page("x", "```bash\ncurl somewhere\n```\n")
     with pytest.raises(AssertionError):
         run_page("x", f"```bash\njaxlm checkpoints list {runs.RUN}  # exit code 1\n```\n")
+    for fence in ("```text", "```"):
+        with pytest.raises(AssertionError, match="in no bash"):
+            run_page("x", f"{fence}\nsaid\nA=1 jaxlm doctor\n```\n")
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, "docs/trust.md", "docs/plan.md", "ARCHITECTURE.md", "CONTRIBUTING.md"]
-)
+@pytest.mark.parametrize("page", [*PAGES, "ARCHITECTURE.md", "CONTRIBUTING.md"])
 def test_the_links_of(page: str):
     path = runs.REPO / page
     targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text())
     missing = [t for t in targets if "://" not in t and not (path.parent / t).exists()]
     assert missing == []
+
+
+def test_every_page_is_in_the_site():
+    listed = (runs.REPO / "docs/index.md").read_text()
+    pages = {page.removeprefix("docs/").removesuffix(".md") for page in PAGES[1:]} - {"index"}
+    assert {page for page in pages if f"\n{page}\n" not in listed} == set()
+
+
+def missing_settings(text: str) -> list[str]:
+    """Fields of the config that have no entry with their meaning, default and policy."""
+    return [
+        name
+        for name, (value, policy) in leaves(Config()).items()
+        if not re.search(
+            rf"^`--{name}`\n: \S.*\n: .*; default `{re.escape(str(value))}`; .*\*{policy}\*$",
+            text,
+            re.M,
+        )
+    ]
+
+
+def test_every_setting_is_in_the_reference():
+    text = reference.settings()
+    assert len(leaves(Config())) > 70 and missing_settings(text) == []
+    assert missing_settings(text.replace("`--model.d_ff`", "`--model.d_f`")) == ["model.d_ff"]
+    assert missing_settings(text.replace("Base of the RoPE wavelengths.", "")) == [
+        "model.rope_theta"
+    ]
+    assert len(missing_settings(text.replace("*fixed*", "*free*"))) > 10
+
+
+def test_a_setting_without_its_docstring_is_refused():
+    @dataclasses.dataclass
+    class WithoutConfig:
+        """One with, one without."""
+
+        described: int = free(1)
+        """What it is (steps)."""
+        undescribed: Annotated[int, "x"] = free(2)
+
+    lines = reference.describe(WithoutConfig, "x")
+    assert [next(lines), next(lines)][1] == "`--x.described`\n: What it is (steps)."
+    with pytest.raises(ValueError, match="WithoutConfig.undescribed: found no docstring"):
+        list(lines)
+
+
+def test_every_command_is_in_the_reference():
+    text = reference.commands()
+    found = re.findall(
+        r"^## jaxlm (.*)\n\n```text\nusage: jaxlm (.*?)(?: --config FILE)? \[", text, re.M
+    )
+    assert len(found) >= 18 and all(name == used for name, used in found)
+    words = {name.split()[0] for name, _ in found} | reference.OF_A_CONFIG
+    assert words == set(cli.COMMANDS)
 
 
 def test_the_map_names_every_file_once():
@@ -195,24 +297,19 @@ def test_the_map_names_every_file_once():
     assert {name for name in configs if f"configs/{name} " not in tree} == set()
 
 
-def test_every_flag_named_in_the_docs_exists(home: Path, capsys: pytest.CaptureFixture):
-    with pytest.raises(SystemExit):
-        launch.main(["--config", "configs/tiny.py", "--help"])
-    known = {
-        flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w.-]+)", capsys.readouterr().out)
-    }
-    known |= {"config", "help", "json", "extra", "group", "eval", "paired", "source", "topology"}
-    known |= {"keep_latest", "keep_every", "disk_budget_gb", "delete", "last", "steps", "out"}
-    known |= {"dtype", "max_shard_gb", "push", "follow", "poll_s", "tasks", "include_path"}
-    known |= {"prompt", "num_samples", "max_tokens", "temperature", "top_k", "top_p"}
+def test_every_flag_named_in_the_docs_exists():
+    def flags(text: str) -> set[str]:
+        named = re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", text)
+        return {name.replace("-", "_") for name in named}
+
+    known = flags(reference.launch_help() + reference.commands())
+    known |= {"config", "extra", "group"}
+    known |= {"kills", "plan", "signal"}  # of tests/chaos.py
+    others = {"xla_gpu_deterministic_ops", "model", "output_dir", "outfile", "outtype", "logdir"}
+    page = (runs.REPO / "docs/coming-from.md").read_text()  # its first column is of others
+    others |= flags("".join(re.findall(r"^\|([^|]*)\|", page, re.M)))
     for page in PAGES:
-        text = (runs.REPO / page).read_text()
-        named = {
-            name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", text)
-        }
-        named -= {"xla_gpu_deterministic_ops", "model", "output_dir", "outfile", "outtype"}
-        named -= {"logdir"}
-        assert named - known == set(), page
+        assert flags((runs.REPO / page).read_text()) - known - others == set(), page
 
 
 def test_the_readme_is_short():

@@ -36,7 +36,7 @@ def load_model(
       say: takes the lines that tell what was loaded.
 
     Returns:
-      An `nnx.Module` (`jaxlm.device.model.Transformer`: int32 tokens [B, T] -> float32 logits
+      An `nnx.Module` (`jaxlm.device.model.Transformer`, from int32 tokens [B, T] to float32 logits
       [B, T, V]), and the metadata.
 
     Raises:

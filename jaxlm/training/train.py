@@ -48,7 +48,7 @@ def train(
 
     Args:
       config: the run.
-      model: `nnx.Rngs -> nnx.Module` of `nnx.Param`s; by default the decoder of `config.model`.
+      model: `nnx.Rngs -> nnx.Module` of `nnx.Param` alone; by default that of `config.model`.
       loss: `(model, batch) -> (sum over tokens, number of tokens)`; by default next-token
         cross-entropy.
       batches: `(index, rows) -> host arrays` of training batch `index`; by default `config.data`.
