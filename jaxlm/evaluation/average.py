@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxlm.checkpoints.folder import TOKENIZER, find_checkpoints, read_steps, select
+from jaxlm.checkpoints.folder import TOKENIZER, find_checkpoints, read_steps, run_folder, select
 from jaxlm.checkpoints.manifest import write_manifest
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import DamagedArrays, restore_numpy
@@ -66,9 +66,7 @@ def average(
             f"{run}: found {len(chosen)} checkpoint(s) to average, expected at least 2; "
             "`jaxlm checkpoints list` shows what there is, --checkpoint.keep_every keeps more"
         )
-    base = Path(run).resolve()
-    base = base.parent if base.name == "checkpoints" else base
-    target = Path(out or f"{base}-average-{chosen[0]}-{chosen[-1]}")
+    target = Path(out or f"{run_folder(run, folder).resolve()}-average-{chosen[0]}-{chosen[-1]}")
     with published(target, warn) as partial:
         params, newest = _mean_params(folder, chosen)
         path = partial / "checkpoints" / str(newest.step)

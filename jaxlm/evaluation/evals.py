@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 from typing import TypedDict
 
-from jaxlm.checkpoints.folder import run_folder
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.files.durable import read_file
 from jaxlm.files.strict import parse_json, spell
@@ -38,11 +37,6 @@ def checkpoint_id(metadata: Metadata) -> str:
     """16 hex digits, the same for checkpoints with the same params."""
     params = {k: v for k, v in metadata.fingerprints.items() if k.startswith("params/")}
     return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def evals_path(run: str, folder: Path) -> Path:
-    """The evals.jsonl of a run that is named by its folder, or by its checkpoint folder."""
-    return run_folder(run, folder) / NAME
 
 
 def read_evals(path: Path) -> list[Eval]:

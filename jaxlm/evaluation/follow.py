@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxlm.checkpoints.folder import find_checkpoints, read_steps
+from jaxlm.checkpoints.folder import find_checkpoints, read_steps, run_folder
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.restore import DamagedArrays
-from jaxlm.evaluation.evals import Eval, EvalLog, checkpoint_id, evals_path
+from jaxlm.evaluation.evals import NAME, Eval, EvalLog, checkpoint_id
 from jaxlm.evaluation.score import Scorer
 
 Say = Callable[[str], None]
@@ -42,7 +42,7 @@ def follow(
     """
     folder = find_checkpoints(run)
     scorer = Scorer(source, _once(say))
-    with EvalLog(Path(out) if out else evals_path(run, folder)) as log:
+    with EvalLog(Path(out) if out else run_folder(run, folder) / NAME) as log:
         damaged: set[tuple[int, str, str]] = set()
         while True:
             steps, missed = read_steps(folder).sound, False

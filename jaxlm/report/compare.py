@@ -12,13 +12,15 @@ from jaxlm.checkpoints.folder import (
     find_checkpoints,
     list_set_aside,
     read_steps,
+    run_folder,
     select,
 )
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import ITEMS, restore_numpy
 from jaxlm.checkpoints.skips import to_json
 from jaxlm.device.state import path_name
-from jaxlm.evaluation.evals import Eval, checkpoint_id, evals_path, read_evals
+from jaxlm.evaluation.evals import NAME as EVALS
+from jaxlm.evaluation.evals import Eval, checkpoint_id, read_evals
 from jaxlm.files.durable import folder_bytes
 from jaxlm.terminal import track
 from jaxlm.tracking.console import format_bytes
@@ -36,11 +38,11 @@ def describe_run(run: str) -> dict[str, Any]:
       ValueError: there is no such run.
     """
     folder = find_checkpoints(run)
-    found = read_steps(folder)
+    found, evals = read_steps(folder), read_evals(run_folder(run, folder) / EVALS)
     return {
         "run": run,
         "folder": str(folder),
-        "checkpoints": describe_steps(folder, found.sound, read_evals(evals_path(run, folder))),
+        "checkpoints": describe_steps(folder, found.sound, evals),
         "set_aside": list_set_aside(folder),
         "skips": to_json(found.skips),
         "damaged": {str(step): damage[0] for step, damage in found.damaged.items()},
