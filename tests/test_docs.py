@@ -20,7 +20,7 @@ from jaxlm import launch
 PAGES = {
     "README.md": 4,
     "docs/checkpoints.md": 4,
-    "docs/evals.md": 2,
+    "docs/evals.md": 3,
     "docs/interchange.md": 2,
     "docs/keep.md": 3,
     "docs/library.md": 4,
