@@ -181,12 +181,16 @@ class OptimConfig:
     """Root mean square of Muon's updates, before the learning rate (Adam's are about 0.2)."""
     clip_norm: float | None = recorded(1.0)
     """Clip the gradient to this global norm; None does not clip."""
+    ema_decay: float | None = recorded(None)
+    """Decay of the moving average of the weights; where there is one, it is what evals and all use
+    of the model take. A resume may begin it, with the weights as they are, or drop it."""
 
     def __post_init__(self) -> None:
         _check(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "above 0")
         _check_at_least(self, "optim.", 0, "warmup_steps", "weight_decay")
-        for name in ("beta1", "beta2", "muon_beta"):
-            _check(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "in [0, 1)")
+        for name in ("beta1", "beta2", "muon_beta", "ema_decay"):
+            value = getattr(self, name)
+            _check(value is None or 0 <= value < 1, f"optim.{name}", value, "in [0, 1)")
         for name in ("decay_fraction", "min_lr_ratio"):
             _check(0 <= getattr(self, name) <= 1, f"optim.{name}", getattr(self, name), "in [0, 1]")
         for name in ("eps", "muon_rms"):

@@ -9,6 +9,7 @@ MODULES = {
     "hf": "datasets",
     "tfds": "tensorflow_datasets",
     "text": "pyarrow",
+    "gcs": "google.cloud.storage",
     "lm-eval": "lm_eval",
     "report": "vl_convert",
     "tpu": "libtpu",
@@ -27,5 +28,5 @@ def needs(module: str, what: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        extra = next(extra for extra, name in MODULES.items() if name == package)
+        extra = next(extra for extra, name in MODULES.items() if name in (module, package))
         raise ImportError(f"{what}: needs `pip install 'jaxlm[{extra}]'` ({error})") from error

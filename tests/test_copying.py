@@ -80,8 +80,8 @@ def test_damage_is_left_out_and_said(run: Path, capsys: pytest.CaptureFixture) -
 def test_bits_that_flip_on_the_way_are_found(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copytree = shutil.copytree
 
-    def flip(source: Path, target: Path, *nested: Any) -> None:
-        copytree(source, target, *nested)
+    def flip(source: Path, target: Path, *nested: Any, **options: Any) -> None:
+        copytree(source, target, *nested, **options)
         if source.name == "8":
             runs.damage(target)
 
@@ -97,7 +97,7 @@ def test_a_trainer_deletes_and_replaces_meanwhile(
 ) -> None:
     copytree, count = shutil.copytree, []
 
-    def meanwhile(source: Path, target: Path, *nested: Any) -> None:
+    def meanwhile(source: Path, target: Path, *nested: Any, **options: Any) -> None:
         if nested:  # it calls itself for the folders below
             return copytree(source, target, *nested)
         count.append(int(source.name))

@@ -35,7 +35,7 @@ from jaxlm.checkpoints.folder import (
 )
 from jaxlm.checkpoints.manager import open_manager
 from jaxlm.checkpoints.metadata import Metadata
-from jaxlm.checkpoints.restore import DamagedArrays, items_of, restore_items, state_of
+from jaxlm.checkpoints.restore import DamagedArrays, items_of, restore_state
 from jaxlm.checkpoints.retention import Retention
 from jaxlm.checkpoints.skips import Skip, held_by, read_skips, skipped, write_skips
 from jaxlm.config import CheckpointConfig
@@ -388,10 +388,9 @@ class Checkpoints:
         if verify and (damage := manifest.find_damage(path)):
             return self._set_aside(metadata.step, damage)
         try:
-            items = restore_items(path, metadata, items_of(abstract), verify=verify)
+            return restore_state(path, metadata, abstract, verify=verify), metadata
         except DamagedArrays as error:
             return self._set_aside(metadata.step, [str(error)])
-        return state_of(items), metadata
 
     def _set_aside(self, step: int, damage: list[str]) -> None:
         (name,) = self._put_aside([step], CORRUPT, f"damaged: {damage[0]}")

@@ -28,8 +28,8 @@ Say = Callable[[str], None]
 class Copied(NamedTuple):
     """What a copy holds."""
 
-    folder: Path
-    """The run folder that it is."""
+    folder: Path | str
+    """The run folder that it is, or its address."""
     steps: list[int]
     """Each verified there."""
     deleted: list[int]
@@ -38,7 +38,9 @@ class Copied(NamedTuple):
     """Steps that are damaged, and were left out."""
 
 
-def copy_run(run: str, dest: str, *, say: Say = print) -> Copied:
+def copy_run(
+    run: str, dest: str, *, say: Say = print, copy_file: Callable[[str, str], Any] = shutil.copy2
+) -> Copied:
     """Copies a run or one step into a new run folder, and verifies every file of the copy.
 
     A trainer may be at work in the source. The copy is a run in its own right: listed, loaded
@@ -48,6 +50,7 @@ def copy_run(run: str, dest: str, *, say: Say = print) -> Copied:
       run: a run folder or checkpoint folder, with `@STEP` for one step alone.
       dest: the new folder; it appears under this name when it is whole.
       say: takes lines for the user.
+      copy_file: copies, or links, a file of a step.
 
     Raises:
       ValueError: no such run or step, `dest` is there already or within the source, or no step is
@@ -64,7 +67,7 @@ def copy_run(run: str, dest: str, *, say: Say = print) -> Copied:
         folder.mkdir()
         try:
             for step in track(steps, "Copying"):
-                damage = _copy_step(source / str(step), folder / str(step))
+                damage = _copy_step(source / str(step), folder / str(step), copy_file)
                 if damage is None:
                     deleted.append(step)
                     say(f"{step}: deleted by its trainer meanwhile, passed over")
@@ -94,19 +97,19 @@ def copy_run(run: str, dest: str, *, say: Say = print) -> Copied:
 
 def _check_target(name: str, source: Path, dest: str) -> None:
     if "://" in dest:
-        raise ValueError(f"{dest}: found a URL, expected a local path; mount it as a folder")
+        raise ValueError(f"{dest}: found a URL, expected a local path or gs://BUCKET/PATH")
     folders, target = (Path(name), source), Path(dest).resolve()
     if inside := [path for path in folders if target.is_relative_to(path.resolve())]:
         raise ValueError(f"{dest}: lies within {inside[0]}, expected a place outside of the run")
 
 
-def _copy_step(source: Path, target: Path) -> list[str] | None:
+def _copy_step(source: Path, target: Path, copy_file: Callable[..., Any]) -> list[str] | None:
     def copy() -> list[str]:
         shutil.rmtree(target, ignore_errors=True)
         if damage := find_damage(source, contents=False):  # links and pipes are not followed
             return damage
         try:
-            shutil.copytree(source, target)
+            shutil.copytree(source, target, copy_function=copy_file)
         except OSError:
             if source.exists():
                 raise

@@ -46,6 +46,12 @@ class Metadata:
     fingerprints: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     """Leaf name -> [dtype, shape, lane, lane], computed on the device before the save."""
 
+    @property
+    def weights_item(self) -> str:
+        """The item with the weights to use: their moving average where there is one."""
+        has_average = any(name.startswith("ema_params/") for name in self.fingerprints)
+        return "ema_params" if has_average else "params"
+
     def run_config(self) -> Config:
         """The config as dataclasses.
 

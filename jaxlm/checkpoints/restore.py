@@ -13,10 +13,10 @@ from absl import logging as absl_logging
 
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.device.guard import Guard
-from jaxlm.device.state import TrainState, fingerprint, path_name
+from jaxlm.device.state import Params, TrainState, fingerprint, path_name
 from jaxlm.files.durable import NO_ANSWER, no_answer, reading
 
-ITEMS = ("params", "opt_state", "state")
+ITEMS = ("params", "ema_params", "opt_state", "state")
 """The items of a checkpoint that hold arrays; `meta` is JSON."""
 
 # What Orbax and TensorStore raise of files that they did not write.
@@ -33,13 +33,30 @@ class DamagedArrays(ValueError):
 def items_of(state: TrainState) -> dict[str, Any]:
     """A state as the items of a checkpoint; each can be restored alone."""
     rest = {"step": state.step, **state.guard._asdict()}
-    return {"params": state.params, "opt_state": state.opt_state, "state": rest}
+    items = {"params": state.params, "opt_state": state.opt_state, "state": rest}
+    return items if state.ema_params is None else {**items, "ema_params": state.ema_params}
 
 
-def state_of(items: dict[str, Any]) -> TrainState:
-    """The inverse of `items_of`."""
-    rest = dict(items["state"])
-    return TrainState(items["params"], items["opt_state"], rest.pop("step"), Guard(**rest))
+def restore_state(
+    path: Path, metadata: Metadata, abstract: TrainState, *, verify: bool = True
+) -> TrainState:
+    """The state of a step folder; arguments and errors are those of `restore_items`.
+
+    A moving average that is wanted and not there begins with the params; one that is there and not
+    wanted is left out.
+    """
+    begins = abstract.ema_params is not None and metadata.weights_item == "params"
+    wanted = items_of(abstract._replace(ema_params=None) if begins else abstract)
+    items = restore_items(path, metadata, wanted, verify=verify)
+    rest = items.pop("state")
+    state = TrainState(**items, step=rest.pop("step"), guard=Guard(**rest))
+    return state.begin_ema() if begins else state
+
+
+def restore_weights(path: Path, metadata: Metadata, abstract: Params) -> Params:
+    """The weights to use of a step folder, verified: their average, where it holds one."""
+    item = metadata.weights_item
+    return restore_items(path, metadata, {item: abstract})[item]
 
 
 def restore_items(

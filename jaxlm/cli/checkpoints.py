@@ -154,20 +154,23 @@ def prune(
 def copy(run: Positional[str], dest: Positional[str], *, json: bool = False) -> int:
     """Copy a run or one step, verified; exit code 1 if a damaged step was left out, else 0.
 
-    A trainer may be at work in the run; a step that it deletes meanwhile is passed over.
+    A trainer may be at work in the run; a step that it deletes meanwhile is passed over. A copy in
+    a bucket (extra gcs) is brought back by the same command, the addresses the other way round.
 
     Args:
-      run: RUN or RUN@STEP.
-      dest: the new run folder, which appears once it is whole.
+      run: RUN or RUN@STEP, or gs://BUCKET/PATH.
+      dest: the new run folder, which appears once it is whole, or gs://BUCKET/PATH.
       json: print JSON.
 
     Examples:
       jaxlm checkpoints copy runs/tiny /backup/tiny
       jaxlm checkpoints copy runs/tiny@best /backup/tiny-best
     """
+    from jaxlm.checkpoints.bucket import download, upload
     from jaxlm.checkpoints.copying import copy_run
 
-    found = copy_run(run, dest, say=note(json))
+    copy_there = upload if dest.startswith("gs://") else copy_run
+    found = (download if run.startswith("gs://") else copy_there)(run, dest, say=note(json))
     steps = ", ".join(map(str, found.steps))
     show(
         {**found._asdict(), "folder": str(found.folder)},

@@ -26,6 +26,17 @@ class TrainState(NamedTuple):
     """int32 []: batches taken in."""
     guard: Guard
     """What was out of the ordinary of late."""
+    ema_params: Params | None = None
+    """The moving average of the params, where the run keeps one."""
+
+    @property
+    def weights(self) -> Params:
+        """What is evaluated, and used: the average where there is one, else the params."""
+        return self.params if self.ema_params is None else self.ema_params
+
+    def begin_ema(self) -> "TrainState":
+        """The same state, with an average of no more than its own params."""
+        return self._replace(ema_params=jax.tree.map(jnp.copy, self.params))
 
 
 class Blueprint(NamedTuple):
@@ -64,8 +75,10 @@ def path_name(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def make_blueprint(model: ModelFactory, tx: optax.GradientTransformation, mesh: Mesh) -> Blueprint:
-    """Works out shapes and shardings by abstract evaluation.
+def make_blueprint(
+    model: ModelFactory, tx: optax.GradientTransformation, mesh: Mesh, *, ema: bool = False
+) -> Blueprint:
+    """Works out shapes and shardings by abstract evaluation; `ema` keeps an average of the params.
 
     Raises:
       ValueError: the model holds variables other than `nnx.Param`, or the mesh does not divide it.
@@ -90,7 +103,8 @@ def make_blueprint(model: ModelFactory, tx: optax.GradientTransformation, mesh: 
 
     def build(seed: jax.Array) -> TrainState:
         params = nnx.to_pure_dict(nnx.split(model(nnx.Rngs(params=jax.random.key(seed))))[1])
-        return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32), make_guard())
+        state = TrainState(params, tx.init(params), jnp.zeros((), jnp.int32), make_guard())
+        return state.begin_ema() if ema else state
 
     whole = replicated(mesh)
     shapes = jax.eval_shape(build, jax.ShapeDtypeStruct((), jnp.uint32))
@@ -105,7 +119,7 @@ def make_blueprint(model: ModelFactory, tx: optax.GradientTransformation, mesh: 
     param_shardings = jax.tree.map(lambda param: param.sharding, abstract_params)
     guard_shardings = jax.tree.map(lambda _: whole, shapes.guard)
     state_shardings: Any = (param_shardings, opt_state_shardings, whole, guard_shardings)
-    state_shardings = TrainState(*state_shardings)
+    state_shardings = TrainState(*state_shardings, ema_params=param_shardings if ema else None)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,

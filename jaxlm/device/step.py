@@ -25,12 +25,13 @@ def make_train_step(
     mesh: Mesh,
     num_microbatches: int = 1,
     spike_zscore: float | None = None,
+    ema_decay: float | None = None,
 ) -> jax.stages.Wrapped:
     """The compiled update; it consumes the state that it is given (donation).
 
     The batch is taken in `num_microbatches` parts of its rows, whose loss and gradient sums add up
-    to those of the whole batch. If the loss or the gradient is not finite, params and optimizer
-    stay as they were.
+    to those of the whole batch. If the loss or the gradient is not finite, params, optimizer and
+    `ema_params` (kept with `ema_decay`) stay as they were.
 
     Returns:
       `(state, batch) -> (state, metrics)`, metrics being float32 [] `loss` (mean over tokens),
@@ -55,12 +56,13 @@ def make_train_step(
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        ema_params = _average(state, params, ema_decay)
 
         finite = jnp.isfinite(loss_value) & jnp.isfinite(grad_norm)
-        params, opt_state = jax.tree.map(
+        params, opt_state, ema_params = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
+            (params, opt_state, ema_params),
+            (state.params, state.opt_state, state.ema_params),
         )
         guard = observe(state.guard, loss_value, finite, spike_zscore)
         metrics = {
@@ -71,7 +73,7 @@ def make_train_step(
             "nonfinite_run": guard.nonfinite_run,
             "spike_run": guard.spike_run,
         }
-        return TrainState(params, opt_state, state.step + 1, guard), metrics
+        return TrainState(params, opt_state, state.step + 1, guard, ema_params), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.abstract)
     return jax.jit(
@@ -80,6 +82,15 @@ def make_train_step(
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def _average(state: TrainState, params: Params, ema_decay: float | None) -> Params | None:
+    # With a lower decay in a run's first steps, so that its initial weights are soon forgotten
+    # (as in TensorFlow's ExponentialMovingAverage).
+    if ema_decay is None:
+        return None
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+    return jax.tree.map(lambda mean, p: decay * mean + (1 - decay) * p, state.ema_params, params)
 
 
 def _accumulate(

@@ -96,11 +96,12 @@ def _mean_params(folder: Path, steps: Sequence[int]) -> tuple[dict[str, Any], Me
 
 def _verified_params(folder: Path, step: int) -> tuple[dict[str, Any], Metadata]:
     selected = select(f"{folder}@{step}")  # every file is verified, and then every array
-    params, saved = restore_numpy(selected.path, ["params"]), selected.metadata.fingerprints
-    for name, found in fingerprint(params).items():
+    item, saved = selected.metadata.weights_item, selected.metadata.fingerprints
+    weights = restore_numpy(selected.path, [item])
+    for name, found in fingerprint(weights).items():
         if found != saved.get(name):
             raise DamagedArrays(f"{selected.path}: {name} differs from what was saved")
-    return params, selected.metadata
+    return {"params": weights[item]}, selected.metadata
 
 
 def _metadata_of(

@@ -34,9 +34,10 @@ class Eval(TypedDict):
 
 
 def checkpoint_id(metadata: Metadata) -> str:
-    """16 hex digits, the same for checkpoints with the same params."""
-    params = {k: v for k, v in metadata.fingerprints.items() if k.startswith("params/")}
-    return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:16]
+    """16 hex digits, the same for checkpoints with the same weights."""
+    item, found = metadata.weights_item, metadata.fingerprints
+    weights = {k: v for k, v in found.items() if k.startswith(f"{item}/")}
+    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_evals(path: Path) -> list[Eval]:

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from jaxlm.checkpoints.folder import Selected, select
 from jaxlm.checkpoints.metadata import Metadata
-from jaxlm.checkpoints.restore import restore_items
+from jaxlm.checkpoints.restore import restore_weights
 from jaxlm.config import MeshConfig
 from jaxlm.device.model import model_factory
 from jaxlm.device.optim import make_optimizer
@@ -70,9 +70,8 @@ def restore_params(
         )
     factory = model or model_factory(config.model, mesh.devices.flat[0].platform)
     blueprint = make_blueprint(factory, make_optimizer(config.optim), mesh)
-    wanted = {"params": blueprint.abstract.params}
     with progress("Loading the weights"):
-        return blueprint, restore_items(selected.path, metadata, wanted)["params"]
+        return blueprint, restore_weights(selected.path, metadata, blueprint.abstract.params)
 
 
 def tell_selected(selected: Selected, say: Callable[[str], None]) -> None:

@@ -123,7 +123,8 @@ def lower_ahead(config: Config, devices: list[Any]) -> tuple[jax.stages.Lowered,
     mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
     tx = make_optimizer(config.optim)
-    blueprint = make_blueprint(model_factory(config.model, devices[0].platform), tx, mesh)
+    factory = model_factory(config.model, devices[0].platform)
+    blueprint = make_blueprint(factory, tx, mesh, ema=config.optim.ema_decay is not None)
     loss = next_token_loss(
         z_loss=config.z_loss,
         eos_id=0 if config.model.document_mask else None,
@@ -149,11 +150,12 @@ def examine_step(config: Config, devices: list[Any]) -> dict[str, Any]:
     lowered, blueprint = lower_ahead(config, devices)
     compiled = lowered.compile()
     sizes: Any = compiled.memory_analysis()
-    params, opt_state = map(_bytes_here, (blueprint.abstract.params, blueprint.abstract.opt_state))
-    memory = {
-        "params": params,
-        "optimizer": opt_state,
-        "batch_and_padding": sizes.argument_size_in_bytes - params - opt_state,
+    abstract = blueprint.abstract
+    state = {"params": abstract.params, "optimizer": abstract.opt_state}
+    state |= {} if abstract.ema_params is None else {"average": abstract.ema_params}
+    memory = {name: _bytes_here(tree) for name, tree in state.items()}
+    memory |= {
+        "batch_and_padding": sizes.argument_size_in_bytes - sum(memory.values()),
         "temporaries": sizes.temp_size_in_bytes,
         "results": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
         "program": sizes.generated_code_size_in_bytes,

@@ -202,9 +202,10 @@ def describe(certificate: dict[str, Any]) -> list[str]:
     for number, facts in enumerate(steps, 1):
         shown = (f"{name} {' '.join(found)}" for name, found in facts.items() if _is_shown(name))
         lines.append(f"step {number}: {', '.join(shown)}")
-    for item in ("params", "opt_state"):
-        own = {k: v for k, v in certificate["fingerprints"].items() if k.startswith(f"{item}/")}
-        lines.append(f"{item}: {len(own)} arrays, fingerprint {_sha256(own)}")
+    found = certificate["fingerprints"]
+    for item in ("params", "ema_params", "opt_state"):
+        if own := {k: v for k, v in found.items() if k.startswith(f"{item}/")}:
+            lines.append(f"{item}: {len(own)} arrays, fingerprint {_sha256(own)}")
     lines += [f"WRONG: {text}" for text in certificate["wrong"][:_MOST_SHOWN]]
     if certificate["wrong"]:
         return [*lines, *_hints(certificate), "NOT PROVEN: resumed is not as in one piece"]

@@ -103,7 +103,8 @@ def assemble(
         eval_batches = eval_batches or held_out_batches(config, dataset)
     rows_of = recorded(batches, os.environ.get("JAXLM_RECORD_BATCHES"))
     tx = make_optimizer(config.optim)
-    blueprint = make_blueprint(model or model_factory(config.model, platform), tx, mesh)
+    factory = model or model_factory(config.model, platform)
+    blueprint = make_blueprint(factory, tx, mesh, ema=config.optim.ema_decay is not None)
     mask = mask_id(config, dataset)
     next_token = partial(next_token_loss, eos_id=mask, num_chunks=config.loss_chunks)
     train_loss = loss or next_token(z_loss=config.z_loss)
@@ -154,6 +155,7 @@ def lower_step(
         mesh,
         config.num_microbatches,
         config.guard.spike_zscore,
+        config.optim.ema_decay,
     )
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), example

@@ -175,7 +175,7 @@ class Loop:
         self.read_metrics()
         with self.clock.spent("eval"):
             parts = self.parts
-            loss = evaluate(parts.eval_step, state.params, parts.put_eval, parts.num_eval_batches)
+            loss = evaluate(parts.eval_step, state.weights, parts.put_eval, parts.num_eval_batches)
             self.checkpoints.wait()  # only what is on disk counts as best
             before = self.checkpoints.best
             best = self.checkpoints.best_with(step, loss)

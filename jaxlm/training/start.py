@@ -11,7 +11,7 @@ import jax
 from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.folder import TOKENIZER, Selected, read_steps, select
 from jaxlm.checkpoints.metadata import Metadata
-from jaxlm.checkpoints.restore import check_layout, items_of, restore_items, state_of
+from jaxlm.checkpoints.restore import check_layout, items_of, restore_state, restore_weights
 from jaxlm.checkpoints.skips import Skip
 from jaxlm.config import Config, changes, to_dict
 from jaxlm.device.model import model_factory
@@ -128,6 +128,8 @@ def _resumed(
     for difference in compare_environments(metadata.environment, now):
         console.warn(f"bits may differ from a run in one piece: {difference}")
     at_end = is_at_end(config, metadata.step, metadata.num_worse_evals)
+    # An average that is dropped stays in its checkpoint, with the loss that it had.
+    drops_average = state.ema_params is None and metadata.weights_item == "ema_params"
     return Start(
         step=metadata.step,
         tokens_seen=metadata.tokens_seen,
@@ -135,7 +137,7 @@ def _resumed(
         num_worse_evals=metadata.num_worse_evals,
         eval_loss=metadata.eval_loss,
         owes_eval=parts.eval_due(metadata.step) and metadata.eval_loss is None,
-        owes_end=at_end and not metadata.final,
+        owes_end=at_end and not metadata.final and not drops_average,
         run_id=metadata.tracking_run_id,
         new_future=bool(recorded) or len(checkpoints.skips) > len(metadata.skips),
         why="; ".join(["resumed", *map(str, recorded)]),
@@ -159,7 +161,7 @@ def _branch(
     skips = read_steps(selected.folder).skips
     checkpoints.inherit([skip for skip in skips if skip.from_step <= selected.step])
     metadata, path = selected.metadata, selected.path
-    state = state_of(restore_items(path, metadata, items_of(parts.blueprint.abstract)))
+    state = restore_state(path, metadata, parts.blueprint.abstract)
     console.say(f"Branching from step {selected.step} of {selected.folder}")
     _tell(metadata, console)
     return state, Start(
@@ -176,13 +178,14 @@ def _with_weights_of(
     parts: Parts, source: str, state: TrainState, console: Console
 ) -> tuple[TrainState, Start]:
     selected = _selected(parts, source, console)
-    wanted = {"params": parts.blueprint.abstract.params}
-    params = restore_items(selected.path, selected.metadata, wanted)["params"]
+    abstract = parts.blueprint.abstract.params
+    state = state._replace(params=restore_weights(selected.path, selected.metadata, abstract))
+    state = state if state.ema_params is None else state.begin_ema()
     console.say(f"Beginning with the weights of step {selected.step} of {selected.folder}")
     _tell(selected.metadata, console)
     lineage = [*selected.metadata.lineage, {"step": 0, "initialized_from": str(selected.path)}]
     why = f"new, with the weights of {selected.path}"
-    return state._replace(params=params), Start(why=why, lineage=lineage)
+    return state, Start(why=why, lineage=lineage)
 
 
 def _selected(parts: Parts, source: str, console: Console) -> Selected:

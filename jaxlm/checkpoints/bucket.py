@@ -1,0 +1,142 @@
+"""A copy of a run in a Google Cloud Storage bucket: sent there, and brought back.
+
+No folder can be renamed in a bucket. So the first object of a copy is `copy.partial`, and the last
+one is `copy.json`, which lists the others with their checksums: without it, a copy is unfinished.
+"""
+
+import base64
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, TypedDict
+
+from jaxlm.checkpoints.copying import Copied, copy_run
+from jaxlm.checkpoints.folder import list_steps
+from jaxlm.checkpoints.manifest import find_damage
+from jaxlm.extras import MODULES, needs
+from jaxlm.files.durable import crc32c
+from jaxlm.files.publish import published
+from jaxlm.files.strict import conform
+
+Say = Callable[[str], None]
+PARTIAL, WHOLE = "copy.partial", "copy.json"
+
+
+class _Copy(TypedDict):
+    files: dict[str, list[int]]
+
+
+def upload(run: str, dest: str, *, say: Say = print) -> Copied:
+    """Copies a run or one step into a bucket, and compares the checksums that the server has.
+
+    What an earlier try has sent, and is right, is not sent again. A trainer may be at work in the
+    run: hard links beside it hold what it deletes meanwhile. One process at a time.
+
+    Args:
+      run: as `copy_run` takes it.
+      dest: such as gs://bucket/path; nothing may be there but what an earlier try has left.
+      say: takes lines for the user.
+
+    Raises:
+      ValueError: as `copy_run` raises, or there is something else.
+      RuntimeError: the copy was cut short, and the same command goes on with it.
+    """
+    base = Path(run.rpartition("@")[0] or run).resolve()
+    links = base.with_name(f".{base.name}.upload")
+    with _bucket(dest) as (bucket, root):
+        there = _list(bucket, root)
+        if there and (WHOLE in there or PARTIAL not in there):
+            raise ValueError(f"{dest}: found objects, expected none; choose another name")
+        shutil.rmtree(links, ignore_errors=True)  # of one that was killed
+        try:
+            found = copy_run(run, str(links), say=say, copy_file=_link)
+            bucket.blob(root + PARTIAL).upload_from_string("{}")
+            files = {path.relative_to(links).as_posix(): path for path in links.rglob("*")}
+            wanted = {
+                name: [path.stat().st_size, crc32c(path)]
+                for name, path in files.items()
+                if path.is_file()
+            }
+            for name in (name for name, entry in wanted.items() if there.get(name) != entry):
+                bucket.blob(root + name).upload_from_filename(files[name], checksum=None)
+        finally:
+            shutil.rmtree(links, ignore_errors=True)
+        there = _list(bucket, root)
+        for name in there.keys() - wanted.keys() - {PARTIAL}:  # of the earlier try
+            bucket.blob(root + name).delete()
+        if wrong := [name for name, entry in wanted.items() if there.get(name) != entry]:
+            raise OSError(f"{wrong[0]} is not there as it was sent, and {len(wrong) - 1} more")
+        bucket.blob(root + WHOLE).upload_from_string(json.dumps({"files": wanted}))
+        bucket.blob(root + PARTIAL).delete()
+    return found._replace(folder=dest)
+
+
+def download(url: str, dest: str, *, say: Say = print) -> Copied:
+    """Brings a copy back from a bucket, verified like any copy: whole, or not there.
+
+    Raises:
+      ValueError: there is no whole copy, it is damaged, or `dest` is there already.
+      RuntimeError: the bucket cannot be read, or the disk not written.
+    """
+    with _bucket(url) as (bucket, root):
+        there = _list(bucket, root)
+        if WHOLE not in there:
+            raise ValueError(
+                f"{url}: found no {WHOLE}, which is written last: no copy is there, or an "
+                "unfinished one, and the command that began it goes on with it"
+            )
+        files = conform(json.loads(bucket.blob(root + WHOLE).download_as_bytes()), _Copy)["files"]
+        with published(Path(dest), say) as partial:
+            for name, entry in files.items():
+                path = partial / name
+                if ".." in PurePosixPath(name).parts or not path.is_relative_to(partial):
+                    raise ValueError(f"{url}/{WHOLE}: found {name!r}, expected a name inside")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if name in there:
+                    bucket.blob(root + name).download_to_filename(path, checksum=None)
+                if name not in there or [path.stat().st_size, crc32c(path)] != entry:
+                    raise ValueError(f"{url}/{name}: missing, or not what was sent; none is kept")
+            steps = list_steps(partial / "checkpoints")
+            for step in steps:
+                if damage := find_damage(partial / "checkpoints" / str(step), contents=False):
+                    raise ValueError(f"{url}: step {step}: {damage[0]}; nothing is kept")
+    return Copied(dest, steps, [], {})
+
+
+@contextlib.contextmanager
+def _bucket(url: str) -> Iterator[tuple[Any, str]]:
+    # The bucket, and what its names begin with.
+    storage = needs(MODULES["gcs"], f"a copy in {url}")
+    from google.api_core.exceptions import GoogleAPIError
+    from google.auth.exceptions import GoogleAuthError
+
+    try:
+        name, _, path = url.removeprefix("gs://").partition("/")
+        yield storage.Client().bucket(name), path.rstrip("/") + "/"
+    except (OSError, GoogleAPIError, GoogleAuthError) as error:
+        raise RuntimeError(
+            f"{url}: the copy was cut short ({error}); look at the bucket, the disk and the "
+            "sign-in (`gcloud auth application-default login`); the same command goes on"
+        ) from error
+
+
+def _list(bucket: Any, root: str) -> dict[str, list[int]]:
+    # Name -> size, and the checksum that the server computed of what it keeps.
+    return {
+        found.name.removeprefix(root): [
+            found.size,
+            int.from_bytes(base64.b64decode(found.crc32c), "big"),
+        ]
+        for found in bucket.list_blobs(prefix=root)
+    }
+
+
+def _link(source: str, target: str) -> None:
+    # A trainer writes no file of a step twice, so a link holds what it was.
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or a file system without links
+        shutil.copy2(source, target)
