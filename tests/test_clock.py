@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -113,10 +114,10 @@ class Watched:
 
 def read_too_soon(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps of a run whose metrics were read before the next step was dispatched."""
-    dispatched, soon, compile_step = [0], set(), assemble.compile_step
+    dispatched, soon, lower_step = [0], set(), assemble.lower_step
 
     def watched(*args: Any) -> Any:
-        compiled = compile_step(*args)
+        compiled = lower_step(*args).compile()
 
         def call(state: Any, batch: Any) -> Any:
             state, metrics = compiled(state, batch)
@@ -130,10 +131,10 @@ def read_too_soon(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             return state, {name: Watched(value, tell) for name, value in metrics.items()}
 
         call.memory_analysis = compiled.memory_analysis
-        return call
+        return SimpleNamespace(compile=lambda: call)
 
     with monkeypatch.context() as patch:
-        patch.setattr(assemble, "compile_step", watched)
+        patch.setattr(assemble, "lower_step", watched)
         train(tiny_config(run_dir, eval_interval=4, checkpoint={"save_interval": 6}), **data())
     assert dispatched == [12]
     return sorted(soon)

@@ -76,11 +76,6 @@ def restore_items(
       DiskError: the disk gives no answer.
       DamagedArrays: an item cannot be read, or an array differs from what was saved.
     """
-    if "params" in abstract and len(abstract) > 1 and not (path / "opt_state").exists():
-        raise ValueError(
-            f"{path} holds weights only, so training cannot go on from it; to begin a run with "
-            f"them, add --init_from {path.parent}@{path.name}"
-        )
     check_layout(metadata.fingerprints, abstract, path)
     restored, folder = {}, path.absolute()  # Orbax takes no relative path
     for name, tree in abstract.items():
@@ -164,6 +159,11 @@ def _check_bytes(path: Path, tree: Any) -> None:
 
 def check_layout(saved: dict[str, list[Any]], abstract: dict[str, Any], path: Path) -> None:
     """Raises ValueError unless arrays were saved with these names, dtypes and shapes."""
+    if "opt_state" in abstract and not any(name.startswith("opt_state/") for name in saved):
+        raise ValueError(
+            f"{path} holds weights only, so training cannot go on from it; to begin a run with "
+            f"them, add --init_from {path.parent}@{path.name}"
+        )
     # Orbax would leave out what is not asked for, and cast another dtype, without a word.
     wanted = {
         path_name(key): [str(leaf.dtype), list(leaf.shape)]
