@@ -13,10 +13,10 @@ import runs
 from flax import nnx
 from small import names_and_leaves
 
+from jaxlm.checkpoints import restore
 from jaxlm.checkpoints.restore import restore_numpy
 from jaxlm.config import Config, MeshConfig, ModelConfig
 from jaxlm.device.sharding import make_mesh
-from jaxlm.inference import load
 from jaxlm.inference.load import load_model
 
 TOKENS_BT = np.random.RandomState(0).randint(0, 512, (8, 32)).astype(np.int32)
@@ -102,10 +102,10 @@ def test_only_weights_are_read(tiny_run: Path, monkeypatch: pytest.MonkeyPatch):
 
     def spy(path: Path, metadata: Any, abstract: dict[str, Any]) -> dict[str, Any]:
         asked.append(set(abstract))
-        return restore(path, metadata, abstract)
+        return whole(path, metadata, abstract)
 
-    restore = load.restore_items
-    monkeypatch.setattr(load, "restore_items", spy)
+    whole = restore.restore_items
+    monkeypatch.setattr(restore, "restore_items", spy)
     load_model(str(tiny_run / runs.RUN), say=str)
     assert asked == [{"params"}]
 
