@@ -231,6 +231,8 @@ class CheckpointConfig:
     """Newest checkpoints to keep; the best is kept besides."""
     keep_every: int | None = free(None)
     """Keep for good each checkpoint whose step is a multiple of this (steps)."""
+    keep_weights_every: int | None = free(None)
+    """Of those that go, keep the weights alone if the step is a multiple of this (steps)."""
     on_save_error: Literal["stop", "warn"] = free("stop")
     """A save that failed stops the run, or is reported while training goes on (one process)."""
     save_timeout_s: int = free(300)
@@ -246,7 +248,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         _check_at_least(self, "checkpoint.", 1, "save_interval", "keep_latest", "keep_every")
-        _check_at_least(self, "checkpoint.", 1, "save_timeout_s")
+        _check_at_least(self, "checkpoint.", 1, "keep_weights_every", "save_timeout_s")
         if self.save_interval_min is not None:
             found = self.save_interval_min
             _check(found > 0, "checkpoint.save_interval_min", found, "above 0, or None")

@@ -65,7 +65,7 @@ def objects(store: Any) -> dict[str, bytes]:
 
 def is_like(copy: Path, run: Path) -> bool:
     """All but the config, which says where the checkpoints are."""
-    wanted = {n: d for n, d in files(run).items() if n == "metrics.jsonl" or "/" in n}
+    wanted = {n: d for n, d in files(run).items() if n.endswith(".jsonl") or "/" in n}
     found = {n: d for n, d in files(copy).items() if n != "config.json"}
     assert len(wanted) > 30
     return found == wanted

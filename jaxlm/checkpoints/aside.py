@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxlm.checkpoints.folder import SUPERSEDED
+from jaxlm.checkpoints.milestones import keep_weights
 from jaxlm.files.durable import fsync
 
 DELETING = "deleting"
@@ -45,10 +46,16 @@ def clear_partial(folder: Path) -> None:
 
 
 class Purger:
-    """Frees the space of what is deleted, off the training thread."""
+    """Frees the space of what is deleted, off the training thread.
 
-    def __init__(self, folder: Path) -> None:
-        self._doomed = folder / DELETING
+    Args:
+      folder: the checkpoint folder.
+      keep_weights_every: of steps that are a multiple of this, the weights stay.
+    """
+
+    def __init__(self, folder: Path, keep_weights_every: int | None = None) -> None:
+        self._folder, self._doomed = folder, folder / DELETING
+        self._every = keep_weights_every
         self._thread = threading.Thread()
 
     def purge(self, *paths: Path) -> None:
@@ -58,8 +65,17 @@ class Purger:
         for path in paths:
             path.rename(self._doomed / path.name)
         doomed = list(self._doomed.iterdir())
-        self._thread = threading.Thread(target=lambda: [shutil.rmtree(p, True) for p in doomed])
+        self._thread = threading.Thread(target=self._delete, args=(doomed,))
         self._thread.start()
+
+    def _delete(self, doomed: list[Path]) -> None:
+        for path in doomed:
+            try:
+                if self._every and path.name.isdecimal() and int(path.name) % self._every == 0:
+                    keep_weights(path, self._folder)
+            except OSError:  # a full disk, say; it stays, and the next time will do
+                continue
+            shutil.rmtree(path, ignore_errors=True)
 
     def join(self) -> None:
         """Waits until all is deleted."""

@@ -7,7 +7,6 @@ one is `copy.json`, which lists the others with their checksums: without it, a c
 import base64
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -17,7 +16,7 @@ from jaxlm.checkpoints.copying import Copied, copy_run
 from jaxlm.checkpoints.folder import list_steps
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.extras import MODULES, needs
-from jaxlm.files.durable import crc32c
+from jaxlm.files.durable import crc32c, link
 from jaxlm.files.publish import published
 from jaxlm.files.strict import conform
 
@@ -52,7 +51,7 @@ def upload(run: str, dest: str, *, say: Say = print) -> Copied:
             raise ValueError(f"{dest}: found objects, expected none; choose another name")
         shutil.rmtree(links, ignore_errors=True)  # of one that was killed
         try:
-            found = copy_run(run, str(links), say=say, copy_file=_link)
+            found = copy_run(run, str(links), say=say, copy_file=link)
             bucket.blob(root + PARTIAL).upload_from_string("{}")
             files = {path.relative_to(links).as_posix(): path for path in links.rglob("*")}
             wanted = {
@@ -132,11 +131,3 @@ def _list(bucket: Any, root: str) -> dict[str, list[int]]:
         ]
         for found in bucket.list_blobs(prefix=root)
     }
-
-
-def _link(source: str, target: str) -> None:
-    # A trainer writes no file of a step twice, so a link holds what it was.
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or a file system without links
-        shutil.copy2(source, target)

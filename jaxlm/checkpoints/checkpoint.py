@@ -91,7 +91,7 @@ class Checkpoints:
         self._saved_for = ""  # the reason of the last save
         self._retention = Retention(config)
         self._num_failures = 0
-        self._purger = Purger(self.folder)
+        self._purger = Purger(self.folder, config.keep_weights_every)
         self._primary = jax.process_index() == 0
         self._last_save_s = time.monotonic()
 

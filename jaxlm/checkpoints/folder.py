@@ -18,6 +18,8 @@ from jaxlm.files.strict import read_json
 from jaxlm.terminal import progress
 
 TOKENIZER = "tokenizer.json"
+WEIGHTS = "weights"
+"""The folder, beside the steps, of those of which the weights alone were kept."""
 CORRUPT = ".corrupt"
 """Ends the name of a step that was found damaged."""
 SUPERSEDED = ".superseded"
@@ -249,6 +251,10 @@ def select(run: str, default: str = "best", *, contents: bool = True) -> Selecte
     which = which or default
     folder = find_checkpoints(name)
     found = read_steps(folder)
+    if which.isdigit() and not (folder / which).exists() and (folder / WEIGHTS / which).exists():
+        selected = select(f"{folder / WEIGHTS}@{which}", contents=contents)
+        if selected.metadata.skips == held_by(found.skips, selected.step):
+            return selected
     # Of a damaged step, no one can tell whether it was the best or a final one.
     passed_over = found.damaged if which in ("best", "final") else {}
     for step in _candidates(name, found, which):

@@ -39,8 +39,9 @@ class Retention:
     @property
     def _rule(self) -> str:
         rule = f"neither the best nor of the latest {self._config.keep_latest}"
-        every = self._config.keep_every
-        return rule + (f", and not kept by keep_every {every}" if every else "")
+        every, weights = self._config.keep_every, self._config.keep_weights_every
+        rule += f", and not kept by keep_every {every}" if every else ""
+        return rule + (f"; weights stay of multiples of {weights}" if weights else "")
 
     def _milestones(self, steps: list[int], kept: set[int]) -> set[int]:
         every, budget = self._config.keep_every, self._config.disk_budget_gb

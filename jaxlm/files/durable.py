@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,3 +104,11 @@ def folder_bytes(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 num_bytes += os.lstat(os.path.join(parent, name)).st_size
     return num_bytes
+
+
+def link(source: str, target: str) -> None:
+    """A hard link to a file that is never written again; a copy, where there are no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

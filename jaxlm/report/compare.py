@@ -8,9 +8,11 @@ import jax
 import numpy as np
 
 from jaxlm.checkpoints.folder import (
+    WEIGHTS,
     find_best,
     find_checkpoints,
     list_set_aside,
+    list_steps,
     read_steps,
     run_folder,
     select,
@@ -30,9 +32,10 @@ def describe_run(run: str) -> dict[str, Any]:
     """The sound checkpoints of a run, as JSON values.
 
     Returns:
-      `run`, `folder`, `set_aside` (names of damaged ones), `damaged` (those not yet set aside, as
-      step -> what is wrong, as far as a quick look shows), `skips` (where the run has gone back, as
-      `from_step`, `num_batches` and `why`), and `checkpoints`, as `describe_steps` gives them.
+      `run`, `folder`, `weights_only` (steps), `set_aside` (names of damaged ones), `damaged` (those
+      not yet set aside, as step -> what is wrong, as far as a quick look shows), `skips` (where the
+      run has gone back, as `from_step`, `num_batches` and `why`), and `checkpoints`, as
+      `describe_steps` gives them.
 
     Raises:
       ValueError: there is no such run.
@@ -43,6 +46,7 @@ def describe_run(run: str) -> dict[str, Any]:
         "run": run,
         "folder": str(folder),
         "checkpoints": describe_steps(folder, found.sound, evals),
+        "weights_only": list_steps(folder / WEIGHTS),
         "set_aside": list_set_aside(folder),
         "skips": to_json(found.skips),
         "damaged": {str(step): damage[0] for step, damage in found.damaged.items()},
@@ -114,6 +118,8 @@ def format_table(runs: list[dict[str, Any]]) -> str:
             lines.append(f"went back to step {skip['from_step']}, {past}{skip['why']}")
         for step, damage in run["damaged"].items():
             lines.append(f"damaged: {run['folder']}/{step}: {damage}")
+        if steps := run["weights_only"]:
+            lines.append(f"weights alone of step {', '.join(map(str, steps))}")
         if run["set_aside"]:
             lines.append(f"damaged, set aside in {run['folder']}: {', '.join(run['set_aside'])}")
     return "\n".join(lines)

@@ -41,7 +41,8 @@ def describe(config: Config, abstract: TrainState, memory: Any, mesh_size: int) 
 def checkpoint_bytes(config: Config, abstract: TrainState) -> int:
     """Bytes that the checkpoints of this plan take at most.
 
-    The newest, the best, the milestones of `keep_every`, and those in transit.
+    The newest, the best, the milestones of `keep_every`, and those in transit; and the weights of
+    `keep_weights_every`, which come on top of a `disk_budget_gb`.
 
     Raises:
       ValueError: the newest and the best alone are more than `disk_budget_gb`.
@@ -49,8 +50,10 @@ def checkpoint_bytes(config: Config, abstract: TrainState) -> int:
     keep, state_bytes = config.checkpoint, num_bytes(abstract)
     needed = state_bytes * (keep.keep_latest + 1 + IN_TRANSIT)
     milestones = config.num_steps // keep.keep_every if keep.keep_every else 0
+    weights = config.num_steps // keep.keep_weights_every if keep.keep_weights_every else 0
+    weights_bytes = weights * num_bytes(abstract.weights)
     if keep.disk_budget_gb is None:
-        return needed + state_bytes * milestones
+        return needed + state_bytes * milestones + weights_bytes
     if needed > keep.disk_budget_gb * 1e9:
         raise ValueError(
             f"checkpoint.disk_budget_gb: found {keep.disk_budget_gb:g}, expected at least "
@@ -58,7 +61,7 @@ def checkpoint_bytes(config: Config, abstract: TrainState) -> int:
             f"{format_bytes(state_bytes)} kept and two in transit; raise it, or lower "
             "--checkpoint.keep_latest"
         )
-    return min(needed + state_bytes * milestones, int(keep.disk_budget_gb * 1e9))
+    return min(needed + state_bytes * milestones, int(keep.disk_budget_gb * 1e9)) + weights_bytes
 
 
 def disk_shortage(config: Config, abstract: TrainState) -> str | None:

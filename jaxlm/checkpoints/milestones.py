@@ -1,0 +1,51 @@
+"""The weights of checkpoints that are deleted, in a folder of their own."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from jaxlm.checkpoints import manifest
+from jaxlm.checkpoints.folder import TOKENIZER, WEIGHTS, read_metadata
+from jaxlm.checkpoints.restore import ITEMS
+from jaxlm.files.durable import fsync, link, read_file, write_file
+
+_MAX_TOKENIZER_BYTES = 1 << 28
+
+
+def keep_weights(doomed: Path, folder: Path) -> None:
+    """Makes `weights/STEP` of a step that is to be deleted; one of an earlier future is replaced.
+
+    The step itself is left as it is. So after a kill at any instant it is there, whole, and this is
+    done again; or it is not whole, and then its weights were kept before its deletion began.
+
+    Args:
+      doomed: the step folder, on its way out; its name is the step.
+      folder: the checkpoint folder.
+
+    Raises:
+      OSError: the disk refused.
+    """
+    if manifest.find_damage(doomed, contents=False):
+        return
+    metadata = read_metadata(doomed.parent, int(doomed.name))
+    item, weights = metadata.weights_item, folder / WEIGHTS
+    partial, target = weights / f".{doomed.name}.partial", weights / doomed.name
+    shutil.rmtree(partial, ignore_errors=True)
+    left_out = shutil.ignore_patterns(manifest.NAME, *(name for name in ITEMS if name != item))
+    shutil.copytree(
+        doomed,
+        partial,
+        ignore=lambda top, names: left_out(top, names) if top == str(doomed) else set(),
+        copy_function=link,
+    )
+    kept = {k: v for k, v in metadata.fingerprints.items() if k.startswith(f"{item}/")}
+    values = replace(metadata, fingerprints=kept).to_json()
+    write_file(partial / "meta" / "metadata", json.dumps(values).encode())
+    manifest.write_manifest(partial)
+    if (folder / TOKENIZER).is_file() and not (weights / TOKENIZER).exists():
+        tokenizer = read_file(folder / TOKENIZER, _MAX_TOKENIZER_BYTES)
+        write_file(weights / TOKENIZER, tokenizer)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    fsync(weights)

@@ -1,0 +1,139 @@
+"""Of checkpoints that go, the weights stay: the same bits, at any instant; nobody resumes there."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import data, tiny_config
+
+from jaxlm.checkpoints import milestones
+from jaxlm.checkpoints.aside import DELETING, Purger
+from jaxlm.checkpoints.folder import WEIGHTS, list_steps, read_steps, select
+from jaxlm.checkpoints.manifest import find_damage
+from jaxlm.checkpoints.milestones import keep_weights
+from jaxlm.checkpoints.restore import restore_numpy
+from jaxlm.checkpoints.skips import Skip, write_skips
+from jaxlm.evaluation.score import verify_step
+from jaxlm.files.durable import folder_bytes
+from jaxlm.inference.load import load_model
+from jaxlm.report.compare import describe_run, format_table
+from jaxlm.training.train import train
+
+EVERY = {"save_interval": 1, "keep_latest": 1, "keep_weights_every": 2}
+KEPT = [2, 4, 6, 8, 10]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that keeps all of its checkpoints."""
+    run = tmp_path_factory.mktemp("whole")
+    train(tiny_config(run, checkpoint={"save_interval": 1, "keep_latest": 20}), **data())
+    return run
+
+
+def same_params(a: Path, b: Path) -> bool:
+    trees = [restore_numpy(path, ["params"]) for path in (a, b)]
+    return jax.tree.all(jax.tree.map(np.array_equal, *trees))
+
+
+def test_a_run_keeps_the_weights_of_what_goes(tmp_path: Path, whole: Path) -> None:
+    train(tiny_config(tmp_path, checkpoint=EVERY), **data())
+    folder = tmp_path / "checkpoints"
+    assert list_steps(folder) == [12] and list_steps(folder / WEIGHTS) == KEPT
+    for step in KEPT:
+        path = folder / WEIGHTS / str(step)
+        assert same_params(path, whole / "checkpoints" / str(step))
+        assert verify_step(folder / WEIGHTS, step) == []
+        assert not (path / "opt_state").exists()
+        assert folder_bytes(path / "params") > 0.5 * folder_bytes(path)
+        load_model(f"{tmp_path}@{step}", say=lambda _: None)
+    assert not same_params(folder / WEIGHTS / "2", whole / "checkpoints" / "4")
+    told = describe_run(str(tmp_path))
+    assert told["weights_only"] == KEPT
+    assert "weights alone of step 2, 4, 6, 8, 10" in format_table([told])
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        select(f"{tmp_path}@3")
+
+
+def test_nobody_goes_on_from_weights_alone(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path / "run", checkpoint=EVERY), **data())
+    with pytest.raises(ValueError, match=r"weights/4 holds weights only.*--init_from"):
+        train(tiny_config(tmp_path / "new", branch_from=f"{tmp_path / 'run'}@4"), **data())
+    assert train(tiny_config(tmp_path / "run", num_steps=13, checkpoint=EVERY), **data()).complete
+    assert list_steps(tmp_path / "run" / "checkpoints" / WEIGHTS) == [*KEPT, 12]
+
+
+@pytest.fixture
+def doomed(tmp_path: Path, whole: Path) -> Path:
+    """Step 4 of a folder, on its way out."""
+    folder = Path(shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints"))
+    (folder / DELETING).mkdir(exist_ok=True)
+    return (folder / "4").rename(folder / DELETING / "4")
+
+
+class Killed(BaseException):
+    """What no handler catches."""
+
+
+@pytest.mark.parametrize("name", ["link", "write_file", "fsync", "Path.rename"])
+def test_a_kill_at_any_instant_costs_nothing(
+    doomed: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = doomed.parent.parent
+    owner = milestones.Path if name == "Path.rename" else milestones
+    real, num_kills = getattr(owner, name.split(".")[-1]), 0
+    while True:
+        calls = iter(range(num_kills))
+
+        def killed(*args, calls=calls):
+            if next(calls, None) is None:
+                raise Killed
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name.split(".")[-1], killed)
+            try:
+                keep_weights(doomed, folder)
+                break
+            except Killed:
+                num_kills += 1
+        assert find_damage(doomed) == []
+        there = list_steps(folder / WEIGHTS)
+        assert all(find_damage(folder / WEIGHTS / str(step)) == [] for step in there)
+    assert num_kills >= 1
+    assert same_params(folder / WEIGHTS / "4", whole / "checkpoints" / "4")
+    (doomed / "manifest.json").unlink()  # a kill in its deletion
+    before = (folder / WEIGHTS / "4").stat().st_ino
+    keep_weights(doomed, folder)
+    assert (folder / WEIGHTS / "4").stat().st_ino == before
+
+
+def test_what_a_full_disk_refuses_is_kept_for_the_next_time(
+    doomed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = doomed.parent.parent
+    purger = Purger(folder, keep_weights_every=4)
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(milestones, "write_file", refuse)
+        purger.purge()
+        purger.join()
+    assert find_damage(doomed) == [] and list_steps(folder / WEIGHTS) == []
+    purger.purge(folder / "5")
+    purger.join()
+    assert list_steps(folder / WEIGHTS) == [4] and not any(doomed.parent.iterdir())
+
+
+def test_weights_of_a_future_that_was_given_up_are_not_taken_for_the_step(doomed: Path) -> None:
+    folder = doomed.parent.parent
+    keep_weights(doomed, folder)
+    assert select(f"{folder}@4").path == folder / WEIGHTS / "4"
+    write_skips(folder, [Skip(2, 1, "a spike")])
+    assert 3 not in read_steps(folder).sound
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        select(f"{folder}@4")
