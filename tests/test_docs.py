@@ -34,6 +34,7 @@ NOT_RUN = {
     r"(uv run --extra tpu )?jaxlm plan": "needs a compiler: tests/test_plan.py, where one is",
     r"jaxlm benchmark .*--tasks lambada_openai": "reads its texts from the Hub",
     r"HF_HUB_OFFLINE=1 jaxlm benchmark": "slow: tests/test_benchmark.py runs it in a process",
+    r"jaxlm checkpoints copy .*gs://": "needs a bucket: tests/test_bucket.py, with an emulator",
     r"jaxlm prove-resume": "slow: tests/test_prove.py",
     r"python tests/chaos\.py": "takes 45 minutes: tests/test_chaos.py runs a short one",
     r'python -c "import conversion': "needs llama.cpp: tried by hand",
