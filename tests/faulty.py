@@ -24,7 +24,7 @@ from jaxlm.checkpoints.folder import list_set_aside, list_steps, select
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.files.durable import DiskError
 from jaxlm.proof.attempt import untimed_rows
-from jaxlm.report.compare import diff_checkpoints
+from jaxlm.report.diff import diff_checkpoints
 from jaxlm.training.train import Result, train
 
 # Orbax drops the coroutines of the other arrays without having awaited them.

@@ -84,7 +84,7 @@ def test_training_goes_on_from_a_whole_state_only(run: Path, capsys: pytest.Capt
     ("rules", "message"),
     [
         ({"steps": [8]}, "found 1 checkpoint"),
-        ({"last": 1}, "found 1 checkpoint"),
+        ({"last": 1}, "--last: found 1, expected at least 2"),
         ({"steps": [8, 9]}, "no such checkpoint"),
         ({"out": "texts"}, "texts: found something there"),
     ],

@@ -18,7 +18,7 @@ from jaxlm.data.cache import list_caches
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.inference.sample import printable, sample_run
 from jaxlm.launch import run_main
-from jaxlm.report.compare import diff_checkpoints
+from jaxlm.report.diff import diff_checkpoints
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_diff_names_every_leaf_layer_by_layer(at_home: Path, out):
 
 
 def test_diff_measures_the_difference(at_home: Path, monkeypatch: pytest.MonkeyPatch):
-    from jaxlm.report import compare
+    from jaxlm.report import diff
 
     def altered(path: Path, items: list[str]):
         (item,) = items  # one after the other: two whole states may be more than the memory
@@ -168,8 +168,8 @@ def test_diff_measures_the_difference(at_home: Path, monkeypatch: pytest.MonkeyP
     def without(params) -> None:
         del params["embedding_VD"]
 
-    change, calls, restore = None, iter(()), compare.restore_numpy
-    monkeypatch.setattr(compare, "restore_numpy", altered)
+    change, calls, restore = None, iter(()), diff.restore_numpy
+    monkeypatch.setattr(diff, "restore_numpy", altered)
     name = "params/embedding_VD"
     assert differences(lambda params: None) == []
     ((found, what),) = differences(one_bit)

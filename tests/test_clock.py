@@ -15,7 +15,7 @@ import pytest
 from tiny import data, tiny_config
 
 from jaxlm.proof.attempt import untimed_rows
-from jaxlm.report.compare import diff_checkpoints
+from jaxlm.report.diff import diff_checkpoints
 from jaxlm.tracking.clock import KINDS, Clock
 from jaxlm.tracking.metrics import read_metrics
 from jaxlm.training import assemble

@@ -13,7 +13,8 @@ from jaxlm import __main__ as cli
 from jaxlm.checkpoints import copying, manifest
 from jaxlm.checkpoints.copying import copy_run
 from jaxlm.checkpoints.folder import list_steps, read_steps, recorded_directory
-from jaxlm.report.compare import describe_run, diff_checkpoints
+from jaxlm.report.diff import diff_checkpoints
+from jaxlm.report.table import describe_run
 
 DEST = "backup/tiny"
 

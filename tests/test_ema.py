@@ -42,7 +42,7 @@ from jaxlm.evaluation.score import score, verify_step
 from jaxlm.inference.load import load_model
 from jaxlm.plan.ahead import examine_step
 from jaxlm.proof.attempt import untimed_rows
-from jaxlm.report.compare import diff_checkpoints
+from jaxlm.report.diff import diff_checkpoints
 from jaxlm.training.train import train
 
 DECAY = 0.7

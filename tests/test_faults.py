@@ -13,7 +13,7 @@ from launching import ROOT, finish, launch, wait_for_step, write_config
 
 from jaxlm.checkpoints.folder import list_steps, select
 from jaxlm.proof.attempt import untimed_rows
-from jaxlm.report.compare import diff_checkpoints
+from jaxlm.report.diff import diff_checkpoints
 
 pytestmark = pytest.mark.slow
 FAKETIME = list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))

@@ -29,7 +29,7 @@ from jaxlm.data import tokenizer
 from jaxlm.data.dataset import open_dataset
 from jaxlm.files.strict import conform, parse_json, read_json
 from jaxlm.inference.load import load_model
-from jaxlm.report.compare import diff_checkpoints
+from jaxlm.report.diff import diff_checkpoints
 from jaxlm.tracking import metrics
 
 NAMES = [

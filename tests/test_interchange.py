@@ -187,6 +187,7 @@ TENSORS: dict[str, tuple[str, Callable[[np.ndarray], Any], str]] = {
     "flat": (DOWN, lambda x: x.ravel(), r"found \[320\]"),
     "integers": (DOWN, lambda x: x.astype(np.int32), "found I32, expected F32"),
     "float64": (DOWN, lambda x: x.astype(np.float64), "found F64"),
+    "infinity": (DOWN, lambda x: np.full_like(x, np.inf), f"{DOWN}: found NaN or infinity"),
     "NaN": (DOWN, nan, f"{DOWN}: found NaN or infinity"),
 }
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {

@@ -250,7 +250,7 @@ def test_out_of_memory_ends_with_advice(home: Path, monkeypatch: pytest.MonkeyPa
     import jaxlm.training.train  # noqa: F401  (now in sys.modules)
 
     def fail(text: str) -> None:
-        def train_(config: Config) -> None:
+        def train_(config: Config, report: object) -> None:
             raise jax.errors.JaxRuntimeError(text)
 
         monkeypatch.setattr(sys.modules["jaxlm.training.train"], "train", train_)

@@ -18,7 +18,7 @@ from jaxlm.checkpoints.skips import Skip, write_skips
 from jaxlm.evaluation.score import verify_step
 from jaxlm.files.durable import folder_bytes
 from jaxlm.inference.load import load_model
-from jaxlm.report.compare import describe_run, format_table
+from jaxlm.report.table import describe_run, format_table
 from jaxlm.training.train import train
 
 EVERY = {"save_interval": 1, "keep_latest": 1, "keep_weights_every": 2}

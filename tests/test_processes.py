@@ -12,7 +12,7 @@ from launching import finish, launch, wait_for_step, write_config
 
 from jaxlm.checkpoints.folder import list_set_aside, list_steps, read_metadata
 from jaxlm.proof.attempt import untimed_rows
-from jaxlm.report.compare import diff_checkpoints
+from jaxlm.report.diff import diff_checkpoints
 
 
 @pytest.fixture(scope="module")

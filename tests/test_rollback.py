@@ -22,7 +22,8 @@ from jaxlm.config import Config, GuardConfig, OptimConfig
 from jaxlm.device import guard
 from jaxlm.files import durable
 from jaxlm.proof.attempt import untimed_rows
-from jaxlm.report.compare import describe_run, diff_checkpoints, format_table
+from jaxlm.report.diff import diff_checkpoints
+from jaxlm.report.table import describe_run, format_table
 from jaxlm.training.train import Result, train
 
 WINDOW = 4

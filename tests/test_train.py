@@ -17,7 +17,7 @@ from jaxlm.checkpoints.folder import list_steps, read_metadata, select
 from jaxlm.config import Config, MeshConfig, TrackingConfig
 from jaxlm.device.loss import Batch, next_token_loss
 from jaxlm.proof.attempt import untimed_rows
-from jaxlm.report.compare import diff_checkpoints
+from jaxlm.report.diff import diff_checkpoints
 from jaxlm.training.train import train
 
 

@@ -8,6 +8,7 @@ import base64
 import contextlib
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
@@ -18,7 +19,7 @@ from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.extras import MODULES, needs
 from jaxlm.files.durable import crc32c, link
 from jaxlm.files.publish import published
-from jaxlm.files.strict import conform
+from jaxlm.files.strict import parse_json
 
 Say = Callable[[str], None]
 PARTIAL, WHOLE = "copy.partial", "copy.json"
@@ -44,7 +45,7 @@ def upload(run: str, dest: str, *, say: Say = print) -> Copied:
       RuntimeError: the copy was cut short, and the same command goes on with it.
     """
     base = Path(run.rpartition("@")[0] or run).resolve()
-    links = base.with_name(f".{base.name}.upload")
+    links = base.with_name(f".{base.name}.upload-{zlib.crc32(dest.encode()):08x}")
     with _bucket(dest) as (bucket, root):
         there = _list(bucket, root)
         if there and (WHOLE in there or PARTIAL not in there):
@@ -53,12 +54,9 @@ def upload(run: str, dest: str, *, say: Say = print) -> Copied:
         try:
             found = copy_run(run, str(links), say=say, copy_file=link)
             bucket.blob(root + PARTIAL).upload_from_string("{}")
-            files = {path.relative_to(links).as_posix(): path for path in links.rglob("*")}
-            wanted = {
-                name: [path.stat().st_size, crc32c(path)]
-                for name, path in files.items()
-                if path.is_file()
-            }
+            paths = [path for path in links.rglob("*") if not path.is_dir()]
+            files = {path.relative_to(links).as_posix(): path for path in paths}
+            wanted = {name: [path.stat().st_size, crc32c(path)] for name, path in files.items()}
             for name in (name for name, entry in wanted.items() if there.get(name) != entry):
                 bucket.blob(root + name).upload_from_filename(files[name], checksum=None)
         finally:
@@ -87,7 +85,7 @@ def download(url: str, dest: str, *, say: Say = print) -> Copied:
                 f"{url}: found no {WHOLE}, which is written last: no copy is there, or an "
                 "unfinished one, and the command that began it goes on with it"
             )
-        files = conform(json.loads(bucket.blob(root + WHOLE).download_as_bytes()), _Copy)["files"]
+        files = parse_json(bucket.blob(root + WHOLE).download_as_bytes(), _Copy)["files"]
         with published(Path(dest), say) as partial:
             for name, entry in files.items():
                 path = partial / name
@@ -99,6 +97,8 @@ def download(url: str, dest: str, *, say: Say = print) -> Copied:
                 if name not in there or [path.stat().st_size, crc32c(path)] != entry:
                     raise ValueError(f"{url}/{name}: missing, or not what was sent; none is kept")
             steps = list_steps(partial / "checkpoints")
+            if not steps:
+                raise ValueError(f"{url}: found no checkpoint in the copy; nothing is kept")
             for step in steps:
                 if damage := find_damage(partial / "checkpoints" / str(step), contents=False):
                     raise ValueError(f"{url}: step {step}: {damage[0]}; nothing is kept")
@@ -112,8 +112,10 @@ def _bucket(url: str) -> Iterator[tuple[Any, str]]:
     from google.api_core.exceptions import GoogleAPIError
     from google.auth.exceptions import GoogleAuthError
 
+    name, _, path = url.removeprefix("gs://").partition("/")
+    if not (name and path.strip("/")):
+        raise ValueError(f"{url}: expected gs://BUCKET/PATH, a place of its own for the copy")
     try:
-        name, _, path = url.removeprefix("gs://").partition("/")
         yield storage.Client().bucket(name), path.rstrip("/") + "/"
     except (OSError, GoogleAPIError, GoogleAuthError) as error:
         raise RuntimeError(

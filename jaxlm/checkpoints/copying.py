@@ -11,6 +11,7 @@ from jaxlm.checkpoints.folder import (
     find_checkpoints,
     list_steps,
     read_steps,
+    run_folder,
     select,
     when_settled,
 )
@@ -60,7 +61,8 @@ def copy_run(
     name, at, _ = run.rpartition("@") if "@" in run else (run, "", "")
     source, target = find_checkpoints(name), Path(dest)
     steps = [select(run).step] if at else list_steps(source)[::-1]  # the newest stays longest
-    _check_target(name, source, dest)
+    run_dir = run_folder(name, source)
+    check_outside(dest, run_dir, source)
     deleted, damaged = [], {}
     with published(target, say) as partial:
         folder = partial / "checkpoints"
@@ -74,11 +76,12 @@ def copy_run(
                 elif damage:
                     damaged[step] = damage[0]
             # In this order: skips.json is written before metrics.jsonl is cut back.
-            records = Path(name, "metrics.jsonl"), Path(name, EVENTS)
-            for path in (*records, source / TOKENIZER, source / SKIPS):
+            beside = {path: folder for path in (source / TOKENIZER, source / SKIPS)}
+            beside |= {run_dir / "metrics.jsonl": partial, run_dir / EVENTS: partial}
+            for path, target_folder in beside.items():
                 if path.is_file():
-                    shutil.copy2(path, partial if path.parent == Path(name) else folder)
-            _copy_config(Path(name), partial)
+                    shutil.copy2(path, target_folder)
+            _copy_config(run_dir, partial)
         except OSError as error:
             raise RuntimeError(
                 f"{dest}: the copy failed, and nothing is left of it ({error}); "
@@ -95,10 +98,11 @@ def copy_run(
     return Copied(target, copied, deleted, damaged)
 
 
-def _check_target(name: str, source: Path, dest: str) -> None:
+def check_outside(dest: str, *folders: Path) -> None:
+    """Raises ValueError if something new is to be made at a URL, or inside one of these folders."""
     if "://" in dest:
         raise ValueError(f"{dest}: found a URL, expected a local path or gs://BUCKET/PATH")
-    folders, target = (Path(name), source), Path(dest).resolve()
+    target = Path(dest).resolve()
     if inside := [path for path in folders if target.is_relative_to(path.resolve())]:
         raise ValueError(f"{dest}: lies within {inside[0]}, expected a place outside of the run")
 

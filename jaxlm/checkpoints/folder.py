@@ -197,7 +197,14 @@ def find_checkpoints(run: str) -> Path:
     """
     path = Path(run)
     if (path / "config.json").is_file():
-        recorded = recorded_directory(path)
+        try:
+            recorded = recorded_directory(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{run}: its config.json is not that of a run ({error}); of a folder of "
+                f"transformers, `jaxlm import {run} RUN` makes one; if the file is damaged, name "
+                f"{path / 'checkpoints'} instead"
+            ) from error
         path = Path(recorded) if recorded else path / "checkpoints"
     elif (path / "checkpoints").is_dir():
         path = path / "checkpoints"
@@ -208,7 +215,7 @@ def find_checkpoints(run: str) -> Path:
     if not found and not (path.name == "checkpoints" and path.is_dir()):
         raise ValueError(
             f"{run}: found no checkpoints, expected a run folder (such as runs/tiny) "
-            "or its checkpoints folder"
+            "or its checkpoints folder" + (", without a @STEP" if "@" in run else "")
         )
     return path
 

@@ -55,6 +55,8 @@ def plan_pruning(
     Raises:
       ValueError: no such run, or a rule that is out of range.
     """
+    if disk_budget_gb is not None and not math.isfinite(disk_budget_gb):
+        raise ValueError(f"--disk_budget_gb: found {disk_budget_gb}, expected a finite number")
     folder = find_checkpoints(run)
     found = read_steps(folder)
     losses = {step: metadata.eval_loss for step, metadata in found.sound.items()}

@@ -1,11 +1,10 @@
 """`jaxlm checkpoints`: those on disk."""
 
-from tyro.conf import Positional
-
+from jaxlm.cli.arguments import Folder, Run, RunAtStep, Runs
 from jaxlm.cli.output import note, show
 
 
-def list_all(run: Positional[str], *, json: bool = False) -> int:
+def list_all(run: Run, *, json: bool = False) -> int:
     """List the checkpoints of a run: step, tokens, losses, size, and which is what.
 
     Args:
@@ -19,7 +18,7 @@ def list_all(run: Positional[str], *, json: bool = False) -> int:
     return compare((run,), json=json)
 
 
-def compare(runs: Positional[tuple[str, ...]], *, json: bool = False) -> int:
+def compare(runs: Runs, *, json: bool = False) -> int:
     """List the checkpoints of several runs in one table.
 
     Args:
@@ -29,14 +28,14 @@ def compare(runs: Positional[tuple[str, ...]], *, json: bool = False) -> int:
     Examples:
       jaxlm checkpoints compare runs/tiny runs/tiny-2
     """
-    from jaxlm.report.compare import describe_run, format_table
+    from jaxlm.report.table import describe_run, format_table
 
     found = [describe_run(run) for run in runs]
     show(found if len(found) != 1 else found[0], format_table(found), json)
     return 0
 
 
-def diff(a: Positional[str], b: Positional[str]) -> int:
+def diff(a: RunAtStep, b: RunAtStep) -> int:
     """Compare two checkpoints bit by bit; exit code 0 only if every array is equal, else 1.
 
     Args:
@@ -46,7 +45,7 @@ def diff(a: Positional[str], b: Positional[str]) -> int:
     Examples:
       jaxlm checkpoints diff runs/tiny@best runs/tiny@latest
     """
-    from jaxlm.report.compare import diff_checkpoints
+    from jaxlm.report.diff import diff_checkpoints
 
     differences = diff_checkpoints(a, b)
     for difference in differences:
@@ -55,7 +54,7 @@ def diff(a: Positional[str], b: Positional[str]) -> int:
     return 1 if differences else 0
 
 
-def verify(run: Positional[str], *, eval: bool = False, json: bool = False) -> int:
+def verify(run: Run, *, eval: bool = False, json: bool = False) -> int:
     """Check every file and every array of every step; exit code 0 only if all are sound, else 1.
 
     Touches nothing on disk; a trainer may be at work in the folder.
@@ -105,7 +104,7 @@ def verify(run: Positional[str], *, eval: bool = False, json: bool = False) -> i
 
 
 def prune(
-    run: Positional[str],
+    run: Run,
     *,
     keep_latest: int = 1,
     keep_every: int | None = None,
@@ -151,7 +150,7 @@ def prune(
     return 0
 
 
-def copy(run: Positional[str], dest: Positional[str], *, json: bool = False) -> int:
+def copy(run: RunAtStep, dest: Folder, *, json: bool = False) -> int:
     """Copy a run or one step, verified; exit code 1 if a damaged step was left out, else 0.
 
     A trainer may be at work in the run; a step that it deletes meanwhile is passed over. A copy in
@@ -169,6 +168,8 @@ def copy(run: Positional[str], dest: Positional[str], *, json: bool = False) -> 
     from jaxlm.checkpoints.bucket import download, upload
     from jaxlm.checkpoints.copying import copy_run
 
+    if run.startswith("gs://") and dest.startswith("gs://"):
+        raise ValueError(f"{run} to {dest}: found two buckets, expected one end on this disk")
     copy_there = upload if dest.startswith("gs://") else copy_run
     found = (download if run.startswith("gs://") else copy_there)(run, dest, say=note(json))
     steps = ", ".join(map(str, found.steps))
@@ -181,7 +182,7 @@ def copy(run: Positional[str], dest: Positional[str], *, json: bool = False) -> 
 
 
 def average(
-    run: Positional[str],
+    run: Run,
     *,
     last: int = 5,
     steps: str | None = None,

@@ -2,14 +2,13 @@
 
 from typing import Literal
 
-from tyro.conf import Positional
-
+from jaxlm.cli.arguments import Folder, Run, RunAtStep
 from jaxlm.cli.output import note, show
 
 
 def export(
-    run: Positional[str],
-    folder: Positional[str],
+    run: RunAtStep,
+    folder: Folder,
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
     max_shard_gb: float = 5.0,
@@ -53,7 +52,7 @@ def export(
     return 0
 
 
-def import_folder(folder: Positional[str], run: Positional[str], *, json: bool = False) -> int:
+def import_folder(folder: Folder, run: Run, *, json: bool = False) -> int:
     """Make a run that begins with the weights of a folder of transformers (Llama, Qwen3).
 
     Args:

@@ -3,13 +3,12 @@
 import json
 from typing import Any
 
-from tyro.conf import Positional
-
+from jaxlm.cli.arguments import RunAtStep, RunsAtSteps
 from jaxlm.cli.output import note, show
 
 
 def evaluate(
-    runs: Positional[tuple[str, ...]],
+    runs: RunsAtSteps,
     *,
     paired: bool = False,
     source: str | None = None,
@@ -85,7 +84,7 @@ def _follow(
 
 
 def benchmark(
-    run: Positional[str],
+    run: RunAtStep,
     *,
     tasks: str,
     include_path: str | None = None,
@@ -136,7 +135,7 @@ def benchmark(
 
 
 def sample(
-    run: Positional[str],
+    run: RunAtStep,
     *,
     prompt: tuple[str, ...] = ("",),
     num_samples: int = 1,

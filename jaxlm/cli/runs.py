@@ -6,6 +6,7 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
+from jaxlm.cli.arguments import Runs
 from jaxlm.cli.output import show
 from jaxlm.launch import parse_config
 from jaxlm.terminal import progress, track
@@ -96,9 +97,7 @@ def doctor() -> int:
     return 0
 
 
-def report(
-    runs: Positional[tuple[str, ...]], *, out: Path = Path("report.html"), json: bool = False
-) -> int:
+def report(runs: Runs, *, out: Path = Path("report.html"), json: bool = False) -> int:
     """Make one HTML page of runs: curves, events, checkpoints, time and settings side by side.
 
     Touches nothing in the runs; they may be training.
@@ -112,13 +111,17 @@ def report(
       jaxlm report runs/tiny
       jaxlm report runs/tiny runs/tiny-2 --out both.html
     """
-    from jaxlm.files.durable import write_file
+    from jaxlm.files.durable import check_out, write_file
     from jaxlm.report.history import read_history
     from jaxlm.report.page import make_report
 
-    if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"--out: found {out}, expected a file; make its folder first")
+    check_out(out)
+    if not runs:
+        raise ValueError("RUN: found none, expected one run folder or more, such as runs/tiny")
     histories = [read_history(run) for run in track(runs, "Reading")]
+    for history in histories:
+        if not (history.rows or history.events or history.checkpoints):
+            raise ValueError(f"{history.run}: found no run, {'; '.join(history.missing)}")
     with progress("Making the page"):
         page = make_report(histories).encode()
     write_file(out, page)

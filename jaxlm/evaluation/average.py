@@ -11,7 +11,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxlm.checkpoints.folder import TOKENIZER, find_checkpoints, read_steps, run_folder, select
+from jaxlm.checkpoints.copying import check_outside
+from jaxlm.checkpoints.folder import (
+    TOKENIZER,
+    check_outside,
+    find_checkpoints,
+    read_steps,
+    run_folder,
+    select,
+)
 from jaxlm.checkpoints.manifest import write_manifest
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import DamagedArrays, restore_numpy
@@ -59,14 +67,17 @@ def average(
       ValueError: no such run or step, fewer than two, one is damaged, `out` is there already, or
         the run's held-out set cannot be had.
     """
+    if last < 2:
+        raise ValueError(f"--last: found {last}, expected at least 2 checkpoints to average")
     folder = find_checkpoints(run)
-    chosen = sorted(set(steps)) or list(read_steps(folder).sound)[-max(last, 0) :]
+    chosen = sorted(set(steps)) or list(read_steps(folder).sound)[-last:]
     if len(chosen) < 2:
         raise ValueError(
             f"{run}: found {len(chosen)} checkpoint(s) to average, expected at least 2; "
             "`jaxlm checkpoints list` shows what there is, --checkpoint.keep_every keeps more"
         )
     target = Path(out or f"{run_folder(run, folder).resolve()}-average-{chosen[0]}-{chosen[-1]}")
+    check_outside(str(target), run_folder(run, folder), folder)
     with published(target, warn) as partial:
         params, newest = _mean_params(folder, chosen)
         path = partial / "checkpoints" / str(newest.step)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from jaxlm.checkpoints.metadata import Metadata
-from jaxlm.files.durable import read_file
+from jaxlm.files.durable import check_out, read_file
 from jaxlm.files.strict import parse_json, spell
 
 NAME = "evals.jsonl"
@@ -75,8 +75,7 @@ class EvalLog:
         Raises:
           ValueError: another process has it open, it has other rows, or there is no such folder.
         """
-        if not path.parent.is_dir():
-            raise ValueError(f"--out: found no folder {path.parent}, expected one; make it first")
+        check_out(path)
         self._file = path.open("ab", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,5 +1,6 @@
 """`jaxlm eval --follow`: each new checkpoint of a running job is scored, from another process."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,8 @@ def follow(
         that of the run.
       DiskError: the disk gives no answer.
     """
+    if not 0 < poll_s < math.inf:
+        raise ValueError(f"--poll_s: found {poll_s}, expected seconds above 0")
     folder = find_checkpoints(run)
     scorer = Scorer(source, _once(say))
     with EvalLog(Path(out) if out else run_folder(run, folder) / NAME) as log:

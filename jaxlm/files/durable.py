@@ -112,3 +112,12 @@ def link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def check_out(path: Path) -> None:
+    """Raises ValueError unless a file can be written, or replaced, under this name."""
+    # A device or a pipe would be replaced as well.
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError(f"--out: found {path}, which is no plain file; name another")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out: found no folder {path.parent}, expected one; make it first")

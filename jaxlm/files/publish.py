@@ -1,6 +1,7 @@
 """Folders that appear under their name when they are whole."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ def published(target: Path, warn: Callable[[str], None]) -> Iterator[Path]:
       RuntimeError: another process is filling it, or it cannot be written.
     """
     check_free(target)
+    target = Path(os.path.abspath(target))  # "." has no name
     partial = target.with_name(f".{target.name}.partial")
     held = lock(partial, required=False, warn=warn)
     try:

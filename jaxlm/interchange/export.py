@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from jaxlm.checkpoints.copying import check_outside
 from jaxlm.checkpoints.folder import TOKENIZER, Selected, select
 from jaxlm.config import MeshConfig
 from jaxlm.data.tokenizer import find_eos, load_tokenizer
@@ -78,6 +79,7 @@ def export(
     if push:
         _check_token()
     selected = select(run)
+    check_outside(folder, selected.folder)
     tell_selected(selected, say)
     _, params = restore_params(selected, make_mesh(MeshConfig()))
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -70,12 +70,17 @@ def import_folder(folder: str, run: str, *, say: Callable[[str], None] = print) 
       say: takes lines for the user.
 
     Raises:
-      ValueError: the run folder is taken; or the folder is of another architecture, has pickled
-        weights, or holds not exactly the tensors of its config.
-      FileNotFoundError: a file of the folder is missing.
+      ValueError: the run folder is taken; or the folder is not there, is of another architecture,
+        has pickled weights, or holds not exactly the tensors of its config.
     """
     source, target = Path(folder), Path(run)
     check_free(target)
+    if not (source / CONFIG).is_file():
+        raise ValueError(
+            f"{folder}: found no folder with a {CONFIG}, expected one of transformers on this disk "
+            "(config.json, safetensors, tokenizer.json); `hf download OWNER/NAME --local-dir DIR` "
+            "fetches one from the Hub"
+        )
     hf_config = read_json(source / CONFIG, dict[str, Any])
     model, num_positions = from_hf_config(hf_config, source)
     found = find_tensors(source)

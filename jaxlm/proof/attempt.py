@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 from jaxlm.checkpoints.folder import read_steps
-from jaxlm.report.compare import diff_checkpoints
+from jaxlm.report.diff import diff_checkpoints
 from jaxlm.tracking.metrics import read_metrics
 
 _LOOK_INTERVAL_S = 0.001

@@ -19,6 +19,7 @@ from typing import Any
 from jaxlm.checkpoints.folder import read_steps
 from jaxlm.config import Config, to_dict
 from jaxlm.data.prepare import default_max_tokens
+from jaxlm.files.durable import check_out
 from jaxlm.launch import STOPPED
 from jaxlm.proof.attempt import Attempt, Kill, compare_runs, facts_of
 
@@ -45,8 +46,8 @@ class Settings:
         for name, least in (("prove_steps", 4), ("prove_kills", 0)):
             if (found := getattr(self, name)) < least:
                 raise ValueError(f"{name}: found {found}, expected at least {least}")
-        if self.out and not self.out.parent.is_dir():
-            raise ValueError(f"out: found no folder {self.out.parent}, expected one; make it first")
+        if self.out:
+            check_out(self.out)
 
 
 def prove(config: Config, flags: Sequence[str], settings: Settings) -> dict[str, Any]:

@@ -21,6 +21,7 @@ COLOURS = (
 """One for each run: after Okabe and Ito, which the colour-blind tell apart, and two more; on white
 and on black."""
 _NUM_POINTS = 15_000
+_MIN_SMOOTHED = 60
 """Of all charts of a page together."""
 THEME: dict[str, Any] = {
     "background": None,
@@ -105,12 +106,13 @@ def draw_curves(
       runs: their names.
       steps: the ends of the x axis.
       unit: the title of the y axis.
-      smoothed: the raw values faint, and their moving average in front.
+      smoothed: the raw values faint, and their moving average in front; not for few values.
       points: a mark at each value.
       log: a logarithmic axis, where the values span so much that it helps.
       bounds: the ends of the y axis.
       num_charts: among which the points of a page are shared.
     """
+    smoothed = smoothed and max((len(xy) for _, xy in curves), default=0) >= _MIN_SMOOTHED
     data, num_buckets = [], max(50, _NUM_POINTS // (2 * num_charts * len(runs)))
     for run, xy in curves:
         values = [y for _, y in xy]

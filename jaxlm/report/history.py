@@ -14,7 +14,7 @@ from jaxlm.evaluation.evals import NAME as EVALS
 from jaxlm.evaluation.evals import Eval, read_evals
 from jaxlm.files.durable import DiskError, folder_bytes
 from jaxlm.files.strict import read_json
-from jaxlm.report.compare import describe_steps
+from jaxlm.report.table import describe_steps
 from jaxlm.tracking.clock import KINDS
 from jaxlm.tracking.events import NAME as EVENTS
 from jaxlm.tracking.events import Event, read_events
@@ -54,7 +54,7 @@ class History(NamedTuple):
     evals: list[Eval]
     """evals.jsonl."""
     checkpoints: list[dict[str, Any]]
-    """As in `compare.describe_steps`."""
+    """As in `table.describe_steps`."""
     num_bytes: int
     """Of the run folder and of its checkpoints, those set aside included."""
     config: dict[str, Any]

@@ -128,7 +128,7 @@ def _resumed(
     for difference in compare_environments(metadata.environment, now):
         console.warn(f"bits may differ from a run in one piece: {difference}")
     at_end = is_at_end(config, metadata.step, metadata.num_worse_evals)
-    # An average that is dropped stays in its checkpoint, with the loss that it had.
+    # An average that is dropped stays in its checkpoint, which is not made again.
     drops_average = state.ema_params is None and metadata.weights_item == "ema_params"
     return Start(
         step=metadata.step,
@@ -136,7 +136,9 @@ def _resumed(
         nonfinite_steps=int(state.guard.nonfinite_steps),
         num_worse_evals=metadata.num_worse_evals,
         eval_loss=metadata.eval_loss,
-        owes_eval=parts.eval_due(metadata.step) and metadata.eval_loss is None,
+        owes_eval=(
+            parts.eval_due(metadata.step) and metadata.eval_loss is None and not drops_average
+        ),
         owes_end=at_end and not metadata.final and not drops_average,
         run_id=metadata.tracking_run_id,
         new_future=bool(recorded) or len(checkpoints.skips) > len(metadata.skips),

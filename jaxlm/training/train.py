@@ -96,21 +96,10 @@ def train(
         tell_start(parts, console)
         request = stack.enter_context(stop_requests(parts.mesh))
 
-        def finish(result: Result, metrics: Metrics | None) -> None:
-            why = f"of {config.num_steps} steps" if result.complete else request.received
-            events.add("end" if result.complete else "stop", result.step, why)
-            tell_time(clock, console)
-            if not result.complete:
-                return
-            if jax.process_count() == 1 and not (model or batches):
-                text = tell_sample(parts.config, result.best, console, events)
-                if text and metrics:
-                    metrics.trackers.show(result.step, "sample", lambda: text)
-            if report and metrics:
-                page = functools.partial(report, parts.config.run_dir)
-                metrics.trackers.show(result.step, "report", page, is_html=True)
-
         stack.push(events.failed)
+        finish = functools.partial(
+            _finish, parts, console, events, request, clock, report, sample=not (model or batches)
+        )
         result = _train_to_end(parts, checkpoints, console, callbacks, request, clock, finish)
     tell_end(parts.config, result.step, result.complete, result.best, console)
     return result
@@ -123,7 +112,7 @@ def _train_to_end(
     callbacks: Sequence[Callback],
     request: StopRequest,
     clock: Clock,
-    finish: Callable[[Result, Metrics | None], None],
+    finish: Callable[[Metrics | None, Result], None],
 ) -> Result:
     rolled_back = False
     while True:  # once, and once more for each rollback: it is a resume, of its own accord
@@ -136,7 +125,7 @@ def _train_to_end(
             try:
                 with clock.spent("steps"):
                     result = loop.run(state, request)
-                finish(result, metrics)  # while the trackers still listen
+                finish(metrics, result)  # while the trackers still listen
                 return result
             except Diverged as spike:
                 checkpoints.roll_back(
@@ -147,3 +136,30 @@ def _train_to_end(
                     max_rollbacks=parts.config.guard.max_rollbacks,
                 )
                 rolled_back = True
+
+
+def _finish(
+    parts: Parts,
+    console: Console,
+    events: Events,
+    request: StopRequest,
+    clock: Clock,
+    report: Callable[[str], str] | None,
+    metrics: Metrics | None,
+    result: Result,
+    *,
+    sample: bool,
+) -> None:
+    config = parts.config
+    why = f"of {config.num_steps} steps" if result.complete else request.received
+    events.add("end" if result.complete else "stop", result.step, why)
+    tell_time(clock, console)
+    if not result.complete:
+        return
+    if sample and jax.process_count() == 1:
+        text = tell_sample(config, result.best, console, events)
+        if text and metrics:
+            metrics.trackers.show(result.step, "sample", lambda: text)
+    if report and metrics:
+        page = functools.partial(report, config.run_dir)
+        metrics.trackers.show(result.step, "report", page, is_html=True)

@@ -1,11 +1,8 @@
-"""Checkpoints side by side: the table of a run or of several, and the difference of two."""
+"""The checkpoints of runs in a table. Without JAX, which takes seconds to import."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import jax
-import numpy as np
+from typing import Any
 
 from jaxlm.checkpoints.folder import (
     WEIGHTS,
@@ -15,16 +12,12 @@ from jaxlm.checkpoints.folder import (
     list_steps,
     read_steps,
     run_folder,
-    select,
 )
 from jaxlm.checkpoints.metadata import Metadata
-from jaxlm.checkpoints.restore import ITEMS, restore_numpy
 from jaxlm.checkpoints.skips import to_json
-from jaxlm.device.state import path_name
 from jaxlm.evaluation.evals import NAME as EVALS
 from jaxlm.evaluation.evals import Eval, checkpoint_id, read_evals
 from jaxlm.files.durable import folder_bytes
-from jaxlm.terminal import track
 from jaxlm.tracking.console import format_bytes
 
 
@@ -127,49 +120,3 @@ def format_table(runs: list[dict[str, Any]]) -> str:
 
 def _loss(value: float | str | None) -> str:
     return "-" if value is None else f"{float(value):.4f}"
-
-
-class Difference(NamedTuple):
-    """One array that is not the same in two checkpoints."""
-
-    name: str
-    what: str
-
-
-def diff_checkpoints(run_a: str, run_b: str) -> list[Difference]:
-    """The arrays that differ between `RUN_A@STEP` and `RUN_B@STEP`, to the bit.
-
-    Raises:
-      ValueError: no such run or step, or it is damaged.
-    """
-    paths = [select(run, default="latest").path for run in (run_a, run_b)]
-    found = []
-    for item in track(ITEMS, "Comparing"):  # two whole states may be more than the memory
-        a, b = (_arrays(path, item) for path in paths)
-        for name in a | b:
-            if name not in a or name not in b:
-                found.append(Difference(name, f"only in {run_a if name in a else run_b}"))
-            elif what := _difference(a[name], b[name]):
-                found.append(Difference(name, what))
-    return found
-
-
-def _arrays(path: Path, item: str) -> dict[str, np.ndarray]:
-    arrays = restore_numpy(path, [item]) if (path / item).is_dir() else {}
-    return {
-        path_name(path): np.atleast_1d(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
-    }
-
-
-def _difference(a: np.ndarray, b: np.ndarray) -> str | None:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return f"{a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
-    bits_a, bits_b = (x.view(np.uint8).reshape(*x.shape, -1) for x in (a, b))
-    count = int((bits_a != bits_b).any(axis=-1).sum())
-    if count == 0:
-        return None
-    gap = float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max())
-    scale = float(np.sqrt(np.mean(np.square(a, dtype=np.float64))))
-    relative = f", {gap / scale:.1e} of its rms" if scale else ""
-    return f"{count} of {a.size} values differ, by up to {gap:.3e}{relative}"
