@@ -14,7 +14,6 @@ import orbax.checkpoint as ocp
 from jaxlm.checkpoints.copying import check_outside
 from jaxlm.checkpoints.folder import (
     TOKENIZER,
-    check_outside,
     find_checkpoints,
     read_steps,
     run_folder,
