@@ -235,10 +235,10 @@ def test_settings_that_differ_are_marked(tmp_path: Path):
     ("args", "message"),
     [
         (["nowhere"], "nowhere: found no folder"),
-        ([], "found 0 runs"),
-        (["."] * 9, "found 9 runs"),
+        ([], "RUN: found none"),
+        ([".", "."], ".: found no run, metrics.jsonl is not there"),
         ([".", "--out", "."], "--out: found"),
-        ([".", "--out", "nowhere/x.html"], "--out: found nowhere/x.html"),
+        ([".", "--out", "nowhere/x.html"], "--out: found no folder nowhere"),
     ],
 )
 def test_what_is_refused_leaves_nothing_behind(args, message, tmp_path, monkeypatch, capsys):

@@ -156,8 +156,9 @@ class Events:
             try:
                 if self._path and self._path.exists():
                     self._left = checkpoints_left(read_events(self._path)[0])
-                    whole = read_file(self._path, _MAX_BYTES).rfind(b"\n") + 1
-                    os.truncate(self._path, whole)
+                    content = read_file(self._path, _MAX_BYTES)
+                    if torn := len(content) - content.rfind(b"\n") - 1:
+                        os.truncate(self._path, len(content) - torn)
             except (OSError, ValueError, DiskError) as error:
                 self._warn(f"{self._path}: what happens is not written down: {error}")
                 self._path = None
