@@ -181,11 +181,16 @@ def _score(candidate: _Candidate, source: str | None) -> Score:
     loss = next_token_loss(eos_id=mask_id(config, dataset), num_chunks=config.loss_chunks)
     eval_step, put = assemble_eval(config, blueprint, mesh, batches, loss)
     with progress(f"Evaluating step {selected.step}", len(batches)) as advance:
+        before = None
 
         def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            found = jax.block_until_ready(eval_step(params, batch))
-            advance(1)
-            return found
+            nonlocal before
+            now = eval_step(params, batch)
+            if before is not None:  # told one batch late: the device has the next one already
+                jax.block_until_ready(before)
+                advance(1)
+            before = now
+            return now
 
         sums = batch_sums(step, params, put, len(batches))
     environment = describe_environment(mesh)

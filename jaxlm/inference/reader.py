@@ -19,11 +19,10 @@ from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.device.likelihood import make_token_scores
 from jaxlm.device.sharding import make_mesh, put_batch
 from jaxlm.inference.load import restore_params, tell_selected
-from jaxlm.inference.sample import Sampling, stream
+from jaxlm.inference.sample import Sampling, bucket, stream
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """The tokens of a context, and those of its continuation."""
-_SHORTEST = 16
 
 
 class Likelihood(NamedTuple):
@@ -162,7 +161,7 @@ class Reader:
     def _batches(self, lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
         # A length to pad to (a power of two, or seq_len) and indices of rows, the longest first: so
         # memory runs out at once or never.
-        padded = [min(self.seq_len, max(_SHORTEST, 1 << (n - 1).bit_length())) for n in lengths]
+        padded = [min(self.seq_len, bucket(n)) for n in lengths]
         order = sorted(range(len(lengths)), key=lambda i: -padded[i])
         while order:
             T = padded[order[0]]

@@ -107,7 +107,7 @@ def stream(
         np.float32(sampling.top_p or 1),
     )
     tokens_BP, length_B = _pad(prompts, _ways(mesh))
-    num_slots = tokens_BP.shape[1] + _bucket(max_tokens)
+    num_slots = tokens_BP.shape[1] + bucket(max_tokens)
 
     def tokens() -> Iterator[np.ndarray]:
         decoding, first_B = prefill(params, tokens_BP, length_B, knobs, num_slots)
@@ -165,8 +165,8 @@ def _ways(mesh: Mesh | None) -> int:
     return math.prod(mesh.shape[axis] for axis in AXES_OF["batch"]) if mesh else 1
 
 
-def _bucket(size: int) -> int:
-    # Few shapes are compiled: powers of two.
+def bucket(size: int) -> int:
+    """The size to pad to, a power of two: few shapes are compiled."""
     return max(16, 1 << (size - 1).bit_length())
 
 
@@ -174,7 +174,7 @@ def _pad(prompts: Sequence[Any], ways: int) -> tuple[np.ndarray, np.ndarray]:
     # Tokens [B, P] and lengths [B]; devices get equal numbers of rows, of which the last are idle.
     length_B = np.ones(-(-len(prompts) // ways) * ways, np.int32)
     length_B[: len(prompts)] = [len(prompt) for prompt in prompts]
-    tokens_BP = np.zeros((len(length_B), _bucket(int(length_B.max()))), np.int32)
+    tokens_BP = np.zeros((len(length_B), bucket(int(length_B.max()))), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BP[row, : len(prompt)] = prompt
     return tokens_BP, length_B

@@ -53,20 +53,24 @@ def read_events(path: Path) -> tuple[list[Event], list[str]]:
       OSError, DiskError: the file cannot be read.
       ValueError: it is no regular file, too large, or hardly holds any events.
     """
+    return _parse(read_file(path, _MAX_BYTES))
+
+
+def _parse(content: bytes) -> tuple[list[Event], list[str]]:
     events, unreadable = [], []
-    *lines, torn = read_file(path, _MAX_BYTES).split(b"\n")
+    *lines, torn = content.split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
             events.append(parse_json(line, Event))
         except ValueError as error:
-            unreadable.append(f"{path.name}, line {number} is no event: {error}")
+            unreadable.append(f"{NAME}, line {number} is no event: {error}")
             if len(unreadable) > _MAX_UNREADABLE:
                 raise ValueError(
                     f"found more than {_MAX_UNREADABLE} lines that are no events, up to line "
                     f"{number}; move the file away, and the run begins another"
                 ) from error
     if torn:
-        unreadable.append(f"{path.name}: a kill cut its last line short, which was passed over")
+        unreadable.append(f"{NAME}: a kill cut its last line short, which was passed over")
     return events, unreadable
 
 
@@ -155,8 +159,8 @@ class Events:
             self._left = {}
             try:
                 if self._path and self._path.exists():
-                    self._left = checkpoints_left(read_events(self._path)[0])
                     content = read_file(self._path, _MAX_BYTES)
+                    self._left = checkpoints_left(_parse(content)[0])
                     if torn := len(content) - content.rfind(b"\n") - 1:
                         os.truncate(self._path, len(content) - torn)
             except (OSError, ValueError, DiskError) as error:
