@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jaxlm.extras import VERSION as __version__
+
 if TYPE_CHECKING:
     from jaxlm.config import Config as Config
     from jaxlm.inference.load import load_model as load_model
@@ -14,7 +16,7 @@ _HOMES = {
     "load_model": "jaxlm.inference.load",
     "train": "jaxlm.training.train",
 }
-__all__ = ["Config", "load_model", "train"]
+__all__ = ["Config", "__version__", "load_model", "train"]
 
 
 def __getattr__(name: str) -> Any:

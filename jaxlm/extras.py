@@ -1,8 +1,12 @@
-"""The optional dependencies, and what is said where one is missing."""
+"""What is installed: versions, and what is said where an optional dependency is missing."""
 
 import importlib
+import importlib.metadata
 from types import ModuleType
 
+VERSION = "0.1.0"
+"""That of pyproject.toml: a clone that is not installed has no other."""
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 MODULES = {
     "wandb": "wandb",
     "tensorboard": "tensorboardX",
@@ -16,6 +20,11 @@ MODULES = {
     "cuda-plan": "jax_cuda13_plugin",
 }
 """Extra of pyproject.toml -> the package that it installs."""
+
+
+def versions() -> dict[str, str]:
+    """Of jaxlm, and of the packages that a run depends on."""
+    return {"jaxlm": VERSION} | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def needs(module: str, what: str) -> ModuleType:

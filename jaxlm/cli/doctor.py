@@ -1,6 +1,5 @@
 """What this machine has for a run: versions, devices, memory, caches, disk."""
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -11,17 +10,15 @@ import jax
 
 from jaxlm.compiled import compiled_bytes
 from jaxlm.data.cache import cache_root, list_caches
-from jaxlm.extras import MODULES
+from jaxlm.extras import MODULES, versions
 from jaxlm.tracking.console import format_bytes
 from jaxlm.tracking.throughput import peak_flops
-
-_PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 
 
 def examine() -> list[str]:
     """The findings, a line each."""
     lines = [f"python {platform.python_version()} on {platform.platform()}"]
-    lines += [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
+    lines += [f"{name} {version}" for name, version in versions().items()]
     there = [extra for extra, module in MODULES.items() if importlib.util.find_spec(module)]
     lines.append(f"extras: {', '.join(there) or 'none'}")
     devices = jax.devices()

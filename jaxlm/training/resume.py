@@ -1,7 +1,6 @@
 """What a resume may change, and what the bits of a run depend on besides its config."""
 
 import dataclasses
-import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +15,9 @@ from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.compiled import num_cores
 from jaxlm.config import Change, Config, changes
 from jaxlm.device.optim import make_schedule
+from jaxlm.extras import versions
 
 Say = Callable[[str], None]
-_VERSIONS = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class Plan(NamedTuple):
@@ -149,7 +148,7 @@ def _learning_rate(config: Config, step: int) -> float:
 def describe_environment(mesh: Mesh) -> dict[str, Any]:
     """Versions, devices and cores, as JSON values."""
     return {
-        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+        "versions": versions(),
         "device_kind": mesh.devices.flat[0].device_kind,
         "mesh": dict(mesh.shape),
         "processes": jax.process_count(),
