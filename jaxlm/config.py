@@ -331,6 +331,9 @@ class Config:
     backward pass: a large vocabulary then takes less memory, and the step a little longer."""
     z_loss: float = recorded(0.0)
     """Weight of the squared log-normalizer in the training loss (PaLM used 1e-4)."""
+    deterministic: bool = recorded(True)
+    """On a GPU: XLA takes only kernels that give the same bits each time, and the same ones at each
+    start. Without it a resumed run differs by rounding. CPU and TPU give the same bits anyway."""
     seed: int = fixed(0)
     """Seed of the initial weights and of the data order."""
     eval_interval: int = free(500)

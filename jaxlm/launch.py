@@ -90,7 +90,7 @@ def _train(config: Config) -> int:
     import jax  # after the flags: --help and a wrong flag answer at once
 
     from jaxlm.cluster import check_alike
-    from jaxlm.training.preflight import memory_advice
+    from jaxlm.training.preflight import device_advice
     from jaxlm.training.train import train
 
     check_alike("settings", {name: value for name, (value, _) in leaves(config).items()})
@@ -98,7 +98,7 @@ def _train(config: Config) -> int:
     try:
         return 0 if train(config, report=_report if shown else None).complete else STOPPED
     except jax.errors.JaxRuntimeError as error:
-        if advice := memory_advice(error, config):
+        if advice := device_advice(error, config):
             raise SystemExit(f"error: {str(error).splitlines()[0]}\n{advice}") from error
         raise
 

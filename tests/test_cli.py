@@ -162,6 +162,10 @@ def test_diff_measures_the_difference(at_home: Path, monkeypatch: pytest.MonkeyP
     def negative_zero(params) -> None:
         params["embedding_VD"] = np.zeros((512, 32), np.float32)
 
+    def not_a_number(params) -> None:
+        embedding = params["embedding_VD"] = np.array(params["embedding_VD"])
+        embedding[3, 5] = np.nan
+
     def narrower(params) -> None:
         params["embedding_VD"] = params["embedding_VD"].astype(np.float16)
 
@@ -174,6 +178,8 @@ def test_diff_measures_the_difference(at_home: Path, monkeypatch: pytest.MonkeyP
     assert differences(lambda params: None) == []
     ((found, what),) = differences(one_bit)
     assert found == name and re.match(r"1 of 16384 values differ, by up to \d\.\d+e-", what)
+    told = "1 of 16384 values differ, and none of them is finite in both"
+    assert differences(not_a_number) == [(name, told)]
     assert differences(without) == [(name, f"only in {runs.RUN}@8")]
     assert differences(narrower) == [(name, "float32 [512, 32] and float16 [512, 32]")]
     ((_, what),) = differences(negative_zero)

@@ -306,7 +306,7 @@ def test_every_flag_named_in_the_docs_exists():
     known = flags(reference.launch_help() + reference.commands())
     known |= {"config", "extra", "group"}
     known |= {"kills", "plan", "signal"}  # of tests/chaos.py
-    others = {"xla_gpu_deterministic_ops", "model", "output_dir", "outfile", "outtype", "logdir"}
+    others = {"model", "output_dir", "outfile", "outtype", "logdir"}
     page = (runs.REPO / "docs/coming-from.md").read_text()  # its first column is of others
     others |= flags("".join(re.findall(r"^\|([^|]*)\|", page, re.M)))
     for page in PAGES:

@@ -139,9 +139,9 @@ def test_a_low_disk_and_a_small_budget_are_refused_before_the_first_step(
 
 
 @pytest.mark.parametrize("sign", ["RESOURCE_EXHAUSTED: x", "Out of memory allocating 9 bytes"])
-def test_memory_advice(sign: str):
+def test_device_advice(sign: str):
     config = Config(batch_size=12)
-    advice = preflight.memory_advice(RuntimeError(sign), config)
+    advice = preflight.device_advice(RuntimeError(sign), config)
     assert advice
     tries = [line.split()[0] for line in advice.splitlines()[1:]]
     assert tries[:3] == ["--num_microbatches", "--loss_chunks", "--model.remat"]
@@ -149,13 +149,13 @@ def test_memory_advice(sign: str):
     assert "--num_microbatches 2" in advice and "--batch_size 6" in advice
 
 
-def test_memory_advice_does_not_give_what_cannot_be():
+def test_device_advice_does_not_give_what_cannot_be():
     config = Config(batch_size=6, num_microbatches=3)  # six rows make no twelve parts
     assert "--num_microbatches 6" in str(
-        preflight.memory_advice(MemoryError("out of memory"), config)
+        preflight.device_advice(MemoryError("out of memory"), config)
     )
     config = dataclasses.replace(config, num_microbatches=6, loss_chunks=8)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
-    advice = str(preflight.memory_advice(MemoryError("out of memory"), config))
+    advice = str(preflight.device_advice(MemoryError("out of memory"), config))
     assert not any(name in advice for name in ("microbatches", "loss_chunks", "remat"))
-    assert preflight.memory_advice(ValueError("shape mismatch"), config) is None
+    assert preflight.device_advice(ValueError("shape mismatch"), config) is None

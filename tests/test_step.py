@@ -1,4 +1,5 @@
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,11 +21,13 @@ from small import (
 )
 
 from jaxlm.config import OptimConfig
+from jaxlm.device import state
 from jaxlm.device.guard import make_guard
 from jaxlm.device.loss import next_token_loss
 from jaxlm.device.optim import make_optimizer, make_schedule
-from jaxlm.device.state import TrainState, fingerprint
-from jaxlm.device.step import make_train_step
+from jaxlm.device.sharding import same_bits
+from jaxlm.device.state import TrainState, fingerprint, make_blueprint
+from jaxlm.device.step import make_eval_step, make_train_step
 
 SCHEDULE = make_schedule(OPTIM, NUM_STEPS)
 CONSTANT = OptimConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant")
@@ -262,3 +265,32 @@ def test_a_finite_step_changes_every_leaf():
         "guard/nonfinite_run",
         "guard/spike_run",
     }
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_compiler_is_told_to_give_the_same_bits(deterministic, monkeypatch):
+    # An option that no compiler knows shows that all of them get there.
+    monkeypatch.setattr(state, "same_bits", lambda mesh: {"xla_no_such_option": True})
+    mesh = mesh_of(*ONE_DEVICE)
+    tx = make_optimizer(OPTIM)
+    blueprint = make_blueprint(TRANSFORMER, tx, mesh, deterministic=deterministic)
+    batch = put(host_batch(0), mesh)
+    train_step = make_train_step(blueprint, next_token_loss(), tx, SCHEDULE, mesh)
+    eval_step: Any = make_eval_step(blueprint, next_token_loss(), mesh)
+    for lowered in (
+        train_step.lower(blueprint.abstract, batch),
+        eval_step.lower(blueprint.abstract.params, batch),
+    ):
+        if deterministic:
+            with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+                lowered.compile()
+        else:
+            lowered.compile()
+
+
+def test_only_a_gpu_needs_to_be_told():
+    def mesh_on(platform: str) -> Any:
+        return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+
+    assert same_bits(mesh_of(*ONE_DEVICE)) == same_bits(mesh_on("tpu")) == {}
+    assert same_bits(mesh_on("gpu"))["xla_gpu_deterministic_ops"] is True

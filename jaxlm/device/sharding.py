@@ -133,3 +133,15 @@ def put_batch(
         )
         for key, value in example.items()
     }
+
+
+def same_bits(mesh: Mesh) -> dict[str, bool]:
+    """Compiler options with which a program gives the same bits each time, on these devices.
+
+    Left alone, XLA for GPUs takes kernels that add in any order, and of several whichever was the
+    fastest when it tried them. Its own kernels for matrix products would have to be tried, too, so
+    all products go to cuBLAS. CPU and TPU need no option.
+    """
+    if mesh.devices.flat[0].platform != "gpu":
+        return {}
+    return {"xla_gpu_deterministic_ops": True, "xla_gpu_enable_triton_gemm": False}

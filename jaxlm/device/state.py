@@ -10,8 +10,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxlm.config import Config
 from jaxlm.device.guard import Guard, make_guard
-from jaxlm.device.sharding import batch_sharding, param_sharding, replicated
+from jaxlm.device.model import model_factory
+from jaxlm.device.optim import make_optimizer
+from jaxlm.device.sharding import batch_sharding, param_sharding, replicated, same_bits
 
 Params = Any  # nested dicts of arrays
 ModelFactory = Callable[[nnx.Rngs], nnx.Module]
@@ -47,6 +50,8 @@ class Blueprint(NamedTuple):
     """Seed -> the initial state, made sharded."""
     abstract: TrainState
     """The state as `jax.ShapeDtypeStruct` leaves with their shardings."""
+    compiler_options: dict[str, bool]
+    """What XLA is told where it compiles a step of this model."""
 
 
 def jit_with_model(
@@ -66,7 +71,10 @@ def jit_with_model(
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.abstract.params)
     return jax.jit(
-        with_params, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh)
+        with_params,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+        compiler_options=blueprint.compiler_options,
     )
 
 
@@ -76,9 +84,21 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def make_blueprint(
-    model: ModelFactory, tx: optax.GradientTransformation, mesh: Mesh, *, ema: bool = False
+    model: ModelFactory,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    ema: bool = False,
+    deterministic: bool = True,
 ) -> Blueprint:
-    """Works out shapes and shardings by abstract evaluation; `ema` keeps an average of the params.
+    """Works out shapes and shardings by abstract evaluation.
+
+    Args:
+      model: makes the module.
+      tx: the optimizer.
+      mesh: the devices.
+      ema: keep an average of the params.
+      deterministic: compile for the same bits each time, on devices that do not do so anyway.
 
     Raises:
       ValueError: the model holds variables other than `nnx.Param`, or the mesh does not divide it.
@@ -126,7 +146,23 @@ def make_blueprint(
         state_shardings,
     )
     init = jax.jit(build, out_shardings=state_shardings)
-    return Blueprint(graphdef, lambda seed: init(np.uint32(seed)), abstract)
+    options = same_bits(mesh) if deterministic else {}
+    return Blueprint(graphdef, lambda seed: init(np.uint32(seed)), abstract, options)
+
+
+def blueprint_of(config: Config, mesh: Mesh, model: ModelFactory | None = None) -> Blueprint:
+    """That of a run, whose model is the decoder unless another is given.
+
+    Raises:
+      ValueError: as in `make_blueprint`.
+    """
+    return make_blueprint(
+        model or model_factory(config.model, mesh.devices.flat[0].platform),
+        make_optimizer(config.optim),
+        mesh,
+        ema=config.optim.ema_decay is not None,
+        deterministic=config.deterministic,
+    )
 
 
 def fingerprint(tree: Any) -> dict[str, list[Any]]:

@@ -10,10 +10,8 @@ from jaxlm.checkpoints.folder import Selected, select
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import restore_weights
 from jaxlm.config import MeshConfig
-from jaxlm.device.model import model_factory
-from jaxlm.device.optim import make_optimizer
 from jaxlm.device.sharding import make_mesh
-from jaxlm.device.state import Blueprint, ModelFactory, Params, make_blueprint
+from jaxlm.device.state import Blueprint, ModelFactory, Params, blueprint_of
 from jaxlm.terminal import progress
 
 
@@ -68,8 +66,7 @@ def restore_params(
             f"{selected.path}: its config has {config.model.num_layers:,} layers, and it holds "
             f"{len(metadata.fingerprints)} arrays; it was altered, so take a copy from before"
         )
-    factory = model or model_factory(config.model, mesh.devices.flat[0].platform)
-    blueprint = make_blueprint(factory, make_optimizer(config.optim), mesh)
+    blueprint = blueprint_of(config, mesh, model)
     with progress("Loading the weights"):
         return blueprint, restore_weights(selected.path, metadata, blueprint.abstract.params)
 

@@ -22,10 +22,8 @@ from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, to_dict
 from jaxlm.data.dataset import check_vocabulary
 from jaxlm.data.tokenizer import find_eos, load_tokenizer, num_ids
-from jaxlm.device.model import model_factory
-from jaxlm.device.optim import make_optimizer
 from jaxlm.device.sharding import make_mesh
-from jaxlm.device.state import make_blueprint, path_name
+from jaxlm.device.state import blueprint_of, path_name
 from jaxlm.files.durable import read_file, write_file
 from jaxlm.files.publish import check_free, published
 from jaxlm.files.strict import read_json, shown
@@ -99,8 +97,7 @@ def import_folder(folder: str, run: str, *, say: Callable[[str], None] = print) 
         run_dir=run,
     )
     mesh = make_mesh(MeshConfig())
-    factory = model_factory(model, mesh.devices.flat[0].platform)
-    blueprint = make_blueprint(factory, make_optimizer(config.optim), mesh)
+    blueprint = blueprint_of(config, mesh)
     abstract = blueprint.abstract.params
     _check_tensors(source, abstract, found)
     with published(target, say) as partial:

@@ -16,10 +16,8 @@ from jax.experimental import topologies
 
 from jaxlm.config import Config, from_dict
 from jaxlm.device.loss import next_token_loss
-from jaxlm.device.model import model_factory
-from jaxlm.device.optim import make_optimizer
 from jaxlm.device.sharding import batch_sharding, make_mesh
-from jaxlm.device.state import Blueprint, make_blueprint
+from jaxlm.device.state import Blueprint, blueprint_of
 from jaxlm.extras import needs
 from jaxlm.plan.hlo import read_costs
 from jaxlm.training.assemble import check_batch, lower_step
@@ -122,9 +120,7 @@ def lower_ahead(config: Config, devices: list[Any]) -> tuple[jax.stages.Lowered,
     """
     mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
-    tx = make_optimizer(config.optim)
-    factory = model_factory(config.model, devices[0].platform)
-    blueprint = make_blueprint(factory, tx, mesh, ema=config.optim.ema_decay is not None)
+    blueprint = blueprint_of(config, mesh)
     loss = next_token_loss(
         z_loss=config.z_loss,
         eos_id=0 if config.model.document_mask else None,
@@ -133,7 +129,7 @@ def lower_ahead(config: Config, devices: list[Any]) -> tuple[jax.stages.Lowered,
     shape = config.batch_size, config.seq_len
     tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))
     example = {"inputs": tokens, "targets": tokens}
-    return lower_step(config, blueprint, loss, tx, mesh, example), blueprint
+    return lower_step(config, blueprint, loss, mesh, example), blueprint
 
 
 def examine_step(config: Config, devices: list[Any]) -> dict[str, Any]:

@@ -223,5 +223,5 @@ def _hints(certificate: dict[str, Any]) -> list[str]:
             "hint: batch n may depend on n and the seed alone, never on the clock or os.urandom"
         ]
     if certificate["environment"]["device_kind"] != "cpu":
-        return ["hint: on a GPU, set XLA_FLAGS=--xla_gpu_deterministic_ops=true and try again"]
+        return ["hint: on a GPU, --no-deterministic and XLA_FLAGS of your own change bits"]
     return ["hint: a model or a loss that draws from the clock or os.urandom cannot be resumed"]

@@ -6,9 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxlm.checkpoints.folder import (
-    select,
-)
+from jaxlm.checkpoints.folder import select
 from jaxlm.checkpoints.restore import ITEMS, restore_numpy
 from jaxlm.device.state import path_name
 from jaxlm.terminal import track
@@ -51,10 +49,15 @@ def _difference(a: np.ndarray, b: np.ndarray) -> str | None:
     if a.shape != b.shape or a.dtype != b.dtype:
         return f"{a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
     bits_a, bits_b = (x.view(np.uint8).reshape(*x.shape, -1) for x in (a, b))
-    count = int((bits_a != bits_b).any(axis=-1).sum())
-    if count == 0:
+    differs = (bits_a != bits_b).any(axis=-1)
+    if not differs.any():
         return None
-    gap = float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max())
-    scale = float(np.sqrt(np.mean(np.square(a, dtype=np.float64))))
+    told = f"{differs.sum()} of {a.size} values differ"
+    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+    finite = np.isfinite(wide_a) & np.isfinite(wide_b)
+    if not (differs & finite).any():
+        return f"{told}, and none of them is finite in both"
+    gap = float(np.abs(wide_a - wide_b, where=finite, out=np.zeros(a.shape)).max())
+    scale = float(np.sqrt(np.mean(np.square(wide_a[finite]))))
     relative = f", {gap / scale:.1e} of its rms" if scale else ""
-    return f"{count} of {a.size} values differ, by up to {gap:.3e}{relative}"
+    return f"{told}, by up to {gap:.3e}{relative}"

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from jaxlm.compiled import keep_compiled
@@ -18,10 +17,9 @@ from jaxlm.config import Config
 from jaxlm.data.batches import EvalBatches, TrainBatches, recorded
 from jaxlm.data.prepare import Dataset, default_max_tokens, prepare
 from jaxlm.device.loss import Batch, Loss, next_token_loss
-from jaxlm.device.model import model_factory
 from jaxlm.device.optim import make_optimizer, make_schedule
 from jaxlm.device.sharding import AXES_OF, make_mesh, put_batch
-from jaxlm.device.state import Blueprint, ModelFactory, TrainState, make_blueprint
+from jaxlm.device.state import Blueprint, ModelFactory, TrainState, blueprint_of
 from jaxlm.device.step import StepMetrics, make_eval_step, make_train_step
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.throughput import peak_flops
@@ -87,7 +85,6 @@ def assemble(
     """
     keep_compiled(config.data.cache_dir)
     mesh = make_mesh(config.mesh)
-    platform = mesh.devices.flat[0].platform
     check_batch(config, mesh)
     dataset = None
     if batches is None:
@@ -102,9 +99,7 @@ def assemble(
         _tell_epochs(config, dataset, batches.windows_per_epoch, say)
         eval_batches = eval_batches or held_out_batches(config, dataset)
     rows_of = recorded(batches, os.environ.get("JAXLM_RECORD_BATCHES"))
-    tx = make_optimizer(config.optim)
-    factory = model or model_factory(config.model, platform)
-    blueprint = make_blueprint(factory, tx, mesh, ema=config.optim.ema_decay is not None)
+    blueprint = blueprint_of(config, mesh, model)
     mask = mask_id(config, dataset)
     next_token = partial(next_token_loss, eos_id=mask, num_chunks=config.loss_chunks)
     train_loss = loss or next_token(z_loss=config.z_loss)
@@ -114,7 +109,7 @@ def assemble(
         return put_batch(partial(rows_of, index), mesh, config.batch_size)
 
     with clock.spent("compile") if clock else nullcontext():
-        compiled = lower_step(config, blueprint, train_loss, tx, mesh, put(0)).compile()
+        compiled = lower_step(config, blueprint, train_loss, mesh, put(0)).compile()
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     eval_loss = loss or next_token()
     eval_step, put_eval = assemble_eval(config, blueprint, mesh, eval_batches, eval_loss)
@@ -139,7 +134,6 @@ def lower_step(
     config: Config,
     blueprint: Blueprint,
     loss: Loss,
-    tx: optax.GradientTransformation,
     mesh: Mesh,
     example: Any,
 ) -> jax.stages.Lowered:
@@ -150,7 +144,7 @@ def lower_step(
     train_step = make_train_step(
         blueprint,
         loss,
-        tx,
+        make_optimizer(config.optim),
         make_schedule(config.optim, config.num_steps),
         mesh,
         config.num_microbatches,

@@ -14,10 +14,8 @@ from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import check_layout, items_of, restore_state, restore_weights
 from jaxlm.checkpoints.skips import Skip
 from jaxlm.config import Config, changes, to_dict
-from jaxlm.device.model import model_factory
-from jaxlm.device.optim import make_optimizer
-from jaxlm.device.sharding import make_mesh
-from jaxlm.device.state import ModelFactory, TrainState, make_blueprint
+from jaxlm.device.sharding import make_mesh, same_bits
+from jaxlm.device.state import ModelFactory, TrainState, blueprint_of
 from jaxlm.files.durable import write_file
 from jaxlm.tracking.console import Console
 from jaxlm.tracking.metrics import Metrics
@@ -67,8 +65,8 @@ def check_beginning(config: Config, model: ModelFactory | None) -> None:
     if not (source := config.branch_from or config.init_from):
         return
     selected, mesh = select(source, contents=False), make_mesh(config.mesh)
-    factory = model or model_factory(config.model, mesh.devices.flat[0].platform)
-    items = items_of(make_blueprint(factory, make_optimizer(config.optim), mesh).abstract)
+    items = items_of(blueprint_of(config, mesh, model).abstract)
+    items.pop("ema_params", None)  # which may begin here
     wanted = items if config.branch_from else {"params": items["params"]}
     check_layout(selected.metadata.fingerprints, wanted, selected.path)
 
@@ -125,7 +123,10 @@ def _resumed(
     console.say(f"Resuming from step {metadata.step} of {checkpoints.folder}")
     _tell(metadata, console)
     now = describe_environment(parts.mesh)
-    for difference in compare_environments(metadata.environment, now):
+    differences = compare_environments(metadata.environment, now)
+    if same_bits(parts.mesh) and not config.deterministic:
+        differences.append("deterministic is off")
+    for difference in differences:
         console.warn(f"bits may differ from a run in one piece: {difference}")
     at_end = is_at_end(config, metadata.step, metadata.num_worse_evals)
     # An average that is dropped stays in its checkpoint, which is not made again.
