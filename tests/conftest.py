@@ -19,9 +19,11 @@ os.environ["NPROC"] = "32"
 import jax  # noqa: E402  (after what it reads at import)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tests start the same small run over and over: compile it once.
+# Tests start the same small run over and over: compile it once. With a limit to its size, several
+# processes can share the cache: JAX locks it.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.config.update("jax_compilation_cache_max_size", 4 * 10**9)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,7 +39,10 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the user's own cache; a child process inherits the setting."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+        of_all_workers = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            of_all_workers = of_all_workers.parent
+        jax.config.update("jax_compilation_cache_dir", str(of_all_workers / "compiled"))
         yield
 
 

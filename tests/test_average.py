@@ -87,6 +87,7 @@ def test_training_goes_on_from_a_whole_state_only(run: Path, capsys: pytest.Capt
         ({"last": 1}, "--last: found 1, expected at least 2"),
         ({"steps": [8, 9]}, "no such checkpoint"),
         ({"out": "texts"}, "texts: found something there"),
+        ({"out": f"{runs.RUN}/mean"}, "lies within"),
     ],
 )
 def test_refusals_leave_nothing(run: Path, rules: dict[str, Any], message: str):

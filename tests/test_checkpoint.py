@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from small import metadata_of
 
+from jaxlm.checkpoints import manager
 from jaxlm.checkpoints.checkpoint import CheckpointError, Checkpoints
 from jaxlm.checkpoints.folder import list_steps, select
 from jaxlm.checkpoints.metadata import Metadata
@@ -66,6 +68,19 @@ def _save_all(folder: Path, losses: dict[int, float | None], **config: Any) -> _
         for step, loss in losses.items():
             checkpoints.save(_state(step), metadata_of(step, loss))
     return told
+
+
+def test_small_arrays_are_written_whole_however_many_devices_hold_them(tmp_path, monkeypatch):
+    def chunks(folder: Path) -> list[list[int]]:
+        blueprint = make_blueprint(_Matrix, optax.sgd(1e-3), make_mesh(MeshConfig(data=8)))
+        with _open(folder) as checkpoints:
+            checkpoints.save(blueprint.make(0), metadata_of(1))
+        params = ocp.PyTreeCheckpointHandler().metadata(folder / "1" / "params")
+        return [list(leaf.storage.chunk_shape) for leaf in jax.tree.leaves(params.tree)]
+
+    assert chunks(tmp_path / "whole") == [[64, 64]]
+    monkeypatch.setattr(manager, "LEAST_PART", 64 * 64 * 4 // 8)
+    assert chunks(tmp_path / "in parts") == [[8, 64]]
 
 
 def _damage(folder: Path, step: int) -> None:

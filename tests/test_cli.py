@@ -43,6 +43,22 @@ def refusal(capsys: pytest.CaptureFixture, *args: str) -> str:
     return printed.err
 
 
+def test_out_replaces_nothing_but_a_plain_file(own_run: Path, monkeypatch, capsys):
+    monkeypatch.chdir(own_run)
+    os.mkfifo("pipe")
+    Path("link").symlink_to("elsewhere")
+    for out in ("pipe", "link", "texts"):
+        said = refusal(capsys, "report", runs.RUN, "--out", out)
+        assert f"--out: found {out}, which is no plain file" in said
+    assert "found no folder nowhere" in refusal(capsys, "report", runs.RUN, "--out", "nowhere/x")
+    assert Path("pipe").is_fifo() and Path("link").is_symlink() and Path("texts").is_dir()
+
+
+def test_a_copy_has_one_end_on_this_disk(capsys: pytest.CaptureFixture):
+    said = refusal(capsys, "checkpoints", "copy", "gs://a/run", "gs://b/run")
+    assert "gs://a/run to gs://b/run: found two buckets" in said
+
+
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")]
 

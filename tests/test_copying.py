@@ -137,6 +137,16 @@ def test_after_a_kill_the_next_copy_is_whole(run: Path) -> None:
     assert left_over() == ["tiny"] and not (Path(DEST) / "checkpoints/3").exists()
 
 
+def test_a_checkpoint_folder_brings_all_that_belongs_to_its_run(run: Path) -> None:
+    copy_run(str(run), DEST)
+    copy_run(str(run / "checkpoints"), "backup/by its folder")
+    by_run, by_folder = (
+        {path.relative_to(at): path.read_bytes() for path in at.rglob("*") if path.is_file()}
+        for at in (Path(DEST), Path("backup/by its folder"))
+    )
+    assert by_folder == by_run and Path("checkpoints/tokenizer.json") in by_run
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

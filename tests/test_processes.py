@@ -79,7 +79,7 @@ def _launch_all(
 @pytest.mark.slow
 def test_two_processes_train_stop_and_resume_as_one(config_file: Path, tmp_path: Path) -> None:
     def launch_both(run_dir: Path) -> list[subprocess.Popen]:
-        return _launch_all(config_file, run_dir, 2, "--num_steps", "100")
+        return _launch_all(config_file, run_dir, 2, "--num_steps", "60")
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for process in launch_both(whole):
@@ -91,22 +91,22 @@ def test_two_processes_train_stop_and_resume_as_one(config_file: Path, tmp_path:
         finish(process, 75)
     for process in launch_both(stopped):
         finish(process, 0)
-    assert diff_checkpoints(f"{stopped}@100", f"{whole}@100") == []
+    assert diff_checkpoints(f"{stopped}@60", f"{whole}@60") == []
     assert untimed_rows(stopped) == untimed_rows(whole)
-    metadata = read_metadata(whole / "checkpoints", 100)
+    metadata = read_metadata(whole / "checkpoints", 60)
     assert metadata.environment["processes"] == 2
 
     # One process goes on from what two have saved, and two batches are the same as one.
     alone = tmp_path / "alone"
-    finish(launch(config_file, alone, "--num_steps", "100"), 0)
+    finish(launch(config_file, alone, "--num_steps", "60"), 0)
     losses = [
         [row["eval/loss"] for row in untimed_rows(run) if "eval/loss" in row]
         for run in (whole, alone)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    output = finish(launch(config_file, stopped, "--num_steps", "110"), 0)
+    output = finish(launch(config_file, stopped, "--num_steps", "70"), 0)
     assert "bits may differ from a run in one piece: processes: was 2, is 1" in output
-    assert json.loads((stopped / "config.json").read_text())["num_steps"] == 110
+    assert json.loads((stopped / "config.json").read_text())["num_steps"] == 70
 
 
 @pytest.mark.slow
@@ -114,7 +114,7 @@ def test_one_of_four_is_killed_and_all_go_on_to_the_same_bits(
     config_file: Path, tmp_path: Path
 ) -> None:
     def launch_four(run_dir: Path) -> list[subprocess.Popen]:
-        return _launch_all(config_file, run_dir, 4, "--num_steps", "80")
+        return _launch_all(config_file, run_dir, 4, "--num_steps", "50")
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for process in launch_four(whole):
@@ -127,7 +127,7 @@ def test_one_of_four_is_killed_and_all_go_on_to_the_same_bits(
         assert index == 2 or "start all processes again" in output.splitlines()[-1]
     outputs = [finish(process, 0) for process in launch_four(killed)]
     assert "Resuming from step" in outputs[0]
-    assert diff_checkpoints(f"{killed}@80", f"{whole}@80") == []
+    assert diff_checkpoints(f"{killed}@50", f"{whole}@50") == []
     assert untimed_rows(killed) == untimed_rows(whole)
 
 
@@ -151,15 +151,15 @@ def test_any_number_of_processes_goes_on_from_any_other(config_file: Path, tmp_p
         rows = [row for row in untimed_rows(run_dir) if row["step"] > after]
         return [row[name] for row in rows for name in names if name in row]
 
-    flags = ("--num_steps", "80", "--save_interval", "10", "--eval_interval", "40")
+    flags = ("--num_steps", "40", "--save_interval", "10", "--eval_interval", "20")
     flags += ("--checkpoint.keep_latest", "10")
     one, four = run("one", 1), run("four", 4)
     two = go_on(one, 10, "one-two", 2)
-    assert len(losses(one, 10)) == 14 + 2
+    assert len(losses(one, 10)) == 6 + 2
     assert losses(two, 10) == pytest.approx(losses(one, 10), rel=1e-4)
     assert losses(go_on(two, 20, "two-four", 4), 20) == pytest.approx(losses(one, 20), rel=1e-4)
     assert losses(go_on(four, 10, "four-one", 1), 10) == pytest.approx(losses(one, 10), rel=1e-4)
-    assert losses(one, 10) != pytest.approx(losses(one, 0)[:16], rel=1e-4)
+    assert losses(one, 10) != pytest.approx(losses(one, 0)[:8], rel=1e-4)
 
 
 @pytest.mark.slow
