@@ -37,7 +37,7 @@ NOT_RUN = {
     r"jaxlm checkpoints copy .*gs://": "needs a bucket: tests/test_bucket.py, with an emulator",
     r"jaxlm prove-resume": "slow: tests/test_prove.py",
     r"python tests/chaos\.py": "takes 45 minutes: tests/test_chaos.py runs a short one",
-    r'python -c "import conversion': "needs llama.cpp: tried by hand",
+    r'python -c "import conversion': "needs llama.cpp: run by tests/parity/test_llama_cpp.py",
 }
 A_COMMAND = re.compile(r"^ *\$? *(\w+=\S+ )*(jaxlm|python|uv|uvx|pip|launch\.py)\b", re.M)
 # The names of the folders that a page takes for granted, beside runs/tiny.

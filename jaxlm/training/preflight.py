@@ -90,10 +90,7 @@ def device_advice(error: BaseException, config: Config) -> str | None:
     """What to try, if the error says that memory ran out, or comes from a GPU; else None."""
     if not any(sign in str(error) for sign in _OUT_OF_MEMORY):
         if config.deterministic and jax.default_backend() == "gpu":
-            return (
-                "if this is a kernel that gives the same bits each time and is not to be had, "
-                "--no-deterministic does without; a resumed run may then differ by rounding"
-            )
+            return "--no-deterministic takes any kernel; a resumed run may then differ by rounding"
         return None
     parts = 2 * config.num_microbatches
     tries = []

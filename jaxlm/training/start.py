@@ -122,11 +122,9 @@ def _resumed(
         lineage = [*lineage, {"step": metadata.step, "changed": list(map(str, recorded))}]
     console.say(f"Resuming from step {metadata.step} of {checkpoints.folder}")
     _tell(metadata, console)
+    off = ["deterministic is off"] if same_bits(parts.mesh) and not config.deterministic else []
     now = describe_environment(parts.mesh)
-    differences = compare_environments(metadata.environment, now)
-    if same_bits(parts.mesh) and not config.deterministic:
-        differences.append("deterministic is off")
-    for difference in differences:
+    for difference in compare_environments(metadata.environment, now) + off:
         console.warn(f"bits may differ from a run in one piece: {difference}")
     at_end = is_at_end(config, metadata.step, metadata.num_worse_evals)
     # An average that is dropped stays in its checkpoint, which is not made again.
