@@ -15,6 +15,7 @@ from test_config import INVALID
 from jaxlm import launch
 from jaxlm.checkpoints.folder import list_steps
 from jaxlm.config import Config, leaves
+from jaxlm.training import start
 
 
 @pytest.fixture
@@ -232,6 +233,15 @@ def test_a_complete_run_says_how_to_go_on(own_run: Path):
     assert "this command differs" not in said
     _, said = runs.launched(own_run, f"{flags} --log_interval 5")
     assert "this command differs in log_interval: was 2, is 5" in said
+
+
+def test_a_gpu_without_deterministic_kernels_is_told_at_a_resume(own_run: Path, monkeypatch):
+    monkeypatch.setattr(start, "same_bits", lambda mesh: {"of_a_gpu": True})
+    told = "bits may differ from a run in one piece: deterministic is off"
+    flags = "--optim.learning_rate 3 --num_steps"
+    assert told in runs.launched(own_run, f"{flags} 13 --no-deterministic")[1]
+    said = runs.launched(own_run, f"{flags} 14")[1]
+    assert told not in said and "deterministic: was False, is True" in said
 
 
 def test_a_fixed_field_takes_a_new_run_and_checkpoint_dir_is_its_folder(own_run: Path):

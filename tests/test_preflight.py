@@ -149,6 +149,13 @@ def test_device_advice(sign: str):
     assert "--num_microbatches 2" in advice and "--batch_size 6" in advice
 
 
+def test_a_gpu_may_do_without_deterministic_kernels(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    error = RuntimeError("INTERNAL: no kernel")
+    assert "--no-deterministic" in str(preflight.device_advice(error, Config()))
+    assert preflight.device_advice(error, Config(deterministic=False)) is None
+
+
 def test_device_advice_does_not_give_what_cannot_be():
     config = Config(batch_size=6, num_microbatches=3)  # six rows make no twelve parts
     assert "--num_microbatches 6" in str(
