@@ -40,7 +40,7 @@ def test_a_run_that_is_killed_in_its_phases_ends_with_the_same_bits():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["TERM", "INT"])
 def test_signals_one_and_two_in_a_row(name: str):
-    said = chaos("--signal", name, "--kills", "4", "--seed", "2")
+    said = chaos("--signal", name, "--kills", "6", "--seed", "2")
     assert sum(hit for _, hit in table(said).values()) >= 6
 
 
