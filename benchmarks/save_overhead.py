@@ -17,10 +17,8 @@ import jax
 from save_time import describe_step, open_checkpoints
 
 from jaxlm.config import Config, MeshConfig
-from jaxlm.device.model import model_factory
-from jaxlm.device.optim import make_optimizer
 from jaxlm.device.sharding import make_mesh
-from jaxlm.device.state import TrainState, fingerprint, make_blueprint
+from jaxlm.device.state import TrainState, blueprint_of, fingerprint
 from jaxlm.launch import load_config
 
 
@@ -47,8 +45,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     args = parser.parse_args()
     config = load_config(str(Path(__file__).parent.parent / "configs" / "180m.py"))
-    factory = model_factory(config.model, "cpu")
-    blueprint = make_blueprint(factory, make_optimizer(config.optim), make_mesh(MeshConfig()))
+    blueprint = blueprint_of(config, make_mesh(MeshConfig()))
     state: Any = jax.block_until_ready(blueprint.make(0))
     fingerprint(state)  # compiles
     for turn in range(args.turns):

@@ -22,14 +22,12 @@ from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.config import CheckpointConfig, Config, MeshConfig, to_dict
-from jaxlm.device.model import model_factory
-from jaxlm.device.optim import make_optimizer
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import (
     Blueprint,
     TrainState,
+    blueprint_of,
     fingerprint,
-    make_blueprint,
     num_bytes,
 )
 from jaxlm.launch import load_config
@@ -87,8 +85,7 @@ def load_with_numpy(folder: Path, num_arrays: int) -> list[np.ndarray]:
 def main(folder: Path) -> None:
     """Saves and restores in turns, and prints a table of medians."""
     config = load_config(str(Path(__file__).parent.parent / "configs" / "180m.py"))
-    factory = model_factory(config.model, "cpu")
-    blueprint = make_blueprint(factory, make_optimizer(config.optim), make_mesh(MeshConfig()))
+    blueprint = blueprint_of(config, make_mesh(MeshConfig()))
     state = jax.block_until_ready(blueprint.make(0))
     fingerprint(state)  # compiles
     times: dict[str, list[float]] = defaultdict(list)
