@@ -208,9 +208,13 @@ def test_no_flipped_bit_is_silent(folder: Path, pristine: Path) -> None:
 
 @pytest.mark.slow
 def test_no_flipped_bit_is_silent_on_the_whole_way(folder: Path, pristine: Path) -> None:
-    per_file = {LATEST: 2, BEST: 1}
+    per_file = {LATEST: 4, BEST: 3}
     kinds, restored, silent = count_flips(folder, pristine, per_file, seed=1, look_first=False)
-    assert restored == sum(kinds.values()) >= 100
+    assert restored == sum(kinds.values()) >= 250
+    assert silent == []
+    per_file = dict.fromkeys(STEPS, 60)
+    kinds, _, silent = count_flips(folder, pristine, per_file, seed=2, look_first=True)
+    assert sum(kinds.values()) >= 9_000
     assert silent == []
 
 
