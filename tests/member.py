@@ -3,20 +3,24 @@
 WHO is the process that something happens to; each prints `ready` before that.
 """
 
+import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tiny import TinyBatches, tiny_config
+from tiny import TinyBatches, TinyEvalSet, data, tiny_config
 
 from jaxlm.checkpoints import manifest
+from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.cluster import Cluster, barrier, check_alike
-from jaxlm.config import DataConfig
+from jaxlm.config import DataConfig, MeshConfig
 from jaxlm.launch import explain, run_main
 from jaxlm.training.train import train
 
@@ -66,6 +70,26 @@ def end(mine: bool) -> None:
     time.sleep(2 * mine)
 
 
+def late(mine: bool) -> None:
+    """A stop owes an eval, and one comes late to where its step is saved again."""
+
+    class Stopping(TinyBatches):
+        def __call__(self, index: int, rows: slice) -> dict[str, np.ndarray]:
+            if index == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__call__(index, rows)
+
+    def replace(self: Checkpoints, *args: Any) -> None:
+        time.sleep(mine)
+        saves_again(self, *args)
+
+    saves_again, Checkpoints.replace = Checkpoints.replace, replace
+    config = tiny_config(sys.argv[3], eval_interval=1)
+    assert not train(config, batches=Stopping(), eval_batches=TinyEvalSet()).complete
+    ready()
+    assert train(config, **data()).complete
+
+
 def save(mine: bool) -> None:
     """The disk of one is full once step 4 is saved."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -95,9 +119,12 @@ def train_until(break_disk: Callable[[], object]) -> None:
             return super().__call__(index, rows)
 
     folder = Path(sys.argv[3])
-    checkpoint = {"save_timeout_s": 4}
     config = tiny_config(
-        folder, eval_interval=100, checkpoint=checkpoint, data=DataConfig(prefetch=1)
+        folder,
+        eval_interval=100,
+        checkpoint={"save_timeout_s": 4},
+        data=DataConfig(prefetch=1),
+        mesh=MeshConfig(fsdp=jax.process_count()),  # each saves a part that no other has
     )
     train(config, batches=Batches())
 

@@ -284,6 +284,14 @@ def test_a_replaced_step_is_there_at_every_instant(tmp_path: Path) -> None:
         restored = checkpoints.restore_latest(BLUEPRINT.abstract)
     assert restored is not None and restored[1].eval_loss == 1.25
     assert not (tmp_path / "2.replaced").exists()
+    # A disk lost what was committed: the old one comes back, and the other is kept for a look.
+    shutil.copytree(tmp_path / "2", tmp_path / "2.replaced")
+    (tmp_path / "2" / "manifest.json").unlink()
+    told = _Told()
+    with _open(tmp_path, told) as checkpoints:
+        assert checkpoints.restore_latest(BLUEPRINT.abstract)
+    assert told.warnings == ["checkpoint 2 is unfinished; renamed to 2.corrupt"]
+    assert sorted(path.name for path in tmp_path.glob("2*")) == ["2", "2.corrupt"]
 
 
 def test_what_a_killed_save_left_is_cleared(tmp_path: Path) -> None:

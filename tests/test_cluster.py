@@ -155,6 +155,15 @@ def test_processes_that_end_well_wait_for_the_late_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_step_is_saved_again_however_late_one_looks_for_it(tmp_path: Path) -> None:
+    with running(tmp_path, 2, "late", 1, tmp_path / "saved") as members:
+        ends = members.ends()
+    assert [end.code for end in ends] == [0, 0], ends
+    assert set(ends[0].output.split()) > {"Resuming", "New", "done:"}, ends[0].output
+    assert max(list_steps(tmp_path / "saved" / "checkpoints")) == 12
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "who", "told"),
     [("save", 1, "process 1 of 2: error: .*File too large"), ("hang", 0, "failed: Timed out")],

@@ -325,7 +325,9 @@ class Checkpoints:
         """Saves a step that may be there already; at any instant, the one or the other is."""
         self.wait()
         current = self.folder / str(metadata.step)
-        if not current.exists():
+        there = current.exists()
+        self._sync("to replace")  # every process has looked, before one of them renames it
+        if not there:
             return self.save(state, metadata, before)
         aside = self.folder / f"{metadata.step}{REPLACED}"
         if self._primary:
@@ -452,8 +454,10 @@ class Checkpoints:
     def _finish_replacing(self, aside: Path) -> None:
         current = aside.with_name(aside.name.removesuffix(REPLACED))
         if manifest.find_damage(current, contents=False):
-            if current.exists():
-                self._set_aside(int(current.name), ["it is unfinished"])
+            if current.exists():  # put aside without `_sync`: no other process comes here
+                (name,) = put_aside(self.folder, [int(current.name)], CORRUPT)
+                self._tell({name: "damaged: it is unfinished"})
+                self._warn(f"checkpoint {current.name} is unfinished; renamed to {name}")
             aside.rename(current)
         else:
             self._purger.purge(aside)
