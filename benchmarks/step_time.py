@@ -37,7 +37,7 @@ def ours() -> Callable[[], None]:
     from jaxlm.device.optim import make_optimizer, make_schedule
     from jaxlm.device.sharding import make_mesh, put_batch
     from jaxlm.device.state import make_blueprint
-    from jaxlm.device.step import make_train_step
+    from jaxlm.device.step import make_train_step, scheduled
 
     config = ModelConfig(
         vocab_size=VOCAB,
@@ -52,7 +52,7 @@ def ours() -> Callable[[], None]:
     mesh, optim = make_mesh(MeshConfig()), OptimConfig(name="adamw")
     tx, schedule = make_optimizer(optim), make_schedule(optim, 1000)
     blueprint = make_blueprint(model_factory(config, "cpu"), tx, mesh)
-    step = make_train_step(blueprint, next_token_loss(), tx, schedule, mesh)
+    step = scheduled(make_train_step(blueprint, next_token_loss(), tx, mesh), schedule, mesh)
     tokens = np.random.default_rng(0).integers(0, VOCAB, (BATCH, SEQ_LEN + 1)).astype(np.int32)
     batch = put_batch(
         lambda rows: {"inputs": tokens[rows, :-1], "targets": tokens[rows, 1:]}, mesh, BATCH

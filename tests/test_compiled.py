@@ -4,10 +4,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
+from tiny import tiny_config
 
 from jaxlm.compiled import clear_compiled, compiled_bytes, compiled_folder
+from jaxlm.config import OptimConfig
+from jaxlm.plan.ahead import lower_ahead
 
 PROGRAM = """
 import logging, jax, jax.numpy as jnp
@@ -84,3 +89,13 @@ def test_what_the_user_says_to_jax_holds(
     monkeypatch.chdir(tmp_path)
     assert start(tmp_path / "cache", **env)[0][0] == found
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_longer_plan_at_another_rate_needs_no_other_program():
+    def program(num_steps: int = 12, **optim: Any) -> str:
+        optim = {"warmup_steps": 2} | optim
+        config = tiny_config("x", num_steps=num_steps, optim=OptimConfig(**optim))
+        return lower_ahead(config, jax.devices())[0].as_text()
+
+    assert program() == program(40, learning_rate=0.3, warmup_steps=5, min_lr_ratio=0.5)
+    assert program() != program(weight_decay=0.3)

@@ -36,7 +36,7 @@ from jaxlm.device.loss import next_token_loss
 from jaxlm.device.model import model_factory
 from jaxlm.device.optim import make_optimizer, make_schedule
 from jaxlm.device.state import fingerprint, make_blueprint, num_bytes
-from jaxlm.device.step import make_train_step
+from jaxlm.device.step import make_train_step, scheduled
 from jaxlm.evaluation.average import average
 from jaxlm.evaluation.score import score, verify_step
 from jaxlm.inference.load import load_model
@@ -82,14 +82,9 @@ def test_the_state_has_it_beside_all_else():
 @pytest.mark.parametrize("shape", [ONE_DEVICE, (2, 2, 2)])
 def test_it_is_the_recursion_on_any_mesh_and_split_as_the_params(shape):
     blueprint, mesh = averaged(shape), mesh_of(*shape)
-    step = make_train_step(
-        blueprint,
-        next_token_loss(),
-        make_optimizer(OPTIM),
-        make_schedule(OPTIM, 10),
-        mesh,
-        ema_decay=0.25,
-    )
+    optim = make_optimizer(OPTIM)
+    update = make_train_step(blueprint, next_token_loss(), optim, mesh, ema_decay=0.25)
+    step = scheduled(update, make_schedule(OPTIM, 10), mesh)
     state = blueprint.make(0)
     expected = np.asarray(state.params["table_VV"], np.float64)
     for n, decay in enumerate([0.1, 2 / 11, 0.25, 0.25]):  # (1 + n) / (10 + n), up to 0.25
@@ -108,8 +103,8 @@ def test_a_step_that_is_not_finite_leaves_it_alone():
         return total * jax.numpy.where((batch["inputs"] == 31).all(), jax.numpy.nan, 1.0), count
 
     mesh, optim = mesh_of(*ONE_DEVICE), make_optimizer(OPTIM)
-    schedule = make_schedule(OPTIM, 10)
-    step = make_train_step(averaged(), broken_by_31, optim, schedule, mesh, ema_decay=DECAY)
+    update = make_train_step(averaged(), broken_by_31, optim, mesh, ema_decay=DECAY)
+    step = scheduled(update, make_schedule(OPTIM, 10), mesh)
     state, _ = step(averaged().make(0), put(host_batch(0), mesh))
     before = fingerprint(state.ema_params)
     assert before != fingerprint(state.params)  # so another average with them would show

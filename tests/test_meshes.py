@@ -26,7 +26,7 @@ from jaxlm.config import CheckpointConfig
 from jaxlm.device.loss import next_token_loss
 from jaxlm.device.optim import make_optimizer, make_schedule
 from jaxlm.device.state import TrainState, fingerprint
-from jaxlm.device.step import make_train_step
+from jaxlm.device.step import make_train_step, scheduled
 
 pytestmark = pytest.mark.slow  # a compilation for each mesh
 
@@ -37,9 +37,9 @@ Shape = tuple[int, int, int]
 
 @functools.cache
 def step_on(shape: Shape) -> Any:
-    optim, schedule = make_optimizer(OPTIM), make_schedule(OPTIM, NUM_STEPS)
-    mesh = mesh_of(*shape)
-    return make_train_step(blueprint_of(shape), next_token_loss(), optim, schedule, mesh, 1)
+    optim, mesh = make_optimizer(OPTIM), mesh_of(*shape)
+    update = make_train_step(blueprint_of(shape), next_token_loss(), optim, mesh)
+    return scheduled(update, make_schedule(OPTIM, NUM_STEPS), mesh)
 
 
 def go_on(state: TrainState, shape: Shape, first: int, last: int) -> tuple[TrainState, list[float]]:

@@ -200,15 +200,16 @@ def test_it_is_the_step_of_the_trainer(mesh: tuple[int, ...], num_microbatches: 
     parts = assemble(
         config, batches=lambda index, rows: {k: v[rows] for k, v in batch.items()}, say=print
     )
-    trained = read_costs(parts.train_step.as_text())
+    trained = read_costs(parts.compiled.as_text())
     found = examine_step(config, jax.devices())
     assert found["costs"]["flops"] == trained.flops > 0
     assert found["costs"]["memory_bytes"] == trained.memory_bytes > 0
     kinds = {kind: tuple(c.values()) for kind, c in found["costs"]["collectives"].items()}
     assert kinds == trained.collectives != {}
-    assert found["memory"]["temporaries"] == parts.memory.temp_size_in_bytes
+    sizes = parts.compiled.memory_analysis()
+    assert found["memory"]["temporaries"] == sizes.temp_size_in_bytes
     state = sum(found["memory"][kind] for kind in ("params", "optimizer", "batch_and_padding"))
-    assert state == parts.memory.argument_size_in_bytes
+    assert state == sizes.argument_size_in_bytes
     assert found["memory"]["batch_and_padding"] < 4096
     other = examine_step(dataclasses.replace(config, num_microbatches=4), jax.devices())
     assert other["costs"]["memory_bytes"] != trained.memory_bytes

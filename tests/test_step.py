@@ -27,7 +27,7 @@ from jaxlm.device.loss import next_token_loss
 from jaxlm.device.optim import make_optimizer, make_schedule
 from jaxlm.device.sharding import same_bits
 from jaxlm.device.state import TrainState, fingerprint, make_blueprint
-from jaxlm.device.step import make_eval_step, make_train_step
+from jaxlm.device.step import make_eval_step, make_train_step, scheduled
 
 SCHEDULE = make_schedule(OPTIM, NUM_STEPS)
 CONSTANT = OptimConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant")
@@ -35,14 +35,14 @@ CONSTANT = OptimConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant")
 
 @functools.cache
 def step_of(shape=ONE_DEVICE, model=TRANSFORMER, num_microbatches=1, optim=OPTIM, loss=None):
-    return make_train_step(
+    update = make_train_step(
         blueprint_of(shape, model, optim),
         loss or next_token_loss(),
         make_optimizer(optim),
-        make_schedule(optim, NUM_STEPS),
         mesh_of(*shape),
         num_microbatches,
     )
+    return scheduled(update, make_schedule(optim, NUM_STEPS), mesh_of(*shape))
 
 
 @functools.cache
@@ -275,10 +275,10 @@ def test_the_compiler_is_told_to_give_the_same_bits(deterministic, monkeypatch):
     tx = make_optimizer(OPTIM)
     blueprint = make_blueprint(TRANSFORMER, tx, mesh, deterministic=deterministic)
     batch = put(host_batch(0), mesh)
-    train_step = make_train_step(blueprint, next_token_loss(), tx, SCHEDULE, mesh)
+    train_step = make_train_step(blueprint, next_token_loss(), tx, mesh)
     eval_step: Any = make_eval_step(blueprint, next_token_loss(), mesh)
     for lowered in (
-        train_step.lower(blueprint.abstract, batch),
+        train_step.lower(blueprint.abstract, batch, jnp.float32(1e-3)),
         eval_step.lower(blueprint.abstract.params, batch),
     ):
         if deterministic:

@@ -306,14 +306,13 @@ class Checkpoints:
         loss = metadata.eval_loss
         metrics = None if loss is None or not math.isfinite(loss) else {"eval_loss": loss}
         args = {name: ocp.args.PyTreeSave(item) for name, item in items.items()}
-        meta = ocp.args.JsonSave(metadata.to_json())
         self._saving, self._saved_for = metadata, why
         self._last_save_s = time.monotonic()
         try:
             before()
             saved = self._manager.save(
                 metadata.step,
-                args=ocp.args.Composite(**args, meta=meta),
+                args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(metadata.to_json())),
                 metrics=metrics,
                 force=True,
             )

@@ -15,13 +15,13 @@ from jaxlm.device.sharding import batch_sharding, replicated
 from jaxlm.device.state import Blueprint, Params, TrainState, jit_with_model
 
 StepMetrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
 def make_train_step(
     blueprint: Blueprint,
     loss: Loss,
     tx: optax.GradientTransformation,
-    schedule: optax.Schedule,
     mesh: Mesh,
     num_microbatches: int = 1,
     spike_zscore: float | None = None,
@@ -34,8 +34,8 @@ def make_train_step(
     `ema_params` (kept with `ema_decay`) stay as they were.
 
     Returns:
-      `(state, batch) -> (state, metrics)`, metrics being float32 [] `loss` (mean over tokens),
-      `grad_norm` (before clipping) and `learning_rate`, and the counts of `Guard`.
+      `(state, batch, learning_rate) -> (state, metrics)`, metrics being float32 [] `loss` (mean
+      over tokens), `grad_norm` (before clipping) and `learning_rate`, and the counts of `Guard`.
     """
 
     def loss_and_grads(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
@@ -49,11 +49,12 @@ def make_train_step(
             (total, weight), grads = _accumulate(grad_of_sum, params, batch, num_microbatches)
         return total / weight, jax.tree.map(lambda grad: grad / weight, grads)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def train_step(
+        state: TrainState, batch: Batch, learning_rate: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             loss_value, grads = loss_and_grads(state.params, batch)
         grad_norm = optax.tree_utils.tree_norm(grads)
-        learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
         ema_params = _average(state, params, ema_decay)
@@ -78,11 +79,24 @@ def make_train_step(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.abstract)
     return jax.jit(
         train_step,
-        in_shardings=(shardings, batch_sharding(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
         compiler_options=blueprint.compiler_options,
     )
+
+
+def scheduled(update: Callable[..., Any], schedule: optax.Schedule, mesh: Mesh) -> TrainStep:
+    """What `make_train_step` gives, at the learning rate of each step.
+
+    The rate is no constant of the update, which is compiled once for plans of any length and rate.
+    """
+
+    def rate(step: jax.Array) -> jax.Array:
+        return jnp.asarray(schedule(step), jnp.float32)
+
+    rate_of = jax.jit(rate, out_shardings=replicated(mesh))
+    return lambda state, batch: update(state, batch, rate_of(state.step))
 
 
 def _average(state: TrainState, params: Params, ema_decay: float | None) -> Params | None:

@@ -66,19 +66,12 @@ def describe_steps(
     named["final"] = max((step for step in found if found[step].final), default=None)
     rows = []
     for step, metadata in found.items():
-        here = (step, checkpoint_id(metadata))
-        values = metadata.to_json()
+        here, values = (step, checkpoint_id(metadata)), metadata.to_json()
+        followed = {e["source"]: e["loss"] for e in evals if (e["step"], e["checkpoint"]) == here}
         rows.append(
             {name: values[name] for name in ("step", "tokens_seen", "eval_loss", "best_eval_loss")}
             | {"bytes": folder_bytes(folder / str(step))}
-            | {"is": [name for name, at in named.items() if at == step]}
-            | {
-                "followed": {
-                    row["source"]: row["loss"]
-                    for row in evals
-                    if (row["step"], row["checkpoint"]) == here
-                }
-            }
+            | {"is": [name for name, at in named.items() if at == step], "followed": followed}
         )
     return rows
 

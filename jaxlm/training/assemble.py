@@ -18,9 +18,9 @@ from jaxlm.data.batches import EvalBatches, TrainBatches, recorded
 from jaxlm.data.prepare import Dataset, default_max_tokens, prepare
 from jaxlm.device.loss import Batch, Loss, next_token_loss
 from jaxlm.device.optim import make_optimizer, make_schedule
-from jaxlm.device.sharding import AXES_OF, make_mesh, put_batch
-from jaxlm.device.state import Blueprint, ModelFactory, TrainState, blueprint_of
-from jaxlm.device.step import StepMetrics, make_eval_step, make_train_step
+from jaxlm.device.sharding import AXES_OF, make_mesh, put_batch, replicated
+from jaxlm.device.state import Blueprint, ModelFactory, blueprint_of
+from jaxlm.device.step import TrainStep, make_eval_step, make_train_step, scheduled
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.throughput import peak_flops
 from jaxlm.training.evaluate import EvalSet, EvalStep
@@ -45,9 +45,9 @@ class Parts(NamedTuple):
     """With what was left open filled in."""
     mesh: Mesh
     blueprint: Blueprint
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
-    memory: Any
-    """`memory_analysis()` of the compiled step, or None."""
+    train_step: TrainStep
+    compiled: jax.stages.Compiled
+    """The update that it makes."""
     peak_flops: float | None
     """Of all devices together (FLOP/s), where it is known."""
     eval_step: EvalStep
@@ -117,8 +117,8 @@ def assemble(
         config=config,
         mesh=mesh,
         blueprint=blueprint,
-        train_step=compiled,
-        memory=compiled.memory_analysis(),
+        train_step=scheduled(compiled, make_schedule(config.optim, config.num_steps), mesh),
+        compiled=compiled,
         peak_flops=peak * mesh.size if peak else None,
         eval_step=eval_step,
         put=put,
@@ -145,7 +145,6 @@ def lower_step(
         blueprint,
         loss,
         make_optimizer(config.optim),
-        make_schedule(config.optim, config.num_steps),
         mesh,
         config.num_microbatches,
         config.guard.spike_zscore,
@@ -154,7 +153,8 @@ def lower_step(
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), example
     )
-    return train_step.lower(blueprint.abstract, shapes)
+    rate = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(mesh))
+    return train_step.lower(blueprint.abstract, shapes, rate)
 
 
 def assemble_eval(

@@ -29,7 +29,8 @@ def tell_start(parts: Parts, console: Console) -> None:
         f"vocabulary {model.vocab_size}; {config.num_steps} steps of {config.batch_size} x "
         f"{config.seq_len} tokens; {optim.schedule} schedule, learning rate {optim.learning_rate:g}"
     )
-    console.say(preflight.describe(config, abstract, parts.memory, parts.mesh.size))
+    memory = parts.compiled.memory_analysis()
+    console.say(preflight.describe(config, abstract, memory, parts.mesh.size))
     state_bytes = num_bytes(abstract)
     console.say(
         f"checkpoints: {format_bytes(state_bytes)} each, at most "
