@@ -119,8 +119,8 @@ def read_too_soon(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def watched(*args: Any) -> Any:
         compiled = lower_step(*args).compile()
 
-        def call(state: Any, batch: Any) -> Any:
-            state, metrics = compiled(state, batch)
+        def call(state: Any, *rest: Any) -> Any:
+            state, metrics = compiled(state, *rest)
             dispatched[0] += 1
             step = dispatched[0]
 

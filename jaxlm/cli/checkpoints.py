@@ -129,11 +129,7 @@ def prune(
     from jaxlm.checkpoints import prune as pruning
     from jaxlm.tracking.console import format_bytes
 
-    rules = {
-        "keep_latest": keep_latest,
-        "keep_every": keep_every,
-        "disk_budget_gb": disk_budget_gb,
-    }
+    rules = {"keep_latest": keep_latest, "keep_every": keep_every, "disk_budget_gb": disk_budget_gb}
     if delete:
         found = pruning.prune(run, warn=note(json), **rules)
     else:
@@ -211,8 +207,7 @@ def average(
     found = make_average(run, last=last, steps=chosen, out=out, warn=note(json))
     best = min(found.parts.values())
     lines = [f"step {step}: loss {loss:.4f}" for step, loss in found.parts.items()]
-    gap = f"{found.loss - best:+.4f} beside the best of them"
-    lines.append(f"average: loss {found.loss:.4f}, {gap}")
-    lines.append(f"written to {found.folder} (weights only)")
+    mean = f"average: loss {found.loss:.4f}, {found.loss - best:+.4f} beside the best of them"
+    lines += [mean, f"written to {found.folder} (weights only)"]
     show({**found._asdict(), "folder": str(found.folder)}, "\n".join(lines), json)
     return 0

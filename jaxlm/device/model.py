@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm.config import ModelConfig
 from jaxlm.device.attention import Attention, cached_attention, for_platform, reference_attention
 from jaxlm.device.kv_cache import KVCache, Past, end
-from jaxlm.device.sharding import constrain
+from jaxlm.device.sharding import constrain, gathered_after
 
 
 def compute_dtype(config: ModelConfig, platform: str) -> jnp.dtype:
@@ -101,11 +101,9 @@ def rope(x_BTNH: jax.Array, theta: float, positions_BT: jax.Array | None = None)
     T, H = x_BTNH.shape[1], x_BTNH.shape[-1]
     freqs_h = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
     if positions_BT is None:
-        angles_Th = jnp.arange(T, dtype=jnp.float32)[:, None] * freqs_h[None, :]
-        cos, sin = jnp.cos(angles_Th)[None, :, None, :], jnp.sin(angles_Th)[None, :, None, :]
-    else:
-        angles_BTh = positions_BT.astype(jnp.float32)[:, :, None] * freqs_h[None, None, :]
-        cos, sin = jnp.cos(angles_BTh)[:, :, None, :], jnp.sin(angles_BTh)[:, :, None, :]
+        positions_BT = jnp.arange(T)[None, :]
+    angles_BTh = positions_BT.astype(jnp.float32)[:, :, None] * freqs_h[None, None, :]
+    cos, sin = jnp.cos(angles_BTh)[:, :, None, :], jnp.sin(angles_BTh)[:, :, None, :]
     cos, sin = cos.astype(x_BTNH.dtype), sin.astype(x_BTNH.dtype)
     a, b = jnp.split(x_BTNH, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
@@ -280,7 +278,9 @@ class Transformer(nnx.Module):
         if cache is not None:
             assert positions_BT is not None and segment_ids_BT is None
             pasts = [*cache.begin(positions_BT)]
+        before_BTD = x_BTD
         for number, layer in enumerate(self.layers):
+            layer, before_BTD = gathered_after(before_BTD, layer), x_BTD
             x_BTD, pasts[number] = apply(layer, x_BTD, segment_ids_BT, pasts[number])
         cache = end([past for past in pasts if past]) if cache is not None else None
         return self.final_norm(x_BTD), cache

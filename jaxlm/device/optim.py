@@ -44,11 +44,8 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     The caller multiplies by the rate of its own step counter, which also counts steps whose
     gradient was not finite and which therefore changed nothing here.
     """
-    clip = (
-        optax.identity()
-        if config.clip_norm is None
-        else optax.clip_by_global_norm(config.clip_norm)
-    )
+    norm = config.clip_norm
+    clip = optax.identity() if norm is None else optax.clip_by_global_norm(norm)
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
     muon = optax.chain(
         optax.contrib.scale_by_muon(

@@ -6,10 +6,12 @@ A mesh has *axes* (`data`, `fsdp`, `tensor`); an array has *dims* (`batch`, `voc
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -79,12 +81,9 @@ def param_sharding(
     if dims is None:
         fsdp = mesh.shape["fsdp"]
         divisible = [dim for dim, size in enumerate(shape) if fsdp > 1 and size % fsdp == 0]
-        if not divisible:
-            return replicated(mesh)
-        largest = max(divisible, key=lambda dim: shape[dim])
-        return NamedSharding(
-            mesh, P(*("fsdp" if d == largest else None for d in range(len(shape))))
-        )
+        largest = max(divisible, key=lambda dim: shape[dim], default=None)
+        axes = ("fsdp" if dim == largest else None for dim in range(len(shape)))
+        return NamedSharding(mesh, P(*axes))
     for dim, size in zip(dims, shape, strict=True):
         ways = math.prod(mesh.shape[axis] for axis in AXES_OF[dim])
         if size % ways:
@@ -106,6 +105,33 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*(AXES_OF[dim] or None for dim in dims)))
 
 
+def gathered_after(x: jax.Array, module: nnx.Module) -> nnx.Module:
+    """The module, its params on hold until `x` is there; without a split by `fsdp`, as it is.
+
+    XLA would gather the params of all blocks before the first of them begins.
+    """
+    if not _split_here():
+        return module
+    graphdef, params = nnx.split(module)
+    params, _ = jax.lax.optimization_barrier((params, jax.lax.stop_gradient(x)))
+    return nnx.merge(graphdef, params)
+
+
+def split_at_once(grads: Any, shardings: Any) -> Any:
+    """The gradients, of which each device keeps its part; without a split by `fsdp`, as they are.
+
+    XLA would keep the whole of each on every device, and slice it once more wherever it is used.
+    """
+    if not _split_here():
+        return grads
+    grads = jax.lax.with_sharding_constraint(grads, shardings)
+    return jax.tree.map(jax.lax.optimization_barrier, grads)
+
+
+def _split_here() -> bool:
+    return jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
+
+
 def put_batch(
     rows_of: Callable[[slice], dict[str, np.ndarray]], mesh: Mesh, batch_size: int
 ) -> dict[str, jax.Array]:
@@ -117,13 +143,11 @@ def put_batch(
       batch_size: rows of the whole batch.
     """
     sharding = batch_sharding(mesh)
-    made: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+    made = cache(lambda start, stop: rows_of(slice(start, stop)))
 
     def rows(index: Any) -> dict[str, np.ndarray]:
         start, stop, _ = index[0].indices(batch_size)
-        if (start, stop) not in made:
-            made[start, stop] = rows_of(slice(start, stop))
-        return made[start, stop]
+        return made(start, stop)
 
     mine = sharding.addressable_devices_indices_map((batch_size,)).values()
     example = rows(next(iter(mine)))

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxlm.device.guard import observe
 from jaxlm.device.loss import Batch, Loss
-from jaxlm.device.sharding import batch_sharding, replicated
+from jaxlm.device.sharding import batch_sharding, replicated, split_at_once
 from jaxlm.device.state import Blueprint, Params, TrainState, jit_with_model
 
 StepMetrics = dict[str, jax.Array]
@@ -37,12 +37,16 @@ def make_train_step(
       `(state, batch, learning_rate) -> (state, metrics)`, metrics being float32 [] `loss` (mean
       over tokens), `grad_norm` (before clipping) and `learning_rate`, and the counts of `Guard`.
     """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.abstract)
 
     def loss_and_grads(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
         def loss_sum(params: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
             return loss(nnx.merge(blueprint.graphdef, params), part)
 
-        grad_of_sum = jax.value_and_grad(loss_sum, has_aux=True)
+        def grad_of_sum(params: Params, part: Batch) -> tuple[Any, Params]:
+            sums, grads = jax.value_and_grad(loss_sum, has_aux=True)(params, part)
+            return sums, split_at_once(grads, shardings.params)
+
         if num_microbatches == 1:
             (total, weight), grads = grad_of_sum(params, batch)
         else:
@@ -76,7 +80,6 @@ def make_train_step(
         }
         return TrainState(params, opt_state, state.step + 1, guard, ema_params), metrics
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.abstract)
     return jax.jit(
         train_step,
         in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),

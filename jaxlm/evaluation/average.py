@@ -12,13 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxlm.checkpoints.copying import check_outside
-from jaxlm.checkpoints.folder import (
-    TOKENIZER,
-    find_checkpoints,
-    read_steps,
-    run_folder,
-    select,
-)
+from jaxlm.checkpoints.folder import TOKENIZER, find_checkpoints, read_steps, run_folder, select
 from jaxlm.checkpoints.manifest import write_manifest
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import DamagedArrays, restore_numpy

@@ -1,6 +1,6 @@
 """The checkpoints of runs in a table. Without JAX, which takes seconds to import."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,26 +78,27 @@ def describe_steps(
 
 def format_table(runs: list[dict[str, Any]]) -> str:
     """The table of one run, or of several with a column that tells them apart."""
-    several = len(runs) > 1
+    sources = {name for run in runs for row in run["checkpoints"] for name in row["followed"]}
+    columns: dict[str, Callable[[Any], str]] = {
+        "   Step": lambda row: str(row["step"]),
+        "Tokens (B)": lambda row: f"{row['tokens_seen'] / 1e9:.4f}",
+        "Eval Loss": lambda row: _loss(row["eval_loss"]),
+        "Best Eval Loss": lambda row: _loss(row["best_eval_loss"]),
+        **{f"{s:>9}": lambda row, s=s: _loss(row["followed"].get(s)) for s in sorted(sources)},
+        "     Size": lambda row: format_bytes(row["bytes"]),
+    }
     width = max(len(run["run"]) for run in runs)
-    head = f"{'Step':>7} | {'Tokens (B)':>10} | {'Eval Loss':>9} | {'Best Eval Loss':>14} | "
-    sources = sorted(
-        {name for run in runs for row in run["checkpoints"] for name in row["followed"]}
-    )
-    head += "".join(f"{name:>9} | " for name in sources) + f"{'Size':>9} |"
-    rule = "|".join("-" * len(part) for part in head.split("|"))
-    prefix = f"{'Run':<{width}} | " if several else ""
-    lines = [prefix + head, ("-" * (width + 1) + "|-" if several else "") + rule]
+
+    def start(name: str) -> str:
+        return f"{name:<{width}} | " if len(runs) > 1 else ""
+
+    head = f"{start('Run')}{' | '.join(columns)} |"
+    lines = [head, "|".join("-" * len(part) for part in head.split("|"))]
     for run in runs:
         for row in run["checkpoints"]:
-            start = f"{run['run']:<{width}} | " if several else ""
-            cells = (f"{_loss(row['followed'].get(s)):>{max(9, len(s))}} | " for s in sources)
-            lines.append(
-                f"{start}{row['step']:>7} | {row['tokens_seen'] / 1e9:>10.4f} | "
-                f"{_loss(row['eval_loss']):>9} | {_loss(row['best_eval_loss']):>14} | "
-                f"{''.join(cells)}"
-                f"{format_bytes(row['bytes']):>9} | {', '.join(row['is'])}".rstrip()
-            )
+            cells = [f"{cell(row):>{len(title)}}" for title, cell in columns.items()]
+            text = " | ".join([*cells, ", ".join(row["is"])])
+            lines.append(start(run["run"]) + text.rstrip())
     for run in runs:
         for skip in run["skips"]:
             past = f"past {skip['num_batches']} batches: " if skip["num_batches"] else ""

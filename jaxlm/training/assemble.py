@@ -62,9 +62,8 @@ class Parts(NamedTuple):
 
     def eval_due(self, step: int) -> bool:
         """Whether a checkpoint of this step holds an eval."""
-        if self.num_eval_batches == 0 or step == 0:
-            return False
-        return step % self.config.eval_interval == 0 or step == self.config.num_steps
+        due = step % self.config.eval_interval == 0 or step == self.config.num_steps
+        return due and step > 0 and self.num_eval_batches > 0
 
 
 def assemble(
