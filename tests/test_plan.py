@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm import __main__ as cli
-from jaxlm.config import Config, MeshConfig
+from jaxlm.config import Config, MeshConfig, ModelConfig
 from jaxlm.launch import run_main
 from jaxlm.plan import plan as planning
 from jaxlm.plan.ahead import examine, examine_step
@@ -469,6 +469,28 @@ def test_a_plan_for_tpus():
         examine(dataclasses.replace(CONFIG, batch_size=6), "tpu", "v5e:2x2")
     huge = dataclasses.replace(CONFIG, batch_size=2**16, seq_len=512)
     assert "15.75G" in examine(huge, "tpu", "v5e:2x2")["refused"]
+
+
+@pytest.mark.slow
+@needs("tpu")
+def test_fsdp_never_gathers_the_params_of_all_blocks():
+    model = ModelConfig(
+        vocab_size=512,
+        num_layers=16,
+        d_model=512,
+        d_ff=2048,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=128,
+        remat="full",
+    )
+    mesh, optim = MeshConfig(data=1, fsdp=8), dataclasses.replace(small.OPTIM, name="adamw")
+    config = dataclasses.replace(
+        CONFIG, model=model, mesh=mesh, optim=optim, batch_size=8, seq_len=128
+    )
+    memory = examine(config, "tpu", "v5e:2x4")["memory"]
+    whole = 8 * memory["params"] / 2  # all of them on one device, in bfloat16
+    assert memory["temporaries"] < whole / 2
 
 
 @pytest.mark.slow
