@@ -43,14 +43,12 @@ def make_train_step(
         def loss_sum(params: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
             return loss(nnx.merge(blueprint.graphdef, params), part)
 
-        def grad_of_sum(params: Params, part: Batch) -> tuple[Any, Params]:
-            sums, grads = jax.value_and_grad(loss_sum, has_aux=True)(params, part)
-            return sums, split_at_once(grads, shardings.params)
-
+        grad_of_sum = jax.value_and_grad(loss_sum, has_aux=True)
         if num_microbatches == 1:
             (total, weight), grads = grad_of_sum(params, batch)
         else:
             (total, weight), grads = _accumulate(grad_of_sum, params, batch, num_microbatches)
+        grads = split_at_once(grads, shardings.params)
         return total / weight, jax.tree.map(lambda grad: grad / weight, grads)
 
     def train_step(

@@ -5,6 +5,7 @@ On a user's own config and machine; the settings that a short proof needs are pu
 
 import hashlib
 import json
+import math
 import os
 import random
 import signal
@@ -155,12 +156,13 @@ def _break(
     def in_step(attempt: Attempt) -> bool:
         return attempt.phase() == "training" and attempt.last_step() >= stop_step
 
-    def at(instant_s: float) -> Callable[[Attempt], bool]:
-        return lambda attempt: attempt.age_s() >= instant_s
+    def at(instant_s: float, step: float) -> Callable[[Attempt], bool]:
+        return lambda attempt: attempt.age_s() >= instant_s or attempt.last_step() >= step
 
     # The first one is early, so that there is something left to break for the others.
-    latest_s = [0.6 * whole_s] + [whole_s] * settings.prove_kills
-    aims = [(at(rng.uniform(0, x)), signal.SIGKILL) for x in latest_s[: settings.prove_kills]]
+    latest = [(0.6 * whole_s, settings.prove_steps // 2)]
+    latest += [(whole_s, math.inf)] * settings.prove_kills
+    aims = [(at(rng.uniform(0, x), n), signal.SIGKILL) for x, n in latest[: settings.prove_kills]]
     aims[1:1] = [(in_save, signal.SIGKILL), (in_step, signal.SIGTERM)]
     kills: list[Kill] = []
     while aims:
