@@ -33,6 +33,9 @@ from jaxlm.device.state import (
 from jaxlm.launch import load_config
 
 TURNS = 5
+COPY, NUMPY_SAVE = "copy of the state in memory", "numpy.save and fsync"
+WAITS, SAVE = "save: the loop waits", "save: until it is committed"
+RESTORE = "open and restore, verify"
 Verify = Literal["full", "fast", "off"]
 
 
@@ -82,6 +85,16 @@ def load_with_numpy(folder: Path, num_arrays: int) -> list[np.ndarray]:
     return [np.load(folder / f"{number}.npy") for number in range(num_arrays)]
 
 
+def forget(folder: Path) -> None:
+    """Drops the files of a folder from the page cache, so that they come from the disk."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
 def main(folder: Path) -> None:
     """Saves and restores in turns, and prints a table of medians."""
     config = load_config(str(Path(__file__).parent.parent / "configs" / "180m.py"))
@@ -89,23 +102,32 @@ def main(folder: Path) -> None:
     state = jax.block_until_ready(blueprint.make(0))
     fingerprint(state)  # compiles
     times: dict[str, list[float]] = defaultdict(list)
+    plain, num_arrays = folder / "numpy", len(jax.tree.leaves(state))
     for step in range(1, TURNS + 1):
         times["fingerprint, and all is finite"].append(timed(lambda: fingerprint(state)))
-        copy_s = timed(lambda: [np.array(leaf) for leaf in jax.tree.leaves(state)])
-        times["copy of the state in memory"].append(copy_s)
+        times[COPY].append(timed(lambda: [np.array(leaf) for leaf in jax.tree.leaves(state)]))
         time_save(folder, state, describe_step(step, config), times)
         manifest_s = timed(lambda n=step: manifest.write_manifest(folder / str(n)))
         times["manifest (crc32c of every file)"].append(manifest_s)
-        plain = folder / "numpy"
-        times["numpy.save and fsync"].append(timed(lambda p=plain: save_with_numpy(state, p)))
-        num_arrays = len(jax.tree.leaves(state))
-        times["numpy.load"].append(timed(lambda p=plain, n=num_arrays: load_with_numpy(p, n)))
-        for verify in ("off", "fast", "full"):
-            time_restore(folder, verify, blueprint, times)
+        times[NUMPY_SAVE].append(timed(lambda: save_with_numpy(state, plain)))
+        for cache in ("from the disk", "from the page cache"):
+            for verify in ("off", "fast", "full"):
+                if cache == "from the disk":
+                    forget(folder)
+                time_restore(folder, verify, cache, blueprint, times)
+            if cache == "from the disk":
+                forget(folder)
+            load_s = timed(lambda: load_with_numpy(plain, num_arrays))
+            times[f"numpy.load, {cache}"].append(load_s)
     print(f"state: {num_bytes(state) / 1e9:.2f} GB; medians of {TURNS} turns, and their range")
     for name, values in times.items():
         spread = f"{min(values):.2f}-{max(values):.2f}"
-        print(f"{name:32} | {statistics.median(values):.2f} s | {spread}")
+        print(f"{name:46} | {statistics.median(values):.2f} s | {spread}")
+    restored, loaded = f"{RESTORE}=full, from the disk", "numpy.load, from the disk"
+    for ours, theirs in ((WAITS, COPY), (SAVE, NUMPY_SAVE), (restored, loaded)):
+        turns = zip(times[ours], times[theirs], strict=True)
+        ratios = ", ".join(f"{mine / other:.2f}" for mine, other in turns)
+        print(f"{ours} over {theirs}: {ratios}")
 
 
 def time_save(folder: Path, state: TrainState, metadata: Metadata, times: Any) -> None:
@@ -113,11 +135,13 @@ def time_save(folder: Path, state: TrainState, metadata: Metadata, times: Any) -
     with open_checkpoints(folder) as checkpoints:
         blocked_s = timed(lambda: checkpoints.save(state, metadata))
         waited_s = timed(checkpoints.wait)
-    times["save: the loop waits"].append(blocked_s)
-    times["save: until it is committed"].append(blocked_s + waited_s)
+    times[WAITS].append(blocked_s)
+    times[SAVE].append(blocked_s + waited_s)
 
 
-def time_restore(folder: Path, verify: Verify, blueprint: Blueprint, times: Any) -> None:
+def time_restore(
+    folder: Path, verify: Verify, cache: str, blueprint: Blueprint, times: Any
+) -> None:
     """A restore, and before it what opening the folder looks at."""
 
     def restore() -> TrainState:
@@ -126,7 +150,7 @@ def time_restore(folder: Path, verify: Verify, blueprint: Blueprint, times: Any)
         assert restored is not None
         return restored[0]
 
-    times[f"open and restore, verify={verify}"].append(timed(restore))
+    times[f"{RESTORE}={verify}, {cache}"].append(timed(restore))
 
 
 if __name__ == "__main__":

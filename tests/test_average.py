@@ -63,7 +63,7 @@ def test_the_mean_of_the_weights_and_what_opens_it(run: Path, capsys: pytest.Cap
 
 
 def test_the_command(run: Path, capsys: pytest.CaptureFixture):
-    args = ["checkpoints", "average", str(run), "--steps", "8,4", "--out", "mean", "--json"]
+    args = ["checkpoints", "average", str(run), "--steps", "8", "4", "--out", "mean", "--json"]
     assert cli.command(args) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["folder"] == "mean" and list(found["parts"]) == ["4", "8"] and found["step"] == 8

@@ -33,7 +33,7 @@ from jaxlm.checkpoints.folder import (
     list_steps,
     read_steps,
 )
-from jaxlm.checkpoints.manager import open_manager
+from jaxlm.checkpoints.manager import arrays_to_save, open_manager
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import DamagedArrays, items_of, restore_state
 from jaxlm.checkpoints.retention import Retention
@@ -305,7 +305,7 @@ class Checkpoints:
         metadata = replace(metadata, fingerprints=fingerprints, skips=skips, run_id=self._run_id)
         loss = metadata.eval_loss
         metrics = None if loss is None or not math.isfinite(loss) else {"eval_loss": loss}
-        args = {name: ocp.args.PyTreeSave(item) for name, item in items.items()}
+        args = {name: arrays_to_save(item) for name, item in items.items()}
         self._saving, self._saved_for = metadata, why
         self._last_save_s = time.monotonic()
         try:

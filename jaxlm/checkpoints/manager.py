@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -14,6 +15,9 @@ from jaxlm.cluster import barrier
 
 LEAST_PART = 4 * 2**20
 """Of an array that several devices hold, what one of them writes at least (bytes)."""
+
+FILE_BYTES = 64 * 2**20
+"""Where Orbax begins the next file of arrays (bytes)."""
 
 
 def open_manager(
@@ -53,3 +57,9 @@ def open_manager(
     return ocp.CheckpointManager(
         folder, item_handlers={**handlers, "meta": ocp.JsonCheckpointHandler()}, options=options
     )
+
+
+def arrays_to_save(tree: Any) -> ocp.args.PyTreeSave:
+    """What tells Orbax to save these arrays."""
+    # In files of 2 GB, as by default, too few are on their way to the disk at once.
+    return ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=FILE_BYTES)

@@ -8,6 +8,7 @@ commit timestamp inside `_CHECKPOINT_METADATA`, and `commit_success.txt`.
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -36,10 +37,11 @@ class _StepMetadata(TypedDict):
 
 def write_manifest(folder: Path) -> None:
     """Lists every file below `folder`, and brings all of them to the disk."""
-    files = {}
-    for path in _files(folder):
-        fsync(path)
-        files[path.relative_to(folder).as_posix()] = _entry(path)
+    paths = _files(folder)
+    with ThreadPoolExecutor() as pool:
+        entries = pool.map(_entry, paths)
+    names = (path.relative_to(folder).as_posix() for path in paths)
+    files = dict(zip(names, entries, strict=True))
     for path in folder.rglob("*"):
         if path.is_dir():
             fsync(path)
@@ -70,12 +72,15 @@ def find_damage(folder: Path, *, contents: bool = True) -> list[str]:
         return [f"{NAME}: its own checksum does not match"]
     if strays := _find_strays(folder):
         return strays
-    damage = []
-    for name, entry in manifest["files"].items():
-        if found := _compare(folder, name, entry, contents):
+    damage, files = [], manifest["files"]
+    with ThreadPoolExecutor() as pool:
+        each = pool.map if contents else map  # threads pay where there is much to read
+        found = list(each(lambda name: _compare(folder, name, files[name], contents), files))
+    for name, difference in zip(files, found, strict=True):
+        if difference:
             label = name if name.isprintable() and len(name) < 1000 else shown(name)
-            damage.append(f"{label}: {found}")
-    damage += _unlisted(folder, manifest["files"]) + _commit_damage(folder)
+            damage.append(f"{label}: {difference}")
+    damage += _unlisted(folder, files) + _commit_damage(folder)
     return damage or _step_damage(folder)
 
 
@@ -97,6 +102,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _entry(path: Path) -> dict[str, int]:
+    fsync(path)
     if path.name == _STEP_METADATA:
         return {"json_crc32c": _timeless_crc32c(path)}
     return {"bytes": path.stat().st_size, "crc32c": crc32c(path)}

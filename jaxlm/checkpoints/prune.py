@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxlm.checkpoints.aside import Purger
 from jaxlm.checkpoints.folder import (
@@ -87,7 +87,7 @@ def plan_pruning(
     return Pruning(folder, dict(sorted(kept.items())), dropped)
 
 
-def prune(run: str, *, warn: Callable[[str], None], **rules: float | None) -> Pruning:
+def prune(run: str, *, warn: Callable[[str], None], **rules: Any) -> Pruning:
     """Deletes what `plan_pruning` names, each step by one rename first: a kill leaves it or not.
 
     Args:
@@ -100,7 +100,7 @@ def prune(run: str, *, warn: Callable[[str], None], **rules: float | None) -> Pr
       RuntimeError: a trainer is at work in the folder.
     """
     with _locked(find_checkpoints(run), warn) as folder:
-        pruning = plan_pruning(run, **rules)  # pyright: ignore[reportArgumentType]
+        pruning = plan_pruning(run, **rules)
         purger = Purger(folder)
         purger.purge()  # what a killed run has left there, of the same name perhaps
         purger.purge(*(folder / str(step) for step in pruning.dropped))

@@ -1,5 +1,7 @@
 """`jaxlm checkpoints`: those on disk."""
 
+from functools import partial
+
 from jaxlm.cli.arguments import Folder, Run, RunAtStep, Runs
 from jaxlm.cli.output import note, show
 
@@ -129,11 +131,8 @@ def prune(
     from jaxlm.checkpoints import prune as pruning
     from jaxlm.tracking.console import format_bytes
 
-    rules = {"keep_latest": keep_latest, "keep_every": keep_every, "disk_budget_gb": disk_budget_gb}
-    if delete:
-        found = pruning.prune(run, warn=note(json), **rules)
-    else:
-        found = pruning.plan_pruning(run, **rules)  # pyright: ignore[reportArgumentType]
+    plan = partial(pruning.prune, warn=note(json)) if delete else pruning.plan_pruning
+    found = plan(run, keep_latest=keep_latest, keep_every=keep_every, disk_budget_gb=disk_budget_gb)
     verb = "deleted" if delete else "would be deleted"
     lines = {step: f"{step}: kept ({why})" for step, why in found.kept.items()}
     lines |= {step: f"{step}: {verb}, {format_bytes(n)}" for step, n in found.dropped.items()}
@@ -181,7 +180,7 @@ def average(
     run: Run,
     *,
     last: int = 5,
-    steps: str | None = None,
+    steps: tuple[int, ...] = (),
     out: str | None = None,
     json: bool = False,
 ) -> int:
@@ -190,21 +189,17 @@ def average(
     Args:
       run: a run folder, or a checkpoint folder.
       last: so many of the newest.
-      steps: these instead, such as 100,200,300.
+      steps: these instead.
       out: the new folder, which `jaxlm eval` opens; by default RUN-average-FIRST-LAST.
       json: print JSON.
 
     Examples:
       jaxlm checkpoints average runs/tiny --last 3
-      jaxlm checkpoints average runs/tiny --steps 300,400,500 --out runs/mean
+      jaxlm checkpoints average runs/tiny --steps 300 400 500 --out runs/mean
     """
     from jaxlm.evaluation.average import average as make_average
 
-    try:
-        chosen = [int(step) for step in steps.split(",")] if steps else []
-    except ValueError as error:
-        raise ValueError(f"--steps: found {steps}, expected such as 100,200,300") from error
-    found = make_average(run, last=last, steps=chosen, out=out, warn=note(json))
+    found = make_average(run, last=last, steps=steps, out=out, warn=note(json))
     best = min(found.parts.values())
     lines = [f"step {step}: loss {loss:.4f}" for step, loss in found.parts.items()]
     mean = f"average: loss {found.loss:.4f}, {found.loss - best:+.4f} beside the best of them"
