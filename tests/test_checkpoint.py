@@ -103,6 +103,26 @@ def test_what_is_restored_is_what_was_saved(tmp_path: Path) -> None:
     assert jax.tree.leaves(shardings[0]) == jax.tree.leaves(shardings[1])
 
 
+def test_an_array_larger_than_a_file_is_the_same_again(tmp_path: Path, monkeypatch) -> None:
+    blueprint = make_blueprint(_Matrix, optax.adam(1e-3), make_mesh(MeshConfig(data=8)))
+
+    def largest(file_bytes: int) -> int:
+        monkeypatch.setattr(manager, "FILE_BYTES", file_bytes)
+        folder = tmp_path / str(file_bytes)
+        with _open(folder) as checkpoints:
+            checkpoints.save(blueprint.make(1), metadata_of(1))
+            checkpoints.wait()
+            restored = checkpoints.restore_latest(blueprint.abstract)
+        assert restored is not None
+        jax.tree.map(np.testing.assert_array_equal, restored[0], blueprint.make(1))
+        return max(path.stat().st_size for path in folder.rglob("d/*"))
+
+    assert largest(4096) < 2 * 4096 < 64 * 64 * 4 <= largest(1 << 20)
+    # Parts so small that OCDBT keeps them in its tree, compressed: the moments, all zeros, take
+    # less of the disk than of memory, and that is no damage.
+    largest(512)
+
+
 def test_the_state_may_be_donated_while_it_is_being_saved(tmp_path: Path) -> None:
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
     with _open(tmp_path) as checkpoints:

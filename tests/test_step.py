@@ -21,11 +21,11 @@ from small import (
 )
 
 from jaxlm.config import OptimConfig
-from jaxlm.device import state
+from jaxlm.device import sharding
 from jaxlm.device.guard import make_guard
 from jaxlm.device.loss import next_token_loss
 from jaxlm.device.optim import make_optimizer, make_schedule
-from jaxlm.device.sharding import same_bits
+from jaxlm.device.sharding import compiler_options, same_bits
 from jaxlm.device.state import TrainState, fingerprint, make_blueprint
 from jaxlm.device.step import make_eval_step, make_train_step, scheduled
 
@@ -270,7 +270,7 @@ def test_a_finite_step_changes_every_leaf():
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_the_compiler_is_told_to_give_the_same_bits(deterministic, monkeypatch):
     # An option that no compiler knows shows that all of them get there.
-    monkeypatch.setattr(state, "same_bits", lambda mesh: {"xla_no_such_option": True})
+    monkeypatch.setattr(sharding, "same_bits", lambda mesh: {"xla_no_such_option": True})
     mesh = mesh_of(*ONE_DEVICE)
     tx = make_optimizer(OPTIM)
     blueprint = make_blueprint(TRANSFORMER, tx, mesh, deterministic=deterministic)
@@ -288,9 +288,17 @@ def test_the_compiler_is_told_to_give_the_same_bits(deterministic, monkeypatch):
             lowered.compile()
 
 
-def test_only_a_gpu_needs_to_be_told():
-    def mesh_on(platform: str) -> Any:
-        return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+def mesh_on(platform: str, **axes: int) -> Any:
+    shape = {"data": 1, "fsdp": 1, "tensor": 1} | axes
+    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]), shape=shape)
 
+
+def test_only_a_gpu_needs_to_be_told():
     assert same_bits(mesh_of(*ONE_DEVICE)) == same_bits(mesh_on("tpu")) == {}
     assert same_bits(mesh_on("gpu"))["xla_gpu_deterministic_ops"] is True
+
+
+def test_params_are_gathered_whole_where_they_alone_are_split():
+    others = [mesh_on("tpu"), mesh_on("tpu", fsdp=4, tensor=2), mesh_on("gpu", fsdp=4)]
+    assert [compiler_options(mesh, deterministic=False) for mesh in others] == [{}, {}, {}]
+    assert len(compiler_options(mesh_on("tpu", data=2, fsdp=4), deterministic=False)) == 1

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -59,7 +58,7 @@ def open_manager(
     )
 
 
-def arrays_to_save(tree: Any) -> ocp.args.PyTreeSave:
+def arrays_to_save(tree: object) -> ocp.args.PyTreeSave:
     """What tells Orbax to save these arrays."""
     # In files of 2 GB, as by default, too few are on their way to the disk at once.
     return ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=FILE_BYTES)

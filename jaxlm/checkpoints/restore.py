@@ -148,12 +148,14 @@ def _reading(path: Path) -> Iterator[ocp.Checkpointer]:
 
 
 def _check_bytes(path: Path, tree: Any) -> None:
-    # Saved as they are, arrays take no more memory than disk: what claims to be larger is not.
+    # Saved as they are, arrays take no more memory than disk: what claims to be larger is not. But
+    # OCDBT keeps parts of up to 1 KiB in its tree, compressed, where zeros take next to nothing:
+    # what these may come to is memory that any machine can spare.
     wanted = sum(
         math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
     )
     found = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    if found < wanted:
+    if found + (1 << 28) < wanted:
         raise ValueError(f"{found:,} bytes, for arrays of {wanted:,}")
 
 

@@ -136,9 +136,8 @@ def prune(
     verb = "deleted" if delete else "would be deleted"
     lines = {step: f"{step}: kept ({why})" for step, why in found.kept.items()}
     lines |= {step: f"{step}: {verb}, {format_bytes(n)}" for step, n in found.dropped.items()}
-    last = (
-        f"{len(found.dropped)} of {len(lines)} {verb}, {format_bytes(sum(found.dropped.values()))}"
-    )
+    total = format_bytes(sum(found.dropped.values()))
+    last = f"{len(found.dropped)} of {len(lines)} {verb}, {total}"
     last += "" if delete or not found.dropped else "; add --delete to do it"
     values = {"folder": str(found.folder), "kept": found.kept, "dropped": found.dropped}
     show(values | {"deleted": delete}, "\n".join([lines[s] for s in sorted(lines)] + [last]), json)
@@ -168,11 +167,8 @@ def copy(run: RunAtStep, dest: Folder, *, json: bool = False) -> int:
     copy_there = upload if dest.startswith("gs://") else copy_run
     found = (download if run.startswith("gs://") else copy_there)(run, dest, say=note(json))
     steps = ", ".join(map(str, found.steps))
-    show(
-        {**found._asdict(), "folder": str(found.folder)},
-        f"copied to {found.folder}, and verified there: {steps}",
-        json,
-    )
+    text = f"copied to {found.folder}, and verified there: {steps}"
+    show({**found._asdict(), "folder": str(found.folder)}, text, json)
     return 1 if found.damaged else 0
 
 

@@ -159,7 +159,7 @@ def put_batch(
     }
 
 
-def same_bits(mesh: Mesh) -> dict[str, bool]:
+def same_bits(mesh: Mesh) -> dict[str, Any]:
     """Compiler options with which a program gives the same bits each time, on these devices.
 
     Left alone, XLA for GPUs takes kernels that add in any order, and of several whichever was the
@@ -169,3 +169,16 @@ def same_bits(mesh: Mesh) -> dict[str, bool]:
     if mesh.devices.flat[0].platform != "gpu":
         return {}
     return {"xla_gpu_deterministic_ops": True, "xla_gpu_enable_triton_gemm": False}
+
+
+def compiler_options(mesh: Mesh, deterministic: bool) -> dict[str, Any]:
+    """What XLA is told where it compiles a step on these devices.
+
+    XLA for TPUs would make a product with a param that `fsdp` splits of each part as it comes, and
+    read and write the activations anew for each: it shall gather the param first. With `tensor` the
+    activations are in parts themselves, so there it is left alone.
+    """
+    options = same_bits(mesh) if deterministic else {}
+    if mesh.devices.flat[0].platform == "tpu" and mesh.shape["fsdp"] > 1 == mesh.shape["tensor"]:
+        options["xla_jf_spmd_threshold_for_windowed_einsum_mib"] = 1 << 20
+    return options

@@ -14,7 +14,7 @@ from jaxlm.config import Config
 from jaxlm.device.guard import Guard, make_guard
 from jaxlm.device.model import model_factory
 from jaxlm.device.optim import make_optimizer
-from jaxlm.device.sharding import batch_sharding, param_sharding, replicated, same_bits
+from jaxlm.device.sharding import batch_sharding, compiler_options, param_sharding, replicated
 
 Params = Any  # nested dicts of arrays
 ModelFactory = Callable[[nnx.Rngs], nnx.Module]
@@ -50,7 +50,7 @@ class Blueprint(NamedTuple):
     """Seed -> the initial state, made sharded."""
     abstract: TrainState
     """The state as `jax.ShapeDtypeStruct` leaves with their shardings."""
-    compiler_options: dict[str, bool]
+    compiler_options: dict[str, Any]
     """What XLA is told where it compiles a step of this model."""
 
 
@@ -146,7 +146,7 @@ def make_blueprint(
         state_shardings,
     )
     init = jax.jit(build, out_shardings=state_shardings)
-    options = same_bits(mesh) if deterministic else {}
+    options = compiler_options(mesh, deterministic)
     return Blueprint(graphdef, lambda seed: init(np.uint32(seed)), abstract, options)
 
 
