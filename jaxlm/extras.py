@@ -38,4 +38,7 @@ def needs(module: str, what: str) -> ModuleType:
     except ImportError as error:
         package = module.partition(".")[0]
         extra = next(extra for extra, name in MODULES.items() if name in (module, package))
-        raise ImportError(f"{what}: needs `pip install 'jaxlm[{extra}]'` ({error})") from error
+        raise ImportError(
+            f"{what}: needs the extra {extra} ({error}): `uv run --extra {extra} …`, or "
+            f"`pip install 'jaxlm[{extra}]'`"
+        ) from error

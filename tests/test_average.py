@@ -70,6 +70,8 @@ def test_the_command(run: Path, capsys: pytest.CaptureFixture):
     assert cli.command(["checkpoints", "average", str(run), "--last", "2", "--out", "two"]) == 0
     text = capsys.readouterr().out
     assert "step 12: loss" in text and "step 4" not in text and "average: loss" in text
+    with pytest.raises(ValueError, match="--steps: found none"):
+        cli.command(["checkpoints", "average", str(run), "--steps"])
 
 
 def test_training_goes_on_from_a_whole_state_only(run: Path, capsys: pytest.CaptureFixture):

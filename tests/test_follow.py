@@ -13,7 +13,8 @@ import pytest
 import runs
 
 from jaxlm import __main__ as cli
-from jaxlm.checkpoints.folder import read_metadata
+from jaxlm.checkpoints.folder import read_metadata, read_steps
+from jaxlm.checkpoints.manifest import write_manifest
 from jaxlm.evaluation import follow as follow_module
 from jaxlm.evaluation.evals import EvalLog, checkpoint_id, read_evals
 from jaxlm.evaluation.follow import follow
@@ -58,6 +59,54 @@ def test_a_row_cut_short_is_made_again(home: Path) -> None:
         followed()
 
 
+def test_a_file_of_something_else_is_left_alone(home: Path) -> None:
+    Path("notes.json").write_text('{"precious": 1}')
+    with pytest.raises(ValueError, match="notes.json: found other content than evals"):
+        followed(out="notes.json")
+    assert Path("notes.json").read_text() == '{"precious": 1}'
+
+
+def test_a_row_is_of_the_bits_that_were_scored(home: Path, monkeypatch) -> None:
+    folder, score = home / runs.RUN / "checkpoints", follow_module.Scorer.__call__
+    old = checkpoint_id(read_steps(folder).sound[8])
+
+    def replace(self, run: str):
+        if run.endswith("@8") and not (home / "old").exists():  # by what a rollback would make
+            (folder / "8").rename(home / "old")
+            shutil.copytree(folder / "12", folder / "8")
+            metadata = folder / "8" / "meta" / "metadata"
+            metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"step": 8}))
+            (folder / "8" / "commit_success.txt").write_text(
+                (folder / "8" / "commit_success.txt").read_text().replace("/12", "/8")
+            )
+            write_manifest(folder / "8")
+        return score(self, run)
+
+    monkeypatch.setattr(follow_module.Scorer, "__call__", replace)
+    followed()
+    rows = {row["step"]: row for row in read_evals(Path(EVALS))}
+    assert rows[8]["checkpoint"] == rows[12]["checkpoint"] != old
+    assert rows[8]["loss"] == rows[12]["loss"]
+
+
+def test_a_damaged_final_checkpoint_is_said_while_it_waits(home: Path) -> None:
+    files = (home / runs.RUN / "checkpoints" / "12" / "params").rglob("*")
+    largest = max(filter(Path.is_file, files), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    said: list[str] = []
+
+    class Enough(Exception):
+        pass
+
+    def say(line: str) -> None:
+        said.append(line)
+        if "step 12 is damaged" in line:
+            raise Enough
+
+    with pytest.raises(Enough):
+        follow(runs.RUN, poll_s=0.05, say=say)
+
+
 def test_one_writer(home: Path) -> None:
     with EvalLog(Path(EVALS)), pytest.raises(ValueError, match="another .* writes to it"):
         followed()
@@ -78,7 +127,7 @@ def test_a_checkpoint_that_vanishes_or_is_damaged_is_passed_over(home: Path, mon
     monkeypatch.setattr(follow_module.Scorer, "__call__", vanish)
     follow(runs.RUN, poll_s=0.05, say=said.append)
     assert [row["step"] for row in read_evals(Path(EVALS))] == [12]
-    assert "step 4 was deleted before it could be evaluated" in said
+    assert "step 4 was deleted or replaced before it could be evaluated" in said
     assert sum("step 8 is damaged, and was passed over" in line for line in said) == 1
 
 

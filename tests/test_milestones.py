@@ -10,6 +10,7 @@ from tiny import data, tiny_config
 
 from jaxlm.checkpoints import milestones
 from jaxlm.checkpoints.aside import DELETING, Purger
+from jaxlm.checkpoints.copying import copy_run
 from jaxlm.checkpoints.folder import WEIGHTS, list_steps, read_steps, select
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.milestones import keep_weights
@@ -53,6 +54,12 @@ def test_a_run_keeps_the_weights_of_what_goes(tmp_path: Path, whole: Path) -> No
     told = describe_run(str(tmp_path))
     assert told["weights_only"] == KEPT
     assert "weights alone of step 2, 4, 6, 8, 10" in format_table([told])
+    whole_copy, one = (f"{tmp_path}-{name}" for name in ("copy", "one"))
+    copy_run(str(tmp_path), whole_copy)
+    assert describe_run(whole_copy)["weights_only"] == KEPT
+    assert copy_run(f"{tmp_path}@4", one).steps == [4]
+    for copy in (whole_copy, one):
+        assert same_params(select(f"{copy}@4").path, whole / "checkpoints" / "4")
     with pytest.raises(ValueError, match="no such checkpoint"):
         select(f"{tmp_path}@3")
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxlm.checkpoints.folder import (
     TOKENIZER,
+    WEIGHTS,
     find_checkpoints,
     list_steps,
     read_steps,
@@ -45,7 +46,8 @@ def copy_run(
     """Copies a run or one step into a new run folder, and verifies every file of the copy.
 
     A trainer may be at work in the source. The copy is a run in its own right: listed, loaded
-    and resumed as the source is. Config, metrics, events and the sound steps are copied, no more.
+    and resumed as the source is. Config, metrics, events, the sound steps and milestones are
+    copied, no more.
 
     Args:
       run: a run folder or checkpoint folder, with `@STEP` for one step alone.
@@ -60,27 +62,29 @@ def copy_run(
     """
     name, at, _ = run.rpartition("@") if "@" in run else (run, "", "")
     source, target = find_checkpoints(name), Path(dest)
-    steps = [select(run).step] if at else list_steps(source)[::-1]  # the newest stays longest
-    run_dir = run_folder(name, source)
+    run_dir, steps = run_folder(name, source), list_steps(source)[::-1]  # the newest stays longest
+    milestones = [] if at else list_steps(source / WEIGHTS)
+    if at:  # of a milestone, its weights are the checkpoint
+        selected = select(run)
+        source, steps = selected.folder, [selected.step]
     check_outside(dest, run_dir, source)
     deleted, damaged = [], {}
     with published(target, say) as partial:
         folder = partial / "checkpoints"
         folder.mkdir()
         try:
-            for step in track(steps, "Copying"):
-                damage = _copy_step(source / str(step), folder / str(step), copy_file)
+            paths = [str(step) for step in steps] + [f"{WEIGHTS}/{step}" for step in milestones]
+            for path in track(paths, "Copying"):
+                step = int(Path(path).name)
+                damage = _copy_step(source / path, folder / path, copy_file)
                 if damage is None:
                     deleted.append(step)
                     say(f"{step}: deleted by its trainer meanwhile, passed over")
                 elif damage:
                     damaged[step] = damage[0]
             # In this order: skips.json is written before metrics.jsonl is cut back.
-            beside = {path: folder for path in (source / TOKENIZER, source / SKIPS)}
-            beside |= {run_dir / "metrics.jsonl": partial, run_dir / EVENTS: partial}
-            for path, target_folder in beside.items():
-                if path.is_file():
-                    shutil.copy2(path, target_folder)
+            _copy_files(source, folder, TOKENIZER, f"{WEIGHTS}/{TOKENIZER}", SKIPS)
+            _copy_files(run_dir, partial, "metrics.jsonl", EVENTS)
             _copy_config(run_dir, partial)
         except OSError as error:
             raise RuntimeError(
@@ -125,9 +129,16 @@ def _copy_step(source: Path, target: Path, copy_file: Callable[..., Any]) -> lis
     return damage
 
 
+def _copy_files(source: Path, target: Path, *names: str) -> None:
+    for name in names:
+        if (source / name).is_file() and (target / name).parent.is_dir():
+            shutil.copy2(source / name, target / name)
+
+
 def _copy_config(run: Path, target: Path) -> None:
     path = run / "config.json"
     if path.is_file():
         values = read_json(path, dict[str, Any])
-        values["checkpoint"]["directory"] = None  # the copy has its checkpoints beside it
+        if isinstance(values.get("checkpoint"), dict):
+            values["checkpoint"]["directory"] = None  # the copy has its checkpoints beside it
         write_file(target / path.name, json.dumps(values, indent=2).encode())

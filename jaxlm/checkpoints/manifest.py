@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 
 import google_crc32c
 
-from jaxlm.files.durable import crc32c, fsync, read_file, write_file
+from jaxlm.files.durable import crc32c, fsync, read_file, reading, write_file
 from jaxlm.files.strict import read_json, shown
 
 NAME = "manifest.json"
@@ -70,7 +70,9 @@ def find_damage(folder: Path, *, contents: bool = True) -> list[str]:
     body = json.dumps(manifest["files"], sort_keys=True)
     if manifest["crc32c"] != google_crc32c.value(body.encode()):
         return [f"{NAME}: its own checksum does not match"]
-    if strays := _find_strays(folder):
+    with reading(folder):
+        strays = _find_strays(folder)
+    if strays:
         return strays
     damage, files = [], manifest["files"]
     with ThreadPoolExecutor() as pool:
@@ -116,7 +118,8 @@ def _compare(folder: Path, name: str, entry: dict[str, int], contents: bool) -> 
         if "json_crc32c" in entry:
             same = _timeless_crc32c(path) == entry["json_crc32c"]
             return None if same else "content differs (checksum)"
-        size = path.stat().st_size
+        with reading(path):
+            size = path.stat().st_size
         if size != entry.get("bytes"):
             return f"{size} bytes, expected {entry.get('bytes')}"
         if (contents or size <= _SMALL_BYTES) and crc32c(path) != entry.get("crc32c"):

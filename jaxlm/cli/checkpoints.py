@@ -176,7 +176,7 @@ def average(
     run: Run,
     *,
     last: int = 5,
-    steps: tuple[int, ...] = (),
+    steps: tuple[int, ...] | None = None,
     out: str | None = None,
     json: bool = False,
 ) -> int:
@@ -195,10 +195,13 @@ def average(
     """
     from jaxlm.evaluation.average import average as make_average
 
-    found = make_average(run, last=last, steps=steps, out=out, warn=note(json))
+    if steps == ():
+        raise ValueError("--steps: found none, expected two or more")
+    found = make_average(run, last=last, steps=steps or (), out=out, warn=note(json))
     best = min(found.parts.values())
     lines = [f"step {step}: loss {loss:.4f}" for step, loss in found.parts.items()]
-    mean = f"average: loss {found.loss:.4f}, {found.loss - best:+.4f} beside the best of them"
+    word = "better" if found.loss < best else "worse"
+    mean = f"average: loss {found.loss:.4f}, {abs(found.loss - best):.4f} {word} than the best"
     lines += [mean, f"written to {found.folder} (weights only)"]
     show({**found._asdict(), "folder": str(found.folder)}, "\n".join(lines), json)
     return 0

@@ -1,5 +1,6 @@
 """`jaxlm export` and `jaxlm import`: from and to the folders of Hugging Face transformers."""
 
+import math
 from typing import Literal
 
 from jaxlm.cli.arguments import Folder, Run, RunAtStep
@@ -31,7 +32,7 @@ def export(
     """
     from jaxlm.interchange.export import export
 
-    if not max_shard_gb > 0:
+    if not 0 < max_shard_gb * 1e9 < math.inf:
         raise ValueError(f"max_shard_gb: found {max_shard_gb}, expected a number above 0")
     size = int(max_shard_gb * 1e9)
     done = export(run, folder, dtype=dtype, max_shard_bytes=size, push=push, say=note(json))

@@ -116,6 +116,8 @@ def report(runs: Runs, *, out: Path = Path("report.html"), json: bool = False) -
     from jaxlm.report.page import make_report
 
     check_out(out)
+    if out.suffix != ".html":
+        raise ValueError(f"--out: found {out}, expected a name that ends in .html")
     if not runs:
         raise ValueError("RUN: found none, expected one run folder or more, such as runs/tiny")
     histories = [read_history(run) for run in track(runs, "Reading")]

@@ -17,6 +17,7 @@ from jaxlm.files.strict import parse_json, spell
 
 NAME = "evals.jsonl"
 _MAX_BYTES = 1 << 28
+_BEGINNING = b'{"step": '  # of each line
 
 
 class Eval(TypedDict):
@@ -81,7 +82,10 @@ class EvalLog:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.rows = read_evals(path)
             content = read_file(path, _MAX_BYTES)
-            self._file.truncate(content.rfind(b"\n") + 1)
+            kept = content.rfind(b"\n") + 1
+            if not content[kept:].startswith(_BEGINNING[: len(content) - kept]):
+                raise ValueError(f"{path}: found other content than evals; name another --out")
+            self._file.truncate(kept)
         except BlockingIOError:
             self._file.close()
             raise ValueError(

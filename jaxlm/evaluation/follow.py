@@ -19,7 +19,7 @@ def follow(
     *,
     source: str | None = None,
     out: str | None = None,
-    poll_s: float = 10.0,
+    poll_s: float,
     say: Say = print,
     found: Callable[[Eval], None] = lambda _: None,
 ) -> None:
@@ -47,6 +47,7 @@ def follow(
     scorer = Scorer(source, _once(say))
     with EvalLog(Path(out) if out else run_folder(run, folder) / NAME) as log:
         damaged: set[tuple[int, str, str]] = set()
+        warn, looked_at = _once(say), set[int]()
         while True:
             steps, missed = read_steps(folder).sound, False
             done = {_key(row) for row in log.rows}
@@ -62,15 +63,18 @@ def follow(
                     continue
                 if row is None:
                     missed = True
-                    say(f"step {step} was deleted before it could be evaluated")
+                    say(f"step {step} was deleted or replaced before it could be evaluated")
                 else:
                     log.append(row)
                     found(row)
             now = read_steps(folder)
             if not missed and now.sound.keys() == steps.keys():
-                if steps and steps[max(steps)].final:
-                    for step, what in now.damaged.items():  # earlier, it may be half committed
-                        say(f"Warning: step {step} is damaged, and was passed over ({what[0]})")
+                final = bool(steps) and steps[max(steps)].final
+                for step in now.damaged if final else now.damaged.keys() & looked_at:
+                    what = now.damaged[step][0]  # at a first look, it may be half committed
+                    warn(f"Warning: step {step} is damaged, and was passed over ({what})")
+                looked_at = set(now.damaged)
+                if final:
                     return
                 time.sleep(poll_s)
 
@@ -93,7 +97,7 @@ def _once(say: Say) -> Say:
 
 def _evaluate(run: str, key: tuple[int, str, str], path: Path, scorer: Scorer) -> Eval | None:
     # None for a checkpoint that was deleted, or committed anew, meanwhile.
-    before = _inode(path)
+    before, (step, checkpoint, source) = _inode(path), key
     try:
         score = scorer(run)
     except (ValueError, OSError) as error:
@@ -102,7 +106,9 @@ def _evaluate(run: str, key: tuple[int, str, str], path: Path, scorer: Scorer) -
         if damage := find_damage(path):
             raise DamagedArrays(damage[0]) from error
         raise
-    step, checkpoint, source = key
+    again = read_steps(path.parent).sound.get(step)
+    if again is not None and checkpoint_id(again) != checkpoint:
+        return None
     return {
         "step": step,
         "checkpoint": checkpoint,

@@ -137,6 +137,11 @@ class Scorer:
         selected = select(run)
         tell_selected(selected, self._say)
         config, recorded = selected.metadata.run_config(), selected.metadata.data_fingerprint
+        if not (self._source or recorded):
+            raise ValueError(
+                f"{run}: was imported, or had batches of its own, so it has no held-out set; name "
+                "text with --source"
+            )
         if self._source:
             tokenizer = str(selected.folder / TOKENIZER)
             data = dataclasses.replace(config.data, source=self._source, tokenizer=tokenizer)
@@ -147,9 +152,8 @@ class Scorer:
         config, dataset = self._prepared[1]
         if not self._source and dataset.fingerprint != recorded:
             raise ValueError(
-                f"{run}: found data {dataset.fingerprint}, expected that of the run, "
-                f"{recorded or 'which had batches of its own'}; bring it back, or name other text "
-                "with --source"
+                f"{run}: found data {dataset.fingerprint}, expected that of the run, {recorded}; "
+                "bring it back, or name other text with --source"
             )
         return _Candidate(run if "@" in run else f"{run}@best", selected, config, dataset)
 

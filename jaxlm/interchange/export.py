@@ -157,7 +157,8 @@ def _write_about(
         }
         (folder / TOKENIZER).write_bytes(source.read_bytes())
         _write_json(folder / TOKENIZER_CONFIG, about)
-        own = config.data.tokenizer == "train"
+        # A file is perhaps one that another run has trained.
+        own = config.data.tokenizer == "train" or Path(config.data.tokenizer).name == TOKENIZER
     else:
         say(f"Warning: {selected.folder} holds no {TOKENIZER}: the folder gets none either")
     (folder / "README.md").write_text(_card(selected, name, num_params, dtype))

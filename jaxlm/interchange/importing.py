@@ -231,7 +231,7 @@ def _tokenizer(
     check_vocabulary(str(path), num_ids(tokenizer), vocab_size)
     eos_id = hf_config.get("eos_token_id")
     eos_id = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
-    name = tokenizer.id_to_token(eos_id) if type(eos_id) is int and eos_id >= 0 else None
+    name = tokenizer.id_to_token(eos_id) if type(eos_id) is int and 0 <= eos_id < 2**32 else None
     eos_id = find_eos(tokenizer, name)
     return read_file(path, 1 << 28), tokenizer.id_to_token(eos_id), eos_id
 

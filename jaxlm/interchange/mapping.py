@@ -153,8 +153,8 @@ def from_hf_config(values: dict[str, Any], folder: object) -> tuple[ModelConfig,
         missing or of another type.
     """
     where = f"{folder}/{CONFIG}"
-    kind = values.get("model_type")
-    names = values.get("architectures") or [_ARCHITECTURES.get(str(kind))]
+    kind = conform(values.get("model_type", ""), str, "model_type")
+    names = values.get("architectures") or [_ARCHITECTURES.get(kind)]
     if kind not in _ARCHITECTURES or names != [_ARCHITECTURES[kind]]:
         found = f"{shown(kind)} with architectures {shown(values.get('architectures'))}"
         raise ValueError(
@@ -167,7 +167,7 @@ def from_hf_config(values: dict[str, Any], folder: object) -> tuple[ModelConfig,
     odd += [("rope_parameters.rope_type", rope_type)] if rope_type != "default" else []
     partial = rope.get("partial_rotary_factor", 1)
     odd += [("rope_parameters.partial_rotary_factor", partial)] if partial != 1 else []
-    layers = values.get("layer_types") or []
+    layers = conform(values.get("layer_types") or [], list[Any], "layer_types")
     odd += [("layer_types", kind) for kind in layers if kind != "full_attention"]
     if kind == "llama" and values.get("sliding_window") is not None:
         odd.append(("sliding_window", values["sliding_window"]))
