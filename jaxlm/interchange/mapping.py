@@ -153,8 +153,8 @@ def from_hf_config(values: dict[str, Any], folder: object) -> tuple[ModelConfig,
         missing or of another type.
     """
     where = f"{folder}/{CONFIG}"
-    kind = conform(values.get("model_type", ""), str, "model_type")
-    names = values.get("architectures") or [_ARCHITECTURES.get(kind)]
+    kind = conform(values.get("model_type"), str | None, "model_type")
+    names = values.get("architectures") or [_ARCHITECTURES.get(kind or "")]
     if kind not in _ARCHITECTURES or names != [_ARCHITECTURES[kind]]:
         found = f"{shown(kind)} with architectures {shown(values.get('architectures'))}"
         raise ValueError(
