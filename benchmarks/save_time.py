@@ -95,6 +95,9 @@ def forget(folder: Path) -> None:
             os.close(descriptor)
 
 
+CACHES = {"from the disk": forget, "from the page cache": lambda folder: None}
+
+
 def main(folder: Path) -> None:
     """Saves and restores in turns, and prints a table of medians."""
     config = load_config(str(Path(__file__).parent.parent / "configs" / "180m.py"))
@@ -110,13 +113,11 @@ def main(folder: Path) -> None:
         manifest_s = timed(lambda n=step: manifest.write_manifest(folder / str(n)))
         times["manifest (crc32c of every file)"].append(manifest_s)
         times[NUMPY_SAVE].append(timed(lambda: save_with_numpy(state, plain)))
-        for cache in ("from the disk", "from the page cache"):
+        for cache, prepare in CACHES.items():
             for verify in ("off", "fast", "full"):
-                if cache == "from the disk":
-                    forget(folder)
+                prepare(folder)
                 time_restore(folder, verify, cache, blueprint, times)
-            if cache == "from the disk":
-                forget(folder)
+            prepare(folder)
             load_s = timed(lambda: load_with_numpy(plain, num_arrays))
             times[f"numpy.load, {cache}"].append(load_s)
     print(f"state: {num_bytes(state) / 1e9:.2f} GB; medians of {TURNS} turns, and their range")

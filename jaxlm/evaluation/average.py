@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 
 from jaxlm.checkpoints.copying import check_outside
 from jaxlm.checkpoints.folder import TOKENIZER, find_checkpoints, read_steps, run_folder, select
+from jaxlm.checkpoints.manager import arrays_to_save
 from jaxlm.checkpoints.manifest import write_manifest
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import DamagedArrays, restore_numpy
@@ -128,7 +129,7 @@ def _save(path: Path, params: dict[str, Any]) -> None:
         "params": ocp.PyTreeCheckpointHandler(use_compression=False),
         "meta": ocp.JsonCheckpointHandler(),
     }
-    items = {"params": ocp.args.PyTreeSave(params["params"]), "meta": ocp.args.JsonSave({})}
+    items = {"params": arrays_to_save(params["params"]), "meta": ocp.args.JsonSave({})}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
         checkpointer.save(path.absolute(), args=ocp.args.Composite(**items))
 

@@ -44,10 +44,11 @@ def follow(
     if not 0 < poll_s < math.inf:
         raise ValueError(f"--poll_s: found {poll_s}, expected seconds above 0")
     folder = find_checkpoints(run)
-    scorer = Scorer(source, _once(say))
+    say_once = _once(say)
+    scorer = Scorer(source, say_once)
     with EvalLog(Path(out) if out else run_folder(run, folder) / NAME) as log:
         damaged: set[tuple[int, str, str]] = set()
-        warn, looked_at = _once(say), set[int]()
+        looked_at: set[int] = set()
         while True:
             steps, missed = read_steps(folder).sound, False
             done = {_key(row) for row in log.rows}
@@ -56,7 +57,7 @@ def follow(
                 if key in damaged or key in done:
                     continue
                 try:
-                    row = _evaluate(f"{folder}@{step}", key, folder / str(step), scorer)
+                    row = _evaluate(f"{folder}@{step}", folder / str(step), scorer)
                 except DamagedArrays as error:
                     damaged.add(key)
                     say(f"Warning: step {step} is damaged, and was passed over ({error})")
@@ -72,7 +73,7 @@ def follow(
                 final = bool(steps) and steps[max(steps)].final
                 for step in now.damaged if final else now.damaged.keys() & looked_at:
                     what = now.damaged[step][0]  # at a first look, it may be half committed
-                    warn(f"Warning: step {step} is damaged, and was passed over ({what})")
+                    say_once(f"Warning: step {step} is damaged, and was passed over ({what})")
                 looked_at = set(now.damaged)
                 if final:
                     return
@@ -95,9 +96,9 @@ def _once(say: Say) -> Say:
     return say_once
 
 
-def _evaluate(run: str, key: tuple[int, str, str], path: Path, scorer: Scorer) -> Eval | None:
+def _evaluate(run: str, path: Path, scorer: Scorer) -> Eval | None:
     # None for a checkpoint that was deleted, or committed anew, meanwhile.
-    before, (step, checkpoint, source) = _inode(path), key
+    before = _inode(path)
     try:
         score = scorer(run)
     except (ValueError, OSError) as error:
@@ -106,13 +107,10 @@ def _evaluate(run: str, key: tuple[int, str, str], path: Path, scorer: Scorer) -
         if damage := find_damage(path):
             raise DamagedArrays(damage[0]) from error
         raise
-    again = read_steps(path.parent).sound.get(step)
-    if again is not None and checkpoint_id(again) != checkpoint:
-        return None
     return {
-        "step": step,
-        "checkpoint": checkpoint,
-        "source": source,
+        "step": score.step,
+        "checkpoint": score.checkpoint,
+        "source": score.source,
         "loss": score.loss,
         "perplexity": score.perplexity,
         "num_tokens": score.num_tokens,

@@ -20,6 +20,7 @@ from jaxlm.data.prepare import Dataset
 from jaxlm.device.loss import Batch, next_token_loss
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import Params
+from jaxlm.evaluation.evals import checkpoint_id
 from jaxlm.inference.load import restore_params, tell_selected
 from jaxlm.terminal import progress
 from jaxlm.tracking.metrics import perplexity
@@ -61,6 +62,8 @@ class Score(NamedTuple):
     run: str
     """`RUN@STEP`."""
     step: int
+    checkpoint: str
+    """`checkpoint_id` of what was loaded."""
     source: str
     """Whose held-out documents these are."""
     loss: float
@@ -84,9 +87,9 @@ class Score(NamedTuple):
         return math.isclose(self.loss, recorded, rel_tol=TOLERANCE if self.differences else 0.0)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values: all but the sums and the environment."""
-        values = self._asdict()
-        return {name: values[name] for name in values if name not in ("sums", "environment")}
+        """JSON values: all but the checkpoint's id, the sums and the environment."""
+        left_out = ("checkpoint", "sums", "environment")
+        return {name: value for name, value in self._asdict().items() if name not in left_out}
 
 
 class _Candidate(NamedTuple):
@@ -201,6 +204,7 @@ def _score(candidate: _Candidate, source: str | None) -> Score:
     return Score(
         run=run,
         step=selected.step,
+        checkpoint=checkpoint_id(metadata),
         source=config.data.source,
         loss=mean_loss(sums),
         perplexity=perplexity(mean_loss(sums)),
