@@ -21,14 +21,15 @@ import numpy as np
 from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.checkpoints.restore import items_of
 from jaxlm.config import CheckpointConfig, Config, MeshConfig, to_dict
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import (
     Blueprint,
     TrainState,
     blueprint_of,
-    fingerprint,
     num_bytes,
+    survey,
 )
 from jaxlm.launch import load_config
 
@@ -103,11 +104,12 @@ def main(folder: Path) -> None:
     config = load_config(str(Path(__file__).parent.parent / "configs" / "180m.py"))
     blueprint = blueprint_of(config, make_mesh(MeshConfig()))
     state = jax.block_until_ready(blueprint.make(0))
-    fingerprint(state)  # compiles
+    items = items_of(state)
+    survey(items)()  # compiles
     times: dict[str, list[float]] = defaultdict(list)
     plain, num_arrays = folder / "numpy", len(jax.tree.leaves(state))
     for step in range(1, TURNS + 1):
-        times["fingerprint, and all is finite"].append(timed(lambda: fingerprint(state)))
+        times["fingerprint, and all is finite"].append(timed(lambda: survey(items)()))
         times[COPY].append(timed(lambda: [np.array(leaf) for leaf in jax.tree.leaves(state)]))
         time_save(folder, state, describe_step(step, config), times)
         manifest_s = timed(lambda n=step: manifest.write_manifest(folder / str(n)))

@@ -190,8 +190,9 @@ def test_a_step_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
         state = _state(1)
         checkpoints.save(state, metadata_of(1, None))
         broken = state._replace(params=jax.tree.map(lambda x: x * jnp.nan, _state(2).params))
-        with pytest.raises(CheckpointError, match="params/.* not finite.*last sound step is 1"):
-            checkpoints.save(broken, metadata_of(2, None))
+        checkpoints.save(broken, metadata_of(2, None))
+        with pytest.raises(CheckpointError, match="step 2 .*params/.* not finite; on disk .*: 1$"):
+            checkpoints.wait()
     assert list_steps(tmp_path) == [1]
 
 

@@ -332,6 +332,9 @@ def test_sample_refuses_what_does_not_fit(at_home: Path, capsys: pytest.CaptureF
     assert run_main(lambda: cli.command(["sample", runs.RUN, "--max_tokens", "99"])) == 1
     assert "1 tokens and 99 new ones are 100, expected at most 32" in capsys.readouterr().err
     assert "num_samples: found 0" in refusal(capsys, "sample", runs.RUN, "--num_samples", "0")
+    assert "prompts: found 'a\\udcff', expected" in refusal(
+        capsys, "sample", "x", "--prompt", "a\udcff"
+    )
     assert "top_p: found 2.0" in refusal(capsys, "sample", runs.RUN, "--top_p", "2")
 
 

@@ -200,6 +200,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "llama3": ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type: found 'llama3'"),
     "window": ({"sliding_window": 64}, "sliding_window: found 64"),
     "layer window": ({"layer_types": ["sliding_attention"]}, "layer_types"),
+    "no positions": ({"max_position_embeddings": 0}, "max_position_embeddings: found 0"),
     "gelu": ({"hidden_act": "gelu"}, "hidden_act: found 'gelu'"),
     "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config"),
     "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

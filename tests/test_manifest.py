@@ -1,6 +1,8 @@
 """Damage to any file of a checkpoint is found, and nothing else is called damage."""
 
+import errno
 import json
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ import pytest
 from tiny import data, tiny_config
 
 from jaxlm.checkpoints.manifest import NAME, find_damage
-from jaxlm.files.durable import write_file
+from jaxlm.files.durable import DiskError, write_file
 from jaxlm.training.train import train
 
 
@@ -38,6 +40,22 @@ def test_a_sound_checkpoint_has_no_damage(pristine: Path) -> None:
 
 def test_a_copy_elsewhere_is_sound(step_folder: Path) -> None:
     assert find_damage(step_folder) == []
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "_CHECKPOINT_METADATA", "manifest.ocdbt"])
+def test_a_file_whose_size_the_disk_does_not_tell_is_no_damage(
+    pristine: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    real = Path.stat
+
+    def stat(path: Path, **how: bool) -> os.stat_result:
+        if path.name == name:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, **how)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(DiskError, match="cannot be read .Input/output error.*left as it is"):
+        find_damage(pristine)
 
 
 def test_a_flipped_bit_in_any_file_is_found_and_named(step_folder: Path) -> None:

@@ -2,13 +2,14 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from tiny import data, tiny_config
 
-from jaxlm.checkpoints import milestones
+from jaxlm.checkpoints import metadata, milestones
 from jaxlm.checkpoints.aside import DELETING, Purger
 from jaxlm.checkpoints.copying import copy_run
 from jaxlm.checkpoints.folder import WEIGHTS, list_steps, read_steps, select
@@ -84,13 +85,20 @@ class Killed(BaseException):
     """What no handler catches."""
 
 
-@pytest.mark.parametrize("name", ["link", "write_file", "fsync", "Path.rename"])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (milestones, "link"),
+        (metadata, "write_file"),
+        (milestones, "fsync"),
+        (milestones.Path, "rename"),
+    ],
+)
 def test_a_kill_at_any_instant_costs_nothing(
-    doomed: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    doomed: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:
     folder = doomed.parent.parent
-    owner = milestones.Path if name == "Path.rename" else milestones
-    real, num_kills = getattr(owner, name.split(".")[-1]), 0
+    real, num_kills = getattr(owner, name), 0
     while True:
         calls = iter(range(num_kills))
 
@@ -100,7 +108,7 @@ def test_a_kill_at_any_instant_costs_nothing(
             return real(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name.split(".")[-1], killed)
+            patch.setattr(owner, name, killed)
             try:
                 keep_weights(doomed, folder)
                 break
@@ -127,7 +135,7 @@ def test_what_a_full_disk_refuses_is_kept_for_the_next_time(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(milestones, "write_file", refuse)
+        patch.setattr(metadata, "write_file", refuse)
         purger.purge()
         purger.join()
     assert find_damage(doomed) == [] and list_steps(folder / WEIGHTS) == []

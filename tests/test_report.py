@@ -239,6 +239,7 @@ def test_settings_that_differ_are_marked(tmp_path: Path):
         ([".", "."], ".: found no run, metrics.jsonl is not there"),
         ([".", "--out", "."], "--out: found"),
         ([".", "--out", "nowhere/x.html"], "--out: found no folder nowhere"),
+        ([".", "--out", "metrics.jsonl"], "expected a name that ends in .html"),
     ],
 )
 def test_what_is_refused_leaves_nothing_behind(args, message, tmp_path, monkeypatch, capsys):

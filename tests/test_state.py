@@ -258,6 +258,17 @@ def test_the_fingerprint_of_a_large_leaf_takes_no_memory(dtype):
     assert temporaries(lambda x: jnp.sort(x, axis=0).sum(), leaf) > 0.01  # so it would show
 
 
+def test_what_is_surveyed_may_be_donated_at_once():
+    tree = {str(n): jax.random.normal(jax.random.key(n), (512, 256)) for n in range(100)}
+    expected = fingerprint(tree)
+    change = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    jax.block_until_ready(change(jax.tree.map(jnp.copy, tree)))  # compiled: it would begin at once
+    finish = survey(tree)
+    changed = change(tree)
+    assert all(leaf.is_deleted() for leaf in tree.values())
+    assert finish()[0] == expected != fingerprint(changed)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_named(bad):
     tree = {
@@ -267,8 +278,8 @@ def test_what_is_not_finite_is_named(bad):
         "n": jnp.int32(-1),  # the bits of a NaN
         "key": jax.random.key(0),
     }
-    assert survey(tree)[1] == []
+    assert survey(tree)()[1] == []
     for name in ("w", "scalar", "narrow"):
         leaf = tree[name]
         spoilt = leaf.at[(1,) * leaf.ndim].set(bad)
-        assert survey(tree | {name: spoilt})[1] == [name]
+        assert survey(tree | {name: spoilt})()[1] == [name]

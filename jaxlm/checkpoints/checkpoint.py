@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxlm.checkpoints import manifest
@@ -33,7 +32,7 @@ from jaxlm.checkpoints.folder import (
     list_steps,
     read_steps,
 )
-from jaxlm.checkpoints.manager import arrays_to_save, open_manager
+from jaxlm.checkpoints.manager import args_of, open_manager
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import DamagedArrays, items_of, restore_state
 from jaxlm.checkpoints.retention import Retention
@@ -286,7 +285,7 @@ class Checkpoints:
 
         Raises:
           CheckpointError: this or the last save failed (by `on_save_error`), the folder is gone,
-            or the state is not finite.
+            or the last state was not finite.
         """
         self.wait()
         self._check_folder()
@@ -294,25 +293,19 @@ class Checkpoints:
         if set(self._manager.all_steps()) != set(list_steps(self.folder)):
             self._manager.reload()  # Orbax would keep what is gone, and delete what is the best
         items = items_of(state)
-        fingerprints, nonfinite = survey(items)
-        if spoilt := next((name for name in nonfinite if name.startswith("params/")), None):
-            raise CheckpointError(
-                f"step {metadata.step}: {spoilt} holds values that are not finite, so the "
-                f"state is not saved; the last sound step is {max(self._steps, default=None)}"
-            )
+        self._survey = survey(items)
         self._retention.state_bytes = num_bytes(items)
         skips = held_by(self.skips, metadata.step)
-        metadata = replace(metadata, fingerprints=fingerprints, skips=skips, run_id=self._run_id)
+        metadata = replace(metadata, skips=skips, run_id=self._run_id)
         loss = metadata.eval_loss
         metrics = None if loss is None or not math.isfinite(loss) else {"eval_loss": loss}
-        args = {name: arrays_to_save(item) for name, item in items.items()}
         self._saving, self._saved_for = metadata, why
         self._last_save_s = time.monotonic()
         try:
             before()
             saved = self._manager.save(
                 metadata.step,
-                args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(metadata.to_json())),
+                args=args_of(items),
                 metrics=metrics,
                 force=True,
             )
@@ -362,7 +355,7 @@ class Checkpoints:
         except _SAVE_ERRORS as error:
             self._save_failed(error)
             return
-        metadata, self._saving = self._saving, None
+        metadata, self._saving = replace(self._saving, fingerprints=self._survey()[0]), None
         self._steps[metadata.step] = metadata
         self._steps = self._on_disk  # the memory too is free of what is deleted
         self._num_failures = 0
@@ -379,7 +372,11 @@ class Checkpoints:
         # Orbax writes `_CHECKPOINT_METADATA` in a thread of its own, and has no public way to wait.
         self._manager._non_blocking_metadata_store.wait_until_finished()
         self._check_folder()  # TensorStore makes a deleted one again, with half of the arrays
+        fingerprints, nonfinite = self._survey()
+        if spoilt := next((name for name in nonfinite if name.startswith("params/")), None):
+            raise CheckpointError(f"{spoilt} holds values that are not finite")
         (partial,) = self.folder.glob(f"{self._saving.step}.orbax-checkpoint-tmp*")
+        replace(self._saving, fingerprints=fingerprints).write(partial)
         manifest.write_manifest(partial)
 
     def _restore(
@@ -424,10 +421,10 @@ class Checkpoints:
         self._clear_partial()
         self._manager.reload()
         kept = ", ".join(map(str, list_steps(self.folder))) or "none"
-        text = (
-            f"saving step {step} failed: {error}; on disk and untouched: {kept}. "
-            f"Look at the disk of {self.folder}"
-        )
+        text = f"saving step {step} failed: {error}; on disk and untouched: {kept}"
+        if isinstance(error, CheckpointError):
+            raise CheckpointError(text) from error
+        text += f". Look at the disk of {self.folder}"
         # With several processes, Orbax's barriers are out of step after an error.
         if self._config.on_save_error == "stop" or jax.process_count() > 1:
             raise CheckpointError(text + "; the same command goes on from the latest") from error

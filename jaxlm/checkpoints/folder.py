@@ -86,16 +86,17 @@ def when_settled(path: Path, look: Callable[[], list[str]]) -> list[str] | None:
     Returns:
       Empty for a sound step; None for one that was deleted meanwhile.
     """
-    while before := _identity(path):
+    while before := identity(path):
         if not (damage := look()):
             return []
         time.sleep(_COMMIT_S)
-        if _identity(path) == before:
+        if identity(path) == before:
             return damage
     return None
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def identity(path: Path) -> tuple[int, int] | None:
+    """What changes when another step is put there, or this one's commit goes on."""
     try:
         found = path.stat()
     except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -58,7 +59,11 @@ def open_manager(
     )
 
 
-def arrays_to_save(tree: object) -> ocp.args.PyTreeSave:
-    """What tells Orbax to save these arrays."""
+def args_of(items: dict[str, Any]) -> ocp.args.Composite:
+    """What tells Orbax to save these items of arrays, beside a `meta` that is written later."""
     # In files of 2 GB, as by default, too few are on their way to the disk at once.
-    return ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=FILE_BYTES)
+    args: dict[str, Any] = {
+        name: ocp.args.PyTreeSave(item, ocdbt_target_data_file_size=FILE_BYTES)
+        for name, item in items.items()
+    }
+    return ocp.args.Composite(**args, meta=ocp.args.JsonSave({}))

@@ -1,11 +1,14 @@
 """What a checkpoint says of itself, besides its arrays."""
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 from jaxlm.checkpoints.skips import Skip, to_json
 from jaxlm.config import Config, from_dict
+from jaxlm.files.durable import write_file
 from jaxlm.files.strict import conform, spell
 
 
@@ -44,7 +47,7 @@ class Metadata:
     run_id: str = ""
     """The same in all checkpoints of a run, and of no other."""
     fingerprints: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
-    """Leaf name -> [dtype, shape, lane, lane], computed on the device before the save."""
+    """Leaf name -> [dtype, shape, lane, lane], computed on the device, of what was saved."""
 
     @property
     def weights_item(self) -> str:
@@ -70,6 +73,10 @@ class Metadata:
             values["best_eval_loss"] = None
         values["skips"] = to_json(self.skips)
         return values
+
+    def write(self, folder: Path) -> None:
+        """Makes this the `meta` of a step folder that is not committed yet."""
+        write_file(folder / "meta" / "metadata", json.dumps(self.to_json()).encode())
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Metadata":

@@ -1,6 +1,5 @@
 """The weights of checkpoints that are deleted, in a folder of their own."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -40,8 +39,7 @@ def keep_weights(doomed: Path, folder: Path) -> None:
         copy_function=link,
     )
     kept = {k: v for k, v in metadata.fingerprints.items() if k.startswith(f"{item}/")}
-    values = replace(metadata, fingerprints=kept).to_json()
-    write_file(partial / "meta" / "metadata", json.dumps(values).encode())
+    replace(metadata, fingerprints=kept).write(partial)
     manifest.write_manifest(partial)
     if (folder / TOKENIZER).is_file() and not (weights / TOKENIZER).exists():
         tokenizer = read_file(folder / TOKENIZER, _MAX_TOKENIZER_BYTES)

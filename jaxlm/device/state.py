@@ -172,20 +172,32 @@ def fingerprint(tree: Any) -> dict[str, list[Any]]:
     its place in the *global* array. Integers add up to the same whatever the sharding; a single
     changed bit changes a lane for certain, any other damage goes unseen with odds of 2^-64.
     """
-    return survey(tree)[0]
-
-
-def survey(tree: Any) -> tuple[dict[str, list[Any]], list[str]]:
-    """The fingerprint, and the names of leaves with a NaN or an infinity, in one pass of memory."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    found = jax.device_get([_survey(leaf) for _, leaf in leaves])
-    fingerprints, nonfinite = {}, []
-    for (path, leaf), (first, second, bad) in zip(leaves, found, strict=True):
-        name = path_name(path)
-        fingerprints[name] = [str(leaf.dtype), list(leaf.shape), int(first), int(second)]
-        if bad:
-            nonfinite.append(name)
-    return fingerprints, nonfinite
+    of_each = [survey({path_name(path): leaf}) for path, leaf in leaves]  # numpy's, a few at a time
+    return {name: entry for finish in of_each for name, entry in finish()[0].items()}
+
+
+def survey(tree: Any) -> Callable[[], tuple[dict[str, list[Any]], list[str]]]:
+    """Begins one pass over the memory of all leaves, which may be donated from then on.
+
+    Returns:
+      Waits for the fingerprint, and the names of leaves with a NaN or an infinity.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    about = [(path_name(path), str(leaf.dtype), list(leaf.shape)) for path, leaf in leaves]
+    # One program: of many, 32 may wait for the device, and the host would wait for the others.
+    on_device = _survey_all([leaf for _, leaf in leaves])
+
+    def finish() -> tuple[dict[str, list[Any]], list[str]]:
+        fingerprints, nonfinite = {}, []
+        found = np.asarray(on_device).tolist()
+        for (name, dtype, shape), (*lanes, bad) in zip(about, found, strict=True):
+            fingerprints[name] = [dtype, shape, *lanes]
+            if bad:
+                nonfinite.append(name)
+        return fingerprints, nonfinite
+
+    return finish
 
 
 def _words(x: jax.Array) -> jax.Array:
@@ -207,6 +219,11 @@ def _mix(x: jax.Array, salt: int) -> jax.Array:
 
 
 @jax.jit
+def _survey_all(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.stack([_survey(leaf) for leaf in leaves])
+
+
+@jax.jit  # traced once for all leaves of a shape
 def _survey(x: jax.Array) -> jax.Array:
     # uint32 [3]: two lanes, and whether anything is not finite.
     words = _words(x)

@@ -1,6 +1,5 @@
 """The mean of the weights of several checkpoints of a run, in a folder of its own."""
 
-import json
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from jaxlm.checkpoints.copying import check_outside
 from jaxlm.checkpoints.folder import TOKENIZER, find_checkpoints, read_steps, run_folder, select
-from jaxlm.checkpoints.manager import arrays_to_save
+from jaxlm.checkpoints.manager import args_of
 from jaxlm.checkpoints.manifest import write_manifest
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import DamagedArrays, restore_numpy
@@ -129,11 +128,10 @@ def _save(path: Path, params: dict[str, Any]) -> None:
         "params": ocp.PyTreeCheckpointHandler(use_compression=False),
         "meta": ocp.JsonCheckpointHandler(),
     }
-    items = {"params": arrays_to_save(params["params"]), "meta": ocp.args.JsonSave({})}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.Composite(**items))
+        checkpointer.save(path.absolute(), args=args_of(params))
 
 
 def _describe(path: Path, metadata: Metadata) -> None:
-    write_file(path / "meta" / "metadata", json.dumps(metadata.to_json()).encode())
+    metadata.write(path)
     write_manifest(path)

@@ -1,17 +1,16 @@
 """`jaxlm eval --follow`: each new checkpoint of a running job is scored, from another process."""
 
+import functools
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxlm.checkpoints.folder import find_checkpoints, read_steps, run_folder
+from jaxlm.checkpoints.folder import find_checkpoints, identity, read_steps, run_folder
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.restore import DamagedArrays
 from jaxlm.evaluation.evals import NAME, Eval, EvalLog, checkpoint_id
 from jaxlm.evaluation.score import Scorer
-
-Say = Callable[[str], None]
 
 
 def follow(
@@ -20,7 +19,7 @@ def follow(
     source: str | None = None,
     out: str | None = None,
     poll_s: float,
-    say: Say = print,
+    say: Callable[[str], None] = print,
     found: Callable[[Eval], None] = lambda _: None,
 ) -> None:
     """Evaluates the checkpoints of a run, oldest first, until one is final and all have a row.
@@ -44,7 +43,7 @@ def follow(
     if not 0 < poll_s < math.inf:
         raise ValueError(f"--poll_s: found {poll_s}, expected seconds above 0")
     folder = find_checkpoints(run)
-    say_once = _once(say)
+    say_once = functools.cache(say)  # the same lines come with each checkpoint
     scorer = Scorer(source, say_once)
     with EvalLog(Path(out) if out else run_folder(run, folder) / NAME) as log:
         damaged: set[tuple[int, str, str]] = set()
@@ -84,25 +83,13 @@ def _key(row: Eval) -> tuple[int, str, str]:
     return row["step"], row["checkpoint"], row["source"]
 
 
-def _once(say: Say) -> Say:
-    # The same lines come with each checkpoint: what was prepared, which is best.
-    said: set[str] = set()
-
-    def say_once(line: str) -> None:
-        if line not in said:
-            said.add(line)
-            say(line)
-
-    return say_once
-
-
 def _evaluate(run: str, path: Path, scorer: Scorer) -> Eval | None:
     # None for a checkpoint that was deleted, or committed anew, meanwhile.
-    before = _inode(path)
+    before = identity(path)
     try:
         score = scorer(run)
     except (ValueError, OSError) as error:
-        if before is None or _inode(path) != before:
+        if before is None or identity(path) != before:
             return None
         if damage := find_damage(path):
             raise DamagedArrays(damage[0]) from error
@@ -115,10 +102,3 @@ def _evaluate(run: str, path: Path, scorer: Scorer) -> Eval | None:
         "perplexity": score.perplexity,
         "num_tokens": score.num_tokens,
     }
-
-
-def _inode(path: Path) -> int | None:
-    try:
-        return path.stat().st_ino
-    except FileNotFoundError:
-        return None

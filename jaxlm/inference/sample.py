@@ -18,6 +18,7 @@ from jaxlm.config import MeshConfig
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.device.decode import Knobs, Rule, make_programs, narrow
 from jaxlm.device.sharding import AXES_OF, make_mesh
+from jaxlm.files.strict import shown
 from jaxlm.inference.load import restore_params, tell_selected
 
 _MAX_TOKENS = 256
@@ -218,8 +219,11 @@ def sample_run(
       write: takes the first prompt and its text as it comes, in whole characters.
 
     Raises:
-      ValueError: no such run or step, it is damaged, has no tokenizer, or a prompt is too long.
+      ValueError: no such run or step, it is damaged, has no tokenizer, or a prompt is too long or
+        not text.
     """
+    if odd := [prompt for prompt in prompts if re.search("[\ud800-\udfff]", prompt)]:
+        raise ValueError(f"prompts: found {shown(odd[0])}, expected text in UTF-8")
     selected = select(run)
     config, eos_id = selected.metadata.run_config(), selected.metadata.eos_id
     path = selected.folder / TOKENIZER

@@ -198,4 +198,6 @@ def _shape(values: HFConfig, rope: dict[str, Any], *, qk_norm: bool) -> tuple[Mo
     # JSON does not tell 10000 from 10000.0, and a config does.
     floats = {k: float(found[k]) for k in ("norm_eps", "init_std") if k in found}
     model = ModelConfig(**{**found, **floats}, rope_theta=float(theta), qk_norm=qk_norm)
-    return model, values.get("max_position_embeddings", 2048)
+    if (longest := values.get("max_position_embeddings", 2048)) < 1:
+        raise ValueError(f"max_position_embeddings: found {longest}, expected at least 1")
+    return model, longest

@@ -21,8 +21,8 @@ Compile = Callable[[Config], dict[str, Any] | None]
 class Settings:
     """What is planned; the other flags are those of launch.py."""
 
-    topology: str
-    """The devices, such as v5e-16, v6e-16, v5p-8, v5e:4x8 or h100x8."""
+    topology: str = ""
+    """The devices, required, such as v5e-16, v6e-16, v5p-8, v5e:4x8 or h100x8."""
     save_cost_s: float | None = None
     """How long a save holds the run up, as measured (seconds)."""
     mtbf_hours: float | None = None
