@@ -31,7 +31,19 @@ LAYERS = [
     {"cluster", "extras", "files"},
     {"terminal"},
 ]
-PURE = {"collections.abc", "flax", "functools", "jax", "jaxlm", "math", "numpy", "optax", "typing"}
+PURE = {
+    "itertools",
+    "re",
+    "collections.abc",
+    "flax",
+    "functools",
+    "jax",
+    "jaxlm",
+    "math",
+    "numpy",
+    "optax",
+    "typing",
+}
 
 
 def name_of(path: Path) -> str:

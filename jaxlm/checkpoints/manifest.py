@@ -37,7 +37,8 @@ class _StepMetadata(TypedDict):
 
 def write_manifest(folder: Path) -> None:
     """Lists every file below `folder`, and brings all of them to the disk."""
-    paths = _files(folder)
+    skipped = {folder / NAME, folder / _COMMIT}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path not in skipped)
     with ThreadPoolExecutor() as pool:
         entries = pool.map(_entry, paths)
     names = (path.relative_to(folder).as_posix() for path in paths)
@@ -96,11 +97,6 @@ def _find_strays(folder: Path) -> list[str]:
         if not Path(os.path.realpath(path)).is_relative_to(root)
         or not (path.is_file() or path.is_dir())
     ]
-
-
-def _files(folder: Path) -> list[Path]:
-    skipped = {folder / NAME, folder / _COMMIT}
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path not in skipped)
 
 
 def _entry(path: Path) -> dict[str, int]:

@@ -1,5 +1,7 @@
 """The train state: what it holds, how it is made on a mesh, and its fingerprint."""
 
+import itertools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -172,9 +174,7 @@ def fingerprint(tree: Any) -> dict[str, list[Any]]:
     its place in the *global* array. Integers add up to the same whatever the sharding; a single
     changed bit changes a lane for certain, any other damage goes unseen with odds of 2^-64.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    of_each = [survey({path_name(path): leaf}) for path, leaf in leaves]  # numpy's, a few at a time
-    return {name: entry for finish in of_each for name, entry in finish()[0].items()}
+    return survey(tree)()[0]
 
 
 def survey(tree: Any) -> Callable[[], tuple[dict[str, list[Any]], list[str]]]:
@@ -183,19 +183,16 @@ def survey(tree: Any) -> Callable[[], tuple[dict[str, list[Any]], list[str]]]:
     Returns:
       Waits for the fingerprint, and the names of leaves with a NaN or an infinity.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    about = [(path_name(path), str(leaf.dtype), list(leaf.shape)) for path, leaf in leaves]
-    # One program: of many, 32 may wait for the device, and the host would wait for the others.
-    on_device = _survey_all([leaf for _, leaf in leaves])
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    about = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in leaves.items()}
+    # A program for each layer: they are all alike, and few enough that the host need not wait.
+    layers = itertools.groupby(leaves, lambda name: re.sub(r"\D*$", "", name))
+    on_device = [_survey_all([leaves[name] for name in names]) for _, names in layers]
 
     def finish() -> tuple[dict[str, list[Any]], list[str]]:
-        fingerprints, nonfinite = {}, []
-        found = np.asarray(on_device).tolist()
-        for (name, dtype, shape), (*lanes, bad) in zip(about, found, strict=True):
-            fingerprints[name] = [dtype, shape, *lanes]
-            if bad:
-                nonfinite.append(name)
-        return fingerprints, nonfinite
+        found = dict(zip(about, np.concatenate(on_device).tolist(), strict=True))
+        fingerprints = {name: [*about[name], *lanes] for name, (*lanes, _) in found.items()}
+        return fingerprints, [name for name, (_, _, bad) in found.items() if bad]
 
     return finish
 
@@ -220,7 +217,10 @@ def _mix(x: jax.Array, salt: int) -> jax.Array:
 
 @jax.jit
 def _survey_all(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.stack([_survey(leaf) for leaf in leaves])
+    # uint32 [n, 3], whole on each device.
+    found = jnp.stack([_survey(leaf) for leaf in leaves])
+    mesh: Any = jax.typeof(leaves[0]).sharding.mesh  # an abstract one
+    return found if mesh.empty else jax.lax.with_sharding_constraint(found, replicated(mesh))
 
 
 @jax.jit  # traced once for all leaves of a shape
