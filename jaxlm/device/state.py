@@ -185,14 +185,17 @@ def survey(tree: Any) -> Callable[[], tuple[dict[str, list[Any]], list[str]]]:
     """
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     about = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in leaves.items()}
-    # A program for each layer: they are all alike, and few enough that the host need not wait.
-    layers = itertools.groupby(leaves, lambda name: re.sub(r"\D*$", "", name))
-    on_device = [_survey_all([leaves[name] for name in names]) for _, names in layers]
+    # A program for each layer: they are alike, and few enough that the host need not wait for room.
+    layers: dict[str, list[str]] = {}
+    for name in leaves:
+        layers.setdefault((re.findall(r"\w+/\d+(?=/)", name) or [""])[-1], []).append(name)
+    on_device = [_survey_all([leaves[name] for name in names]) for names in layers.values()]
 
     def finish() -> tuple[dict[str, list[Any]], list[str]]:
-        found = dict(zip(about, np.concatenate(on_device).tolist(), strict=True))
-        fingerprints = {name: [*about[name], *lanes] for name, (*lanes, _) in found.items()}
-        return fingerprints, [name for name, (_, _, bad) in found.items() if bad]
+        names = itertools.chain.from_iterable(layers.values())
+        found = dict(zip(names, np.concatenate(on_device).tolist(), strict=True))
+        fingerprints = {name: [*about[name], *found[name][:2]] for name in about}
+        return fingerprints, [name for name in about if found[name][2]]
 
     return finish
 
