@@ -1,5 +1,6 @@
 """Orbax's `CheckpointManager`, which writes, commits and deletes, set up as we need it."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,6 @@ def open_manager(
 def args_of(items: dict[str, Any]) -> ocp.args.Composite:
     """What tells Orbax to save these items of arrays, beside a `meta` that is written later."""
     # In files of 2 GB, as by default, too few are on their way to the disk at once.
-    args: dict[str, Any] = {
-        name: ocp.args.PyTreeSave(item, ocdbt_target_data_file_size=FILE_BYTES)
-        for name, item in items.items()
-    }
-    return ocp.args.Composite(**args, meta=ocp.args.JsonSave({}))
+    save = functools.partial(ocp.args.PyTreeSave, ocdbt_target_data_file_size=FILE_BYTES)
+    arrays = {name: save(item) for name, item in items.items()}
+    return ocp.args.Composite(**arrays, meta=ocp.args.JsonSave({}))

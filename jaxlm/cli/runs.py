@@ -72,16 +72,15 @@ def plan(flags: Positional[tuple[str, ...]] = ()) -> int:
       jaxlm plan --config configs/180m.py --topology v5e-16
       jaxlm plan --config configs/1b.py --topology h100x8 --model.remat full
     """
-    from jaxlm.plan.plan import Settings, describe
-    from jaxlm.plan.plan import plan as make_plan
+    from jaxlm.plan import plan as planning
 
     settings, own = tyro.cli(
-        Settings, prog="jaxlm plan --config FILE", args=flags, return_unknown_args=True
+        planning.Settings, prog="jaxlm plan --config FILE", args=flags, return_unknown_args=True
     )
     config = parse_config(own, prog="jaxlm plan")
     with progress(f"Compiling for {settings.topology}"):
-        report = make_plan(config, settings)
-    show(report, "\n".join(describe(report)), settings.json)
+        report = planning.plan(config, settings)
+    show(report, "\n".join(planning.describe(report)), settings.json)
     return 0
 
 

@@ -186,18 +186,21 @@ def survey(tree: Any) -> Callable[[], tuple[dict[str, list[Any]], list[str]]]:
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     about = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in leaves.items()}
     # A program for each layer: they are alike, and few enough that the host need not wait for room.
-    layers: dict[str, list[str]] = {}
-    for name in leaves:
-        layers.setdefault((re.findall(r"\w+/\d+(?=/)", name) or [""])[-1], []).append(name)
-    on_device = [_survey_all([leaves[name] for name in names]) for names in layers.values()]
+    names = sorted(leaves, key=_layer_of)
+    groups = itertools.groupby(names, _layer_of)
+    on_device = [_survey_all([leaves[name] for name in group]) for _, group in groups]
 
     def finish() -> tuple[dict[str, list[Any]], list[str]]:
-        names = itertools.chain.from_iterable(layers.values())
         found = dict(zip(names, np.concatenate(on_device).tolist(), strict=True))
         fingerprints = {name: [*about[name], *found[name][:2]] for name in about}
         return fingerprints, [name for name in about if found[name][2]]
 
     return finish
+
+
+def _layer_of(name: str) -> str:
+    # `layers/3` in all trees of the state.
+    return (re.findall(r"\w+/\d+(?=/)", name) or [""])[-1]
 
 
 def _words(x: jax.Array) -> jax.Array:

@@ -103,10 +103,8 @@ def prove(config: Config, flags: Sequence[str], settings: Settings) -> dict[str,
 
 def _by_step(run_dir: Path, num_steps: int) -> list[dict[str, list[str]]]:
     facts = sorted(facts_of(run_dir).items())
-    return [
-        {name: found for (at, name), found in facts if at == step}
-        for step in range(1, num_steps + 1)
-    ]
+    steps = range(1, num_steps + 1)
+    return [{name: found for (at, name), found in facts if at == step} for step in steps]
 
 
 def _own_flags(config: Config, steps: int) -> list[str]:
