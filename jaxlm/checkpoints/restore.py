@@ -69,7 +69,7 @@ def restore_items(
       metadata: of that step.
       abstract: the items wanted, as trees of `jax.ShapeDtypeStruct` with shardings; any mesh will
         do, whatever it was saved from.
-      verify: compare the fingerprint of every array with the one taken before the save.
+      verify: compare the fingerprint of every array with the one taken at the save.
 
     Raises:
       ValueError: an item has other leaves, dtypes or shapes.
@@ -101,7 +101,7 @@ def restore_items(
 def find_changed_arrays(path: Path, metadata: Metadata) -> list[str]:
     """The arrays of a step folder that are not those that were saved; it takes no model.
 
-    One item after the other is on this machine, and one array after the other on the device.
+    One item after the other is on this machine, and on the device.
     """
     saved, found = metadata.fingerprints, {}
     for name in _items_at(path):
