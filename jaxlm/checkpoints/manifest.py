@@ -72,9 +72,8 @@ def find_damage(folder: Path, *, contents: bool = True) -> list[str]:
     if manifest["crc32c"] != google_crc32c.value(body.encode()):
         return [f"{NAME}: its own checksum does not match"]
     with reading(folder):
-        strays = _find_strays(folder)
-    if strays:
-        return strays
+        if strays := _find_strays(folder):
+            return strays
     damage, files = [], manifest["files"]
     with ThreadPoolExecutor() as pool:
         each = pool.map if contents else map  # threads pay where there is much to read

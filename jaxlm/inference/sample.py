@@ -41,12 +41,10 @@ class Sampling:
     """The same seed, prompts and devices give the same tokens."""
 
     def __post_init__(self) -> None:
+        t = self.temperature
         rules = {
             "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
-            "temperature": (
-                self.temperature == 0 or 1e-4 <= self.temperature <= 1e4,
-                "0, or 1e-4 to 1e4",
-            ),
+            "temperature": (t == 0 or 1e-4 <= t <= 1e4, "0, or 1e-4 to 1e4"),
             "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
             "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
             "seed": (0 <= self.seed < 2**32, "0 to 2**32 - 1"),
