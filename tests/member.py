@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from tiny import TinyBatches, TinyEvalSet, data, tiny_config
 
 from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.checkpoint import Checkpoints
+from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.cluster import Cluster, barrier, check_alike
 from jaxlm.config import DataConfig, MeshConfig
+from jaxlm.device.state import TrainState
 from jaxlm.launch import explain, run_main
 from jaxlm.training.train import train
 
@@ -104,6 +107,20 @@ def hang(mine: bool) -> None:
             manifest.write_manifest = lambda path: time.sleep(60)
 
     train_until(break_disk)
+
+
+def spoil(mine: bool) -> None:
+    """The params of step 8 are not finite, and all are busy elsewhere while it would be saved."""
+    to_nan = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * jnp.nan, tree))
+
+    def save(self: Checkpoints, state: TrainState, metadata: Metadata, *args: Any) -> None:
+        if metadata.step == 8:
+            state = state._replace(params=to_nan(state.params))
+        saves(self, state, metadata, *args)
+        time.sleep(2 * (metadata.step == 8))
+
+    saves, Checkpoints.save = Checkpoints.save, save
+    train_until(lambda: None)
 
 
 def train_until(break_disk: Callable[[], object]) -> None:

@@ -177,3 +177,18 @@ def test_a_save_that_fails_on_one_stops_all_and_all_tell_why(
         assert end.code == 1 and end.after_s < 15, end
         assert re.search(told, end.output.splitlines()[-1]), end
     assert list_steps(tmp_path / "saved" / "checkpoints") == [4]
+
+
+@pytest.mark.slow
+def test_a_state_that_is_not_finite_is_refused_by_all_alike(tmp_path: Path) -> None:
+    with running(tmp_path, 2, "spoil", 1, tmp_path / "saved") as members:
+        ends = members.ends()
+    for end in ends:
+        assert end.code == 1
+        told = end.output.splitlines()[-1]
+        assert re.search("step 8 failed: params/.* not finite; on disk and untouched: 4$", told), (
+            end
+        )
+    checkpoints = tmp_path / "saved" / "checkpoints"
+    assert list_steps(checkpoints) == [4] and not list(checkpoints.glob("8*"))
+    assert '"failed"' in (tmp_path / "saved" / "events.jsonl").read_text()

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from small import MODEL, Bigram, blueprint_of, mesh_of, names_and_leaves
 
 from jaxlm.config import OptimConfig
+from jaxlm.device import state as state_module
 from jaxlm.device.guard import Guard
 from jaxlm.device.optim import make_optimizer
 from jaxlm.device.state import _survey, fingerprint, make_blueprint, survey
@@ -256,6 +257,14 @@ def test_the_fingerprint_of_a_large_leaf_takes_no_memory(dtype):
     leaf = jax.ShapeDtypeStruct((4096, 1024), jnp.dtype(dtype))
     assert temporaries(_survey, leaf) < 0.01
     assert temporaries(lambda x: jnp.sort(x, axis=0).sum(), leaf) > 0.01  # so it would show
+
+
+def test_a_fingerprint_has_one_array_in_each_program(monkeypatch):
+    given, real = [], state_module._survey_all
+    monkeypatch.setattr(state_module, "_survey_all", lambda x: given.append(len(x)) or real(x))
+    tree = {"w": np.ones((2, 3)), "layers": {0: {"a": np.ones(2), "b": np.ones(2)}}}
+    assert fingerprint(tree) == survey(tree)()[0]
+    assert given[:3] == [1, 1, 1] and sorted(given[3:]) == [1, 2]
 
 
 def test_what_is_surveyed_may_be_donated_at_once():

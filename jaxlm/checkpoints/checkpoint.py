@@ -285,7 +285,7 @@ class Checkpoints:
 
         Raises:
           CheckpointError: this or the last save failed (by `on_save_error`), the folder is gone,
-            or the last state was not finite.
+            or this or the last state is not finite.
         """
         self.wait()
         self._check_folder()
@@ -302,14 +302,13 @@ class Checkpoints:
         self._saving, self._saved_for = metadata, why
         self._last_save_s = time.monotonic()
         try:
+            if jax.process_count() > 1:  # all refuse alike; in its saving thread, one alone would
+                self._proven(metadata)
             before()
-            saved = self._manager.save(
-                metadata.step,
-                args=args_of(items),
-                metrics=metrics,
-                force=True,
+            done = self._manager.save(
+                metadata.step, args=args_of(items), metrics=metrics, force=True
             )
-            assert saved, f"Orbax refused step {metadata.step} without a word"
+            assert done, f"Orbax refused step {metadata.step} without a word"
         except _SAVE_ERRORS as error:
             self._save_failed(error)
 
@@ -345,7 +344,7 @@ class Checkpoints:
         """Waits until the last save is on disk.
 
         Raises:
-          CheckpointError: it failed, and `on_save_error` is `stop`.
+          CheckpointError: it failed, and `on_save_error` is `stop`; or its state was not finite.
         """
         if self._saving is None:
             return
@@ -355,7 +354,7 @@ class Checkpoints:
         except _SAVE_ERRORS as error:
             self._save_failed(error)
             return
-        metadata, self._saving = replace(self._saving, fingerprints=self._survey()[0]), None
+        metadata, self._saving = self._proven(self._saving), None
         self._steps[metadata.step] = metadata
         self._steps = self._on_disk  # the memory too is free of what is deleted
         self._num_failures = 0
@@ -372,12 +371,17 @@ class Checkpoints:
         # Orbax writes `_CHECKPOINT_METADATA` in a thread of its own, and has no public way to wait.
         self._manager._non_blocking_metadata_store.wait_until_finished()
         self._check_folder()  # TensorStore makes a deleted one again, with half of the arrays
+        metadata = self._proven(self._saving)
+        (partial,) = self.folder.glob(f"{metadata.step}.orbax-checkpoint-tmp*")
+        metadata.write(partial)
+        manifest.write_manifest(partial)
+
+    def _proven(self, metadata: Metadata) -> Metadata:
+        # Waits for the device.
         fingerprints, nonfinite = self._survey()
         if spoilt := next((name for name in nonfinite if name.startswith("params/")), None):
             raise CheckpointError(f"{spoilt} holds values that are not finite")
-        (partial,) = self.folder.glob(f"{self._saving.step}.orbax-checkpoint-tmp*")
-        replace(self._saving, fingerprints=fingerprints).write(partial)
-        manifest.write_manifest(partial)
+        return replace(metadata, fingerprints=fingerprints)
 
     def _restore(
         self, metadata: Metadata, abstract: TrainState

@@ -101,7 +101,7 @@ def restore_items(
 def find_changed_arrays(path: Path, metadata: Metadata) -> list[str]:
     """The arrays of a step folder that are not those that were saved; it takes no model.
 
-    One item after the other is on this machine, and on the device.
+    One item after the other is on this machine, and one array after the other on the device.
     """
     saved, found = metadata.fingerprints, {}
     for name in _items_at(path):

@@ -174,7 +174,10 @@ def fingerprint(tree: Any) -> dict[str, list[Any]]:
     its place in the *global* array. Integers add up to the same whatever the sharding; a single
     changed bit changes a lane for certain, any other damage goes unseen with odds of 2^-64.
     """
-    return survey(tree)()[0]
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    # Each by itself: of arrays of numpy, all at once may not fit on the device.
+    of_each = [survey({path_name(path): leaf}) for path, leaf in leaves]
+    return {name: entry for finish in of_each for name, entry in finish()[0].items()}
 
 
 def survey(tree: Any) -> Callable[[], tuple[dict[str, list[Any]], list[str]]]:
