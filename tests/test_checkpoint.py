@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -357,6 +358,24 @@ def test_a_save_that_fails_is_reported_and_nothing_is_lost(tmp_path: Path, polic
     assert list_steps(tmp_path) == [1, 3]
     assert not list(tmp_path.glob("*tmp*"))  # nor does what it had written keep the space
     assert told.commits == [(1, True), (3, False)]
+
+
+@pytest.mark.parametrize("where", ["in the loop", "in the saving thread"])
+def test_a_save_that_ends_by_a_mistake_is_never_told_as_one_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    told = _Told()
+    with pytest.raises(KeyError, match="a mistake"), _open(tmp_path, told) as checkpoints:
+        checkpoints.save(_state(1), metadata_of(1, 1.0))
+        checkpoints.wait()
+        at = (ocp.CheckpointManager, "save") if "loop" in where else (Metadata, "write")
+        monkeypatch.setattr(*at, Mock(side_effect=KeyError("a mistake")))
+        checkpoints.save(_state(2), metadata_of(2, 0.5))
+        checkpoints.wait()
+    assert list_steps(tmp_path) == [1]
+    assert not list(tmp_path.glob("*tmp*"))
+    assert told.commits == [(1, True)]
+    assert "saving step 2 failed: " in told.warnings[-1]
 
 
 def test_a_folder_deleted_under_the_run_is_not_made_again(tmp_path: Path) -> None:

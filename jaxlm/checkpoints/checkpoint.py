@@ -12,7 +12,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +38,37 @@ from jaxlm.checkpoints.restore import DamagedArrays, items_of, restore_state
 from jaxlm.checkpoints.retention import Retention
 from jaxlm.checkpoints.skips import Skip, held_by, read_skips, skipped, write_skips
 from jaxlm.config import CheckpointConfig
-from jaxlm.device.state import TrainState, num_bytes, survey
+from jaxlm.device.state import Survey, TrainState, num_bytes, survey
 from jaxlm.files.durable import fsync
 from jaxlm.files.lock import HOLDER, lock, unlock
 from jaxlm.tracking.events import Events
 
 _RETRY_S, _MAX_RETRY_S = 10.0, 600.0
 _SUPERSEDED_WHY = "the run went back to before it"
-# What Orbax and TensorStore raise when the disk refuses.
-_SAVE_ERRORS = (OSError, ValueError, RuntimeError)
+# What Orbax and TensorStore raise when the disk refuses, or the memory.
+_SAVE_ERRORS = (OSError, ValueError, RuntimeError, MemoryError)
 
 Flush = Callable[[], None]
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be kept or had back; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A save under way: what its checkpoint says, the reason, and what the device finds."""
+
+    metadata: Metadata
+    why: str
+    survey: Survey
+
+    def proven(self) -> Metadata:
+        """The metadata with the fingerprints, for which it waits; raises CheckpointError."""
+        fingerprints, nonfinite = self.survey()
+        if spoilt := next((name for name in nonfinite if name.startswith("params/")), None):
+            raise CheckpointError(f"{spoilt} holds values that are not finite")
+        return replace(self.metadata, fingerprints=fingerprints)
 
 
 class Checkpoints:
@@ -86,8 +102,7 @@ class Checkpoints:
         self.events = events or Events(None)
         self.skips: list[Skip] = []
         self._steps: dict[int, Metadata] = {}
-        self._saving: Metadata | None = None
-        self._saved_for = ""  # the reason of the last save
+        self._saving: _Save | None = None
         self._retention = Retention(config)
         self._num_failures = 0
         self._purger = Purger(self.folder, config.keep_weights_every)
@@ -128,7 +143,7 @@ class Checkpoints:
             self._set_aside(step, damage)
         self._put_aside(found.superseded, SUPERSEDED, _SUPERSEDED_WHY)
         self._manager = open_manager(
-            self.folder, self._retention, self._config.save_timeout_s, self._write_manifest
+            self.folder, self._retention, self._config.save_timeout_s, self._seal
         )
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
@@ -293,22 +308,17 @@ class Checkpoints:
         if set(self._manager.all_steps()) != set(list_steps(self.folder)):
             self._manager.reload()  # Orbax would keep what is gone, and delete what is the best
         items = items_of(state)
-        self._survey = survey(items)
         self._retention.state_bytes = num_bytes(items)
-        skips = held_by(self.skips, metadata.step)
-        metadata = replace(metadata, skips=skips, run_id=self._run_id)
+        metadata = replace(metadata, skips=held_by(self.skips, metadata.step), run_id=self._run_id)
         loss = metadata.eval_loss
         metrics = None if loss is None or not math.isfinite(loss) else {"eval_loss": loss}
-        self._saving, self._saved_for = metadata, why
+        self._saving = _Save(metadata, why, survey(items))
         self._last_save_s = time.monotonic()
         try:
             if jax.process_count() > 1:  # all refuse alike; in its saving thread, one alone would
-                self._proven(metadata)
+                self._saving.proven()
             before()
-            done = self._manager.save(
-                metadata.step, args=args_of(items), metrics=metrics, force=True
-            )
-            assert done, f"Orbax refused step {metadata.step} without a word"
+            self._manager.save(metadata.step, args=args_of(items), metrics=metrics, force=True)
         except _SAVE_ERRORS as error:
             self._save_failed(error)
 
@@ -350,38 +360,31 @@ class Checkpoints:
             return
         try:
             self._manager.wait_until_finished()
+            fsync(self.folder / str(self._saving.metadata.step))  # and it is there at all
             fsync(self.folder)
         except _SAVE_ERRORS as error:
-            self._save_failed(error)
-            return
-        metadata, self._saving = self._proven(self._saving), None
+            return self._save_failed(error)
+        metadata, why, self._saving = self._saving.proven(), self._saving.why, None
         self._steps[metadata.step] = metadata
         self._steps = self._on_disk  # the memory too is free of what is deleted
         self._num_failures = 0
         self._purge()
         best = self.best is not None and self.best.step == metadata.step
-        self._tell({str(metadata.step): self._saved_for} | self._retention.dropped)
+        self._tell({str(metadata.step): why} | self._retention.dropped)
         if best:
             self.events.add("best", metadata.step, f"eval loss {metadata.eval_loss:.4f}")
         self._on_commit(metadata.step, str(self.folder / str(metadata.step)), best)
 
-    def _write_manifest(self) -> None:
+    def _seal(self) -> None:
         # Runs in the saving thread of the primary process, after the arrays and before the rename.
         assert self._saving is not None
         # Orbax writes `_CHECKPOINT_METADATA` in a thread of its own, and has no public way to wait.
         self._manager._non_blocking_metadata_store.wait_until_finished()
         self._check_folder()  # TensorStore makes a deleted one again, with half of the arrays
-        metadata = self._proven(self._saving)
+        metadata = self._saving.proven()
         (partial,) = self.folder.glob(f"{metadata.step}.orbax-checkpoint-tmp*")
         metadata.write(partial)
         manifest.write_manifest(partial)
-
-    def _proven(self, metadata: Metadata) -> Metadata:
-        # Waits for the device.
-        fingerprints, nonfinite = self._survey()
-        if spoilt := next((name for name in nonfinite if name.startswith("params/")), None):
-            raise CheckpointError(f"{spoilt} holds values that are not finite")
-        return replace(metadata, fingerprints=fingerprints)
 
     def _restore(
         self, metadata: Metadata, abstract: TrainState
@@ -419,7 +422,7 @@ class Checkpoints:
 
     def _save_failed(self, error: Exception) -> None:
         assert self._saving is not None
-        step, self._saving = self._saving.step, None
+        step, self._saving = self._saving.metadata.step, None
         self._num_failures += 1
         self._check_folder()
         self._clear_partial()

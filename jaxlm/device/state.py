@@ -180,12 +180,12 @@ def fingerprint(tree: Any) -> dict[str, list[Any]]:
     return {name: entry for finish in of_each for name, entry in finish()[0].items()}
 
 
-def survey(tree: Any) -> Callable[[], tuple[dict[str, list[Any]], list[str]]]:
-    """Begins one pass over the memory of all leaves, which may be donated from then on.
+Survey = Callable[[], tuple[dict[str, list[Any]], list[str]]]
+"""Waits for the fingerprint, and the names of leaves with a NaN or an infinity."""
 
-    Returns:
-      Waits for the fingerprint, and the names of leaves with a NaN or an infinity.
-    """
+
+def survey(tree: Any) -> Survey:
+    """Begins one pass over the memory of all leaves, which may be donated from then on."""
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     about = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in leaves.items()}
     # A program for each layer: they are alike, and few enough that the host need not wait for room.
