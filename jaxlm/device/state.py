@@ -170,9 +170,9 @@ def blueprint_of(config: Config, mesh: Mesh, model: ModelFactory | None = None) 
 def fingerprint(tree: Any) -> dict[str, list[Any]]:
     """Leaf name -> [dtype, shape, lane, lane]: equal exactly if every bit of the leaf is.
 
-    A lane is the sum, modulo 2^32, of the leaf's 32-bit words, each times an odd weight mixed from
-    its place in the *global* array. Integers add up to the same whatever the sharding; a single
-    changed bit changes a lane for certain, any other damage goes unseen with odds of 2^-64.
+    A lane is the sum, modulo 2^32, of the leaf's 32-bit words, each mixed with its place in the
+    *global* array. Integers add up to the same whatever the sharding; a single changed word changes
+    both lanes for certain, any other damage goes unseen with odds of 2^-64.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     # Each by itself: of arrays of numpy, all at once may not fit on the device.
@@ -217,11 +217,12 @@ def _words(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
 
 
-def _mix(x: jax.Array, salt: int) -> jax.Array:
-    # The finalizer of MurmurHash3 (public domain), which spreads every bit over the word.
-    x = (x ^ np.uint32(salt)) * np.uint32(0x85EBCA6B)
+def _mix(x: jax.Array) -> jax.Array:
+    # The finalizer of MurmurHash3 (public domain): one to one, and every bit decides half of them.
+    # Words that were only weighted would not do: two flipped signs cancel, whatever the weights.
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
-    return (x ^ (x >> 16)) | np.uint32(1)
+    return x ^ (x >> 16)
 
 
 @jax.jit
@@ -246,8 +247,8 @@ def _survey(x: jax.Array) -> jax.Array:
     # of the size of the leaf.
     found = jax.lax.reduce(
         (
-            words * _mix(place, 0x9E3779B9),
-            words * _mix(place, 0x7F4A7C15),
+            _mix(words ^ (place * np.uint32(0x9E3779B1))),
+            _mix(words ^ (place * np.uint32(0x85EBCA77))),
             jnp.broadcast_to(bad, words.shape).astype(jnp.uint32),
         ),
         (np.uint32(0), np.uint32(0), np.uint32(0)),
