@@ -23,11 +23,13 @@ import pytest
 from flax import nnx
 from small import metadata_of
 
-from jaxlm.checkpoints import manager
+from jaxlm.checkpoints import checkpoint, manager
+from jaxlm.checkpoints.aside import Purger
 from jaxlm.checkpoints.checkpoint import CheckpointError, Checkpoints
 from jaxlm.checkpoints.folder import list_steps, select
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import items_of
+from jaxlm.checkpoints.retention import Retention
 from jaxlm.config import CheckpointConfig, MeshConfig
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import TrainState, make_blueprint, num_bytes
@@ -166,6 +168,13 @@ def test_a_disk_budget_thins_the_milestones_and_never_best_or_latest(
     kept = list_steps(tmp_path)
     assert kept == sorted({1, 13, 14, *milestones})
     assert len(kept) <= max(room - 2, 3)
+
+
+def test_the_first_step_stays_under_any_budget() -> None:
+    """It is a multiple of every number."""
+    retention = Retention(CheckpointConfig(keep_latest=1, keep_every=10, disk_budget_gb=1e-9))
+    retention.state_bytes = 1000
+    assert retention.kept(dict.fromkeys([0, 10, 20, 30])) == {0, 30}
 
 
 @pytest.mark.parametrize("worse", [math.nan, math.inf, -math.inf])
@@ -358,6 +367,30 @@ def test_a_save_that_fails_is_reported_and_nothing_is_lost(tmp_path: Path, polic
     assert list_steps(tmp_path) == [1, 3]
     assert not list(tmp_path.glob("*tmp*"))  # nor does what it had written keep the space
     assert told.commits == [(1, True), (3, False)]
+
+
+def test_all_that_makes_a_step_whole_is_flushed_before_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Orbax writes two files after the manifest, and flushes neither."""
+    flushed: list[str] = []
+    told = _Told()
+    monkeypatch.setattr(checkpoint, "fsync", lambda path: flushed.append(path.name))
+    told.commits = Mock(append=lambda _: flushed.append("told"))
+    with _open(tmp_path, told) as checkpoints:
+        checkpoints.save(_state(1), metadata_of(1, 1.0))
+    assert {"commit_success.txt", "_CHECKPOINT_METADATA", "1"} <= set(flushed)
+    assert flushed[-2:] == [tmp_path.name, "told"]
+
+
+def test_a_save_is_told_though_what_goes_cannot_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = _Told()
+    with _open(tmp_path, told) as checkpoints:
+        monkeypatch.setattr(Purger, "purge", Mock(side_effect=OSError(errno.EROFS, "read-only")))
+        checkpoints.save(_state(1), metadata_of(1, 1.0))
+    assert told.commits == [(1, True)]
 
 
 @pytest.mark.parametrize("where", ["in the loop", "in the saving thread"])

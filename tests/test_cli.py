@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.inference.sample import printable, sample_run
 from jaxlm.launch import run_main
 from jaxlm.report.diff import diff_checkpoints
+from jaxlm.training import summary
 
 
 @pytest.fixture
@@ -347,6 +349,13 @@ def test_a_run_ends_with_a_sample_that_changes_nothing_else(own_run: Path):
     a, b = (own_run / "runs" / name for name in "ab")
     assert runs.eval_losses(a) == runs.eval_losses(b) != {}
     assert diff_checkpoints(f"{a}@4", f"{b}@4") == []
+
+
+def test_a_sample_that_cannot_be_had_costs_the_run_nothing(own_run: Path, monkeypatch):
+    monkeypatch.setattr(summary, "sample_run", Mock(side_effect=RuntimeError("out of memory")))
+    flags = "--num_steps 4 --run_dir runs/a --sample_prompt 'the rain'"
+    code, said = runs.launched(own_run, flags)
+    assert code == 0 and re.search(r"no sample: out of memory\n(.*\n)*done: 4 steps", said)
 
 
 def test_prepare_and_cache(

@@ -1,24 +1,27 @@
 """Of checkpoints that go, the weights stay: the same bits, at any instant; nobody resumes there."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
 from tiny import data, tiny_config
 
-from jaxlm.checkpoints import metadata, milestones
+from jaxlm.checkpoints import aside, metadata, milestones
 from jaxlm.checkpoints.aside import DELETING, Purger
 from jaxlm.checkpoints.copying import copy_run
-from jaxlm.checkpoints.folder import WEIGHTS, list_steps, read_steps, select
-from jaxlm.checkpoints.manifest import find_damage
+from jaxlm.checkpoints.folder import WEIGHTS, list_steps, read_metadata, read_steps, select
+from jaxlm.checkpoints.manifest import find_damage, write_manifest
 from jaxlm.checkpoints.milestones import keep_weights
+from jaxlm.checkpoints.prune import prune
 from jaxlm.checkpoints.restore import restore_numpy
 from jaxlm.checkpoints.skips import Skip, write_skips
 from jaxlm.evaluation.score import verify_step
-from jaxlm.files.durable import folder_bytes
+from jaxlm.files.durable import DiskError, folder_bytes
 from jaxlm.inference.load import load_model
 from jaxlm.report.table import describe_run, format_table
 from jaxlm.training.train import train
@@ -142,6 +145,33 @@ def test_what_a_full_disk_refuses_is_kept_for_the_next_time(
     purger.purge(folder / "5")
     purger.join()
     assert list_steps(folder / WEIGHTS) == [4] and not any(doomed.parent.iterdir())
+
+
+@pytest.mark.parametrize("error", [DiskError("no answer"), ValueError("of another version")])
+def test_what_cannot_be_kept_holds_up_no_other_deletion(
+    doomed: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    folder = doomed.parent.parent
+    monkeypatch.setattr(aside, "keep_weights", Mock(side_effect=error))
+    purger = Purger(folder, keep_weights_every=4)
+    purger.purge(*(folder / str(step) for step in (3, 5, 6)))
+    purger.join()
+    assert list_steps(doomed.parent) == [4]
+
+
+def test_pruning_keeps_the_weights_that_a_killed_run_was_to_keep(doomed: Path, whole: Path) -> None:
+    folder = doomed.parent.parent
+    write_as(folder / "12", checkpoint={"keep_weights_every": 4})
+    prune(str(folder), warn=print)
+    assert same_params(folder / WEIGHTS / "4", whole / "checkpoints" / "4")
+    assert not any((folder / DELETING).iterdir())
+
+
+def write_as(step_folder: Path, **config: Any) -> None:
+    """As if the step were of a run with this config."""
+    metadata = read_metadata(step_folder.parent, int(step_folder.name))
+    replace(metadata, config=metadata.config | config).write(step_folder)
+    write_manifest(step_folder)
 
 
 def test_weights_of_a_future_that_was_given_up_are_not_taken_for_the_step(doomed: Path) -> None:

@@ -348,6 +348,24 @@ def test_a_run_does_not_begin_again_among_damaged_checkpoints(tmp_path: Path) ->
     assert not (tmp_path / "checkpoints" / skips.NAME).exists()
 
 
+def test_a_rollback_sets_aside_what_is_damaged_and_never_begins_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoints"
+
+    def damage(step: int, row: dict[str, float]) -> None:
+        for path in folder.glob("[0-9]*/manifest.json"):
+            path.write_bytes(b"")
+
+    sets = {"batches": SpoiltBatches(10, 11), "eval_batches": TinyEvalSet()}
+    with pytest.raises(
+        CheckpointError, match=r"is sound, there is only \d+\.corrupt, \d+\.corrupt"
+    ):
+        train(_config(tmp_path), **sets, callbacks=[damage])
+    assert "is damaged: manifest.json cannot be read" in capsys.readouterr().out
+    assert not (folder / skips.NAME).exists()
+
+
 def test_a_checkpoint_of_another_version_is_no_reason_to_begin_anew(
     spoilt_run: Path, tmp_path: Path
 ) -> None:

@@ -16,8 +16,10 @@ from tiny import BATCH, TinyBatches, TinyEvalSet, data, tiny_config
 from jaxlm.checkpoints.folder import list_steps, read_metadata, select
 from jaxlm.config import Config, MeshConfig, TrackingConfig
 from jaxlm.device.loss import Batch, next_token_loss
+from jaxlm.device.sharding import make_mesh
 from jaxlm.proof.attempt import untimed_rows
 from jaxlm.report.diff import diff_checkpoints
+from jaxlm.training.signals import StopRequest
 from jaxlm.training.train import train
 
 
@@ -262,6 +264,15 @@ def test_time_alone_brings_a_save(tmp_path: Path) -> None:
     )
     train(config, batches=TinyBatches())
     assert list_steps(tmp_path / "checkpoints") == [1, 2, 3]
+
+
+def test_of_several_processes_one_wish_is_one_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They learn of it a step late, in which the clock still asks for it."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    request = StopRequest(make_mesh(MeshConfig()))
+    wishes = [False, True, True, False, False, True, True, True, True]
+    saves = [request.agree(save=wish)[1] for wish in wishes]
+    assert saves == [False, False, True, False, False, False, True, False, True]
 
 
 def test_overfitting_one_batch_does(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxlm.checkpoints.folder import SUPERSEDED
 from jaxlm.checkpoints.milestones import keep_weights
-from jaxlm.files.durable import fsync
+from jaxlm.files.durable import DiskError, fsync
 
 DELETING = "deleting"
 """Orbax renames what it deletes into this folder, and leaves it there."""
@@ -73,7 +73,7 @@ class Purger:
             try:
                 if self._every and path.name.isdecimal() and int(path.name) % self._every == 0:
                     keep_weights(path, self._folder)
-            except OSError:  # a full disk, say; it stays, and the next time will do
+            except (OSError, ValueError, DiskError):  # a full disk, say; the next time will do
                 continue
             shutil.rmtree(path, ignore_errors=True)
 

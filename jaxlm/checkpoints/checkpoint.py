@@ -203,9 +203,9 @@ class Checkpoints:
         minutes = self._config.save_interval_min
         return minutes is not None and since_s >= 60 * minutes
 
-    def is_sound(self, step: int) -> bool:
-        """Whether every byte of a step's files is as it was written."""
-        return not manifest.find_damage(self.folder / str(step))
+    def damage(self, step: int) -> list[str]:
+        """What of a step's files is not as it was written, to the byte."""
+        return manifest.find_damage(self.folder / str(step))
 
     def restore_latest(self, abstract: TrainState) -> tuple[TrainState, Metadata] | None:
         """The newest state that is proven sound, or None in a folder that never held one.
@@ -223,7 +223,7 @@ class Checkpoints:
                 "back a copy of one, or start a new run with --run_dir"
             )
         while self._config.verify == "full" and (best := self.best):
-            if not (damage := manifest.find_damage(self.folder / str(best.step))):
+            if not (damage := self.damage(best.step)):
                 break
             self._set_aside(best.step, damage)
         return restored
@@ -263,14 +263,14 @@ class Checkpoints:
                 f"{why}; the run has been rolled back guard.max_rollbacks = {max_rollbacks} "
                 "time(s) already. Lower --optim.learning_rate, or raise --guard.max_rollbacks"
             )
-        sound = (s for s in sorted(self._steps)[::-1] if s < before and self.is_sound(s))
-        to = next(sound, None)
-        if to is None and (aside := list_set_aside(self.folder)):
+        while (old := [s for s in self._steps if s < before]) and (damage := self.damage(max(old))):
+            self._set_aside(max(old), damage)
+        if not old and (aside := list_set_aside(self.folder)):
             raise CheckpointError(
                 f"{why}; no older checkpoint is sound, there is only {', '.join(aside)}, and a run "
                 "does not begin anew among these: start another one with --run_dir"
             )
-        to = beginning if to is None else to
+        to = max(old, default=beginning)
         # Batches, not steps: an earlier rollback may have passed over some in between.
         num_batches = self.batch_index(step - 1) + 1 - self.batch_index(to)
         self.go_back(Skip(to, num_batches, why), step)
@@ -360,8 +360,9 @@ class Checkpoints:
             return
         try:
             self._manager.wait_until_finished()
-            fsync(self.folder / str(self._saving.metadata.step))  # and it is there at all
-            fsync(self.folder)
+            step_folder = self.folder / str(self._saving.metadata.step)
+            for path in (*step_folder.iterdir(), step_folder, self.folder):
+                fsync(path)  # Orbax's own files too; and the step is there at all
         except _SAVE_ERRORS as error:
             return self._save_failed(error)
         metadata, why, self._saving = self._saving.proven(), self._saving.why, None
@@ -471,7 +472,8 @@ class Checkpoints:
 
     def _purge(self) -> None:
         if self._primary and self._is_ours():
-            self._purger.purge()
+            with contextlib.suppress(OSError):  # what stays is for the next time
+                self._purger.purge()
 
     def _sync(self, name: str) -> None:
         if jax.process_count() > 1:

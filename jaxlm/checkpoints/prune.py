@@ -7,13 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.checkpoints.aside import Purger
-from jaxlm.checkpoints.folder import (
-    find_best,
-    find_checkpoints,
-    list_names,
-    read_steps,
-    run_folder,
-)
+from jaxlm.checkpoints.folder import find_best, find_checkpoints, list_names, read_steps, run_folder
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.retention import Retention
 from jaxlm.config import CheckpointConfig
@@ -31,6 +25,8 @@ class Pruning(NamedTuple):
     """Step -> why it stays."""
     dropped: dict[int, int]
     """Step -> its bytes."""
+    keep_weights_every: int | None
+    """As the run's config has it; it holds for what a killed run was about to delete."""
 
 
 def plan_pruning(
@@ -84,7 +80,9 @@ def plan_pruning(
     for step in retention.kept(losses):
         kept.setdefault(step, "by the rules")
     dropped = {step: size for step, size in sizes.items() if step not in kept}
-    return Pruning(folder, dict(sorted(kept.items())), dropped)
+    latest = found.sound.get(max(losses, default=-1))
+    every = latest.config["checkpoint"].get("keep_weights_every") if latest else None
+    return Pruning(folder, dict(sorted(kept.items())), dropped, every)
 
 
 def prune(run: str, *, warn: Callable[[str], None], **rules: Any) -> Pruning:
@@ -101,8 +99,10 @@ def prune(run: str, *, warn: Callable[[str], None], **rules: Any) -> Pruning:
     """
     with _locked(find_checkpoints(run), warn) as folder:
         pruning = plan_pruning(run, **rules)
-        purger = Purger(folder)
+        purger = Purger(folder, pruning.keep_weights_every)
         purger.purge()  # what a killed run has left there, of the same name perhaps
+        purger.join()
+        purger = Purger(folder)
         purger.purge(*(folder / str(step) for step in pruning.dropped))
         if (path := run_folder(run, folder) / NAME).exists():
             why = dict.fromkeys(map(str, pruning.dropped), "jaxlm checkpoints prune")

@@ -50,7 +50,7 @@ class Retention:
         milestones = {step for step in steps if step % every == 0}
         if budget and self.state_bytes:
             room = budget * 1e9 / self.state_bytes - self._num_in_transit
-            while milestones and len(milestones | kept) > room:
+            while milestones - {0} and len(milestones | kept) > room:
                 every *= 2  # every other one goes, so that those left stay evenly apart
                 milestones = {step for step in milestones if step % every == 0}
         return milestones

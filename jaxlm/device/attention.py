@@ -95,9 +95,7 @@ def _splash(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, *, interpret: bool
 ) -> jax.Array:
     # Only for a TPU: they take a second to import.
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as kernel,
-    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     T, N, H = q.shape[1:]

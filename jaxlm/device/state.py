@@ -175,9 +175,9 @@ def fingerprint(tree: Any) -> dict[str, list[Any]]:
     both lanes for certain, any other damage goes unseen with odds of 2^-64.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    # Each by itself: of arrays of numpy, all at once may not fit on the device.
-    of_each = [survey({path_name(path): leaf}) for path, leaf in leaves]
-    return {name: entry for finish in of_each for name, entry in finish()[0].items()}
+    # One after the other: of arrays of numpy, all at once may not fit on the device.
+    of_each = (survey({path_name(path): leaf})()[0] for path, leaf in leaves)
+    return {name: entry for entries in of_each for name, entry in entries.items()}
 
 
 Survey = Callable[[], tuple[dict[str, list[Any]], list[str]]]

@@ -130,11 +130,7 @@ def assemble(
 
 
 def lower_step(
-    config: Config,
-    blueprint: Blueprint,
-    loss: Loss,
-    mesh: Mesh,
-    example: Any,
+    config: Config, blueprint: Blueprint, loss: Loss, mesh: Mesh, example: Any
 ) -> jax.stages.Lowered:
     """The train step of a run, to be compiled for the devices of the mesh, which need not be here.
 

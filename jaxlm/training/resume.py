@@ -79,7 +79,7 @@ def plan_resume(config: Config, checkpoints: Checkpoints) -> Plan:
     if not complete or (best and goes_back(config, latest, best)):
         return Plan(config, changed, False)
     to_verify = {latest.step, best.step if best else latest.step}
-    return Plan(config, changed, all(map(checkpoints.is_sound, to_verify)))
+    return Plan(config, changed, not any(map(checkpoints.damage, to_verify)))
 
 
 def goes_back(config: Config, latest: Metadata, best: Best) -> bool:

@@ -27,6 +27,7 @@ class StopRequest:
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._any = jax.jit(lambda flags: flags.max(axis=0), out_shardings=replicated(mesh))
         self._earlier: jax.Array | None = None
+        self._saves = False
 
     def agree(self, *, save: bool) -> tuple[bool, bool]:
         """Call once a step: whether to stop and whether to save, alike on every process.
@@ -45,8 +46,10 @@ class StopRequest:
         earlier, self._earlier = self._earlier, self._any(flags)
         if earlier is None:
             return False, False
-        stop, save_agreed = np.asarray(earlier)
-        return bool(stop), bool(save_agreed)
+        stop, wanted = np.asarray(earlier)
+        # What is wanted while a save is agreed upon is that save, and not one more.
+        self._saves = bool(wanted) and not self._saves
+        return bool(stop), self._saves
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def tell_sample(config: Config, best: Best | None, console: Console, events: Eve
     sampling = Sampling(min(64, config.seq_len // 2 or 1), temperature=0.8, top_k=50)
     try:
         (found,) = sample_run(run, [config.sample_prompt], sampling, say=lambda _: None)
-    except ValueError as error:  # the run is complete and on disk, whatever comes of its sample
+    except (ValueError, RuntimeError, OSError) as error:  # the run is complete, whatever this does
         console.warn(f"no sample: {error}")
         return None
     text = printable(found.prompt + found.text)
