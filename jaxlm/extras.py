@@ -40,5 +40,5 @@ def needs(module: str, what: str) -> ModuleType:
         extra = next(extra for extra, name in MODULES.items() if name in (module, package))
         raise ImportError(
             f"{what}: needs the extra {extra} ({error}): `uv run --extra {extra} …`, or "
-            f"`pip install '.[{extra}]'` in its folder"
+            f"`pip install '.[{extra}]'` in jaxlm's folder"
         ) from error

@@ -126,6 +126,8 @@ def run_page(page: str, text: str) -> int:
     """Runs the snippets of a page in order, in one Python and one folder; returns how many."""
     names: dict[str, object] = {}
     count = 0
+    # Steps of the real config, as those of the one of these tests, which saves every fourth.
+    text = re.sub(r"(?<!num_steps )\b([345])00\b", lambda step: str(4 * int(step[1]) - 8), text)
     for snippet in snippets(page, text):
         if snippet.language == "bash":
             for command in commands(snippet):

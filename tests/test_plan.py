@@ -437,7 +437,7 @@ def test_no_compiler_is_one_error(extra: str, no_jax_plugin, capsys: pytest.Capt
     args = [*ARGS[:-1], NEEDS[extra][1]]
     assert run_main(lambda: cli.command(args)) == 1
     said = capsys.readouterr().err
-    assert said.startswith("error: a plan for ") and f"jaxlm[{extra}]" in said
+    assert said.startswith("error: a plan for ") and f"'.[{extra}]'" in said
     assert len(said.splitlines()) == 1
 
 

@@ -28,7 +28,7 @@ REPLACED = ".replaced"
 """Ends the name of a step while it is saved again."""
 _NAME = re.compile(rf"(0|[1-9]\d{{0,17}})(({CORRUPT}|{SUPERSEDED})(-\d+)?)?")
 
-_COMMIT_S = 0.5  # more than lies between the rename of a step and its last file
+_COMMIT_S = 0.5  # within this time, a step that is being renamed or deleted has changed
 
 
 class Best(NamedTuple):

@@ -1,4 +1,4 @@
-"""The training loop: steps, evals and saves, from the latest checkpoint to the end of the plan."""
+"""A run from its config to its end: the folders, the resume, rollbacks, and what is told of it."""
 
 import contextlib
 import functools
