@@ -75,8 +75,9 @@ def find_damage(folder: Path, *, contents: bool = True) -> list[str]:
         if strays := _find_strays(folder):
             return strays
     damage, files = [], manifest["files"]
+    much = contents and sum(entry.get("bytes", 0) for entry in files.values()) > _SMALL_BYTES
     with ThreadPoolExecutor() as pool:
-        each = pool.map if contents else map  # threads pay where there is much to read
+        each = pool.map if much else map  # threads pay where there is much to read
         found = list(each(lambda name: _compare(folder, name, files[name], contents), files))
     for name, difference in zip(files, found, strict=True):
         if difference:
