@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,6 +35,7 @@ from jaxlm.config import CheckpointConfig, MeshConfig
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import TrainState, make_blueprint, num_bytes
 from jaxlm.files import lock
+from jaxlm.files.lock import unlock
 
 
 class _Matrix(nnx.Module):
@@ -391,6 +393,60 @@ def test_a_save_is_told_though_what_goes_cannot_be_deleted(
         monkeypatch.setattr(Purger, "purge", Mock(side_effect=OSError(errno.EROFS, "read-only")))
         checkpoints.save(_state(1), metadata_of(1, 1.0))
     assert told.commits == [(1, True)]
+
+
+def test_an_interrupted_end_leaves_the_save_under_way_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its threads go on; cleared under their hands, an emptied folder would be committed."""
+    begun, may_end = threading.Event(), threading.Event()
+    write = Metadata.write
+
+    def slow(metadata: Metadata, folder: Path) -> None:
+        if metadata.step == 2:
+            begun.set()
+            may_end.wait()
+        write(metadata, folder)
+
+    monkeypatch.setattr(Metadata, "write", slow)
+    checkpoints = _open(tmp_path, keep_latest=1).__enter__()
+    checkpoints.save(_state(1), metadata_of(1, 1.0))
+    checkpoints.wait()
+    checkpoints.save(_state(2), metadata_of(2, 0.5))
+    assert begun.wait(60)
+    end = checkpoints._manager.wait_until_finished
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints._manager, "wait_until_finished", _interrupt)
+        checkpoints.__exit__(None, None, None)
+    may_end.set()
+    end()
+    unlock(checkpoints._lock)
+    with _open(tmp_path, keep_latest=1) as checkpoints:
+        restored = checkpoints.restore_latest(BLUEPRINT.abstract)
+    assert restored is not None and restored[1].step == 2
+    assert list_steps(tmp_path) == [2]
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_save_that_fails_after_its_commit_counts_as_what_it_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = _Told()
+    with _open(tmp_path, told, on_save_error="warn", keep_latest=1) as checkpoints:
+        checkpoints.save(_state(1), metadata_of(1, 2.0))
+        checkpoints.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "fsync", Mock(side_effect=OSError(errno.EIO, "no answer")))
+            checkpoints.save(_state(2), metadata_of(2, 1.0))
+            checkpoints.wait()
+        assert "saving step 2 failed" in told.warnings[0]
+        assert "untouched: none" in told.warnings[0]  # 1 was to go
+        assert checkpoints.best == (2, 1.0) and checkpoints.latest.step == 2
+        checkpoints.save(_state(3), metadata_of(3, 1.5))
+    assert told.commits == [(1, True), (3, False)]
 
 
 @pytest.mark.parametrize("where", ["in the loop", "in the saving thread"])

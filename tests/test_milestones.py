@@ -167,6 +167,18 @@ def test_pruning_keeps_the_weights_that_a_killed_run_was_to_keep(doomed: Path, w
     assert not any((folder / DELETING).iterdir())
 
 
+def test_pruning_stops_before_it_would_delete_what_cannot_be_kept(
+    doomed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = doomed.parent.parent
+    write_as(folder / "12", checkpoint={"keep_weights_every": 4})
+    before = list_steps(folder)
+    monkeypatch.setattr(aside, "keep_weights", Mock(side_effect=OSError(28, "No space left")))
+    with pytest.raises(RuntimeError, match=r"\['4'\] cannot be deleted; look at its disk"):
+        prune(str(folder), warn=print)
+    assert find_damage(doomed) == [] and list_steps(folder) == before
+
+
 def write_as(step_folder: Path, **config: Any) -> None:
     """As if the step were of a run with this config."""
     metadata = read_metadata(step_folder.parent, int(step_folder.name))

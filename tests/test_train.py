@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 from tiny import BATCH, TinyBatches, TinyEvalSet, data, tiny_config
 
+from jaxlm.checkpoints import manifest
+from jaxlm.checkpoints.checkpoint import CheckpointError
 from jaxlm.checkpoints.folder import list_steps, read_metadata, select
 from jaxlm.config import Config, MeshConfig, TrackingConfig
 from jaxlm.device.loss import Batch, next_token_loss
@@ -264,6 +267,19 @@ def test_time_alone_brings_a_save(tmp_path: Path) -> None:
     )
     train(config, batches=TinyBatches())
     assert list_steps(tmp_path / "checkpoints") == [1, 2, 3]
+
+
+def test_an_end_that_could_not_be_saved_again_is_not_told_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = {"batches": _StopAtOnce(8), "eval_batches": TinyEvalSet()}
+    stopped = train(tiny_config(tmp_path, num_steps=24), **sets)
+    assert not stopped.complete
+    monkeypatch.setattr(manifest, "write_manifest", Mock(side_effect=OSError(28, "no space")))
+    config = tiny_config(tmp_path, num_steps=stopped.step, checkpoint={"on_save_error": "warn"})
+    with pytest.raises(CheckpointError, match="its last save failed"):
+        train(config, **data())
+    assert not read_metadata(tmp_path / "checkpoints", stopped.step).final
 
 
 def test_of_several_processes_one_wish_is_one_save(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ _SUPERSEDED_WHY = "the run went back to before it"
 _SAVE_ERRORS = (OSError, ValueError, RuntimeError, MemoryError)
 
 Flush = Callable[[], None]
+Restored = tuple[TrainState, Metadata]
 
 
 class CheckpointError(RuntimeError):
@@ -97,17 +98,15 @@ class Checkpoints:
     ):
         self.folder = folder.absolute()
         self._config = config
-        self._on_commit = on_commit
-        self._warn = warn
+        self._on_commit, self._warn = on_commit, warn
         self.events = events or Events(None)
         self.skips: list[Skip] = []
         self._steps: dict[int, Metadata] = {}
         self._saving: _Save | None = None
         self._retention = Retention(config)
-        self._num_failures = 0
+        self._num_failures, self._last_save_s = 0, time.monotonic()
         self._purger = Purger(self.folder, config.keep_weights_every)
         self._primary = jax.process_index() == 0
-        self._last_save_s = time.monotonic()
 
     def __enter__(self) -> "Checkpoints":
         """Locks the folder, clears what a killed run left half-done, and sets damaged steps aside.
@@ -156,9 +155,11 @@ class Checkpoints:
                 raise
             self._warn(str(own))
         finally:
-            self._clear_partial()
-            self._purger.join()
-            self._unlock()
+            # If interrupted, its threads still write: the next start clears, the lock goes with us.
+            if not self._manager.is_saving_in_progress():
+                self._clear_partial()
+                self._purger.join()
+                self._unlock()
 
     def _unlock(self) -> None:
         if self._primary:
@@ -207,7 +208,7 @@ class Checkpoints:
         """What of a step's files is not as it was written, to the byte."""
         return manifest.find_damage(self.folder / str(step))
 
-    def restore_latest(self, abstract: TrainState) -> tuple[TrainState, Metadata] | None:
+    def restore_latest(self, abstract: TrainState) -> Restored | None:
         """The newest state that is proven sound, or None in a folder that never held one.
 
         Raises:
@@ -228,7 +229,7 @@ class Checkpoints:
             self._set_aside(best.step, damage)
         return restored
 
-    def restore_best(self, abstract: TrainState) -> tuple[TrainState, Metadata] | None:
+    def restore_best(self, abstract: TrainState) -> Restored | None:
         """The best state that is proven sound, or None if there is none."""
         restored = None
         while restored is None and (best := self.best):
@@ -263,14 +264,15 @@ class Checkpoints:
                 f"{why}; the run has been rolled back guard.max_rollbacks = {max_rollbacks} "
                 "time(s) already. Lower --optim.learning_rate, or raise --guard.max_rollbacks"
             )
-        while (old := [s for s in self._steps if s < before]) and (damage := self.damage(max(old))):
-            self._set_aside(max(old), damage)
+        old = sorted(s for s in self._on_disk if s < before)
+        while old and (damage := self.damage(old[-1])):
+            self._set_aside(old.pop(), damage)
         if not old and (aside := list_set_aside(self.folder)):
             raise CheckpointError(
                 f"{why}; no older checkpoint is sound, there is only {', '.join(aside)}, and a run "
                 "does not begin anew among these: start another one with --run_dir"
             )
-        to = max(old, default=beginning)
+        to = old[-1] if old else beginning
         # Batches, not steps: an earlier rollback may have passed over some in between.
         num_batches = self.batch_index(step - 1) + 1 - self.batch_index(to)
         self.go_back(Skip(to, num_batches, why), step)
@@ -387,9 +389,7 @@ class Checkpoints:
         metadata.write(partial)
         manifest.write_manifest(partial)
 
-    def _restore(
-        self, metadata: Metadata, abstract: TrainState
-    ) -> tuple[TrainState, Metadata] | None:
+    def _restore(self, metadata: Metadata, abstract: TrainState) -> Restored | None:
         path, verify = self.folder / str(metadata.step), self._config.verify == "full"
         if verify and (damage := manifest.find_damage(path)):
             return self._set_aside(metadata.step, damage)
@@ -428,7 +428,8 @@ class Checkpoints:
         self._check_folder()
         self._clear_partial()
         self._manager.reload()
-        kept = ", ".join(map(str, list_steps(self.folder))) or "none"
+        self._steps = read_steps(self.folder, check=self._config.verify != "off").sound
+        kept = ", ".join(str(s) for s in self._steps if s != step) or "none"
         text = f"saving step {step} failed: {error}; on disk and untouched: {kept}"
         if isinstance(error, CheckpointError):
             raise CheckpointError(text) from error

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm.checkpoints.aside import Purger
+from jaxlm.checkpoints.aside import DELETING, Purger
 from jaxlm.checkpoints.folder import find_best, find_checkpoints, list_names, read_steps, run_folder
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.retention import Retention
@@ -95,13 +95,17 @@ def prune(run: str, *, warn: Callable[[str], None], **rules: Any) -> Pruning:
 
     Raises:
       ValueError: as `plan_pruning` raises.
-      RuntimeError: a trainer is at work in the folder.
+      RuntimeError: a trainer is at work in the folder, or what a killed one left cannot be deleted.
     """
     with _locked(find_checkpoints(run), warn) as folder:
         pruning = plan_pruning(run, **rules)
+        if not pruning.dropped:
+            return pruning
         purger = Purger(folder, pruning.keep_weights_every)
         purger.purge()  # what a killed run has left there, of the same name perhaps
         purger.join()
+        if any(stuck := [path.name for path in (folder / DELETING).iterdir()]):
+            raise RuntimeError(f"{folder / DELETING}: {stuck} cannot be deleted; look at its disk")
         purger = Purger(folder)
         purger.purge(*(folder / str(step) for step in pruning.dropped))
         if (path := run_folder(run, folder) / NAME).exists():

@@ -225,6 +225,12 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
+def _spread(place: jax.Array, odd: int) -> jax.Array:
+    # A high power of two apart, products alone differ by one bit: its flip in both would cancel.
+    place = place * np.uint32(odd)
+    return place ^ (place >> 15)
+
+
 @jax.jit
 def _survey_all(leaves: list[jax.Array]) -> jax.Array:
     # uint32 [n, 3], whole on each device.
@@ -247,8 +253,8 @@ def _survey(x: jax.Array) -> jax.Array:
     # of the size of the leaf.
     found = jax.lax.reduce(
         (
-            _mix(words ^ (place * np.uint32(0x9E3779B1))),
-            _mix(words ^ (place * np.uint32(0x85EBCA77))),
+            _mix(words ^ _spread(place, 0x9E3779B1)),
+            _mix(words ^ _spread(place, 0x85EBCA77)),
             jnp.broadcast_to(bad, words.shape).astype(jnp.uint32),
         ),
         (np.uint32(0), np.uint32(0), np.uint32(0)),

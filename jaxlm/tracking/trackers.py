@@ -126,11 +126,7 @@ def _init_wandb(config: Config, run_id: str) -> Any:
             reinit="create_new",  # A run of the caller's own stays as it is.
             dir=config.run_dir,
             settings=wandb.Settings(
-                silent=True,
-                console="off",
-                disable_code=True,
-                init_timeout=20,
-                finish_timeout=60,
+                silent=True, console="off", disable_code=True, init_timeout=20, finish_timeout=60
             ),
         )
     finally:

@@ -97,7 +97,8 @@ class Loop:
         with self.clock.spent("save"):
             self.checkpoints.wait()
         latest = self.checkpoints.latest
-        if (ended or stopping) and (latest is None or latest.step < step):
+        owed = self.start.owes_end and latest is not None and not latest.final
+        if (ended or stopping) and (latest is None or latest.step < step or owed):
             raise CheckpointError(
                 f"the run is at step {step}, and the newest checkpoint on disk is "
                 f"{latest.step if latest else 'none'}: its last save failed. Look at the disk of "

@@ -105,11 +105,7 @@ def start_state(
 
 
 def _resumed(
-    parts: Parts,
-    checkpoints: Checkpoints,
-    state: TrainState,
-    metadata: Metadata,
-    console: Console,
+    parts: Parts, checkpoints: Checkpoints, state: TrainState, metadata: Metadata, console: Console
 ) -> Start:
     config, lineage = parts.config, metadata.lineage
     _check_data(parts, metadata)

@@ -151,7 +151,9 @@ def _finish(
     sample: bool,
 ) -> None:
     config = parts.config
-    why = f"of {config.num_steps} steps" if result.complete else request.received
+    why = (
+        f"of {config.num_steps} steps" if result.complete else request.received or "another process"
+    )
     events.add("end" if result.complete else "stop", result.step, why)
     tell_time(clock, console)
     if not result.complete:
