@@ -194,7 +194,7 @@ def test_a_missing_package_is_found_before_anything_is_touched(
     before = path.read_bytes()
     monkeypatch.setitem(sys.modules, package, None)
     config = Config(run_dir=str(tmp_path), tracking=tracking)
-    with pytest.raises(ImportError, match=rf"pip install 'jaxlm\[{extra}\]'"):
+    with pytest.raises(ImportError, match=rf"pip install '\.\[{extra}\]'"):
         Metrics(config, run_id="a", restored_step=10, owed_eval=False, new_future=False)
     assert path.read_bytes() == before
 
