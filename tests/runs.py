@@ -145,8 +145,13 @@ def damage(checkpoint: Path, item: str = "params") -> Path:
 
 
 def give_to_another_run(step_folder: Path) -> None:
-    """Makes a step one of another run, sound in itself, as a copy into the wrong folder is."""
+    """Makes a step one of another run, as a copy into the wrong folder is."""
+    rewrite(step_folder, run_id="another")
+
+
+def rewrite(step_folder: Path, **values: Any) -> None:
+    """Changes what a step says of itself; it stays sound in itself."""
     path = step_folder / "meta" / "metadata"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "run_id": "another"}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
     (step_folder / manifest.NAME).unlink()
     manifest.write_manifest(step_folder)

@@ -35,7 +35,6 @@ from jaxlm.config import CheckpointConfig, MeshConfig
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import TrainState, make_blueprint, num_bytes
 from jaxlm.files import lock
-from jaxlm.files.lock import unlock
 
 
 class _Matrix(nnx.Module):
@@ -420,7 +419,7 @@ def test_an_interrupted_end_leaves_the_save_under_way_alone(
         checkpoints.__exit__(None, None, None)
     may_end.set()
     end()
-    unlock(checkpoints._lock)
+    lock.unlock(checkpoints._lock)
     with _open(tmp_path, keep_latest=1) as checkpoints:
         restored = checkpoints.restore_latest(BLUEPRINT.abstract)
     assert restored is not None and restored[1].step == 2

@@ -1,7 +1,6 @@
 """Of checkpoints that go, the weights stay: the same bits, at any instant; nobody resumes there."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -9,13 +8,14 @@ from unittest.mock import Mock
 import jax
 import numpy as np
 import pytest
+from runs import rewrite
 from tiny import data, tiny_config
 
 from jaxlm.checkpoints import aside, metadata, milestones
 from jaxlm.checkpoints.aside import DELETING, Purger
 from jaxlm.checkpoints.copying import copy_run
 from jaxlm.checkpoints.folder import WEIGHTS, list_steps, read_metadata, read_steps, select
-from jaxlm.checkpoints.manifest import find_damage, write_manifest
+from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.milestones import keep_weights
 from jaxlm.checkpoints.prune import prune
 from jaxlm.checkpoints.restore import restore_numpy
@@ -82,6 +82,13 @@ def doomed(tmp_path: Path, whole: Path) -> Path:
     folder = Path(shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints"))
     (folder / DELETING).mkdir(exist_ok=True)
     return (folder / "4").rename(folder / DELETING / "4")
+
+
+def promise(folder: Path) -> None:
+    """As if the run had been told to keep the weights of every fourth step."""
+    config = read_metadata(folder, 12).config
+    config["checkpoint"]["keep_weights_every"] = 4
+    rewrite(folder / "12", config=config)
 
 
 class Killed(BaseException):
@@ -161,7 +168,7 @@ def test_what_cannot_be_kept_holds_up_no_other_deletion(
 
 def test_pruning_keeps_the_weights_that_a_killed_run_was_to_keep(doomed: Path, whole: Path) -> None:
     folder = doomed.parent.parent
-    write_as(folder / "12", checkpoint={"keep_weights_every": 4})
+    promise(folder)
     prune(str(folder), warn=print)
     assert same_params(folder / WEIGHTS / "4", whole / "checkpoints" / "4")
     assert not any((folder / DELETING).iterdir())
@@ -171,19 +178,12 @@ def test_pruning_stops_before_it_would_delete_what_cannot_be_kept(
     doomed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = doomed.parent.parent
-    write_as(folder / "12", checkpoint={"keep_weights_every": 4})
+    promise(folder)
     before = list_steps(folder)
     monkeypatch.setattr(aside, "keep_weights", Mock(side_effect=OSError(28, "No space left")))
     with pytest.raises(RuntimeError, match=r"\['4'\] cannot be deleted; look at its disk"):
         prune(str(folder), warn=print)
     assert find_damage(doomed) == [] and list_steps(folder) == before
-
-
-def write_as(step_folder: Path, **config: Any) -> None:
-    """As if the step were of a run with this config."""
-    metadata = read_metadata(step_folder.parent, int(step_folder.name))
-    replace(metadata, config=metadata.config | config).write(step_folder)
-    write_manifest(step_folder)
 
 
 def test_weights_of_a_future_that_was_given_up_are_not_taken_for_the_step(doomed: Path) -> None:

@@ -228,7 +228,7 @@ def test_a_sum_of_bits_would_miss_a_swap():
 
 def test_name_shape_and_dtype_are_part_of_it():
     zeros = {"a": jnp.zeros((2, 3))}
-    assert fingerprint(zeros)["a"][:2] == ["float32", [2, 3]]
+    assert fingerprint(zeros) == {"a": ["float32", [2, 3], 2071553522, 2833809747]}
     for other in (
         {"b": jnp.zeros((2, 3))},
         {"a": jnp.zeros((3, 2))},

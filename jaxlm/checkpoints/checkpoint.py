@@ -391,7 +391,7 @@ class Checkpoints:
 
     def _restore(self, metadata: Metadata, abstract: TrainState) -> Restored | None:
         path, verify = self.folder / str(metadata.step), self._config.verify == "full"
-        if verify and (damage := manifest.find_damage(path)):
+        if verify and (damage := self.damage(metadata.step)):
             return self._set_aside(metadata.step, damage)
         try:
             return restore_state(path, metadata, abstract, verify=verify), metadata

@@ -80,8 +80,8 @@ def plan_pruning(
     for step in retention.kept(losses):
         kept.setdefault(step, "by the rules")
     dropped = {step: size for step, size in sizes.items() if step not in kept}
-    latest = found.sound.get(max(losses, default=-1))
-    every = latest.config["checkpoint"].get("keep_weights_every") if latest else None
+    newest = found.sound.get(max(losses, default=-1))
+    every = newest.config["checkpoint"].get("keep_weights_every") if newest else None
     return Pruning(folder, dict(sorted(kept.items())), dropped, every)
 
 
@@ -104,7 +104,7 @@ def prune(run: str, *, warn: Callable[[str], None], **rules: Any) -> Pruning:
         purger = Purger(folder, pruning.keep_weights_every)
         purger.purge()  # what a killed run has left there, of the same name perhaps
         purger.join()
-        if any(stuck := [path.name for path in (folder / DELETING).iterdir()]):
+        if stuck := [path.name for path in (folder / DELETING).iterdir()]:
             raise RuntimeError(f"{folder / DELETING}: {stuck} cannot be deleted; look at its disk")
         purger = Purger(folder)
         purger.purge(*(folder / str(step) for step in pruning.dropped))

@@ -151,9 +151,8 @@ def _finish(
     sample: bool,
 ) -> None:
     config = parts.config
-    why = (
-        f"of {config.num_steps} steps" if result.complete else request.received or "another process"
-    )
+    stopped_by = request.received or "another process"
+    why = f"of {config.num_steps} steps" if result.complete else stopped_by
     events.add("end" if result.complete else "stop", result.step, why)
     tell_time(clock, console)
     if not result.complete:
