@@ -4,6 +4,7 @@ import contextlib
 import errno
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -441,8 +442,8 @@ def test_a_save_that_fails_after_its_commit_counts_as_what_it_is_on_disk(
             patch.setattr(checkpoint, "fsync", Mock(side_effect=OSError(errno.EIO, "no answer")))
             checkpoints.save(_state(2), metadata_of(2, 1.0))
             checkpoints.wait()
-        assert "saving step 2 failed" in told.warnings[0]
-        assert "untouched: none" in told.warnings[0]  # 1 was to go
+        # It is there, and 1 has gone as it was to; that it would outlive a power cut, no one knows.
+        assert re.search(r"saving step 2 failed: .*untouched: 2\.", told.warnings[0])
         assert checkpoints.best == (2, 1.0) and checkpoints.latest.step == 2
         checkpoints.save(_state(3), metadata_of(3, 1.5))
     assert told.commits == [(1, True), (3, False)]

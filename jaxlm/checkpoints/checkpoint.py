@@ -429,7 +429,7 @@ class Checkpoints:
         self._clear_partial()
         self._manager.reload()
         self._steps |= read_steps(self.folder, check=self._config.verify != "off").sound
-        kept = ", ".join(str(s) for s in sorted(self._on_disk) if s != step) or "none"
+        kept = ", ".join(map(str, list_steps(self.folder))) or "none"
         text = f"saving step {step} failed: {error}; on disk and untouched: {kept}"
         if isinstance(error, CheckpointError):
             raise CheckpointError(text) from error
