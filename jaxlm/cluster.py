@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import json
+import operator
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ _HEARTBEAT_TIMEOUT_S = 10
 _LINGER_S = 0.5
 _PATIENCE_MS = 3_600_000
 _VERDICT = "jaxlm/verdict"
-_checks = itertools.count()
+_rounds = itertools.count()
 # How the loss of a process reads, in a collective or at a barrier.
 _SIGNS = ("Gloo", "NCCL", "UNAVAILABLE")
 _ADVICE = "start all processes again, and they go on from the latest"
@@ -116,6 +117,24 @@ def barrier(*, key: str, timeout_ms: int) -> None:
     _client().wait_at_barrier(key, timeout_ms)
 
 
+def agree(value: Any, combine: Callable[[list[Any]], Any] = operator.itemgetter(0)) -> Any:
+    """What holds for all processes, each of which must come here as often as every other.
+
+    Args:
+      value: what this process found, as JSON values.
+      combine: makes one of the values of all, in the order of the processes; by default it takes
+        that of process 0.
+    """
+    if jax.process_count() == 1:
+        return combine([value])
+    key = f"jaxlm/agree/{next(_rounds)}"
+    _client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+    if jax.process_index() == 0:
+        found = [_get(f"{key}/{index}") for index in range(jax.process_count())]
+        _client().key_value_set(f"{key}/all", json.dumps(combine(found)))
+    return _get(f"{key}/all")
+
+
 def check_alike(name: str, value: dict[str, Any]) -> None:
     """Refuses a process whose settings or data are not those of process 0.
 
@@ -126,14 +145,8 @@ def check_alike(name: str, value: dict[str, Any]) -> None:
     Raises:
       ValueError: they differ.
     """
-    if jax.process_count() == 1:
-        return
-    index, key = jax.process_index(), f"jaxlm/alike/{next(_checks)}"
-    if index == 0:
-        _client().key_value_set(key, json.dumps(value))
-        return
-    first = json.loads(_client().blocking_key_value_get(key, _PATIENCE_MS))
     value = json.loads(json.dumps(value))
+    first, index = agree(value), jax.process_index()
     differing = [
         f"{field}: {first.get(field)!r} on process 0, {value.get(field)!r} on process {index}"
         for field in sorted(first.keys() | value.keys())
@@ -144,6 +157,10 @@ def check_alike(name: str, value: dict[str, Any]) -> None:
             f"{name}: the processes of a run must be started alike, but found\n  "
             + "\n  ".join(differing)
         )
+
+
+def _get(key: str) -> Any:
+    return json.loads(_client().blocking_key_value_get(key, _PATIENCE_MS))
 
 
 def _client() -> Any:

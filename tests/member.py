@@ -3,12 +3,13 @@
 WHO is the process that something happens to; each prints `ready` before that.
 """
 
+import json
 import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,52 @@ def late(mine: bool) -> None:
     assert not train(config, batches=Stopping(), eval_batches=TinyEvalSet()).complete
     ready()
     assert train(config, **data()).complete
+
+
+def blind(mine: bool) -> None:
+    """One sees of the steps on a shared disk only those that were there at its start."""
+
+    def is_hidden(path: Path) -> bool:
+        return mine and path.parent.name == "checkpoints" and path.name.isdigit()
+
+    def iterdir(self: Path) -> Iterator[Path]:
+        if is_hidden(self):
+            raise FileNotFoundError(self)
+        return iter([path for path in lists(self) if not is_hidden(path)])
+
+    exists, lists = Path.exists, Path.iterdir
+    Path.exists = lambda self: not is_hidden(self) and exists(self)
+    Path.iterdir = iterdir
+    ready()
+    result = train(tiny_config(sys.argv[3]), **data())
+    print(f"{result.step} steps, {result.best}")
+
+
+def share(mine: bool) -> None:
+    """A file is damaged, and each looks at some of them."""
+    config = tiny_config(sys.argv[3])
+    train(config, **data())
+    ready()
+    folder, read = Path(config.checkpoint_dir), []
+    with Checkpoints(folder, config.checkpoint, on_commit=print, warn=print) as checkpoints:
+        files = [path for path in (folder / "12").rglob("*") if path.is_file()]
+        largest = max(files, key=lambda path: (path.stat().st_size, path))
+        barrier(key="chosen", timeout_ms=60_000)
+        if mine:
+            flipped = bytearray(largest.read_bytes())
+            flipped[0] ^= 1
+            largest.write_bytes(flipped)
+        barrier(key="damaged", timeout_ms=60_000)
+        checksum = manifest.crc32c
+        manifest.crc32c = lambda path: read.append(path) or checksum(path)
+        damage = checkpoints.damage(12)
+    print(json.dumps({"damage": damage, "largest": largest.name, "read": list(map(str, read))}))
+
+
+def apart(mine: bool) -> None:
+    """Each has a disk of its own."""
+    ready()
+    train(tiny_config(f"{sys.argv[3]}-{jax.process_index()}"), **data())
 
 
 def save(mine: bool) -> None:

@@ -1,5 +1,6 @@
 """Several real processes: what becomes of the others when something happens to one."""
 
+import json
 import os
 import re
 import signal
@@ -161,6 +162,43 @@ def test_a_step_is_saved_again_however_late_one_looks_for_it(tmp_path: Path) -> 
     assert [end.code for end in ends] == [0, 0], ends
     assert set(ends[0].output.split()) > {"Resuming", "New", "done:"}, ends[0].output
     assert max(list_steps(tmp_path / "saved" / "checkpoints")) == 12
+
+
+@pytest.mark.slow
+def test_a_shared_disk_that_one_sees_late_changes_nothing(tmp_path: Path) -> None:
+    with running(tmp_path, 2, "blind", 1, tmp_path / "saved") as members:
+        ends = members.ends()
+    assert [end.code for end in ends] == [0, 0], ends
+    told = [end.output.splitlines()[-1] for end in ends]
+    assert told[0] == told[1] and told[0].startswith("12 steps, Best(step=12, "), told
+    assert 12 in list_steps(tmp_path / "saved" / "checkpoints")
+
+
+@pytest.mark.slow
+def test_processes_share_in_the_check_of_a_step_and_all_know_what_is_damaged(
+    tmp_path: Path,
+) -> None:
+    with running(tmp_path, 2, "share", 1, tmp_path / "saved") as members:
+        ends = members.ends()
+    assert [end.code for end in ends] == [0, 0], ends
+    found = [json.loads(end.output.splitlines()[-1]) for end in ends]
+    (damage,) = found[0]["damage"]
+    assert found[1]["damage"] == [damage] and found[0]["largest"] in damage
+    read = [set(each["read"]) for each in found]
+    assert abs(len(read[0]) - len(read[1])) <= 2 and not read[0] & read[1]
+
+
+@pytest.mark.slow
+def test_processes_without_a_disk_in_common_are_refused(tmp_path: Path) -> None:
+    with running(tmp_path, 2, "apart", 0, tmp_path / "run") as members:
+        ends = members.ends()
+    for end in ends:
+        assert end.code == 1
+        assert re.search(
+            "in use by: 'process .*' on process 0, 'it has not said which' on process 1",
+            end.output.splitlines()[-1],
+        ), end
+    assert not (tmp_path / "run-1").exists()
 
 
 @pytest.mark.slow

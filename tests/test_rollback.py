@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import rewrite
 from tiny import VOCAB, TinyBatches, TinyEvalSet, tiny_config
 
-from jaxlm.checkpoints import aside, checkpoint, manifest, skips
+from jaxlm.checkpoints import aside, checkpoint, skips
 from jaxlm.checkpoints.checkpoint import CheckpointError
 from jaxlm.checkpoints.folder import list_steps, read_metadata, read_steps, select
 from jaxlm.checkpoints.skips import Skip, held_by, skipped
@@ -366,17 +367,21 @@ def test_a_rollback_sets_aside_what_is_damaged_and_never_begins_anew(
     assert not (folder / skips.NAME).exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"of_the_future": 1}, "written by another version"),
+        ({"format": 2}, "found format 2, expected 1; use the jaxlm that wrote it"),
+    ],
+)
 def test_a_checkpoint_of_another_version_is_no_reason_to_begin_anew(
-    spoilt_run: Path, tmp_path: Path
+    spoilt_run: Path, tmp_path: Path, change: dict[str, int], told: str
 ) -> None:
     run = shutil.copytree(spoilt_run, tmp_path / "run")
     for step in list_steps(run / "checkpoints"):
-        path = run / "checkpoints" / str(step)
-        values = json.loads((path / "meta" / "metadata").read_bytes())
-        (path / "meta" / "metadata").write_text(json.dumps(values | {"of_the_future": 1}))
-        manifest.write_manifest(path)
+        rewrite(run / "checkpoints" / str(step), **change)
     before = _names(run / "checkpoints")
-    with pytest.raises(ValueError, match="written by another version"):
+    with pytest.raises(ValueError, match=told):
         _train(_config(run, num_steps=26), 13, 14)
     assert _names(run / "checkpoints") == before
 

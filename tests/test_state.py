@@ -117,7 +117,7 @@ def test_the_optimizer_may_have_no_moments():
 # --- the fingerprint
 
 DTYPES = ["float32", "bfloat16", "float16", "int8", "uint8", "int32", "uint32", "uint16"]
-DTYPES += ["float8_e4m3fn", "bool"]
+DTYPES += ["float8_e4m3fn", "complex64", "bool"]
 SHAPE = (5, 7)
 
 

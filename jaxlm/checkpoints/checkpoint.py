@@ -7,6 +7,7 @@ proves what came back, and tells only what is true on disk.
 """
 
 import contextlib
+import itertools
 import math
 import os
 import secrets
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.aside import DELETING, Purger, clear_partial, list_old_superseded, put_aside
@@ -37,10 +37,11 @@ from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import DamagedArrays, items_of, restore_state
 from jaxlm.checkpoints.retention import Retention
 from jaxlm.checkpoints.skips import Skip, held_by, read_skips, skipped, write_skips
+from jaxlm.cluster import agree, check_alike
 from jaxlm.config import CheckpointConfig
 from jaxlm.device.state import Survey, TrainState, num_bytes, survey
 from jaxlm.files.durable import fsync
-from jaxlm.files.lock import HOLDER, lock, unlock
+from jaxlm.files.lock import HOLDER, describe_holder, lock, unlock
 from jaxlm.tracking.events import Events
 
 _RETRY_S, _MAX_RETRY_S = 10.0, 600.0
@@ -131,11 +132,14 @@ class Checkpoints:
             self._tell({})  # what a kill kept from being written down
             for path in self.folder.glob(f"*{REPLACED}"):
                 self._finish_replacing(path)
-        self._sync("opened")
+        agree(None)  # the others wait for that
+        seen = {"in use by": describe_holder(self.folder), "steps": list_steps(self.folder)}
+        check_alike(f"{self.folder}, on a disk that all see", seen)
         self._opened = self.folder.stat()
         found = read_steps(self.folder, check=self._config.verify != "off")
         self._steps, self.skips = found.sound, found.skips
-        self._run_id = found.run_id or secrets.token_hex(8)
+        # All have looked, before anything is renamed.
+        self._run_id = agree(found.run_id or secrets.token_hex(8))
         if read_skips(self.folder) is None:
             self._warn("skips.json is damaged; what the checkpoints hold of it is used instead")
         for step, damage in found.damaged.items():
@@ -178,18 +182,20 @@ class Checkpoints:
 
     def best_with(self, step: int, eval_loss: float | None) -> Best | None:
         """The best, once a checkpoint of this step and eval loss is on disk too."""
-        losses = {s: found.eval_loss for s, found in self._on_disk.items()}
+        losses = {s: found.eval_loss for s, found in self._look().items()}
         return find_best({**losses, step: eval_loss})
 
     @property
     def latest(self) -> Metadata | None:
         """The newest checkpoint that is on disk."""
-        return max(self._on_disk.values(), key=lambda found: found.step, default=None)
+        return max(self._look().values(), key=lambda found: found.step, default=None)
 
-    @property
-    def _on_disk(self) -> dict[int, Metadata]:
-        # Without what was deleted by hand under the run.
-        return {s: m for s, m in self._steps.items() if (self.folder / str(s)).exists()}
+    def _look(self) -> dict[int, Metadata]:
+        # What is on disk, without what was deleted by hand, as the first process sees it: others
+        # may see a shared disk as it was some seconds ago, and all must decide alike.
+        there = agree([step for step in self._steps if (self.folder / str(step)).exists()])
+        self._steps = {step: self._steps[step] for step in there}
+        return self._steps
 
     def batch_index(self, step: int) -> int:
         """The batch that the state of `step` takes in."""
@@ -205,8 +211,10 @@ class Checkpoints:
         return minutes is not None and since_s >= 60 * minutes
 
     def damage(self, step: int) -> list[str]:
-        """What of a step's files is not as it was written, to the byte."""
-        return manifest.find_damage(self.folder / str(step))
+        """What of a step's files is not as it was written; all processes share in the reading."""
+        share = jax.process_index(), jax.process_count()
+        found = manifest.find_damage(self.folder / str(step), share=share)
+        return agree(found, lambda all_found: list(dict.fromkeys(itertools.chain(*all_found))))
 
     def restore_latest(self, abstract: TrainState) -> Restored | None:
         """The newest state that is proven sound, or None in a folder that never held one.
@@ -264,7 +272,7 @@ class Checkpoints:
                 f"{why}; the run has been rolled back guard.max_rollbacks = {max_rollbacks} "
                 "time(s) already. Lower --optim.learning_rate, or raise --guard.max_rollbacks"
             )
-        old = sorted(s for s in self._on_disk if s < before)
+        old = sorted(s for s in self._look() if s < before)
         while old and (damage := self.damage(old[-1])):
             self._set_aside(old.pop(), damage)
         if not old and (aside := list_set_aside(self.folder)):
@@ -285,8 +293,7 @@ class Checkpoints:
         self.skips.append(skip)
         if self._primary:
             write_skips(self.folder, self.skips)
-        self._sync(f"went back to {skip.from_step}")
-        newer = [step for step in list_steps(self.folder) if step > skip.from_step]
+        newer = agree([step for step in list_steps(self.folder) if step > skip.from_step])
         self._put_aside(newer, SUPERSEDED, _SUPERSEDED_WHY)
 
     def save(
@@ -328,15 +335,13 @@ class Checkpoints:
         """Saves a step that may be there already; at any instant, the one or the other is."""
         self.wait()
         current = self.folder / str(metadata.step)
-        there = current.exists()
-        self._sync("to replace")  # every process has looked, before one of them renames it
-        if not there:
+        if not agree(current.exists()):
             return self.save(state, metadata, before)
         aside = self.folder / f"{metadata.step}{REPLACED}"
         if self._primary:
             current.rename(aside)
             fsync(self.folder)
-        self._sync("replacing")
+        agree(None)
         self._manager.reload()
         try:
             self.save(state, metadata, before)
@@ -344,7 +349,7 @@ class Checkpoints:
         finally:
             if self._primary and aside.exists():  # a folder that is gone has its error already
                 self._finish_replacing(aside)
-        self._sync("replaced")
+        agree(None)
         self._manager.reload()
 
     def poll(self) -> None:
@@ -362,21 +367,22 @@ class Checkpoints:
             return
         try:
             self._manager.wait_until_finished()
-            step_folder = self.folder / str(self._saving.metadata.step)
-            for path in (*step_folder.iterdir(), step_folder, self.folder):
-                fsync(path)  # Orbax's own files too; and the step is there at all
+            if self._primary:  # the others may not see it yet
+                step_folder = self.folder / str(self._saving.metadata.step)
+                for path in (*step_folder.iterdir(), step_folder, self.folder):
+                    fsync(path)  # Orbax's own files too; and the step is there at all
         except _SAVE_ERRORS as error:
             return self._save_failed(error)
         metadata, why, self._saving = self._saving.proven(), self._saving.why, None
         self._steps[metadata.step] = metadata
-        self._steps = self._on_disk  # the memory too is free of what is deleted
         self._num_failures = 0
         self._purge()
-        best = self.best is not None and self.best.step == metadata.step
+        best = find_best({step: found.eval_loss for step, found in self._steps.items()})
+        is_best = best is not None and best.step == metadata.step
         self._tell({str(metadata.step): why} | self._retention.dropped)
-        if best:
+        if is_best:
             self.events.add("best", metadata.step, f"eval loss {metadata.eval_loss:.4f}")
-        self._on_commit(metadata.step, str(self.folder / str(metadata.step)), best)
+        self._on_commit(metadata.step, str(self.folder / str(metadata.step)), is_best)
 
     def _seal(self) -> None:
         # Runs in the saving thread of the primary process, after the arrays and before the rename.
@@ -404,17 +410,15 @@ class Checkpoints:
         self._warn(f"checkpoint {step} is damaged: {damage[0]}{more}; renamed to {name}")
 
     def _put_aside(self, steps: Sequence[int], suffix: str, why: str) -> list[str]:
-        # The new names.
+        # The new names, of steps on which all processes have agreed.
         if not steps:
             return []
-        self._sync(f"{suffix} {steps}")  # every process has seen them
-        names = put_aside(self.folder, steps, suffix) if self._primary else list(map(str, steps))
+        names = agree(put_aside(self.folder, steps, suffix) if self._primary else [])
         self._tell(dict.fromkeys(names, why))
         if self._primary and suffix == SUPERSEDED:
             old = list_old_superseded(self.folder, self._config.keep_latest)
             self._purger.purge(*old)
             self._tell({path.name: "not among the newest set aside" for path in old})
-        self._sync(f"put aside {steps}")
         for step in steps:
             self._steps.pop(step, None)
         if hasattr(self, "_manager"):
@@ -459,7 +463,7 @@ class Checkpoints:
     def _finish_replacing(self, aside: Path) -> None:
         current = aside.with_name(aside.name.removesuffix(REPLACED))
         if manifest.find_damage(current, contents=False):
-            if current.exists():  # put aside without `_sync`: no other process comes here
+            if current.exists():  # not by `_put_aside`: no other process comes here
                 (name,) = put_aside(self.folder, [int(current.name)], CORRUPT)
                 self._tell({name: "damaged: it is unfinished"})
                 self._warn(f"checkpoint {current.name} is unfinished; renamed to {name}")
@@ -475,7 +479,3 @@ class Checkpoints:
         if self._primary and self._is_ours():
             with contextlib.suppress(OSError):  # what stays is for the next time
                 self._purger.purge()
-
-    def _sync(self, name: str) -> None:
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"{self.folder}: {name}")

@@ -53,12 +53,15 @@ def write_manifest(folder: Path) -> None:
     write_file(folder / NAME, text.encode())
 
 
-def find_damage(folder: Path, *, contents: bool = True) -> list[str]:
+def find_damage(
+    folder: Path, *, contents: bool = True, share: tuple[int, int] = (0, 1)
+) -> list[str]:
     """What differs between a step folder and its manifest; empty if nothing does.
 
     Args:
       folder: the step folder.
       contents: read the array files too; else only their sizes are compared.
+      share: which of how many equal shares of the listed files to look at.
     """
     if not folder.is_dir():
         return ["it is not a folder" if folder.exists() else "it does not exist"]
@@ -74,7 +77,8 @@ def find_damage(folder: Path, *, contents: bool = True) -> list[str]:
     with reading(folder):
         if strays := _find_strays(folder):
             return strays
-    damage, files = [], manifest["files"]
+    names = sorted(manifest["files"])[share[0] :: share[1]]
+    damage, files = [], {name: manifest["files"][name] for name in names}
     much = contents and sum(entry.get("bytes", 0) for entry in files.values()) > _SMALL_BYTES
     with ThreadPoolExecutor() as pool:
         each = pool.map if much else map  # threads pay where there is much to read
@@ -83,7 +87,7 @@ def find_damage(folder: Path, *, contents: bool = True) -> list[str]:
         if difference:
             label = name if name.isprintable() and len(name) < 1000 else shown(name)
             damage.append(f"{label}: {difference}")
-    damage += _unlisted(folder, files) + _commit_damage(folder)
+    damage += _unlisted(folder, manifest["files"]) + _commit_damage(folder)
     return damage or _step_damage(folder)
 
 

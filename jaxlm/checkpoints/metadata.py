@@ -9,7 +9,10 @@ from typing import Any
 from jaxlm.checkpoints.skips import Skip, to_json
 from jaxlm.config import Config, from_dict
 from jaxlm.files.durable import write_file
-from jaxlm.files.strict import conform, spell
+from jaxlm.files.strict import conform, shown, spell
+
+FORMAT = 1
+"""Goes up when files or fingerprints come to mean something else."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Metadata:
     """The same in all checkpoints of a run, and of no other."""
     fingerprints: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     """Leaf name -> [dtype, shape, lane, lane], computed on the device, of what was saved."""
+    format: int = FORMAT
+    """Of the checkpoint."""
 
     @property
     def weights_item(self) -> str:
@@ -83,8 +88,12 @@ class Metadata:
         """The inverse of `to_json`.
 
         Raises:
-          ValueError: a field is missing, unknown or of another type.
+          ValueError: it is of another format, or a field is missing, unknown or of another type.
         """
+        if (found := values.get("format")) != FORMAT:
+            raise ValueError(
+                f"found format {shown(found)}, expected {FORMAT}; use the jaxlm that wrote it"
+            )
         if values.get("best_eval_loss", 0) is None:
             values = {**values, "best_eval_loss": math.inf}
         return conform(values, cls)

@@ -212,6 +212,8 @@ def _words(x: jax.Array) -> jax.Array:
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag], axis=-1)
     x = x.reshape(x.shape or (1,))
     unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
     return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
@@ -246,7 +248,7 @@ def _survey(x: jax.Array) -> jax.Array:
     place = jnp.zeros(words.shape, jnp.uint32)
     for dim, size in enumerate(words.shape):
         place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim)
-    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    is_float = jnp.issubdtype(x.dtype, jnp.inexact)
     bad = ~jnp.isfinite(x) if is_float else jnp.zeros(x.shape, bool)
     bad = bad.reshape(*x.shape, *[1] * (words.ndim - x.ndim))
     # One reduce of three operands: as sums of their own they take 25 times as long, and temporaries
