@@ -5,7 +5,7 @@ Each table is read in both directions. Llama where the config has no `qk_norm`, 
 
 import math
 import re
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 
@@ -114,24 +114,6 @@ def to_hf_config(model: ModelConfig, *, seq_len: int, eos_id: int | None, dtype:
     return {**values, **more}
 
 
-class HFConfig(TypedDict, total=False):
-    """The keys of config.json that are read."""
-
-    vocab_size: int
-    num_hidden_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int | None
-    rms_norm_eps: float
-    tie_word_embeddings: bool
-    initializer_range: float
-    max_position_embeddings: int
-    rope_theta: float | None
-    rope_parameters: dict[str, Any] | None
-
-
 _REQUIRED = ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads")
 # What the model of jaxlm has no place for, each with the values that mean that there is none of it.
 _ABSENT: dict[str, tuple[Any, ...]] = {
@@ -178,14 +160,17 @@ def from_hf_config(values: dict[str, Any], folder: object) -> tuple[ModelConfig,
             "thing, and would compute another function with these weights"
         )
     try:
-        return _shape(conform(values, HFConfig), rope, qk_norm=kind == "qwen3")
+        return _shape(values, rope, qk_norm=kind == "qwen3")
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _shape(values: HFConfig, rope: dict[str, Any], *, qk_norm: bool) -> tuple[ModelConfig, int]:
+def _shape(values: dict[str, Any], rope: dict[str, Any], qk_norm: bool) -> tuple[ModelConfig, int]:
     found: dict[str, Any] = {"tie_embeddings": False, "norm_eps": 1e-6}  # their defaults
-    found |= {ours: values[key] for ours, key in _KEYS.items() if values.get(key) is not None}
+    hints = get_type_hints(ModelConfig)
+    for ours, key in _KEYS.items():
+        if values.get(key) is not None:
+            found[ours] = conform(values[key], hints[ours], key)
     if not qk_norm:
         found.setdefault("num_kv_heads", found.get("num_heads"))
         if "num_heads" in found and "d_model" in found:
@@ -198,6 +183,7 @@ def _shape(values: HFConfig, rope: dict[str, Any], *, qk_norm: bool) -> tuple[Mo
     # JSON does not tell 10000 from 10000.0, and a config does.
     floats = {k: float(found[k]) for k in ("norm_eps", "init_std") if k in found}
     model = ModelConfig(**{**found, **floats}, rope_theta=float(theta), qk_norm=qk_norm)
-    if (longest := values.get("max_position_embeddings", 2048)) < 1:
-        raise ValueError(f"max_position_embeddings: found {longest}, expected at least 1")
+    key = "max_position_embeddings"
+    if (longest := conform(values.get(key, 2048), int, key)) < 1:
+        raise ValueError(f"{key}: found {longest}, expected at least 1")
     return model, longest
