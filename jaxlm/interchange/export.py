@@ -76,8 +76,11 @@ def export(
     """
     target = Path(folder)
     check_free(target)
-    if push:
-        _check_token()
+    if push and huggingface_hub.get_token() is None:
+        raise ValueError(
+            "push: found no token of the Hugging Face Hub, expected $HF_TOKEN or that of "
+            "`hf auth login`; give one, or leave --push out"
+        )
     selected = select(run)
     check_outside(folder, selected.folder)
     tell_selected(selected, say)
@@ -196,14 +199,6 @@ def _card(selected: Selected, name: str, num_params: int, dtype: str) -> str:
 
 def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
-
-
-def _check_token() -> None:
-    if huggingface_hub.get_token() is None:
-        raise ValueError(
-            "push: found no token of the Hugging Face Hub, expected $HF_TOKEN or that of "
-            "`hf auth login`; give one, or leave --push out"
-        )
 
 
 def _push(folder: Path, repo: str) -> str:
