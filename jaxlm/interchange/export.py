@@ -88,7 +88,8 @@ def export(
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     with published(target, say) as partial:
         _write_weights(partial, params, dtype, max_shard_bytes)
-        own = _write_about(partial, selected, dtype, num_params, target.name, say)
+        own = _write_about(partial, selected, dtype, say)
+        (partial / "README.md").write_text(_card(selected, target.name, num_params, dtype))
         files = sorted(path.name for path in partial.iterdir())
     url = _push(target, push) if push else None
     architecture = "Qwen3" if selected.metadata.run_config().model.qk_norm else "Llama"
@@ -133,14 +134,9 @@ def _write_shard(path: Path, shard: list[tuple[str, jax.Array]], dtype: Dtype) -
 
 
 def _write_about(
-    folder: Path,
-    selected: Selected,
-    dtype: Dtype,
-    num_params: int,
-    name: str,
-    say: Callable[[str], None],
+    folder: Path, selected: Selected, dtype: Dtype, say: Callable[[str], None]
 ) -> bool:
-    # All but the weights; whether the tokenizer is of our own making.
+    # Configs and tokenizer; whether the tokenizer is of our own making.
     metadata = selected.metadata
     config, eos_id = metadata.run_config(), metadata.eos_id
     hf_config = to_hf_config(config.model, seq_len=config.seq_len, eos_id=eos_id, dtype=dtype)
@@ -164,7 +160,6 @@ def _write_about(
         own = config.data.tokenizer == "train" or Path(config.data.tokenizer).name == TOKENIZER
     else:
         say(f"Warning: {selected.folder} holds no {TOKENIZER}: the folder gets none either")
-    (folder / "README.md").write_text(_card(selected, name, num_params, dtype))
     return own
 
 
