@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import huggingface_hub
 import jax
-import ml_dtypes
+import ml_dtypes  # noqa: F401 - gives numpy bfloat16 by that name
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -25,7 +25,6 @@ from jaxlm.interchange.mapping import (
     GENERATION,
     INDEX,
     TOKENIZER_CONFIG,
-    WEIGHTS,
     tensor_of,
     to_hf_config,
 )
@@ -33,7 +32,6 @@ from jaxlm.terminal import track
 from jaxlm.tracking.metrics import perplexity
 
 Dtype = Literal["float32", "bfloat16"]
-_DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 class Exported(NamedTuple):
@@ -97,31 +95,29 @@ def export(
 
 
 def _write_weights(folder: Path, params: Any, dtype: Dtype, max_shard_bytes: int) -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    itemsize = np.dtype(_DTYPES[dtype]).itemsize
-    shards: list[list[tuple[str, jax.Array]]] = [[]]
-    size = 0
-    for path, leaf in leaves:
-        if shards[-1] and size + leaf.size * itemsize > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append((path_name(path), leaf))
-        size += leaf.size * itemsize
+    leaves = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    itemsize = np.dtype(dtype).itemsize
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        leaves,
+        get_storage_size=lambda leaf: leaf.size * itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
     where = {}
-    for number, shard in enumerate(track(shards, "Writing the weights"), start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else WEIGHTS
+    for file, names in track([*split.filename_to_tensors.items()], "Writing the weights"):
+        shard = {name: leaves[name] for name in names}
         where |= dict.fromkeys(_write_shard(folder / file, shard, dtype), file)
-    if shards[1:]:
-        total = sum(leaf.size for _, leaf in leaves)
-        about = {"total_parameters": total, "total_size": total * itemsize}
+    if split.is_sharded:
+        total = sum(leaf.size for leaf in leaves.values())
+        about = {"total_parameters": total, **split.metadata}
         _write_json(folder / INDEX, {"metadata": about, "weight_map": where})
 
 
-def _write_shard(path: Path, shard: list[tuple[str, jax.Array]], dtype: Dtype) -> list[str]:
+def _write_shard(path: Path, shard: dict[str, jax.Array], dtype: Dtype) -> list[str]:
     tensors = {}
-    for name, leaf in shard:
+    for name, leaf in shard.items():
         tensor = tensor_of(name)
-        tensors[tensor.name] = tensor.to_theirs(np.asarray(leaf)).astype(_DTYPES[dtype])
+        tensors[tensor.name] = tensor.to_theirs(np.asarray(leaf)).astype(dtype)
     save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses a file without it
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read it
     with safe_open(path, framework="np") as file:
