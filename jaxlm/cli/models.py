@@ -35,7 +35,10 @@ def evaluate(
       jaxlm eval runs/tiny --follow
     """
     if follow:
-        return _follow(runs, paired, source, out, poll_s, json)
+        if len(runs) != 1 or "@" in runs[0] or paired:
+            found = " ".join(runs)
+            raise ValueError(f"--follow: found {found}, expected one RUN; leave out the rest")
+        return _follow(runs[0], source, out, poll_s, json)
     if out:
         raise ValueError(f"--out: found {out}, expected it with --follow only; add --follow")
     from jaxlm.evaluation.score import paired_difference, score
@@ -62,24 +65,14 @@ def evaluate(
     return 0
 
 
-def _follow(
-    runs: tuple[str, ...],
-    paired: bool,
-    source: str | None,
-    out: str | None,
-    poll_s: float,
-    as_json: bool,
-) -> int:
+def _follow(run: str, source: str | None, out: str | None, poll_s: float, as_json: bool) -> int:
     from jaxlm.evaluation.follow import follow
-
-    if len(runs) != 1 or "@" in runs[0] or paired:
-        raise ValueError(f"--follow: found {' '.join(runs)}, expected one RUN; leave out the rest")
 
     def tell(row: Any) -> None:
         line = f"step {row['step']}: loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f}"
         print(json.dumps(row) if as_json else f"{line}, held out of {row['source']}", flush=True)
 
-    follow(runs[0], source=source, out=out, poll_s=poll_s, say=note(as_json), found=tell)
+    follow(run, source=source, out=out, poll_s=poll_s, say=note(as_json), found=tell)
     return 0
 
 
