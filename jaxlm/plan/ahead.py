@@ -121,11 +121,8 @@ def lower_ahead(config: Config, devices: list[Any]) -> tuple[jax.stages.Lowered,
     mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
     blueprint = blueprint_of(config, mesh)
-    loss = next_token_loss(
-        z_loss=config.z_loss,
-        eos_id=0 if config.model.document_mask else None,
-        num_chunks=config.loss_chunks,
-    )
+    mask = 0 if config.model.document_mask else None
+    loss = next_token_loss(z_loss=config.z_loss, eos_id=mask, num_chunks=config.loss_chunks)
     shape = config.batch_size, config.seq_len
     tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))
     example = {"inputs": tokens, "targets": tokens}
