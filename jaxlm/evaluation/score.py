@@ -1,6 +1,7 @@
 """Checkpoints judged from outside: whether they are whole, how good they are, which is better."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -129,7 +130,7 @@ class Scorer:
     def __init__(self, source: str | None, say: Say):
         """Arguments are those of `score`."""
         self._source, self._say = source, say
-        self._prepared: tuple[Config, tuple[Config, Dataset]] | None = None
+        self._prepare = functools.lru_cache(maxsize=1)(lambda config: prepare_data(config, say))
 
     def __call__(self, run: str) -> Score:
         """The score of `RUN@STEP`; raises what `score` does."""
@@ -150,9 +151,7 @@ class Scorer:
             data = dataclasses.replace(config.data, source=self._source, tokenizer=tokenizer)
             config = dataclasses.replace(config, data=data)
         keep_compiled(config.data.cache_dir)
-        if self._prepared is None or self._prepared[0] != config:
-            self._prepared = config, prepare_data(config, self._say)
-        config, dataset = self._prepared[1]
+        config, dataset = self._prepare(config)
         if not self._source and dataset.fingerprint != recorded:
             raise ValueError(
                 f"{run}: found data {dataset.fingerprint}, expected that of the run, {recorded}; "
