@@ -50,7 +50,7 @@ def follow(
         looked_at: set[int] = set()
         while True:
             steps, missed = read_steps(folder).sound, False
-            done = {_key(row) for row in log.rows}
+            done = {(row["step"], row["checkpoint"], row["source"]) for row in log.rows}
             for step, metadata in steps.items():
                 key = (step, checkpoint_id(metadata), source or metadata.config["data"]["source"])
                 if key in damaged or key in done:
@@ -77,10 +77,6 @@ def follow(
                 if final:
                     return
                 time.sleep(poll_s)
-
-
-def _key(row: Eval) -> tuple[int, str, str]:
-    return row["step"], row["checkpoint"], row["source"]
 
 
 def _evaluate(run: str, path: Path, scorer: Scorer) -> Eval | None:
