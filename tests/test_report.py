@@ -13,7 +13,7 @@ from jaxlm.checkpoints import folder
 from jaxlm.evaluation.evals import checkpoint_id
 from jaxlm.launch import run_main
 from jaxlm.report.charts import COLOURS, Curve, draw_curves, smooth, thin
-from jaxlm.report.history import read_history, split_by_start
+from jaxlm.report.history import goodput, read_history, split_by_start
 from jaxlm.report.page import make_report
 from jaxlm.tracking import clock
 from jaxlm.tracking.events import KINDS
@@ -133,7 +133,7 @@ def test_a_new_start_is_told_from_the_clock():
     again = split_by_start([*one, timed(6, start=0.5, steps=8)])
     assert [(p.first_step, p.last_step) for p in again] == [(2, 4), (6, 6)]
     assert len(split_by_start([*one, timed(6, start=1.5, steps=2)])) == 2
-    assert again[0].goodput == pytest.approx(2 / 3)
+    assert goodput(again[0].seconds) == pytest.approx(2 / 3)
     assert split_by_start([{"step": 1, "eval/loss": 2.0}]) == []
 
 

@@ -35,11 +35,6 @@ class Process(NamedTuple):
     seconds: dict[str, float]
     """Kind of `clock.KINDS` -> wall time (s) up to its last row."""
 
-    @property
-    def goodput(self) -> float:
-        """The share of the wall time that was spent on steps."""
-        return goodput(self.seconds)
-
 
 class History(NamedTuple):
     """One run."""

@@ -234,7 +234,7 @@ def _time(histories: Sequence[History]) -> str:
     rows = [
         [_name(run, history.run), f"{process.first_step} to {process.last_step}"]
         + [Html(format_duration(sum(process.seconds.values())))]
-        + [Html(f"{100 * process.goodput:.1f}%")]
+        + [Html(f"{100 * goodput(process.seconds):.1f}%")]
         + [_number(process.seconds[kind], 1) for kind in KINDS]
         for run, history in enumerate(histories)
         for process in history.processes[-_MAX_ROWS:]
