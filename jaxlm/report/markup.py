@@ -52,15 +52,13 @@ class Html(str):
     """Text that is HTML already."""
 
 
-def as_table(
-    head: Iterable[str], rows: Iterable[Sequence[object]], marked: Iterable[int] = ()
-) -> str:
+def as_table(head: Iterable[str], rows: Iterable[Sequence[object]], num_marked: int = 0) -> str:
     """A table.
 
     Args:
-      head: the names of the columns.
+      head: the names of the columns; as `rows`.
       rows: values; those that are not `Html` are shown as text.
-      marked: the numbers of rows that stand out.
+      num_marked: so many rows stand out, the first ones.
     """
 
     def cell(value: object) -> str:
@@ -69,9 +67,9 @@ def as_table(
         kind = " class=n" if type(value) is int else " class=t" if len(str(value)) > 40 else ""
         return f"<td{kind}>{as_text(value)}</td>"
 
-    lines, marked = ["".join(f"<th>{as_text(name)}</th>" for name in head)], set(marked)
-    lines = [f"<tr>{lines[0]}</tr>"]
+    titles = (name if isinstance(name, Html) else as_text(name) for name in head)
+    lines = [f"<tr>{''.join(f'<th>{title}</th>' for title in titles)}</tr>"]
     for number, row in enumerate(rows):
-        start = "<tr class=differs>" if number in marked else "<tr>"
+        start = "<tr class=differs>" if number < num_marked else "<tr>"
         lines.append(f"{start}{''.join(map(cell, row))}</tr>")
     return f"<div class=wide><table>{''.join(lines)}</table></div>"

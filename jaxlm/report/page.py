@@ -271,9 +271,7 @@ def _settings(title: str, values: Sequence[dict[str, Any]], runs: list[str]) -> 
     if not names:
         return ""
     head = ["", *(_name(run, name) for run, name in enumerate(runs))]
-    cells = "".join(f"<th>{name}</th>" for name in head)
-    table = as_table([], [[name, *spelt[name]] for name in names], range(len(differing)))
-    table = table.replace("<tr></tr>", f"<tr>{cells}</tr>", 1)
+    table = as_table(head, [[name, *spelt[name]] for name in names], len(differing))
     said = f", {len(differing)} of {len(names)} differ" if len(runs) > 1 else ""
     return (
         f"<h2>{title}</h2><details><summary>{len(names)} settings{said}</summary>{table}</details>"
