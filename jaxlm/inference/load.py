@@ -41,10 +41,9 @@ def load_model(
       ValueError: no such run or step, it is damaged, or it is of another model.
     """
     selected = select(run)
-    metadata = selected.metadata
     blueprint, params = restore_params(selected, mesh or make_mesh(MeshConfig()), model)
     tell_selected(selected, say)
-    return nnx.merge(blueprint.graphdef, params), metadata
+    return nnx.merge(blueprint.graphdef, params), selected.metadata
 
 
 def restore_params(
