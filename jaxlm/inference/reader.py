@@ -5,7 +5,7 @@ Rows are padded to a few lengths, so that few programs are compiled.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from jaxlm.compiled import keep_compiled
 from jaxlm.config import MeshConfig
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.device.likelihood import make_token_scores
-from jaxlm.device.sharding import make_mesh, put_batch
+from jaxlm.device.sharding import batch_sharding, make_mesh
 from jaxlm.inference.load import restore_params, tell_selected
 from jaxlm.inference.sample import Sampling, bucket, stream
 
@@ -103,7 +103,8 @@ class Reader:
             for b, i in enumerate(batch):
                 tokens_BT[b, : len(rows[i])] = rows[i]
             arrays = {"inputs": tokens_BT[:, :-1], "targets": tokens_BT[:, 1:]}
-            scores = jax.device_get(self._token_scores(self._params, self._put(arrays)))
+            on_mesh = jax.device_put(arrays, batch_sharding(self._mesh))
+            scores = jax.device_get(self._token_scores(self._params, on_mesh))
             for b, i in enumerate(batch):
                 stop = len(rows[i]) - 1
                 of_row = slice(stop - len(pairs[i][1]), stop)
@@ -168,7 +169,3 @@ class Reader:
             batch = [i for i in order[: self._batch_size] if padded[i] == T]
             order = order[len(batch) :]
             yield T, batch
-
-    def _put(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-        rows_of = lambda rows: {name: array[rows] for name, array in arrays.items()}  # noqa: E731
-        return put_batch(rows_of, self._mesh, self._batch_size)
