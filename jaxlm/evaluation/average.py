@@ -75,7 +75,17 @@ def average(
         params, newest = _mean_params(folder, chosen)
         path = partial / "checkpoints" / str(newest.step)
         _save(path, params)
-        _describe(path, metadata := _metadata_of(params, newest, folder, chosen))
+        entry = {"step": newest.step, "averaged": chosen, "of": str(folder.absolute())}
+        metadata = replace(
+            newest,
+            best_step=newest.step,
+            num_worse_evals=0,
+            final=False,
+            lineage=[*newest.lineage, entry],
+            run_id=secrets.token_hex(8),
+            fingerprints=fingerprint(params),
+        )
+        _describe(path, metadata)
         if (folder / TOKENIZER).is_file():
             write_file(path.parent / TOKENIZER, (folder / TOKENIZER).read_bytes())
         names = [f"{partial}@{newest.step}", *(f"{folder}@{step}" for step in chosen)]
@@ -106,21 +116,6 @@ def _verified_params(folder: Path, step: int) -> tuple[dict[str, Any], Metadata]
         if found != saved.get(name):
             raise DamagedArrays(f"{selected.path}: {name} differs from what was saved")
     return {"params": weights[item]}, selected.metadata
-
-
-def _metadata_of(
-    params: dict[str, Any], newest: Metadata, folder: Path, steps: Sequence[int]
-) -> Metadata:
-    entry = {"step": newest.step, "averaged": list(steps), "of": str(folder.absolute())}
-    return replace(
-        newest,
-        best_step=newest.step,
-        num_worse_evals=0,
-        final=False,
-        lineage=[*newest.lineage, entry],
-        run_id=secrets.token_hex(8),
-        fingerprints=fingerprint(params),
-    )
 
 
 def _save(path: Path, params: dict[str, Any]) -> None:
