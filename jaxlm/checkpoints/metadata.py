@@ -97,3 +97,14 @@ class Metadata:
         if values.get("best_eval_loss", 0) is None:
             values = {**values, "best_eval_loss": math.inf}
         return conform(values, cls)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values, such as a config or an environment, as dotted name -> value."""
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found

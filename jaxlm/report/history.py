@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from jaxlm.checkpoints.folder import find_checkpoints, read_steps
-from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.checkpoints.metadata import Metadata, flat
 from jaxlm.evaluation.evals import NAME as EVALS
 from jaxlm.evaluation.evals import Eval, read_evals
 from jaxlm.files.durable import DiskError, folder_bytes
@@ -91,8 +91,8 @@ def read_history(run: str) -> History:
         evals=evals,
         checkpoints=checkpoints,
         num_bytes=sum(map(folder_bytes, folders)),
-        config=_flat(config or (latest.config if latest else {})),
-        environment=_flat(latest.environment if latest else {}),
+        config=flat(config or (latest.config if latest else {})),
+        environment=flat(latest.environment if latest else {}),
         missing=missing,
     )
 
@@ -153,13 +153,3 @@ def split_by_start(rows: list[Row]) -> list[Process]:
                 first_step = found.pop().first_step
         found.append(Process(first_step, int(row["step"]), seconds))
     return found
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

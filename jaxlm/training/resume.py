@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.folder import Best, list_steps, recorded_directory, select
-from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.checkpoints.metadata import Metadata, flat
 from jaxlm.compiled import num_cores
 from jaxlm.config import Change, Config, changes
 from jaxlm.device.optim import make_schedule
@@ -156,15 +156,11 @@ def describe_environment(mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def compare_environments(
-    before: dict[str, Any], now: dict[str, Any], prefix: str = ""
-) -> list[str]:
+def compare_environments(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs, one `name: was …, is …` each."""
-    found = []
-    for name in sorted(before.keys() | now.keys()):
-        was, is_now = before.get(name), now.get(name)
-        if isinstance(was, dict) and isinstance(is_now, dict):
-            found += compare_environments(was, is_now, f"{prefix}{name}.")
-        elif was != is_now:
-            found.append(f"{prefix}{name}: was {was}, is {is_now}")
-    return found
+    was, is_now = flat(before), flat(now)
+    return [
+        f"{name}: was {was.get(name)}, is {is_now.get(name)}"
+        for name in sorted(was.keys() | is_now.keys())
+        if was.get(name) != is_now.get(name)
+    ]
