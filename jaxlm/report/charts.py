@@ -121,9 +121,9 @@ def draw_curves(
             row = {"x": xy[i][0], "y": _short(values[i]), "r": run}
             data.append(row | ({"s": _short(smooth_values[i])} if smoothed else {}))
     y = {"field": "y", "type": "quantitative", "title": unit, "scale": _scale(data, log, bounds)}
-    x = _steps_axis(steps)
     if y["scale"].get("type") == "log":
         y["axis"] = {"values": _decades(data)}
+    encoding = {"x": _steps_axis(steps), "y": y, "color": _colour(runs)}
     layers: list[dict[str, Any]] = [
         {
             "mark": {
@@ -132,13 +132,13 @@ def draw_curves(
                 "strokeWidth": 1 if smoothed else 1.8,
                 "opacity": 0.4 if smoothed else 1,
             },
-            "encoding": {"x": x, "y": y, "color": _colour(runs)},
+            "encoding": encoding,
         }
     ]
     if smoothed:
-        front = {"x": x, "y": y | {"field": "s"}, "color": _colour(runs)}
+        front = encoding | {"y": y | {"field": "s"}}
         layers.append({"mark": {"type": "line", "strokeWidth": 1.8}, "encoding": front})
-    layers.append(_hover(x, y, runs, smoothed, unit))
+    layers.append(_hover(encoding, smoothed, unit))
     return _spec(data, layers, height=170)
 
 
@@ -191,9 +191,7 @@ def _spec(data: list[dict[str, Any]], layers: list[dict[str, Any]], height: int)
     }
 
 
-def _hover(
-    x: dict[str, Any], y: dict[str, Any], runs: list[str], smoothed: bool, unit: str
-) -> dict[str, Any]:
+def _hover(encoding: dict[str, Any], smoothed: bool, unit: str) -> dict[str, Any]:
     shown = [("r", "run", "d"), ("x", "step", ","), ("y", unit, ".5~g")]
     shown += [("s", "smoothed", ".5~g")] if smoothed else []
     # Each has a format: without one, Vega-Lite looks in the wrong place for the nearest point.
@@ -203,8 +201,7 @@ def _hover(
     return {
         "params": [{"name": "near", "select": near}],
         "mark": {"type": "point", "filled": True, "size": 45},
-        "encoding": {"x": x, "y": y, "color": _colour(runs), "opacity": opacity}
-        | {"tooltip": tooltip},
+        "encoding": encoding | {"opacity": opacity, "tooltip": tooltip},
     }
 
 
