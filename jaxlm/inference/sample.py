@@ -108,7 +108,7 @@ def stream(
         np.float32(sampling.temperature or 1),
         np.float32(sampling.top_p or 1),
     )
-    tokens_BP, length_B = _pad(prompts, _ways(mesh))
+    tokens_BP, length_B = _pad(prompts, mesh)
     num_slots = tokens_BP.shape[1] + bucket(max_tokens)
 
     def tokens() -> Iterator[np.ndarray]:
@@ -163,17 +163,14 @@ def _mesh_of(params: Any) -> Mesh | None:
     return mesh if isinstance(mesh, Mesh) else None
 
 
-def _ways(mesh: Mesh | None) -> int:
-    return math.prod(mesh.shape[axis] for axis in AXES_OF["batch"]) if mesh else 1
-
-
 def bucket(size: int) -> int:
     """The size to pad to, a power of two: few shapes are compiled."""
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _pad(prompts: Sequence[Any], ways: int) -> tuple[np.ndarray, np.ndarray]:
+def _pad(prompts: Sequence[Any], mesh: Mesh | None) -> tuple[np.ndarray, np.ndarray]:
     # Tokens [B, P] and lengths [B]; devices get equal numbers of rows, of which the last are idle.
+    ways = math.prod(mesh.shape[axis] for axis in AXES_OF["batch"]) if mesh else 1
     length_B = np.ones(-(-len(prompts) // ways) * ways, np.int32)
     length_B[: len(prompts)] = [len(prompt) for prompt in prompts]
     tokens_BP = np.zeros((len(length_B), bucket(int(length_B.max()))), np.int32)
