@@ -114,7 +114,8 @@ def _overview(histories: Sequence[History]) -> str:
         best = min(
             losses, key=lambda step, of=losses: (of[step] != of[step], of[step]), default=None
         )
-        seen, all_s = _last(history, "train/tokens_seen"), _seconds(history)
+        seen = _last(history, "train/tokens_seen")
+        all_s = {kind: sum(p.seconds[kind] for p in history.processes) for kind in KINDS}
         rows.append(
             [
                 _name(run, history.run),
@@ -132,10 +133,6 @@ def _overview(histories: Sequence[History]) -> str:
         ]
     head = ["run", "step", "tokens", "train/loss", "lowest eval/loss", "time", "goodput", "disk"]
     return as_table(head, rows) + "".join(missing)
-
-
-def _seconds(history: History) -> dict[str, float]:
-    return {kind: sum(p.seconds[kind] for p in history.processes) for kind in KINDS}
 
 
 def _points(history: History, metric: str) -> list[tuple[int, float]]:
