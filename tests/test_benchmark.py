@@ -93,6 +93,8 @@ def test_what_cannot_be_scored_is_refused(reader: Reader) -> None:
             reader.likelihoods([pair])
     with pytest.raises(ValueError, match="max_gen_toks: found 32, expected 1 to 31"):
         reader.continue_greedily([[1]], 32, lambda _: False)
+    with pytest.raises(ValueError, match="batch_size: found 0, expected at least 1"):
+        Reader(runs.RUN, batch_size=0, say=str)
 
 
 def test_greedy_tokens_are_those_of_the_model_row_by_row(reader: Reader, model) -> None:

@@ -102,7 +102,9 @@ def test_list_as_json(at_home: Path, out):
     assert again["checkpoints"] == rows
 
 
-def test_compare_tells_runs_apart(at_home: Path, out, tmp_path: Path):
+def test_compare_tells_runs_apart(
+    at_home: Path, out, capsys: pytest.CaptureFixture, tmp_path: Path
+):
     copy = shutil.copytree(runs.RUN, tmp_path / "copy")
     shutil.rmtree(copy / "checkpoints/8")
     lines = out("checkpoints", "compare", runs.RUN, str(copy)).splitlines()
@@ -113,6 +115,7 @@ def test_compare_tells_runs_apart(at_home: Path, out, tmp_path: Path):
     ]
     assert [cells(line)[-1] for line in lines[-2:]] == ["best", "latest, final"]
     assert len({line.index("|") for line in [lines[0], *lines[2:]]}) == 1
+    assert "RUN: found none, expected one run folder" in refusal(capsys, "checkpoints", "compare")
     found = json.loads(out("checkpoints", "compare", runs.RUN, str(copy), "--json"))
     assert [run["run"] for run in found] == [runs.RUN, str(copy)]
 
@@ -202,6 +205,14 @@ def test_diff_measures_the_difference(at_home: Path, monkeypatch: pytest.MonkeyP
     assert differences(narrower) == [(name, "float32 [512, 32] and float16 [512, 32]")]
     ((_, what),) = differences(negative_zero)
     assert what.startswith("16384 of 16384 values differ")
+
+
+@pytest.mark.filterwarnings("error")
+def test_diff_of_infinite_values():
+    from jaxlm.report.diff import _difference
+
+    a, b = np.array([np.inf, 1.0], np.float32), np.array([np.inf, 1.5], np.float32)
+    assert _difference(a, b) == "1 of 2 values differ, by up to 5.000e-01, 5.0e-01 of its rms"
 
 
 def test_diff_refuses_what_it_cannot_compare(own_run: Path, capsys: pytest.CaptureFixture):

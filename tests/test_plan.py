@@ -335,6 +335,15 @@ def test_the_largest_batch(row_gib: float, rows: int):
     assert len(compiler.asked) <= 4
 
 
+def test_the_largest_batch_is_never_less_than_the_one_that_fits():
+    config = dataclasses.replace(CONFIG, batch_size=12)  # 3 rows each
+    compiler = Compiler(row_bytes=3 * GIB)
+    step = compiler(config)
+    assert step is not None and step["fits"]
+    found = largest_batch(config, step, compiler)
+    assert found == {"batch_size": 12, "rows_per_device": 3, "certain": True}
+
+
 def test_the_largest_batch_in_few_tries_is_a_least():
     compiler = Compiler(limit=1, row_bytes=0.1 * GIB)
     step = compiler(CONFIG)

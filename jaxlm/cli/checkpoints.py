@@ -32,6 +32,8 @@ def compare(runs: Runs, *, json: bool = False) -> int:
     """
     from jaxlm.report.table import describe_run, format_table
 
+    if not runs:
+        raise ValueError("RUN: found none, expected one run folder or more, such as runs/tiny")
     found = [describe_run(run) for run in runs]
     show(found if len(found) != 1 else found[0], format_table(found), json)
     return 0

@@ -57,6 +57,8 @@ class Reader:
         Raises:
           ValueError: there is no such checkpoint, it is damaged, or it has no tokenizer.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size: found {batch_size}, expected at least 1")
         selected = select(run)
         tell_selected(selected, say)
         config, eos_id = selected.metadata.run_config(), selected.metadata.eos_id

@@ -134,7 +134,7 @@ def assess(config: Config, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def largest_batch(config: Config, step: dict[str, Any], compile_step: Compile) -> dict[str, Any]:
-    """The largest power of two of rows a device (of each microbatch) that fits.
+    """The largest power of two of rows a device (of each microbatch) that fits, or those it has.
 
     Args:
       config: one that fits.
@@ -154,8 +154,9 @@ def largest_batch(config: Config, step: dict[str, Any], compile_step: Compile) -
             break
         fits, too_large = (guess, too_large) if found["fits"] else (fits, guess)
         guess = fits + 1 if too_large is None else (fits + too_large) // 2
+    rows = max(1 << fits, rows)
     certain = too_large == fits + 1
-    return {"batch_size": unit << fits, "rows_per_device": 1 << fits, "certain": certain}
+    return {"batch_size": unit * rows, "rows_per_device": rows, "certain": certain}
 
 
 def find_changes(config: Config, num_devices: int, compile_step: Compile) -> list[dict[str, Any]]:

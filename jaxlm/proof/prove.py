@@ -123,6 +123,7 @@ def _own_flags(config: Config, steps: int) -> list[str]:
         "checkpoint.save_interval_min": None,
         "checkpoint.keep_latest": 2,
         "checkpoint.keep_every": None,
+        "checkpoint.disk_budget_gb": None,
         "tracking.wandb": "off",
     }
     flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]

@@ -20,9 +20,8 @@ COLOURS = (
 )
 """One for each run: after Okabe and Ito, which the colour-blind tell apart, and two more; on white
 and on black."""
-_NUM_POINTS = 15_000
+_NUM_POINTS = 15_000  # of all charts of a page together
 _MIN_SMOOTHED = 30
-"""Of all charts of a page together."""
 THEME: dict[str, Any] = {
     "background": None,
     "font": "system-ui, sans-serif",

@@ -57,7 +57,8 @@ def _difference(a: np.ndarray, b: np.ndarray) -> str | None:
     finite = np.isfinite(wide_a) & np.isfinite(wide_b)
     if not (differs & finite).any():
         return f"{told}, and none of them is finite in both"
-    gap = float(np.abs(wide_a - wide_b, where=finite, out=np.zeros(a.shape)).max())
+    gaps = np.subtract(wide_a, wide_b, where=finite, out=np.zeros(a.shape))
+    gap = float(np.abs(gaps).max())
     scale = float(np.sqrt(np.mean(np.square(wide_a[finite]))))
     relative = f", {gap / scale:.1e} of its rms" if scale else ""
     return f"{told}, by up to {gap:.3e}{relative}"
