@@ -61,6 +61,11 @@ def _check_at_least(config: Any, prefix: str, minimum: float, *names: str) -> No
             _check(value >= minimum, prefix + name, value, f"at least {minimum}")
 
 
+def _check_divides(config: Any, prefix: str, name: str, whole: str) -> None:
+    value, of = getattr(config, name), getattr(config, whole)
+    _check(of % value == 0, prefix + name, value, f"a divisor of {whole} ({of})")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder of the Llama family."""
@@ -103,12 +108,7 @@ class ModelConfig:
             self, "model.", 1, "vocab_size", "num_layers", "d_model", "d_ff", "num_heads"
         )
         _check_at_least(self, "model.", 1, "num_kv_heads", "head_dim")
-        _check(
-            self.num_heads % self.num_kv_heads == 0,
-            "model.num_kv_heads",
-            self.num_kv_heads,
-            f"a divisor of num_heads ({self.num_heads})",
-        )
+        _check_divides(self, "model.", "num_kv_heads", "num_heads")
         _check(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number")
         for name in ("rope_theta", "norm_eps", "init_std"):
             value = getattr(self, name)
@@ -369,18 +369,8 @@ class Config:
         _check_at_least(self, "", 0, "z_loss", "seed", "profile")
         _check(self.seed < 2**32, "seed", self.seed, "less than 2**32")
         _check(self.run_dir != "", "run_dir", self.run_dir, "a folder name")
-        _check(
-            self.batch_size % self.num_microbatches == 0,
-            "num_microbatches",
-            self.num_microbatches,
-            f"a divisor of batch_size ({self.batch_size})",
-        )
-        _check(
-            self.seq_len % self.loss_chunks == 0,
-            "loss_chunks",
-            self.loss_chunks,
-            f"a divisor of seq_len ({self.seq_len})",
-        )
+        _check_divides(self, "", "num_microbatches", "batch_size")
+        _check_divides(self, "", "loss_chunks", "seq_len")
         warmup = self.optim.warmup_steps
         _check(
             warmup < self.num_steps or self.num_steps == 1,
