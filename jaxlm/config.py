@@ -61,6 +61,13 @@ def _check_at_least(config: Any, prefix: str, minimum: float, *names: str) -> No
             _check(value >= minimum, prefix + name, value, f"at least {minimum}")
 
 
+def _check_above_0(config: Any, prefix: str, expected: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            _check(value > 0, prefix + name, value, expected)
+
+
 def _check_divides(config: Any, prefix: str, name: str, whole: str) -> None:
     value, of = getattr(config, name), getattr(config, whole)
     _check(of % value == 0, prefix + name, value, f"a divisor of {whole} ({of})")
@@ -110,9 +117,7 @@ class ModelConfig:
         _check_at_least(self, "model.", 1, "num_kv_heads", "head_dim")
         _check_divides(self, "model.", "num_kv_heads", "num_heads")
         _check(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number")
-        for name in ("rope_theta", "norm_eps", "init_std"):
-            value = getattr(self, name)
-            _check(value > 0, f"model.{name}", value, "a number above 0")
+        _check_above_0(self, "model.", "a number above 0", "rope_theta", "norm_eps", "init_std")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,17 +191,14 @@ class OptimConfig:
     of the model take. A resume may begin it, with the weights as they are, or drop it."""
 
     def __post_init__(self) -> None:
-        _check(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "above 0")
+        _check_above_0(self, "optim.", "above 0", "learning_rate", "eps", "muon_rms")
+        _check_above_0(self, "optim.", "above 0, or None", "clip_norm")
         _check_at_least(self, "optim.", 0, "warmup_steps", "weight_decay")
         for name in ("beta1", "beta2", "muon_beta", "ema_decay"):
             value = getattr(self, name)
             _check(value is None or 0 <= value < 1, f"optim.{name}", value, "in [0, 1)")
         for name in ("decay_fraction", "min_lr_ratio"):
             _check(0 <= getattr(self, name) <= 1, f"optim.{name}", getattr(self, name), "in [0, 1]")
-        for name in ("eps", "muon_rms"):
-            _check(getattr(self, name) > 0, f"optim.{name}", getattr(self, name), "above 0")
-        if self.clip_norm is not None:
-            _check(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "above 0, or None")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,12 +251,9 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         _check_at_least(self, "checkpoint.", 1, "save_interval", "keep_latest", "keep_every")
         _check_at_least(self, "checkpoint.", 1, "keep_weights_every", "save_timeout_s")
-        if self.save_interval_min is not None:
-            found = self.save_interval_min
-            _check(found > 0, "checkpoint.save_interval_min", found, "above 0, or None")
-        if self.disk_budget_gb is not None:
-            found = self.disk_budget_gb
-            _check(found > 0, "checkpoint.disk_budget_gb", found, "above 0, or None")
+        _check_above_0(
+            self, "checkpoint.", "above 0, or None", "save_interval_min", "disk_budget_gb"
+        )
         # Orbax would make a local folder of that name, or write where nothing can be locked.
         _check(
             "://" not in (self.directory or ""),
@@ -282,10 +281,7 @@ class GuardConfig:
     def __post_init__(self) -> None:
         _check_at_least(self, "guard.", 1, "max_nonfinite", "spike_steps")
         _check_at_least(self, "guard.", 0, "max_rollbacks")
-        if self.spike_zscore is not None:
-            _check(
-                self.spike_zscore > 0, "guard.spike_zscore", self.spike_zscore, "above 0, or None"
-            )
+        _check_above_0(self, "guard.", "above 0, or None", "spike_zscore")
 
 
 @dataclasses.dataclass(frozen=True)
