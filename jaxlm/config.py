@@ -111,10 +111,8 @@ class ModelConfig:
     before, and more time."""
 
     def __post_init__(self) -> None:
-        _check_at_least(
-            self, "model.", 1, "vocab_size", "num_layers", "d_model", "d_ff", "num_heads"
-        )
-        _check_at_least(self, "model.", 1, "num_kv_heads", "head_dim")
+        _check_at_least(self, "model.", 1, "vocab_size", "num_layers", "d_model", "d_ff")
+        _check_at_least(self, "model.", 1, "num_heads", "num_kv_heads", "head_dim")
         _check_divides(self, "model.", "num_kv_heads", "num_heads")
         _check(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number")
         _check_above_0(self, "model.", "a number above 0", "rope_theta", "norm_eps", "init_std")
