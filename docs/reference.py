@@ -26,13 +26,13 @@ OF_A_CONFIG = {"prepare"}
 
 def settings() -> str:
     """Every field of the config: its flag, meaning, type, default, and what a resume may do."""
-    parts = {"": Config, **{f.name: f.default_factory for f in nested(Config)}}
+    parts = {"": Config, **{f.name: type(f.default) for f in nested(Config)}}
     return "\n".join(line for prefix, cls in parts.items() for line in describe(cls, prefix))
 
 
 def nested(cls: type) -> list[dataclasses.Field]:
     """The fields of a config that are configs themselves."""
-    return [f for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.default_factory)]
+    return [f for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.default)]
 
 
 def describe(cls: type, prefix: str) -> Iterator[str]:

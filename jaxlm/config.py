@@ -10,7 +10,6 @@ Every field says what a resume may do with it:
 import dataclasses
 import math
 import re
-import typing
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
@@ -23,9 +22,6 @@ Policy = Literal["free", "recorded", "fixed"]
 
 def _field(default: T, policy: Policy) -> T:
     # Typed as the default itself, so that a type checker sees an ordinary dataclass field.
-    if dataclasses.is_dataclass(default):
-        factory = typing.cast(Any, type(default))
-        return dataclasses.field(default_factory=factory, metadata={"resume": policy})
     return dataclasses.field(default=default, metadata={"resume": policy})
 
 
