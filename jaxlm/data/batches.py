@@ -111,18 +111,14 @@ class EvalBatches:
         """Rows of batch `index`: inputs, targets (int32) and loss_mask (float32), [rows, T]."""
         if not 0 <= index < len(self):
             raise IndexError(f"eval batch {index}: there are {len(self)}")
-        shape = (self._batch_size, self._seq_len)
-        start = index * self._batch_size * self._seq_len
-        count = min(self.num_targets - start, self._batch_size * self._seq_len)
-        tokens = self._tokens.read(start, start + count + 1)
-        batch = {
-            "inputs": np.zeros(shape, np.int32),
-            "targets": np.zeros(shape, np.int32),
-            "loss_mask": np.zeros(shape, np.float32),
-        }
-        for name, values in (("inputs", tokens[:-1]), ("targets", tokens[1:]), ("loss_mask", 1)):
-            batch[name].reshape(-1)[:count] = values
-        return {name: array_BT[rows] for name, array_BT in batch.items()}
+        size = self._batch_size * self._seq_len
+        start = index * size
+        count = min(self.num_targets - start, size)
+        tokens = self._tokens.read(start, start + count + 1).astype(np.int32)
+        mask = np.ones(count, np.float32)
+        batch = {"inputs": tokens[:-1], "targets": tokens[1:], "loss_mask": mask}
+        padded = {name: np.pad(array, (0, size - count)) for name, array in batch.items()}
+        return {name: array.reshape(-1, self._seq_len)[rows] for name, array in padded.items()}
 
 
 Rows = Callable[[int, slice], dict[str, np.ndarray]]
