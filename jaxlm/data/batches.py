@@ -154,16 +154,15 @@ def prefetch(
     What `make` raises is raised here, in its turn. The thread ends when the iterator is
     exhausted or closed.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    try:
         pending = collections.deque(
             pool.submit(make, index) for index in range(start, min(start + depth, stop))
         )
-        try:
-            for index in range(start, stop):
-                item = pending.popleft().result()
-                if index + depth < stop:
-                    pending.append(pool.submit(make, index + depth))
-                yield index, item
-        finally:
-            for future in pending:
-                future.cancel()
+        for index in range(start, stop):
+            item = pending.popleft().result()
+            if index + depth < stop:
+                pending.append(pool.submit(make, index + depth))
+            yield index, item
+    finally:
+        pool.shutdown(cancel_futures=True)
