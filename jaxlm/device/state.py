@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
 from jaxlm.config import Config
@@ -116,12 +116,7 @@ def make_blueprint(
             )
         dims = variable.get_metadata().get("dims")
         shardings[path] = param_sharding(name, variable.shape, dims, mesh)
-    abstract_params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=shardings[tuple(k.key for k in path)]
-        ),
-        nnx.to_pure_dict(variables),
-    )
+    param_shardings = traverse_util.unflatten_dict(shardings)
 
     def build(seed: jax.Array) -> TrainState:
         params = nnx.to_pure_dict(nnx.split(model(nnx.Rngs(params=jax.random.key(seed))))[1])
@@ -132,13 +127,12 @@ def make_blueprint(
     shapes = jax.eval_shape(build, jax.ShapeDtypeStruct((), jnp.uint32))
     opt_state_shardings = optax.tree_utils.tree_map_params(
         tx,
-        lambda leaf, param: leaf if isinstance(leaf, optax.MaskedNode) else param.sharding,
+        lambda leaf, sharding: leaf if isinstance(leaf, optax.MaskedNode) else sharding,
         shapes.opt_state,
-        abstract_params,
+        param_shardings,
         transform_non_params=lambda _: whole,
         is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),  # a param of another optimizer
     )
-    param_shardings = jax.tree.map(lambda param: param.sharding, abstract_params)
     guard_shardings = jax.tree.map(lambda _: whole, shapes.guard)
     state_shardings: Any = (param_shardings, opt_state_shardings, whole, guard_shardings)
     state_shardings = TrainState(*state_shardings, ema_params=param_shardings if ema else None)
