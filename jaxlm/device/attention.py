@@ -4,8 +4,9 @@ Dims: B batch, T query time, S key time, N query heads, K key/value heads, G que
 H head dim.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.device.sharding import AXES_OF
 
-
-class Attention(Protocol):
-    """`(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT or None) -> out_BTNH`."""
-
-    def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
-    ) -> jax.Array:
-        """Shapes as in `reference_attention`."""
-        ...
+Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+"""`(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT or None) -> out_BTNH`, as `reference_attention`."""
 
 
 def for_platform(platform: str) -> Attention:
