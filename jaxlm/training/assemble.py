@@ -145,11 +145,8 @@ def lower_step(
         config.guard.spike_zscore,
         config.optim.ema_decay,
     )
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), example
-    )
     rate = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(mesh))
-    return train_step.lower(blueprint.abstract, shapes, rate)
+    return train_step.lower(blueprint.abstract, example, rate)
 
 
 def assemble_eval(
