@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Callable, Sized
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -107,7 +106,7 @@ def assemble(
         index = 0 if config.overfit_one_batch else index
         return put_batch(partial(rows_of, index), mesh, config.batch_size)
 
-    with clock.spent("compile") if clock else nullcontext():
+    with (clock or Clock()).spent("compile"):
         compiled = lower_step(config, blueprint, train_loss, mesh, put(0)).compile()
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     eval_loss = loss or next_token()
