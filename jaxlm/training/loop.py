@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,27 +42,24 @@ class Result(NamedTuple):
     """The best checkpoint on disk."""
 
 
+@dataclass
 class Loop:
     """A run under way: what the loop keeps besides the state."""
 
-    def __init__(
-        self,
-        parts: Parts,
-        checkpoints: Checkpoints,
-        metrics: Metrics | None,
-        console: Console,
-        callbacks: Sequence[Callback],
-        start: Start,
-        clock: Clock,
-    ) -> None:
-        self.parts, self.config = parts, parts.config
-        self.checkpoints, self.metrics = checkpoints, metrics
-        self.console, self.callbacks = console, callbacks
-        self.start, self.clock = start, clock
-        self.num_worse_evals = start.num_worse_evals
+    parts: Parts
+    checkpoints: Checkpoints
+    metrics: Metrics | None
+    console: Console
+    callbacks: Sequence[Callback]
+    start: Start
+    clock: Clock
+
+    def __post_init__(self) -> None:
+        self.config = self.parts.config
+        self.num_worse_evals = self.start.num_worse_evals
         self.unread: tuple[int, StepMetrics] | None = None
-        self.nonfinite_steps = start.nonfinite_steps
-        self.environment = describe_environment(parts.mesh)
+        self.nonfinite_steps = self.start.nonfinite_steps
+        self.environment = describe_environment(self.parts.mesh)
 
     def run(self, state: TrainState, request: StopRequest) -> Result:
         """Steps to the end of the plan, or until asked to stop."""
