@@ -16,7 +16,6 @@ from jaxlm.device.state import ModelFactory
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.console import Console
 from jaxlm.tracking.events import NAME, Events
-from jaxlm.tracking.metrics import Metrics
 from jaxlm.training.assemble import Parts, TrainSet, assemble
 from jaxlm.training.divergence import Diverged
 from jaxlm.training.evaluate import EvalSet
@@ -97,9 +96,8 @@ def train(
         request = stack.enter_context(stop_requests(parts.mesh))
 
         stack.push(events.failed)
-        finish = functools.partial(
-            _finish, parts, console, events, request, clock, report, sample=not (model or batches)
-        )
+        sample = not (model or batches)
+        finish = functools.partial(_finish, request=request, report=report, sample=sample)
         result = _train_to_end(parts, checkpoints, console, callbacks, request, clock, finish)
     tell_end(parts.config, result.step, result.complete, result.best, console)
     return result
@@ -112,7 +110,7 @@ def _train_to_end(
     callbacks: Sequence[Callback],
     request: StopRequest,
     clock: Clock,
-    finish: Callable[[Metrics | None, Result], None],
+    finish: Callable[[Loop, Result], None],
 ) -> Result:
     rolled_back = False
     while True:  # once, and once more for each rollback: it is a resume, of its own accord
@@ -125,7 +123,7 @@ def _train_to_end(
             try:
                 with clock.spent("steps"):
                     result = loop.run(state, request)
-                finish(metrics, result)  # while the trackers still listen
+                finish(loop, result)  # while the trackers still listen
                 return result
             except Diverged as spike:
                 checkpoints.roll_back(
@@ -139,26 +137,21 @@ def _train_to_end(
 
 
 def _finish(
-    parts: Parts,
-    console: Console,
-    events: Events,
-    request: StopRequest,
-    clock: Clock,
-    report: Callable[[str], str] | None,
-    metrics: Metrics | None,
+    loop: Loop,
     result: Result,
-    *,
+    request: StopRequest,
+    report: Callable[[str], str] | None,
     sample: bool,
 ) -> None:
-    config = parts.config
+    config, metrics, events = loop.config, loop.metrics, loop.checkpoints.events
     stopped_by = request.received or "another process"
     why = f"of {config.num_steps} steps" if result.complete else stopped_by
     events.add("end" if result.complete else "stop", result.step, why)
-    tell_time(clock, console)
+    tell_time(loop.clock, loop.console)
     if not result.complete:
         return
     if sample and jax.process_count() == 1:
-        text = tell_sample(config, result.best, console, events)
+        text = tell_sample(config, result.best, loop.console, events)
         if text and metrics:
             metrics.trackers.show(result.step, "sample", lambda: text)
     if report and metrics:
