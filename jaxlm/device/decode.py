@@ -157,9 +157,6 @@ def make_programs(graphdef: Any, mesh: Mesh | None, rule: Rule) -> Programs:
             after = Decoding(cache, token_B, state.position_B + 1, ended_B, state.num_new + 1)
             return after, told_B
 
-        if num_tokens == 1:
-            state, told_B = step(state, None)
-            return state, told_B[:, None]
         state, told_TB = jax.lax.scan(step, state, length=num_tokens)
         return state, told_TB.T
 
