@@ -35,11 +35,9 @@ DEVICES = {
 
 def find_device(device_kind: str) -> Device | None:
     """The limits of a kind of device, or None where they are not known."""
-    # The longest name first: "TPU v5 lite" is no "TPU v5".
-    for name in sorted(DEVICES, key=len, reverse=True):
-        if device_kind.startswith(name):
-            return DEVICES[name]
-    return None
+    names = [name for name in DEVICES if device_kind.startswith(name)]
+    # The longest: "TPU v5 lite" is no "TPU v5".
+    return DEVICES[max(names, key=len)] if names else None
 
 
 def peak_flops(device_kind: str) -> float | None:
