@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import sys
 import time
 from typing import Any, TextIO
@@ -10,6 +9,7 @@ from typing import Any, TextIO
 import rich.console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from jaxlm.terminal import can_draw
 from jaxlm.tracking.metrics import perplexity
 
 _RULE = "=" * 60
@@ -60,7 +60,7 @@ class Console:
         self._encoding = getattr(self._stream, "encoding", None) or "utf-8"
         self._refreshed = 0.0
         self._bar: Progress | None = None
-        if self._stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        if can_draw(self._stream):
             # Refreshed from the loop: a thread of its own would compete with the training.
             self._bar = Progress(
                 TextColumn("Step {task.completed:.0f}/{task.total:.0f}"),
