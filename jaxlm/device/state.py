@@ -106,7 +106,7 @@ def make_blueprint(
       ValueError: the model holds variables other than `nnx.Param`, or the mesh does not divide it.
     """
     graphdef, variables = nnx.split(nnx.eval_shape(lambda: model(nnx.Rngs(params=0))))
-    shardings: dict[tuple[Any, ...], Any] = {}
+    of_params: dict[tuple[Any, ...], Any] = {}
     for path, variable in nnx.to_flat_state(variables):
         name = "/".join(map(str, path))
         if not isinstance(variable, nnx.Param):
@@ -115,34 +115,29 @@ def make_blueprint(
                 "a checkpoint holds params, so keep other state out of the model"
             )
         dims = variable.get_metadata().get("dims")
-        shardings[path] = param_sharding(name, variable.shape, dims, mesh)
-    param_shardings = traverse_util.unflatten_dict(shardings)
+        of_params[path] = param_sharding(name, variable.shape, dims, mesh)
+    param_shardings = traverse_util.unflatten_dict(of_params)
 
     def build(seed: jax.Array) -> TrainState:
         params = nnx.to_pure_dict(nnx.split(model(nnx.Rngs(params=jax.random.key(seed))))[1])
         state = TrainState(params, tx.init(params), jnp.zeros((), jnp.int32), make_guard())
         return state.begin_ema() if ema else state
 
-    whole = replicated(mesh)
-    shapes = jax.eval_shape(build, jax.ShapeDtypeStruct((), jnp.uint32))
+    whole: Any = replicated(mesh)
+    seed = jax.ShapeDtypeStruct((), jnp.uint32)
     opt_state_shardings = optax.tree_utils.tree_map_params(
         tx,
         lambda leaf, sharding: leaf if isinstance(leaf, optax.MaskedNode) else sharding,
-        shapes.opt_state,
+        jax.eval_shape(build, seed).opt_state,
         param_shardings,
         transform_non_params=lambda _: whole,
         is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),  # a param of another optimizer
     )
-    guard_shardings = jax.tree.map(lambda _: whole, shapes.guard)
-    state_shardings: Any = (param_shardings, opt_state_shardings, whole, guard_shardings)
-    state_shardings = TrainState(*state_shardings, ema_params=param_shardings if ema else None)
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        state_shardings,
-    )
-    init = jax.jit(build, out_shardings=state_shardings)
+    ema_shardings = param_shardings if ema else None
+    shardings = TrainState(param_shardings, opt_state_shardings, whole, whole, ema_shardings)
+    init = jax.jit(build, out_shardings=shardings)
     options = compiler_options(mesh, deterministic)
+    abstract = jax.eval_shape(init, seed)
     return Blueprint(graphdef, lambda seed: init(np.uint32(seed)), abstract, options)
 
 
