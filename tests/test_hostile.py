@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from jaxlm.checkpoints import folder, manifest, skips
 from jaxlm.checkpoints.folder import find_checkpoints, read_metadata
-from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.checkpoints.metadata import FORMAT, Metadata
 from jaxlm.checkpoints.restore import DamagedArrays
 from jaxlm.config import Config, OptimConfig, from_dict, to_dict
 from jaxlm.data import tokenizer
@@ -122,7 +122,7 @@ def test_every_loss_survives_strict_json(loss: float | None):
         "step": 1, "tokens_seen": 2, "best_eval_loss": math.inf, "num_worse_evals": 0,
         "final": False, "config": {}, "data_fingerprint": "", "environment": {},
         "tracking_run_id": "", "lineage": [], "skips": [], "run_id": "", "fingerprints": {},
-        "eval_loss": loss,
+        "eval_loss": loss, "format": FORMAT,
     }  # fmt: skip
     metadata = Metadata(**values)
     again = Metadata.from_json(parse_json(json.dumps(metadata.to_json()).encode(), dict[str, Any]))

@@ -70,6 +70,8 @@ def same(left: list[dict], right: list[dict]) -> bool:
 def test_rows_come_back_to_the_bit_and_any_json_parser_reads_them(tmp_path):
     path = write(tmp_path)
     assert same(read_metrics(path), ROWS)
+    with pytest.raises(ValueError, match=f"^{path.parent}: not a file"):
+        read_metrics(path.parent)
 
     def refuse(constant: str) -> None:
         raise ValueError(constant)

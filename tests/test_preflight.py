@@ -139,7 +139,8 @@ def test_a_low_disk_and_a_small_budget_are_refused_before_the_first_step(
 
 
 @pytest.mark.parametrize("sign", ["RESOURCE_EXHAUSTED: x", "Out of memory allocating 9 bytes"])
-def test_device_advice(sign: str):
+def test_device_advice(sign: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 6)
     config = Config(batch_size=12)
     advice = preflight.device_advice(RuntimeError(sign), config)
     assert advice
@@ -156,7 +157,8 @@ def test_a_gpu_may_do_without_deterministic_kernels(monkeypatch: pytest.MonkeyPa
     assert preflight.device_advice(error, Config(deterministic=False)) is None
 
 
-def test_device_advice_does_not_give_what_cannot_be():
+def test_device_advice_does_not_give_what_cannot_be(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     config = Config(batch_size=6, num_microbatches=3)  # six rows make no twelve parts
     assert "--num_microbatches 6" in str(
         preflight.device_advice(MemoryError("out of memory"), config)
@@ -165,4 +167,7 @@ def test_device_advice_does_not_give_what_cannot_be():
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
     advice = str(preflight.device_advice(MemoryError("out of memory"), config))
     assert not any(name in advice for name in ("microbatches", "loss_chunks", "remat"))
+    monkeypatch.setattr(jax, "device_count", lambda: 12)  # of twelve rows, each has one
+    advice = str(preflight.device_advice(MemoryError("out of memory"), Config(batch_size=12)))
+    assert "--mesh.fsdp" in advice and "--num_micro" not in advice and "--batch_s" not in advice
     assert preflight.device_advice(ValueError("shape mismatch"), config) is None

@@ -66,6 +66,9 @@ def test_txt_files_in_the_order_of_their_names(tmp_path):
     (tmp_path / "folder.txt").mkdir()
     check_seeks(source(f"text:{tmp_path}/*.txt"), DOCUMENTS)
     check_seeks(source(f"text:{tmp_path}/**/0*.txt"), DOCUMENTS[:10])
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/c.txt").write_bytes(DOCUMENTS[0].encode())
+    check_seeks(source(f"text:{tmp_path}/**/**/c.txt"), DOCUMENTS[:1])
 
 
 def test_jsonl(tmp_path):
@@ -141,6 +144,7 @@ def test_not_utf8_names_file_and_byte(tmp_path):
         ('{"body": "x", "id": 1}', r"line 3: no field 'text'; found \['body', 'id'\].*text-field"),
         ('["x"]', r"line 3: no field 'text'; found \['x'\]"),
         ('{"text": 3}', "line 3: field 'text' holds 3, expected text"),
+        (r'{"text": "a\ud800b"}', r"line 3: field 'text' holds half of a .*, \\ud800, at 1; mend"),
     ],
 )
 def test_bad_lines(tmp_path, line, message):

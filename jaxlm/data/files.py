@@ -67,7 +67,8 @@ def text_files(pattern: str, field: str) -> Source:
       ValueError: a file is of another kind.
     """
     found = glob.iglob(os.path.expanduser(pattern), recursive=True)
-    paths = sorted(os.path.abspath(path) for path in found if os.path.isfile(path))
+    # Once each: of two `**`, glob finds a file several times.
+    paths = sorted({os.path.abspath(path) for path in found if os.path.isfile(path)})
     if not paths:
         raise FileNotFoundError(
             f"data.source text:{pattern}: no file matches in {os.getcwd()}; expected .txt, .md, "
@@ -177,9 +178,17 @@ def text_of(row: Any, field: str, where: str) -> str:
     text = row[field]
     if isinstance(text, bytes):
         return _decode(text, where, 0)
-    if text is None or isinstance(text, str):
-        return text or ""
-    raise ValueError(f"{where}: field {field!r} holds {text!r:.80}, expected text")
+    text = "" if text is None else text
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: field {field!r} holds {text!r:.80}, expected text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON may spell what no text holds
+        raise ValueError(
+            f"{where}: field {field!r} holds half of a character, "
+            f"\\u{ord(text[error.start]):x}, at {error.start}; mend that row, or leave it out"
+        ) from error
+    return text
 
 
 def _no_field(where: str, field: str, found: Any) -> ValueError:

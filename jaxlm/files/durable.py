@@ -70,15 +70,15 @@ def read_file(path: Path, max_bytes: int) -> bytes:
 
     Raises:
       OSError: it cannot be read.
-      ValueError: it is no regular file (a pipe, a device, a folder), or larger.
+      ValueError: it is no regular file (a pipe, a device, a folder), or larger; names it.
       DiskError: the disk gives no answer.
     """
     with reading(path):
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise ValueError("not a file")
+            raise ValueError(f"{path}: not a file")
         if found.st_size > max_bytes:
-            raise ValueError(f"{found.st_size:,} bytes, expected at most {max_bytes:,}")
+            raise ValueError(f"{path}: {found.st_size:,} bytes, expected at most {max_bytes:,}")
         return path.read_bytes()
 
 

@@ -35,8 +35,9 @@ def read_json(path: Path, kind: type[T]) -> T:
       OSError: it cannot be read.
       ValueError: it is not a file, too large, not JSON or not of this kind; names the file.
     """
+    data = read_file(path, MAX_BYTES)
     try:
-        return parse_json(read_file(path, MAX_BYTES), kind)
+        return parse_json(data, kind)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

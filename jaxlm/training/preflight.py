@@ -93,13 +93,16 @@ def device_advice(error: BaseException, config: Config) -> str | None:
             return "--no-deterministic takes any kernel; a resumed run may then differ by rounding"
         return None
     parts = 2 * config.num_microbatches
+    num_groups = jax.device_count() // config.mesh.tensor  # of devices, among which rows are split
+    halves = config.batch_size % (parts * num_groups) == 0
     tries = []
-    if config.batch_size % parts == 0:
+    if halves:
         tries.append(f"--num_microbatches {parts} (the same training, in smaller parts)")
     if config.loss_chunks == 1 and config.seq_len % 8 == 0:
         tries.append("--loss_chunks 8 (never holds all logits)")
     if config.model.remat != "full":
         tries.append("--model.remat products, then full (computes activations again)")
     tries.append("--mesh.fsdp N (splits the state over N devices)")
-    tries.append(f"--batch_size {max(config.batch_size // 2, 1)} (another run: a new --run_dir)")
+    if halves:
+        tries.append(f"--batch_size {config.batch_size // 2} (another run: a new --run_dir)")
     return "the device ran out of memory; try, in this order:\n  " + "\n  ".join(tries)
