@@ -154,8 +154,8 @@ def check_alike(name: str, value: dict[str, Any]) -> None:
     ]
     if differing:
         raise ValueError(
-            f"{name}: the processes of a run must be started alike, but found\n  "
-            + "\n  ".join(differing)
+            f"{name}: the processes of a run must be started alike, by the same command with the "
+            "same files, but found\n  " + "\n  ".join(differing)
         )
 
 

@@ -266,7 +266,7 @@ class GuardConfig:
     on_nonfinite: Literal["stop", "rollback"] = recorded("stop")
     """Stop the run; or go back to a checkpoint, and pass over the batches in between."""
     spike_zscore: float | None = recorded(None)
-    """Roll back if the loss stays so many standard deviations above its median; None never."""
+    """Roll back if the loss stays so many standard deviations above its median; by default not."""
     spike_steps: int = recorded(3)
     """Steps in a row above `spike_zscore` that make a spike."""
     max_rollbacks: int = recorded(3)
@@ -329,7 +329,7 @@ class Config:
     eval_interval: int = free(500)
     """Evaluate every so many steps, and save if the best improved (steps)."""
     stop_after_worse_evals: int | None = free(None)
-    """End the run after this many evals in a row without a new best; None never does."""
+    """End the run after this many evals in a row without a new best; by default it goes on."""
     log_interval: int = free(10)
     """Print and log every so many steps (steps)."""
     profile: int = free(0)
@@ -345,7 +345,8 @@ class Config:
     run_dir: str = free("runs/default")
     """Folder of the run; launch.py names it runs/CONFIG by default."""
     resume: Literal["auto", "best", "never"] = free("auto")
-    """Go on from the latest sound checkpoint, or from the best; never refuses to go on at all."""
+    """Where there are checkpoints, `auto` goes on from the latest sound one, `best` goes back to
+    the best, once, and `never` ends with an error: the run must be new."""
 
     def __post_init__(self) -> None:
         for name, (value, _) in leaves(self).items():

@@ -35,8 +35,9 @@ def parse_config(args: Sequence[str], prog: str) -> Config:
     path = known.config
     config = load_config(path) if path else Config()
     if path is None and not {"-h", "--help"} & set(flags):
-        found = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py"))) or "none here"
-        raise ValueError(f"--config: found nothing, expected a config file such as: {found}")
+        there = sorted(str(p) for p in Path("configs").glob("*.py"))
+        found = ", ".join(there) or "configs/tiny.py in the folder of jaxlm; here is none"
+        raise ValueError(f"--config: found nothing, expected a config file such as {found}")
     return tyro.cli(
         Config,
         prog=f"{prog} --config {path or 'FILE'}",

@@ -20,7 +20,7 @@ from tiny import data, tiny_config
 
 from jaxlm.checkpoints import checkpoint
 from jaxlm.checkpoints.checkpoint import CheckpointError
-from jaxlm.checkpoints.folder import list_set_aside, list_steps, select
+from jaxlm.checkpoints.folder import list_corrupt, list_steps, select
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.files.durable import DiskError
 from jaxlm.proof.attempt import untimed_rows
@@ -69,7 +69,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check_all_sound(folder: Path) -> None:
     assert {s: damage for s in list_steps(folder) if (damage := find_damage(folder / str(s)))} == {}
-    assert list_set_aside(folder) == []
+    assert list_corrupt(folder) == []
     assert not list(folder.glob("*tmp*"))
 
 

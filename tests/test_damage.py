@@ -17,7 +17,7 @@ from runs import give_to_another_run
 from tiny import data, tiny_config
 
 from jaxlm.checkpoints.checkpoint import CheckpointError, Checkpoints
-from jaxlm.checkpoints.folder import Best, list_set_aside, list_steps, read_metadata, select
+from jaxlm.checkpoints.folder import Best, list_corrupt, list_steps, read_metadata, select
 from jaxlm.checkpoints.manifest import NAME, find_damage
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import items_of
@@ -190,7 +190,7 @@ def count_flips(
                 restored += 1
                 if is_silent(folder, pristine):
                     silent.append(name)
-                for aside in list_set_aside(folder):
+                for aside in list_corrupt(folder):
                     (folder / aside).rename(folder / aside.partition(".")[0])
     return kinds, restored, silent
 
@@ -354,7 +354,7 @@ def test_a_damaged_latest_is_told_set_aside_and_the_next_one_restored(
     assert had == saved(pristine, step=9)
     assert len(reports) == 1 and reports[0].startswith(f"checkpoint {LATEST} is damaged: ")
     assert reports[0].endswith(f"; renamed to {LATEST}.corrupt")
-    assert list_steps(folder) == [3, 6, 9] and list_set_aside(folder) == [f"{LATEST}.corrupt"]
+    assert list_steps(folder) == [3, 6, 9] and list_corrupt(folder) == [f"{LATEST}.corrupt"]
 
 
 @pytest.mark.parametrize(
@@ -379,7 +379,7 @@ def test_of_two_runs_in_equal_parts_neither_is_touched(folder: Path) -> None:
             ValueError, match=r"several runs \(3 of run \w{16}.* 12 of run another\)"
         ):
             look()
-    assert list_steps(folder) == STEPS and list_set_aside(folder) == []
+    assert list_steps(folder) == STEPS and list_corrupt(folder) == []
 
 
 def test_an_eval_loss_put_into_a_step_does_not_decide_what_is_kept(folder: Path) -> None:
@@ -419,4 +419,4 @@ def test_without_a_sound_one_a_run_ends_with_an_error_and_starts_nothing(folder:
     for _ in range(2):
         with pytest.raises(CheckpointError, match="no sound checkpoint, only 12.corrupt, 3.corr"):
             train(config_of(folder.parent, optim=RUINOUS), **data())
-    assert list_steps(folder) == [] and len(list_set_aside(folder)) == len(STEPS)
+    assert list_steps(folder) == [] and len(list_corrupt(folder)) == len(STEPS)

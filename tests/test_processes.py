@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launching import finish, launch, wait_for_step, write_config
 
-from jaxlm.checkpoints.folder import list_set_aside, list_steps, read_metadata
+from jaxlm.checkpoints.folder import list_corrupt, list_steps, read_metadata
 from jaxlm.proof.attempt import untimed_rows
 from jaxlm.report.diff import diff_checkpoints
 
@@ -143,7 +143,7 @@ def test_any_number_of_processes_goes_on_from_any_other(config_file: Path, tmp_p
         shutil.copytree(source / checkpoint, tmp_path / name / checkpoint)
         run(name, count)
         # The restored state has the fingerprints of the saved one, or this had been said.
-        assert list_set_aside(tmp_path / name / "checkpoints") == []
+        assert list_corrupt(tmp_path / name / "checkpoints") == []
         return tmp_path / name
 
     def losses(run_dir: Path, after: int) -> list[float]:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,15 @@ def test_superseded_checkpoints_follow_retention(tmp_path: Path) -> None:
     assert _train(config, 13, 14).complete
     found = sorted(p.name for p in (tmp_path / "checkpoints").glob("*.superseded*"))
     assert found == ["13.superseded", "14.superseded"]
+
+
+def test_the_superseded_that_stay_are_the_last_set_aside(tmp_path: Path) -> None:
+    for step in (800, 900, 1000, 600):  # the second rollback was from another, shorter way
+        (tmp_path / str(step)).mkdir()
+        aside.put_aside(tmp_path, [step], ".superseded")
+        time.sleep(0.02)
+    old = aside.list_old_superseded(tmp_path, 3)
+    assert [path.name for path in old] == ["800.superseded"]
 
 
 def test_a_lost_or_damaged_list_of_skips_is_had_from_the_checkpoints(

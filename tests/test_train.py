@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from jaxlm.checkpoints.checkpoint import CheckpointError
 from jaxlm.checkpoints.folder import list_steps, read_metadata, select
 from jaxlm.config import Config, MeshConfig, TrackingConfig
 from jaxlm.device.loss import Batch, next_token_loss
+from jaxlm.device.model import model_factory
 from jaxlm.device.sharding import make_mesh
 from jaxlm.proof.attempt import untimed_rows
 from jaxlm.report.diff import diff_checkpoints
@@ -287,7 +289,7 @@ def test_of_several_processes_one_wish_is_one_save(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     request = StopRequest(make_mesh(MeshConfig()))
     wishes = [False, True, True, False, False, True, True, True, True]
-    saves = [request.agree(save=wish)[1] for wish in wishes]
+    saves = [request.wanted(save=wish)[1] for wish in wishes]
     assert saves == [False, False, True, False, False, False, True, False, True]
 
 
@@ -370,3 +372,33 @@ def test_a_complete_run_whose_end_is_damaged_is_made_again(tmp_path: Path) -> No
     assert train(tiny_config(tmp_path), **data()).complete
     assert untimed_rows(tmp_path) == before
     assert select(f"{tmp_path}@final").step == 12 and last.with_name("12.corrupt").exists()
+
+
+def test_a_run_whose_checkpoints_are_gone_keeps_its_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_config(tmp_path), **data())
+    rows = (tmp_path / "metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "checkpoints")  # or its disk is not mounted
+    capsys.readouterr()
+    train(tiny_config(tmp_path), **data())
+    (kept,) = tmp_path.glob("metrics-*.jsonl")
+    assert kept.read_bytes() == rows
+    told = f"has rows up to step 12, and {tmp_path}/checkpoints has no checkpoint"
+    out = capsys.readouterr().out.replace("\n", " ")
+    assert told in out and f"they are kept in {kept.name}" in out
+
+
+def test_held_out_batches_of_ones_own_have_a_length(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="eval_batches: found no length, expected `__len__`"):
+        train(tiny_config(tmp_path), batches=TinyBatches(), eval_batches=lambda index, rows: {})
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_model_of_ones_own_is_not_told_as_that_of_the_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(tmp_path)
+    train(config, model=model_factory(config.model, "cpu"), **data())
+    out = capsys.readouterr().out
+    assert "a model of your own; 12 steps of" in out and "d_model" not in out

@@ -29,9 +29,12 @@ def put_aside(folder: Path, steps: Sequence[int], suffix: str) -> list[str]:
 
 
 def list_old_superseded(folder: Path, num_kept: int) -> list[Path]:
-    """The superseded steps but for the newest."""
-    paths = folder.glob(f"*{SUPERSEDED}*")
-    return sorted(paths, key=lambda path: int(path.name.partition(".")[0]))[:-num_kept]
+    """The superseded steps but for those renamed last; of one rollback, the highest."""
+
+    def age(path: Path) -> tuple[int, int]:
+        return path.stat().st_ctime_ns, int(path.name.partition(".")[0])
+
+    return sorted(folder.glob(f"*{SUPERSEDED}*"), key=age)[:-num_kept]
 
 
 def clear_partial(folder: Path) -> None:

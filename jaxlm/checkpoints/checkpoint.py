@@ -27,8 +27,8 @@ from jaxlm.checkpoints.folder import (
     SUPERSEDED,
     Best,
     find_best,
+    list_corrupt,
     list_names,
-    list_set_aside,
     list_steps,
     read_steps,
 )
@@ -75,6 +75,8 @@ class _Save:
 
 class Checkpoints:
     """The checkpoint folder of a run that trains; one trainer at a time.
+
+    Of several processes, each makes the same calls in the same order, `best` and `latest` included.
 
     Args:
       folder: the folder, made if missing.
@@ -154,7 +156,7 @@ class Checkpoints:
         try:
             self.wait()
             self._manager.close()
-        except (CheckpointError, *_SAVE_ERRORS) as own:
+        except _SAVE_ERRORS as own:
             if error is None:
                 raise
             self._warn(str(own))
@@ -226,7 +228,7 @@ class Checkpoints:
         restored = None
         while restored is None and (latest := self.latest):
             restored = self._restore(latest, abstract)
-        if restored is None and (aside := list_set_aside(self.folder)):
+        if restored is None and (aside := list_corrupt(self.folder)):
             raise CheckpointError(
                 f"{self.folder} holds no sound checkpoint, only {', '.join(aside)}; bring "
                 "back a copy of one, or start a new run with --run_dir"
@@ -275,7 +277,7 @@ class Checkpoints:
         old = sorted(s for s in self._look() if s < before)
         while old and (damage := self.damage(old[-1])):
             self._set_aside(old.pop(), damage)
-        if not old and (aside := list_set_aside(self.folder)):
+        if not old and (aside := list_corrupt(self.folder)):
             raise CheckpointError(
                 f"{why}; no older checkpoint is sound, there is only {', '.join(aside)}, and a run "
                 "does not begin anew among these: start another one with --run_dir"
@@ -287,7 +289,7 @@ class Checkpoints:
         self._warn(f"{why}: going back to step {to}, past the batches from there")
 
     def go_back(self, skip: Skip, at: int) -> None:
-        """From step `at` back to `skip.from_step`: newer ones are superseded, follow retention."""
+        """From step `at` back to `skip.from_step`: newer ones become N.superseded."""
         why = f"from step {at}, past {skip.num_batches} batches: {skip.why}"
         self.events.add("rollback", skip.from_step, why)
         self.skips.append(skip)

@@ -46,7 +46,7 @@ def list_steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
 
 
-def list_set_aside(folder: Path) -> list[str]:
+def list_corrupt(folder: Path) -> list[str]:
     """The names of checkpoints that were found damaged and renamed."""
     if not folder.is_dir():
         return []
@@ -210,7 +210,7 @@ def find_checkpoints(run: str) -> Path:
     elif (path / "checkpoints").is_dir():
         path = path / "checkpoints"
     try:
-        found = list_steps(path) or list_set_aside(path)
+        found = list_steps(path) or list_corrupt(path)
     except OSError as error:
         raise ValueError(f"{run}: its checkpoints cannot be listed ({error.strerror})") from error
     if not found and not (path.name == "checkpoints" and path.is_dir()):

@@ -26,7 +26,8 @@ class Metadata:
     eval_loss: float | None
     """Held-out loss at this step (nats per token); None where none was due."""
     best_eval_loss: float
-    """The lowest held-out loss up to this step; infinite before the first eval."""
+    """The lowest held-out loss among the sound checkpoints then on disk and this one; infinite
+    before the first eval."""
     best_step: int | None
     """The step of `best_eval_loss`."""
     num_worse_evals: int

@@ -72,7 +72,7 @@ def verify(run: Run, *, eval: bool = False, json: bool = False) -> int:
       jaxlm checkpoints verify runs/tiny
       jaxlm checkpoints verify runs/tiny --eval
     """
-    from jaxlm.checkpoints.folder import find_checkpoints, list_set_aside, list_steps, read_steps
+    from jaxlm.checkpoints.folder import find_checkpoints, list_corrupt, list_steps, read_steps
     from jaxlm.evaluation.score import score, verify_step
     from jaxlm.terminal import track
 
@@ -86,7 +86,7 @@ def verify(run: Run, *, eval: bool = False, json: bool = False) -> int:
             found[step] = damage = damage or at_a_look.get(step, [])
             if not json:
                 print(f"{step}: {'; '.join(damage) or 'sound'}", flush=True)
-    sound, aside = not any(found.values()), list_set_aside(folder)
+    sound, aside = not any(found.values()), list_corrupt(folder)
     values = {"folder": str(folder), "steps": found, "set_aside": aside}
     if aside and not json:
         print(f"damaged, set aside earlier: {', '.join(aside)}")

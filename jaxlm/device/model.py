@@ -96,7 +96,7 @@ widen.defvjp(_widen_forward, _widen_backward)
 def rope(x_BTNH: jax.Array, theta: float, positions_BT: jax.Array | None = None) -> jax.Array:
     """Rotates each pair (h, h + H/2) of a head by position times a frequency (2104.09864).
 
-    Positions are 0 .. T unless given.
+    Positions are 0 .. T - 1 unless given.
     """
     T, H = x_BTNH.shape[1], x_BTNH.shape[-1]
     freqs_h = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
@@ -259,7 +259,7 @@ class Transformer(nnx.Module):
         cache: KVCache | None = None,
         positions_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """What `logits` takes, and the cache with these tokens in it if one was given.
+        """What `readout` takes, and the cache with these tokens in it if one was given.
 
         Args:
           tokens_BT: int32 [B, T].

@@ -157,7 +157,7 @@ def blueprint_of(config: Config, mesh: Mesh, model: ModelFactory | None = None) 
 
 
 def fingerprint(tree: Any) -> dict[str, list[Any]]:
-    """Leaf name -> [dtype, shape, lane, lane]: equal exactly if every bit of the leaf is.
+    """Leaf name -> [dtype, shape, lane, lane]: what tells one array from another.
 
     A lane is the sum, modulo 2^32, of the leaf's 32-bit words, each mixed with its place in the
     *global* array. Integers add up to the same whatever the sharding; a single changed word changes

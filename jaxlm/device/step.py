@@ -27,7 +27,7 @@ def make_train_step(
     spike_zscore: float | None = None,
     ema_decay: float | None = None,
 ) -> jax.stages.Wrapped:
-    """The compiled update; it consumes the state that it is given (donation).
+    """The update, to be compiled; it consumes the state that it is given (donation).
 
     The batch is taken in `num_microbatches` parts of its rows, whose loss and gradient sums add up
     to those of the whole batch. If the loss or the gradient is not finite, params, optimizer and

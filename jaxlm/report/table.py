@@ -8,7 +8,7 @@ from jaxlm.checkpoints.folder import (
     WEIGHTS,
     find_best,
     find_checkpoints,
-    list_set_aside,
+    list_corrupt,
     list_steps,
     read_steps,
     run_folder,
@@ -40,7 +40,7 @@ def describe_run(run: str) -> dict[str, Any]:
         "folder": str(folder),
         "checkpoints": describe_steps(folder, found.sound, evals),
         "weights_only": list_steps(folder / WEIGHTS),
-        "set_aside": list_set_aside(folder),
+        "set_aside": list_corrupt(folder),
         "skips": to_json(found.skips),
         "damaged": {str(step): damage[0] for step, damage in found.damaged.items()},
     }

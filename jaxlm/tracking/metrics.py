@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import TypedDict
 
@@ -96,10 +97,21 @@ class Metrics:
         path = Path(config.run_dir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = read_metrics(path) if path.exists() else []
+        begins = run_id is None  # also where it branches from another run
+        last = rows[-1]["step"] if rows else 0
+        # Before that, it may have been killed in its first save.
+        if begins and not new_future and last >= 2 * config.checkpoint.save_interval:
+            aside = path.with_name(f"metrics-{datetime.now():%Y%m%d-%H%M%S-%f}.jsonl")
+            path.rename(aside)
+            say(
+                f"Warning: {path} has rows up to step {last}, and {config.checkpoint_dir} has no "
+                f"checkpoint, so the run begins anew; they are kept in {aside.name}. If the disk "
+                "of the checkpoints is not mounted, stop, and bring it back"
+            )
         kept = [
             row
             for row in rows
-            if run_id is not None  # else it is a new run, also where it branches from another
+            if not begins
             and row["step"] <= restored_step
             and not (owed_eval and row["step"] == restored_step and "eval/loss" in row)
         ]

@@ -33,7 +33,7 @@ class TrainSet(Protocol):
     """
 
     def __call__(self, index: int, rows: slice) -> dict[str, np.ndarray]:
-        """Those rows of batch `index`, as host arrays; `inputs` and `targets` for the own loss."""
+        """Those rows of batch `index`, as host arrays; our loss takes `inputs` and `targets`."""
         ...
 
 
@@ -47,8 +47,10 @@ class Parts(NamedTuple):
     train_step: TrainStep
     compiled: jax.stages.Compiled
     """The update that it makes."""
+    own_model: bool
+    """Whether the model is the caller's, and not that of `config.model`."""
     peak_flops: float | None
-    """Of all devices together (FLOP/s), where it is known."""
+    """Of all devices together (FLOP/s), where it is known, as is the work of a step."""
     eval_step: EvalStep
     put: Callable[[int], Batch]
     """Index -> that batch on the mesh."""
@@ -78,7 +80,7 @@ def assemble(
     """Prepares the data, lays the model out on the mesh and compiles the step.
 
     Raises:
-      ValueError: the mesh divides neither batch nor model, or the data does not fit.
+      ValueError: the mesh does not divide the batch or the model, or the data does not fit.
       OSError, ImportError: the data is not there.
     """
     keep_compiled(config.data.cache_dir)
@@ -95,7 +97,9 @@ def assemble(
             fingerprint=dataset.fingerprint,
         )
         _tell_epochs(config, dataset, batches.windows_per_epoch, say)
-        eval_batches = eval_batches or held_out_batches(config, dataset)
+        eval_batches = held_out_batches(config, dataset) if eval_batches is None else eval_batches
+    if eval_batches is not None and not isinstance(eval_batches, Sized):
+        raise ValueError("eval_batches: found no length, expected `__len__`: how many there are")
     rows_of = recorded(batches, os.environ.get("JAXLM_RECORD_BATCHES"))
     blueprint = blueprint_of(config, mesh, model)
     mask = mask_id(config, dataset)
@@ -117,11 +121,12 @@ def assemble(
         blueprint=blueprint,
         train_step=scheduled(compiled, make_schedule(config.optim, config.num_steps), mesh),
         compiled=compiled,
-        peak_flops=peak * mesh.size if peak else None,
+        own_model=model is not None,
+        peak_flops=peak * mesh.size if peak and model is None else None,
         eval_step=eval_step,
         put=put,
         put_eval=put_eval,
-        num_eval_batches=len(eval_batches) if isinstance(eval_batches, Sized) else 0,
+        num_eval_batches=0 if eval_batches is None else len(eval_batches),
         data_fingerprint=str(getattr(batches, "fingerprint", "")),
         eos_id=dataset.eos_id if dataset else None,
         tokenizer_path=dataset.tokenizer_path if dataset else None,

@@ -77,7 +77,7 @@ class Loop:
             self.read_metrics()  # those of an earlier step: the device is busy with this one
             step = index + 1
             ended = self.at_end(step)
-            stopping, save_due = request.agree(save=self.checkpoints.due_by_time)
+            stopping, save_due = request.wanted(save=self.checkpoints.due_by_time)
             stopping = stopping and not ended
             save_due = save_due or step % config.checkpoint.save_interval == 0
             self.unread = step, step_metrics

@@ -79,7 +79,7 @@ def disk_shortage(config: Config, abstract: TrainState) -> str | None:
         tries.append(f"lower --checkpoint.keep_latest (now {keep.keep_latest})")
     if keep.keep_every:
         tries.append(f"raise --checkpoint.keep_every (now {keep.keep_every})")
-        tries.append("set a smaller --checkpoint.disk_budget_gb")
+        tries.append("set a --checkpoint.disk_budget_gb that it can take")
     return (
         f"checkpoints need up to {format_bytes(needed)} in {config.checkpoint_dir}, and the disk "
         f"has {format_bytes(free)}; {', or '.join(tries)}"

@@ -29,7 +29,7 @@ class StopRequest:
         self._earlier: jax.Array | None = None
         self._saves = False
 
-    def agree(self, *, save: bool) -> tuple[bool, bool]:
+    def wanted(self, *, save: bool) -> tuple[bool, bool]:
         """Call once a step: whether to stop and whether to save, alike on every process.
 
         With several processes, what any of them wanted a step ago.

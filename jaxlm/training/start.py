@@ -46,7 +46,7 @@ class Start(NamedTuple):
     """An eval of this step is due, and its checkpoint holds none."""
     owes_end: bool = False
     """The plan ends at this step, and its checkpoint does not say so."""
-    run_id: str | None = None
+    tracking_run_id: str | None = None
     """Identity at the trackers; None for a new run."""
     new_future: bool = False
     """Steps made before may be made otherwise now, by other settings or other batches."""
@@ -135,7 +135,7 @@ def _resumed(
             parts.eval_due(metadata.step) and metadata.eval_loss is None and not drops_average
         ),
         owes_end=at_end and not metadata.final and not drops_average,
-        run_id=metadata.tracking_run_id,
+        tracking_run_id=metadata.tracking_run_id,
         new_future=bool(recorded) or len(checkpoints.skips) > len(metadata.skips),
         why="; ".join(["resumed", *map(str, recorded)]),
         lineage=lineage,
@@ -212,7 +212,7 @@ def open_run_folder(
         write_file(checkpoint_dir / TOKENIZER, parts.tokenizer_path.read_bytes())
     return Metrics(
         config,
-        run_id=start.run_id,
+        run_id=start.tracking_run_id,
         restored_step=start.step,
         owed_eval=start.owes_eval,
         new_future=start.new_future,

@@ -23,11 +23,15 @@ def tell_start(parts: Parts, console: Console) -> None:
     """
     config, abstract = parts.config, parts.blueprint.abstract
     model, optim = config.model, config.optim
+    shape = (
+        f"{model.num_layers} layers, d_model {model.d_model}, {model.num_heads} heads of "
+        f"{model.head_dim} ({model.num_kv_heads} for keys and values), vocabulary "
+        f"{model.vocab_size}"
+    )
     console.say(
-        f"run {config.run_dir}: {model.num_layers} layers, d_model {model.d_model}, "
-        f"{model.num_heads} heads of {model.head_dim} ({model.num_kv_heads} for keys and values), "
-        f"vocabulary {model.vocab_size}; {config.num_steps} steps of {config.batch_size} x "
-        f"{config.seq_len} tokens; {optim.schedule} schedule, learning rate {optim.learning_rate:g}"
+        f"run {config.run_dir}: {'a model of your own' if parts.own_model else shape}; "
+        f"{config.num_steps} steps of {config.batch_size} x {config.seq_len} tokens; "
+        f"{optim.schedule} schedule, learning rate {optim.learning_rate:g}"
     )
     memory = parts.compiled.memory_analysis()
     console.say(preflight.describe(config, abstract, memory, parts.mesh.size))
