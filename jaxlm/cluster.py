@@ -23,6 +23,8 @@ from jaxlm.terminal import STOPPED
 _HEARTBEAT_TIMEOUT_S = 10
 _LINGER_S = 0.5
 _PATIENCE_MS = 3_600_000
+_SLICE_MS = 1_000  # in which Python's signal handlers have their turn
+_LATE_S = 60.0  # a network disk may show one machine for so long what was
 _VERDICT = "jaxlm/verdict"
 _rounds = itertools.count()
 # How the loss of a process reads, in a collective or at a barrier.
@@ -120,6 +122,8 @@ def barrier(*, key: str, timeout_ms: int) -> None:
 def agree(value: Any, combine: Callable[[list[Any]], Any] = operator.itemgetter(0)) -> Any:
     """What holds for all processes, each of which must come here as often as every other.
 
+    None of them goes on before all are here.
+
     Args:
       value: what this process found, as JSON values.
       combine: makes one of the values of all, in the order of the processes; by default it takes
@@ -127,12 +131,22 @@ def agree(value: Any, combine: Callable[[list[Any]], Any] = operator.itemgetter(
     """
     if jax.process_count() == 1:
         return combine([value])
-    key = f"jaxlm/agree/{next(_rounds)}"
+    number = next(_rounds)
+    key = f"jaxlm/agree/{number}"
     _client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
     if jax.process_index() == 0:
         found = [_get(f"{key}/{index}") for index in range(jax.process_count())]
+        _client().key_value_delete(f"jaxlm/agree/{number - 1}/")  # which all have read
         _client().key_value_set(f"{key}/all", json.dumps(combine(found)))
     return _get(f"{key}/all")
+
+
+def see(look: Callable[[], bool]) -> bool:
+    """Whether something is seen on a shared disk, which may show it late."""
+    deadline = time.monotonic() + _LATE_S
+    while not (seen := look()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return seen
 
 
 def check_alike(name: str, value: dict[str, Any]) -> None:
@@ -160,7 +174,12 @@ def check_alike(name: str, value: dict[str, Any]) -> None:
 
 
 def _get(key: str) -> Any:
-    return json.loads(_client().blocking_key_value_get(key, _PATIENCE_MS))
+    while True:  # one that is lost ends the others by itself
+        try:
+            return json.loads(_client().blocking_key_value_get(key, _SLICE_MS))
+        except JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
 
 
 def _client() -> Any:

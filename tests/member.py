@@ -19,13 +19,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tiny import TinyBatches, TinyEvalSet, data, tiny_config
 
-from jaxlm.checkpoints import manifest
+from jaxlm import cluster
+from jaxlm.checkpoints import folder, manifest, together
 from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.metadata import Metadata
-from jaxlm.cluster import Cluster, barrier, check_alike
-from jaxlm.config import DataConfig, MeshConfig
+from jaxlm.cluster import Cluster, agree, barrier, check_alike
+from jaxlm.config import DataConfig, GuardConfig, MeshConfig
 from jaxlm.device.state import TrainState
 from jaxlm.launch import explain, run_main
+from jaxlm.training import start
 from jaxlm.training.train import train
 
 
@@ -95,7 +97,13 @@ def late(mine: bool) -> None:
 
 
 def blind(mine: bool) -> None:
-    """One sees of the steps on a shared disk only those that were there at its start."""
+    """One never sees the steps on a shared disk, and the run has to go back."""
+
+    class Broken(TinyBatches):
+        def __call__(self, index: int, rows: slice) -> dict[str, np.ndarray]:
+            batch = super().__call__(index, rows)
+            weight = np.float32(index not in (9, 10, 11))
+            return batch | {"loss_mask": np.full(batch["targets"].shape, weight)}
 
     def is_hidden(path: Path) -> bool:
         return mine and path.parent.name == "checkpoints" and path.name.isdigit()
@@ -105,12 +113,44 @@ def blind(mine: bool) -> None:
             raise FileNotFoundError(self)
         return iter([path for path in lists(self) if not is_hidden(path)])
 
-    exists, lists = Path.exists, Path.iterdir
+    exists, is_dir, lists = Path.exists, Path.is_dir, Path.iterdir
     Path.exists = lambda self: not is_hidden(self) and exists(self)
+    Path.is_dir = lambda self: not is_hidden(self) and is_dir(self)
     Path.iterdir = iterdir
     ready()
-    result = train(tiny_config(sys.argv[3]), **data())
+    guard = GuardConfig(max_nonfinite=3, on_nonfinite="rollback")
+    config = tiny_config(sys.argv[3], num_steps=16, guard=guard)
+    result = train(config, batches=Broken(), eval_batches=TinyEvalSet())
     print(f"{result.step} steps, {result.best}")
+
+
+def follows(mine: bool) -> None:
+    """A run is looked at by process 0 alone, and the others are told."""
+    train(tiny_config(sys.argv[3]), **data())
+    ready()
+    if mine:
+        together.read_steps = lambda *_, **__: sys.exit("it has looked by itself")
+    assert train(tiny_config(sys.argv[3], num_steps=16), **data()).complete
+
+
+def begins(mine: bool) -> None:
+    """A run begins with the best of another, and one does not see its best yet."""
+    train(tiny_config(f"{sys.argv[3]}-1"), **data())
+    ready()
+    lists = folder.list_steps
+    folder.list_steps = lambda path: [s for s in lists(path) if not (mine and s == 12)]
+    config = tiny_config(sys.argv[3], num_steps=4, init_from=f"{sys.argv[3]}-1@best")
+    chosen, begin = [], start.restore_weights
+    start.restore_weights = lambda path, *args: chosen.append(path.name) or begin(path, *args)
+    train(config, **data())
+    print("began with", *chosen)
+
+
+def waits(mine: bool) -> None:
+    """One comes late to where all agree."""
+    ready()
+    time.sleep(60 * mine)
+    agree(None)
 
 
 def share(mine: bool) -> None:
@@ -118,24 +158,26 @@ def share(mine: bool) -> None:
     config = tiny_config(sys.argv[3])
     train(config, **data())
     ready()
-    folder, read = Path(config.checkpoint_dir), []
-    with Checkpoints(folder, config.checkpoint, on_commit=print, warn=print) as checkpoints:
-        files = [path for path in (folder / "12").rglob("*") if path.is_file()]
+    where, read = Path(config.checkpoint_dir), []
+    with Checkpoints(where, config.checkpoint, on_commit=print, warn=print) as checkpoints:
+        files = [path for path in (where / "12").rglob("*") if path.is_file()]
         largest = max(files, key=lambda path: (path.stat().st_size, path))
-        barrier(key="chosen", timeout_ms=60_000)
+        checksum = manifest.crc32c
+        manifest.crc32c = lambda path: read.append(path) or checksum(path)
+        assert checkpoints.damage(12) == []
+        manifest.crc32c = checksum
         if mine:
             flipped = bytearray(largest.read_bytes())
             flipped[0] ^= 1
             largest.write_bytes(flipped)
         barrier(key="damaged", timeout_ms=60_000)
-        checksum = manifest.crc32c
-        manifest.crc32c = lambda path: read.append(path) or checksum(path)
         damage = checkpoints.damage(12)
     print(json.dumps({"damage": damage, "largest": largest.name, "read": list(map(str, read))}))
 
 
 def apart(mine: bool) -> None:
     """Each has a disk of its own."""
+    cluster._LATE_S = 1
     ready()
     train(tiny_config(f"{sys.argv[3]}-{jax.process_index()}"), **data())
 
@@ -176,15 +218,15 @@ def train_until(break_disk: Callable[[], object]) -> None:
     class Batches(TinyBatches):
         def __call__(self, index: int, rows: slice) -> dict[str, np.ndarray]:
             if index == 7:
-                while not (folder / "checkpoints" / "4").exists():
+                while not (run / "checkpoints" / "4").exists():
                     time.sleep(0.01)
                 ready()
                 break_disk()
             return super().__call__(index, rows)
 
-    folder = Path(sys.argv[3])
+    run = Path(sys.argv[3])
     config = tiny_config(
-        folder,
+        run,
         eval_interval=100,
         checkpoint={"save_timeout_s": 4},
         data=DataConfig(prefetch=1),

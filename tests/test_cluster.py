@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-from jaxlm.checkpoints.folder import list_steps
+from jaxlm.checkpoints.folder import list_corrupt, list_steps
 
 MEMBER = Path(__file__).parent / "member.py"
 
@@ -168,10 +168,35 @@ def test_a_step_is_saved_again_however_late_one_looks_for_it(tmp_path: Path) -> 
 def test_a_shared_disk_that_one_sees_late_changes_nothing(tmp_path: Path) -> None:
     with running(tmp_path, 2, "blind", 1, tmp_path / "saved") as members:
         ends = members.ends()
+    checkpoints = tmp_path / "saved" / "checkpoints"
     assert [end.code for end in ends] == [0, 0], ends
     told = [end.output.splitlines()[-1] for end in ends]
-    assert told[0] == told[1] and told[0].startswith("12 steps, Best(step=12, "), told
-    assert 12 in list_steps(tmp_path / "saved" / "checkpoints")
+    assert told[0] == told[1] and told[0].startswith("16 steps, Best(step="), told
+    assert "going back to step 8" in ends[0].output and list_corrupt(checkpoints) == []
+    assert 16 in list_steps(checkpoints) and (checkpoints / "9.superseded").exists()
+
+
+@pytest.mark.slow
+def test_what_is_on_disk_is_what_process_0_finds_there(tmp_path: Path) -> None:
+    with running(tmp_path, 2, "follows", 1, tmp_path / "saved") as members:
+        ends = members.ends()
+    assert [end.code for end in ends] == [0, 0], ends
+
+
+@pytest.mark.slow
+def test_all_begin_with_the_checkpoint_that_process_0_has_chosen(tmp_path: Path) -> None:
+    with running(tmp_path, 2, "begins", 0, tmp_path / "run") as members:
+        ends = members.ends()
+    assert [end.code for end in ends] == [0, 0], ends
+    assert [end.output.splitlines()[-1] for end in ends] == ["began with 9"] * 2
+
+
+@pytest.mark.slow
+def test_who_waits_for_another_can_be_interrupted(tmp_path: Path) -> None:
+    with running(tmp_path, 2, "waits", 1) as members:
+        members.processes[0].send_signal(signal.SIGINT)
+        ends = members.ends()
+    assert all(end.code == 130 and end.after_s < 10 for end in ends), ends
 
 
 @pytest.mark.slow
@@ -194,10 +219,8 @@ def test_processes_without_a_disk_in_common_are_refused(tmp_path: Path) -> None:
         ends = members.ends()
     for end in ends:
         assert end.code == 1
-        assert re.search(
-            "in use by: 'process .*' on process 0, 'it has not said which' on process 1",
-            end.output.splitlines()[-1],
-        ), end
+        told = "process 1 of 2: error: .*run-1/checkpoints: this process does not see there who"
+        assert re.search(told, end.output.splitlines()[-1]), end
     assert not (tmp_path / "run-1").exists()
 
 

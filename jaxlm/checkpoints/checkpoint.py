@@ -7,7 +7,6 @@ proves what came back, and tells only what is true on disk.
 """
 
 import contextlib
-import itertools
 import math
 import os
 import secrets
@@ -37,11 +36,12 @@ from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import DamagedArrays, items_of, restore_state
 from jaxlm.checkpoints.retention import Retention
 from jaxlm.checkpoints.skips import Skip, held_by, read_skips, skipped, write_skips
-from jaxlm.cluster import agree, check_alike
+from jaxlm.checkpoints.together import find_damage_together, read_steps_alike
+from jaxlm.cluster import agree
 from jaxlm.config import CheckpointConfig
 from jaxlm.device.state import Survey, TrainState, num_bytes, survey
 from jaxlm.files.durable import fsync
-from jaxlm.files.lock import HOLDER, describe_holder, lock, unlock
+from jaxlm.files.lock import HOLDER, lock, unlock
 from jaxlm.tracking.events import Events
 
 _RETRY_S, _MAX_RETRY_S = 10.0, 600.0
@@ -134,13 +134,10 @@ class Checkpoints:
             self._tell({})  # what a kill kept from being written down
             for path in self.folder.glob(f"*{REPLACED}"):
                 self._finish_replacing(path)
-        agree(None)  # the others wait for that
-        seen = {"in use by": describe_holder(self.folder), "steps": list_steps(self.folder)}
-        check_alike(f"{self.folder}, on a disk that all see", seen)
+        # The others wait in this one until process 0 has done all of that.
+        found = read_steps_alike(self.folder, check=self._config.verify != "off")
         self._opened = self.folder.stat()
-        found = read_steps(self.folder, check=self._config.verify != "off")
         self._steps, self.skips = found.sound, found.skips
-        # All have looked, before anything is renamed.
         self._run_id = agree(found.run_id or secrets.token_hex(8))
         if read_skips(self.folder) is None:
             self._warn("skips.json is damaged; what the checkpoints hold of it is used instead")
@@ -196,8 +193,7 @@ class Checkpoints:
         # What is on disk, without what was deleted by hand, as the first process sees it: others
         # may see a shared disk as it was some seconds ago, and all must decide alike.
         there = agree([step for step in self._steps if (self.folder / str(step)).exists()])
-        self._steps = {step: self._steps[step] for step in there}
-        return self._steps
+        return {step: self._steps[step] for step in there}
 
     def batch_index(self, step: int) -> int:
         """The batch that the state of `step` takes in."""
@@ -214,9 +210,7 @@ class Checkpoints:
 
     def damage(self, step: int) -> list[str]:
         """What of a step's files is not as it was written; all processes share in the reading."""
-        share = jax.process_index(), jax.process_count()
-        found = manifest.find_damage(self.folder / str(step), share=share)
-        return agree(found, lambda all_found: list(dict.fromkeys(itertools.chain(*all_found))))
+        return find_damage_together(self.folder / str(step))
 
     def restore_latest(self, abstract: TrainState) -> Restored | None:
         """The newest state that is proven sound, or None in a folder that never held one.
@@ -318,6 +312,7 @@ class Checkpoints:
         self._clear_partial()
         if set(self._manager.all_steps()) != set(list_steps(self.folder)):
             self._manager.reload()  # Orbax would keep what is gone, and delete what is the best
+        self._steps = self._look()  # the memory too is free of what is deleted
         items = items_of(state)
         self._retention.state_bytes = num_bytes(items)
         metadata = replace(metadata, skips=held_by(self.skips, metadata.step), run_id=self._run_id)
@@ -404,6 +399,11 @@ class Checkpoints:
         try:
             return restore_state(path, metadata, abstract, verify=verify), metadata
         except DamagedArrays as error:
+            if jax.process_count() > 1:  # the others may have read it well
+                raise CheckpointError(
+                    f"{error}; look at the disk and the memory of this machine, then start all "
+                    "processes again"
+                ) from error
             return self._set_aside(metadata.step, [str(error)])
 
     def _set_aside(self, step: int, damage: list[str]) -> None:

@@ -15,7 +15,7 @@ from jaxlm.files.durable import write_file
 from jaxlm.files.strict import read_json
 
 HOLDER = "holder.json"
-"""Who has the lock: for people, and trusted by nothing."""
+"""Who has the lock: for people, and for the processes of a run to find each other's disk."""
 
 # NFS gives no exclusive lock on what is not open for writing (EBADF), others give none at all.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL)

@@ -12,11 +12,13 @@ from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.folder import TOKENIZER, Selected, read_steps, select
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import check_layout, items_of, restore_state, restore_weights
-from jaxlm.checkpoints.skips import Skip
+from jaxlm.checkpoints.skips import Skip, to_json
+from jaxlm.cluster import agree
 from jaxlm.config import Config, changes, to_dict
 from jaxlm.device.sharding import make_mesh, same_bits
 from jaxlm.device.state import ModelFactory, TrainState, blueprint_of
 from jaxlm.files.durable import write_file
+from jaxlm.files.strict import conform
 from jaxlm.tracking.console import Console
 from jaxlm.tracking.metrics import Metrics
 from jaxlm.training.assemble import Parts
@@ -155,7 +157,7 @@ def _branch(
     parts: Parts, checkpoints: Checkpoints, source: str, console: Console
 ) -> tuple[TrainState, Start]:
     selected = _selected(parts, source, console)
-    skips = read_steps(selected.folder).skips
+    skips = conform(agree(to_json(read_steps(selected.folder).skips)), list[Skip])
     checkpoints.inherit([skip for skip in skips if skip.from_step <= selected.step])
     metadata, path = selected.metadata, selected.path
     state = restore_state(path, metadata, parts.blueprint.abstract)
@@ -186,7 +188,11 @@ def _with_weights_of(
 
 
 def _selected(parts: Parts, source: str, console: Console) -> Selected:
-    selected = select(source)
+    # Process 0 chooses: the best may be another one when the next process looks.
+    chosen = select(source) if jax.process_index() == 0 else None
+    step = agree(chosen and chosen.step)
+    run = source.rpartition("@")[0] or source
+    selected = chosen or select(f"{run}@{step}", contents=False)
     if selected.metadata.data_fingerprint != parts.data_fingerprint:
         console.warn(f"the data is not that of {source}; its tokens must mean the same")
     for step, damage in selected.passed_over.items():

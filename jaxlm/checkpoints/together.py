@@ -1,0 +1,48 @@
+"""A checkpoint folder, looked at by all processes of a run: what process 0 sees there holds."""
+
+from pathlib import Path
+
+import jax
+
+from jaxlm.checkpoints.folder import Steps, read_metadata, read_steps
+from jaxlm.checkpoints.manifest import find_damage
+from jaxlm.checkpoints.skips import Skip, to_json
+from jaxlm.cluster import agree, see
+from jaxlm.files.lock import describe_holder
+from jaxlm.files.strict import conform
+
+
+def read_steps_alike(folder: Path, *, check: bool = True) -> Steps:
+    """What process 0 finds, on every process of a run; arguments are those of `read_steps`.
+
+    Raises:
+      RuntimeError: a process does not see the folder that process 0 holds.
+      ValueError: as in `read_steps`, or a process does not see a step.
+    """
+    holder = agree(describe_holder(folder))
+    if not see(lambda: describe_holder(folder) == holder):
+        raise RuntimeError(
+            f"{folder}: this process does not see there who uses it ({holder}); put the run on a "
+            "disk that all of its processes share"
+        )
+    found = read_steps(folder, check=check) if jax.process_index() == 0 else None
+    told = agree(
+        found and found._asdict() | {"sound": [*found.sound], "skips": to_json(found.skips)}
+    )
+    if found:
+        return found
+    for step in told["sound"]:
+        see((folder / str(step) / "meta" / "metadata").exists)
+    sound = {step: read_metadata(folder, step) for step in told["sound"]}
+    damaged = {int(step): damage for step, damage in told["damaged"].items()}
+    skips = conform(told["skips"], list[Skip])
+    return Steps(sound, damaged, told["superseded"], skips, told["run_id"])
+
+
+def find_damage_together(folder: Path) -> list[str]:
+    """What `find_damage` tells process 0, on all processes of a run; each reads a share."""
+    share = jax.process_index(), jax.process_count()
+    if not agree(bool(find_damage(folder, share=share)), any):
+        return []
+    # Another process may have seen the step late, or read it badly.
+    return agree(find_damage(folder) if jax.process_index() == 0 else [])
