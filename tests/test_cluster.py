@@ -194,6 +194,7 @@ def test_all_begin_with_the_checkpoint_that_process_0_has_chosen(tmp_path: Path)
 @pytest.mark.slow
 def test_who_waits_for_another_can_be_interrupted(tmp_path: Path) -> None:
     with running(tmp_path, 2, "waits", 1) as members:
+        time.sleep(2)  # so that it waits
         members.processes[0].send_signal(signal.SIGINT)
         ends = members.ends()
     assert all(end.code == 130 and end.after_s < 10 for end in ends), ends

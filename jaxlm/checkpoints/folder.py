@@ -73,8 +73,7 @@ def read_metadata(folder: Path, step: int) -> Metadata:
         return metadata
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{folder / str(step)}: its metadata cannot be read ({error}); "
-            "`jaxlm checkpoints list` shows the sound ones"
+            f"{folder / str(step)}: its metadata cannot be read ({error}); name another step"
         ) from error
 
 
