@@ -264,7 +264,7 @@ def test_out_of_memory_ends_with_advice(home: Path, monkeypatch: pytest.MonkeyPa
             raise jax.errors.JaxRuntimeError(text)
 
         monkeypatch.setattr(sys.modules["jaxlm.training.train"], "train", train_)
-        launch.main(["--config", "configs/tiny.py"])
+        launch.main(["--config", "configs/tiny.py", "--batch_size", "16"])
 
     with pytest.raises(
         SystemExit, match=r"RESOURCE_EXHAUSTED: 9 GB\n(.*\n)+.*--num_microbatches 2"
