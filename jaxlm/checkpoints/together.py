@@ -4,8 +4,8 @@ from pathlib import Path
 
 import jax
 
+from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.folder import Steps, read_metadata, read_steps
-from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.skips import Skip, to_json
 from jaxlm.cluster import agree, see
 from jaxlm.files.lock import describe_holder
@@ -42,7 +42,7 @@ def read_steps_alike(folder: Path, *, check: bool = True) -> Steps:
 def find_damage_together(folder: Path) -> list[str]:
     """What `find_damage` tells process 0, on all processes of a run; each reads a share."""
     share = jax.process_index(), jax.process_count()
-    if not agree(bool(find_damage(folder, share=share)), any):
+    if not agree(bool(manifest.find_damage(folder, share=share)), any):
         return []
     # Another process may have seen the step late, or read it badly.
-    return agree(find_damage(folder) if jax.process_index() == 0 else [])
+    return agree(manifest.find_damage(folder) if jax.process_index() == 0 else [])
