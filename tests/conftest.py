@@ -1,4 +1,4 @@
-"""The machine that every test sees: eight CPU devices, strict shapes, a cache of its own."""
+"""What every test sees: eight CPU devices, strict shapes, a cache and a terminal of its own."""
 
 import os
 import shutil
@@ -15,6 +15,8 @@ os.environ["XLA_FLAGS"] = (
 # XLA sizes its thread pool by this. With one thread a core, eight devices on two cores wait for
 # each other in a collective for ever.
 os.environ["NPROC"] = "32"
+# Help is laid out by the width of the terminal that the tests are run in.
+os.environ["COLUMNS"] = "80"
 
 import jax  # noqa: E402  (after what it reads at import)
 
