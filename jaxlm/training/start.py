@@ -157,7 +157,8 @@ def _branch(
     parts: Parts, checkpoints: Checkpoints, source: str, console: Console
 ) -> tuple[TrainState, Start]:
     selected = _selected(parts, source, console)
-    skips = conform(agree(to_json(read_steps(selected.folder).skips)), list[Skip])
+    found = read_steps(selected.folder).skips if jax.process_index() == 0 else []
+    skips = conform(agree(to_json(found)), list[Skip])
     checkpoints.inherit([skip for skip in skips if skip.from_step <= selected.step])
     metadata, path = selected.metadata, selected.path
     state = restore_state(path, metadata, parts.blueprint.abstract)
