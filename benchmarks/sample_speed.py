@@ -92,7 +92,7 @@ def same_models(config: ModelConfig) -> tuple[Any, Any]:
 
 def main(turns: int) -> None:
     """Prints tokens a second and their ratio, for each model and batch size."""
-    for name, config in (("tiny", load_config("configs/tiny.py").model), ("medium", MEDIUM)):
+    for name, config in (("5m", load_config("benchmarks/5m.py").model), ("medium", MEDIUM)):
         ours, theirs = same_models(config)
         count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(ours)))
         for batch in (1, 8):

@@ -1,4 +1,4 @@
-"""How long a run of configs/tiny.py takes from the command to its first step, and `--help` at all.
+"""How long a run of benchmarks/5m.py takes from the command to its first step, and `--help` at all.
 
     uv run python benchmarks/start_time.py
 
@@ -15,12 +15,13 @@ from pathlib import Path
 
 TURNS = 5
 ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "benchmarks" / "5m.py"
 LAUNCH = [sys.executable, str(ROOT / "launch.py")]
 
 
 def to_first_step_s(run_dir: Path, cache_dir: Path) -> float:
     """Seconds until the first row is on disk; then the run is stopped."""
-    command = [*LAUNCH, "--config", str(ROOT / "configs" / "tiny.py"), "--run_dir", str(run_dir)]
+    command = [*LAUNCH, "--config", str(CONFIG), "--run_dir", str(run_dir)]
     started = time.perf_counter()
     run = subprocess.Popen(
         [*command, "--data.cache_dir", str(cache_dir), "--log_interval", "1"],

@@ -1,6 +1,6 @@
 """Times our training step beside PyTorch's, in turn, on this machine's CPU; and its peak memory.
 
-    uv run python benchmarks/step_time.py [10m | tiny | 180m]
+    uv run python benchmarks/step_time.py [5m | 10m | 180m]
 
 Needs torch and transformers (the `parity` group). Each turn is a process of its own; what counts
 is the ratio of the medians, turn by turn, since a shared machine drifts.
@@ -18,8 +18,8 @@ import numpy as np
 
 # Layers, heads, width, MLP, time, batch, vocabulary; steps to time.
 SHAPES = {
+    "5m": (4, 4, 256, 704, 256, 8, 4096, 20),
     "10m": (6, 6, 384, 1024, 256, 16, 256, 6),
-    "tiny": (4, 4, 256, 704, 256, 8, 4096, 20),
     "180m": (20, 6, 768, 2048, 1024, 2, 49152, 2),
 }
 SHAPE = sys.argv[1] if len(sys.argv) > 1 else "10m"

@@ -3,8 +3,8 @@
     uv run python benchmarks/time_to_loss.py gpt2-adamw --learning_rate 2e-3 4e-3 --seed 0 1 2
 
 Needs torch and transformers (the `parity` group). The shape, data and batches are those of
-`configs/tiny.py`; each peer has its non-embedding parameters. Every run has the schedule of its own
-length. Prints a JSON object a run.
+`benchmarks/5m.py`; each peer has its non-embedding parameters. Every run has the schedule of its
+own length. Prints a JSON object a run.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from jaxlm.training.assemble import prepare_data
 # A peer's model, and its optimizers, each with what its learning rate is of the run's.
 Peer = tuple[Any, list[tuple[Any, float]]]
 
-TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
+CONFIG = Path(__file__).with_name("5m.py")
 
 
 def ours(config: Config) -> dict[int, float]:
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     args, flags = parser.parse_known_args()
     for num_steps, rate, seed in itertools.product(args.num_steps, args.learning_rate, args.seed):
-        changes = ["--config", str(TINY), f"--num_steps={num_steps}", f"--seed={seed}", *flags]
+        changes = ["--config", str(CONFIG), f"--num_steps={num_steps}", f"--seed={seed}", *flags]
         if rate is not None:
             changes.append(f"--optim.learning_rate={rate}")
         config = parse_config(changes, prog="time_to_loss.py")
