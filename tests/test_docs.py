@@ -22,6 +22,7 @@ from jaxlm import __main__ as cli
 from jaxlm import launch
 from jaxlm.config import Config, free, leaves
 from jaxlm.data.batches import TrainBatches
+from jaxlm.tracking.throughput import flops_per_token
 
 PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (runs.REPO / "docs").glob("*.md"))]
 WITH_LAUNCH = {"README.md", "docs/checkpoints.md", "docs/tutorial.md"}
@@ -40,6 +41,8 @@ NOT_RUN = {
     r'python -c "import conversion': "needs llama.cpp: run by tests/parity/test_llama_cpp.py",
 }
 A_COMMAND = re.compile(r"^ *\$? *(\w+=\S+ )*(jaxlm|python|uv|uvx|pip|launch\.py)\b", re.M)
+# A run of minutes, which the first one that a user starts must not be.
+OF_MINUTES = "benchmarks/5m.py"
 # The names of the folders that a page takes for granted, beside runs/tiny.
 SECOND_RUN = "runs/tiny-2"
 
@@ -313,6 +316,23 @@ def test_every_flag_named_in_the_docs_exists():
     others |= flags("".join(re.findall(r"^\|([^|]*)\|", page, re.M)))
     for page in PAGES:
         assert flags((runs.REPO / page).read_text()) - known - others == set(), page
+
+
+def work(config: Config) -> float:
+    """Floating-point operations of a whole run, an eval being a third of a step for its tokens."""
+    num_evals = config.num_steps // config.eval_interval
+    num_tokens = config.num_steps * config.tokens_per_step
+    num_tokens += num_evals * config.data.eval_tokens // 3
+    return num_tokens * flops_per_token(config.model, config.seq_len)
+
+
+def test_the_first_run_is_short_and_has_something_to_show():
+    first, before = (
+        launch.load_config(str(runs.REPO / p)) for p in ("configs/tiny.py", OF_MINUTES)
+    )
+    assert work(first) < work(before) / 5
+    assert first.num_steps // first.eval_interval >= 4 and first.sample_prompt
+    assert first.checkpoint.save_interval == first.eval_interval
 
 
 def test_the_readme_is_short():
