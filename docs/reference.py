@@ -20,7 +20,7 @@ from jaxlm import __main__ as cli
 from jaxlm import launch
 from jaxlm.config import Config
 
-OF_A_CONFIG = {"prepare"}
+OF_A_CONFIG = {"prepare", "train"}
 """Commands whose flags are those of launch.py, which have a page of their own."""
 
 

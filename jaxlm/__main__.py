@@ -14,6 +14,7 @@ try:
     from jaxlm.cli import cache, checkpoints, interchange, models, runs
     from jaxlm.cli.completion import script
     from jaxlm.config import Config, leaves
+    from jaxlm.extras import version
     from jaxlm.launch import leave, run_main, with_examples
 except KeyboardInterrupt:  # else a traceback, of nothing done yet
     raise SystemExit(130) from None
@@ -61,7 +62,7 @@ def _flags(name: str, function: Callable[..., int]) -> list[str]:
     return [f"--{name}" for name in dict.fromkeys(["help", *names])]
 
 
-OF_A_CONFIG = ("prepare", "prove-resume", "plan")
+OF_A_CONFIG = ("train", "prepare", "prove-resume", "plan")
 """Commands that take the flags of launch.py."""
 GROUPS: dict[str, dict[str, Callable[..., int]]] = {
     "cache": {"list": cache.list_all, "clear": cache.clear},
@@ -76,6 +77,7 @@ GROUPS: dict[str, dict[str, Callable[..., int]]] = {
     },
 }
 COMMANDS: dict[str, Callable[..., int]] = {
+    "train": runs.train,
     "prepare": runs.prepare,
     "prove-resume": runs.prove_resume,
     "plan": runs.plan,
@@ -101,6 +103,9 @@ def command(args: Sequence[str]) -> int:
       jaxlm checkpoints prune --help
     """
     first, second = (*args, "", "")[:2]
+    if first == "--version":
+        print(f"jaxlm {version()}")
+        return 0
     if not second and (not first or first in GROUPS):  # a word is missing: show which there are
         with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(SystemExit):
             command([*args, "--help"])

@@ -10,24 +10,32 @@ Every field says what a resume may do with it:
 import dataclasses
 import math
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from difflib import get_close_matches
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast
 
 import tyro
 
-from jaxlm.files.strict import conform
+from jaxlm.files.durable import expand
+from jaxlm.files.strict import conform, hints_of
 
 T = TypeVar("T")
 Policy = Literal["free", "recorded", "fixed"]
 
 
-def _field(default: T, policy: Policy) -> T:
+def _field(default: T, policy: Policy, *, is_folder: bool = False) -> T:
     # Typed as the default itself, so that a type checker sees an ordinary dataclass field.
-    return dataclasses.field(default=default, metadata={"resume": policy})
+    metadata = {"resume": policy, "is_folder": is_folder}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def free(default: T) -> T:
     """A field that a resume may change without a word."""
     return _field(default, "free")
+
+
+def folder(default: T) -> T:
+    """A free field that names a folder of this machine; `~` becomes the home folder."""
+    return _field(default, "free", is_folder=True)
 
 
 def recorded(default: T) -> T:
@@ -41,7 +49,17 @@ def fixed(default: T) -> T:
 
 
 # A config is shown and written to many places: none is for a URL with a password or a signed query.
-_KEY_IN_URL = re.compile(r"(?<=://)([^/\s]*@|\S*\?)[^\s']*")
+_KEY_IN_URL = re.compile(
+    r"(?<=://)(?:[^/\s]*@|[^\s?]*\?(?:\S*&)?[\w.-]*"
+    r"(?:key|key_?id|access_?id|token|sig|signature|secret|passw(?:or)?d|pwd|credentials?|auth)"
+    r"=[^\s&'])[^\s']*",
+    re.IGNORECASE,
+)
+_MAX_SIZE = 2**31 - 1
+"""Of a dim and of the step counter, which are int32 on the device."""
+_MAX_TEXT_BYTES = 1 << 16
+"""Of a string: the metadata of a checkpoint, which holds the config, is bounded."""
+_MAX_TIMEOUT_S = 86_400
 
 
 def _check(ok: bool, name: str, found: object, expected: str) -> None:
@@ -50,27 +68,86 @@ def _check(ok: bool, name: str, found: object, expected: str) -> None:
         raise ValueError(f"{name}: found {shown}, expected {expected}")
 
 
-def _check_at_least(config: Any, prefix: str, minimum: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None:
-            _check(value >= minimum, prefix + name, value, f"at least {minimum}")
+class _Part:
+    """A config, or a part of one: of a known set of fields, each of the type of its annotation.
+
+    A value that JSON does not give back as it was would let a run train that cannot be resumed. So
+    every type is checked when a config is made, by the reader of checkpoints.
+    """
+
+    _prefix: ClassVar[str]
+
+    def __init_subclass__(cls, *, prefix: str = "") -> None:
+        cls._prefix = prefix
+
+    def __new__(cls, *_: Any, **values: Any) -> Self:
+        """Refuses a name that is no field, and proposes the nearest ones."""
+        for name in values.keys() - cls.__annotations__.keys():
+            raise ValueError(
+                f"{cls._prefix}{name}: not a field of {cls.__name__}; "
+                + (_nearest(name) or f"its fields are {', '.join(cls.__annotations__)}")
+            )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Checks the types; a subclass goes on with its rules."""
+        hints = hints_of(type(self))
+        for field in dataclasses.fields(cast(Any, self)):
+            name, value = self._prefix + field.name, getattr(self, field.name)
+            if isinstance(value, str):
+                _check_text(name, value)
+            if isinstance(field.default, _Part):
+                part = type(field.default)
+                _check(type(value) is part, name, value, f"a {part.__name__}")
+            elif isinstance(number := conform(value, hints[field.name], name), float):
+                _check(math.isfinite(number), name, value, "a finite number")
+            if field.metadata["is_folder"] and value is not None:
+                # Orbax would make a local folder of a URL, or write where nothing can be locked.
+                local = "a local path; mount an object store as a folder"
+                _check("://" not in value, name, value, local)
+                _check(value != "", name, value, "the name of a folder")
+                object.__setattr__(self, field.name, expand(value, name))
+
+    def _check(self, ok: bool, name: str, expected: str) -> None:
+        _check(ok, self._prefix + name, getattr(self, name), expected)
+
+    def _check_between(self, minimum: float, maximum: float, *names: str) -> None:
+        expected = f"at least {minimum}" if math.isinf(maximum) else f"{minimum} to {maximum}"
+        for name in names:
+            value = getattr(self, name)
+            self._check(value is None or minimum <= value <= maximum, name, expected)
+
+    def _check_at_least(self, minimum: float, *names: str) -> None:
+        self._check_between(minimum, math.inf, *names)
+
+    def _check_above_0(self, expected: str, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            self._check(value is None or value > 0, name, expected)
+
+    def _check_divides(self, name: str, whole: str) -> None:
+        value, of = getattr(self, name), getattr(self, whole)
+        self._check(of % value == 0, name, f"a divisor of {whole} ({of})")
 
 
-def _check_above_0(config: Any, prefix: str, expected: str, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None:
-            _check(value > 0, prefix + name, value, expected)
+def _check_text(name: str, value: str) -> None:
+    _check(not _KEY_IN_URL.search(value), name, value, "a URL without a key in it")
+    # Half of a pair stands for a byte that is not UTF-8, and could not be written to JSON.
+    ok = not re.search("[\0\ud800-\udfff]", value)
+    _check(ok, name, value, "text in UTF-8, without NUL")
+    num_bytes = len(value.encode())
+    if num_bytes > _MAX_TEXT_BYTES:
+        raise ValueError(f"{name}: found {num_bytes:,} bytes, expected {_MAX_TEXT_BYTES:,} at most")
 
 
-def _check_divides(config: Any, prefix: str, name: str, whole: str) -> None:
-    value, of = getattr(config, name), getattr(config, whole)
-    _check(of % value == 0, prefix + name, value, f"a divisor of {whole} ({of})")
+def _nearest(name: str) -> str:
+    # Of all parts: `learning_rate` in `Config` is one of `optim`.
+    known = {full.rpartition(".")[2]: full for full in leaves(Config())}
+    return "".join(f"did you mean {known[near]}?" for near in get_close_matches(name, known, n=1))
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Part, prefix="model."):
     """A decoder of the Llama family."""
 
     vocab_size: int = fixed(8192)
@@ -107,15 +184,16 @@ class ModelConfig:
     before, and more time."""
 
     def __post_init__(self) -> None:
-        _check_at_least(self, "model.", 1, "vocab_size", "num_layers", "d_model", "d_ff")
-        _check_at_least(self, "model.", 1, "num_heads", "num_kv_heads", "head_dim")
-        _check_divides(self, "model.", "num_kv_heads", "num_heads")
-        _check(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number")
-        _check_above_0(self, "model.", "a number above 0", "rope_theta", "norm_eps", "init_std")
+        super().__post_init__()
+        sizes = ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads")
+        self._check_between(1, _MAX_SIZE, *sizes, "head_dim")
+        self._check_divides("num_kv_heads", "num_heads")
+        self._check(self.head_dim % 2 == 0, "head_dim", "an even number")
+        self._check_above_0("a number above 0", "rope_theta", "norm_eps", "init_std")
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Part, prefix="data."):
     """Text and its tokens."""
 
     source: str = fixed("embedded")
@@ -132,31 +210,31 @@ class DataConfig:
     """Training tokens to prepare at most; by default what num_steps needs, and at least 10 M."""
     eval_tokens: int = fixed(2_000_000)
     """Held-out tokens to prepare at most; from documents that are never trained on."""
-    cache_dir: str | None = free(None)
+    cache_dir: str | None = folder(None)
     """Where prepared tokens are kept; by default $JAXLM_CACHE, else ~/.cache/jaxlm."""
     prefetch: int = free(2)
     """Batches made ahead on a host thread."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         kind, _, rest = self.source.partition(":")
-        _check(
+        self._check(
             self.source == "embedded"
             or (kind in ("text", "tfds", "tfds_dir", "hf") and rest != ""),
-            "data.source",
-            self.source,
+            "source",
             "embedded, text:GLOB, tfds:NAME, tfds_dir:PATH or hf:REPO[:CONFIG]",
         )
-        _check(self.tokenizer != "", "data.tokenizer", self.tokenizer, "train, a path or a name")
-        _check_at_least(self, "data.", 1, "max_tokens", "eval_tokens", "prefetch")
+        self._check(self.tokenizer != "", "tokenizer", "train, a path or a name")
+        self._check_at_least(1, "max_tokens", "eval_tokens", "prefetch")
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(_Part, prefix="optim."):
     """The optimizer and its learning rate."""
 
     name: Literal["muon", "adamw"] = fixed("muon")
     """Muon for the hidden matrices and AdamW for the rest, or AdamW for all."""
-    learning_rate: float = recorded(1e-3)
+    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--optim.lr"])] = recorded(1e-3)
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = recorded("cosine")
     """After the warmup: cosine decay, warmup-stable-decay, or constant."""
@@ -185,18 +263,19 @@ class OptimConfig:
     of the model take. A resume may begin it, with the weights as they are, or drop it."""
 
     def __post_init__(self) -> None:
-        _check_above_0(self, "optim.", "above 0", "learning_rate", "eps", "muon_rms")
-        _check_above_0(self, "optim.", "above 0, or None", "clip_norm")
-        _check_at_least(self, "optim.", 0, "warmup_steps", "weight_decay")
+        super().__post_init__()
+        self._check_above_0("above 0", "learning_rate", "eps", "muon_rms")
+        self._check_above_0("above 0, or None", "clip_norm")
+        self._check_at_least(0, "warmup_steps", "weight_decay")
         for name in ("beta1", "beta2", "muon_beta", "ema_decay"):
             value = getattr(self, name)
-            _check(value is None or 0 <= value < 1, f"optim.{name}", value, "in [0, 1)")
+            self._check(value is None or 0 <= value < 1, name, "in [0, 1)")
         for name in ("decay_fraction", "min_lr_ratio"):
-            _check(0 <= getattr(self, name) <= 1, f"optim.{name}", getattr(self, name), "in [0, 1]")
+            self._check(0 <= getattr(self, name) <= 1, name, "in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(_Part, prefix="mesh."):
     """Devices per mesh axis; at most one may be -1, which takes what is left."""
 
     data: int = free(-1)
@@ -207,17 +286,18 @@ class MeshConfig:
     """Tensor parallel: heads, hidden layer and vocabulary split."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = dataclasses.astuple(self)
         for name, size in zip(("data", "fsdp", "tensor"), sizes, strict=True):
-            _check(size == -1 or size >= 1, f"mesh.{name}", size, "at least 1, or -1")
+            self._check(size == -1 or size >= 1, name, "at least 1, or -1")
         _check(sizes.count(-1) <= 1, "mesh", sizes, "at most one axis of -1")
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(_Part, prefix="checkpoint."):
     """When a checkpoint is saved, where, and for how long it is kept."""
 
-    directory: Annotated[str | None, tyro.conf.arg(aliases=["--checkpoint-dir"])] = free(None)
+    directory: Annotated[str | None, tyro.conf.arg(aliases=["--checkpoint-dir"])] = folder(None)
     """Folder of the checkpoints; by default RUN_DIR/checkpoints."""
     save_interval: Annotated[int, tyro.conf.arg(aliases=["--save-interval"])] = free(500)
     """Save every so many steps, whatever the evals do (steps)."""
@@ -243,22 +323,15 @@ class CheckpointConfig:
     """Where the file system has no locks: do not begin, or warn and trust that no other does."""
 
     def __post_init__(self) -> None:
-        _check_at_least(self, "checkpoint.", 1, "save_interval", "keep_latest", "keep_every")
-        _check_at_least(self, "checkpoint.", 1, "keep_weights_every", "save_timeout_s")
-        _check_above_0(
-            self, "checkpoint.", "above 0, or None", "save_interval_min", "disk_budget_gb"
-        )
-        # Orbax would make a local folder of that name, or write where nothing can be locked.
-        _check(
-            "://" not in (self.directory or ""),
-            "checkpoint.directory",
-            self.directory,
-            "a local path; mount an object store as a folder",
-        )
+        super().__post_init__()
+        self._check_at_least(1, "save_interval", "keep_latest", "keep_every")
+        self._check_at_least(1, "keep_weights_every")
+        self._check_between(1, _MAX_TIMEOUT_S, "save_timeout_s")
+        self._check_above_0("above 0, or None", "save_interval_min", "disk_budget_gb")
 
 
 @dataclasses.dataclass(frozen=True)
-class GuardConfig:
+class GuardConfig(_Part, prefix="guard."):
     """What is done when a loss goes bad."""
 
     max_nonfinite: int = recorded(10)
@@ -273,13 +346,14 @@ class GuardConfig:
     """Rollbacks in the whole run, after which the next one stops it."""
 
     def __post_init__(self) -> None:
-        _check_at_least(self, "guard.", 1, "max_nonfinite", "spike_steps")
-        _check_at_least(self, "guard.", 0, "max_rollbacks")
-        _check_above_0(self, "guard.", "above 0, or None", "spike_zscore")
+        super().__post_init__()
+        self._check_at_least(1, "max_nonfinite", "spike_steps")
+        self._check_at_least(0, "max_rollbacks")
+        self._check_above_0("above 0, or None", "spike_zscore")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrackingConfig:
+class TrackingConfig(_Part, prefix="tracking."):
     """Where metrics go besides the console and metrics.jsonl."""
 
     wandb: Literal["off", "online", "offline"] = free("off")
@@ -291,7 +365,7 @@ class TrackingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(_Part):
     """A whole run."""
 
     model: ModelConfig = fixed(ModelConfig())
@@ -342,26 +416,21 @@ class Config:
     """Begin a new run with the full state of RUN@STEP (STEP: best, latest, final or a number)."""
     init_from: str | None = free(None)
     """Begin a new run, at step 0, with the weights alone of RUN@STEP."""
-    run_dir: str = free("runs/default")
+    run_dir: str = folder("runs/default")
     """Folder of the run; launch.py names it runs/CONFIG by default."""
     resume: Literal["auto", "best", "never"] = free("auto")
     """Where there are checkpoints, `auto` goes on from the latest sound one, `best` goes back to
     the best, once, and `never` ends with an error: the run must be new."""
 
     def __post_init__(self) -> None:
-        for name, (value, _) in leaves(self).items():
-            if isinstance(value, float):
-                _check(math.isfinite(value), name, value, "a finite number")
-            if isinstance(value, str):
-                _check(not _KEY_IN_URL.search(value), name, value, "a URL without a key in it")
-        _check_at_least(self, "", 1, "num_steps", "batch_size", "seq_len", "num_microbatches")
-        _check_at_least(self, "", 1, "loss_chunks")
-        _check_at_least(self, "", 1, "eval_interval", "stop_after_worse_evals", "log_interval")
-        _check_at_least(self, "", 0, "z_loss", "seed", "profile")
-        _check(self.seed < 2**32, "seed", self.seed, "less than 2**32")
-        _check(self.run_dir != "", "run_dir", self.run_dir, "a folder name")
-        _check_divides(self, "", "num_microbatches", "batch_size")
-        _check_divides(self, "", "loss_chunks", "seq_len")
+        super().__post_init__()
+        self._check_between(1, _MAX_SIZE, "num_steps", "batch_size", "seq_len")
+        self._check_at_least(1, "num_microbatches", "loss_chunks")
+        self._check_at_least(1, "eval_interval", "stop_after_worse_evals", "log_interval")
+        self._check_at_least(0, "z_loss", "profile")
+        self._check_between(0, 2**32 - 1, "seed")
+        self._check_divides("num_microbatches", "batch_size")
+        self._check_divides("loss_chunks", "seq_len")
         warmup = self.optim.warmup_steps
         _check(
             warmup < self.num_steps or self.num_steps == 1,
@@ -370,10 +439,9 @@ class Config:
             f"less than num_steps ({self.num_steps}); "
             f"add --optim.warmup_steps {self.num_steps // 10}",
         )
-        _check(
+        self._check(
             self.branch_from is None or self.init_from is None,
             "init_from",
-            self.init_from,
             "nothing beside branch_from, which takes the whole state",
         )
 

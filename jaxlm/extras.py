@@ -1,10 +1,14 @@
 """What is installed: versions, and what is said where an optional dependency is missing."""
 
+import functools
 import importlib
 import importlib.metadata
+import json
+import subprocess
+from pathlib import Path
 from types import ModuleType
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 """That of pyproject.toml: a clone that is not installed has no other."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 MODULES = {
@@ -22,9 +26,37 @@ MODULES = {
 """Extra of pyproject.toml -> the package that it installs."""
 
 
+@functools.cache
+def version() -> str:
+    """That of jaxlm, with the commit where that can be known: `0.2.0 (commit 1a2b…)`."""
+    commit = _checked_out(Path(__file__).parent.parent) or _installed_from()
+    return f"{VERSION} (commit {commit})" if commit else VERSION
+
+
+def _checked_out(root: Path) -> str | None:
+    # Not any checkout around it: a virtual environment may lie in that of another project.
+    if not (root / ".git").exists():
+        return None
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        command = ["git", "--no-optional-locks", "-C", str(root), *describe]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git here, or it does not trust the folder
+        return None
+
+
+def _installed_from() -> str | None:
+    # pip writes the commit of what it has installed from a repository (PEP 610).
+    try:
+        text = importlib.metadata.distribution("jaxlm").read_text("direct_url.json") or "{}"
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return json.loads(text).get("vcs_info", {}).get("commit_id")
+
+
 def versions() -> dict[str, str]:
     """Of jaxlm, and of the packages that a run depends on."""
-    return {"jaxlm": VERSION} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"jaxlm": version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def needs(module: str, what: str) -> ModuleType:

@@ -18,14 +18,16 @@ from typing import NoReturn
 import tyro
 
 from jaxlm.config import Config, leaves
-from jaxlm.extras import MODULES
+from jaxlm.extras import MODULES, version
+from jaxlm.files.durable import expand
+from jaxlm.files.strict import read_json
 from jaxlm.terminal import STOPPED, wants_color
 
 _INTERRUPTED = "interrupted; the same command goes on from what is on disk"
 
 
 def parse_config(args: Sequence[str], prog: str) -> Config:
-    """The config of `--config FILE` with the flags that follow applied to it.
+    """The config of `--config FILE|RUN` with the flags that follow applied to it.
 
     Exits with code 2 and a message if the flags do not fit; `--help` lists them all.
     """
@@ -48,20 +50,53 @@ def parse_config(args: Sequence[str], prog: str) -> Config:
 
 
 def load_config(path: str) -> Config:
-    """The `config` that a Python file defines; its run folder is named after the file.
+    """The `config` that a Python file defines, or the one that a run was last started with.
+
+    Args:
+      path: a Python file, after which the run folder is named; or a run folder or its config.json,
+        to go on with that run.
 
     Raises:
-      ValueError: there is no such file, or it defines no `config`.
+      ValueError: there is no such file, it defines no `config`, or it ends in an error.
     """
-    if not Path(path).is_file():
-        there = ", ".join(sorted(str(p) for p in Path(path).parent.glob("*.py"))) or "none"
-        raise ValueError(f"--config: found no file {path}, expected one of: {there}")
-    config = runpy.run_path(path).get("config")
+    file = Path(expand(path, "--config"))
+    if file.is_dir():
+        file /= "config.json"
+    if not file.is_file():
+        there = ", ".join(sorted(str(p) for p in file.parent.glob("*.py"))) or "none"
+        raise ValueError(f"--config: found no file {file}, expected one of: {there}")
+    if file.suffix == ".json":
+        return _config_of_run(file)
+    try:
+        config = runpy.run_path(str(file)).get("config")
+    except Exception as error:  # the file is a person's own code: anything may be raised in it
+        raise ValueError(f"--config: {file}, {_what_and_where(error, str(file))}") from error
     if not isinstance(config, Config):
-        raise ValueError(f"--config: {path} defines no `config = jaxlm.Config(…)`")
+        raise ValueError(f"--config: {file} defines no `config = jaxlm.Config(…)`")
     if config.run_dir == Config().run_dir:
-        config = replace(config, run_dir=f"runs/{Path(path).stem}")
+        config = replace(config, run_dir=f"runs/{file.stem}")
     return config
+
+
+def _config_of_run(file: Path) -> Config:
+    try:
+        config = read_json(file, Config)
+    except ValueError as error:
+        raise ValueError(f"--config: {error}; expected the config.json of a run") from error
+    if config.resume == "never":  # asked of the start that made the run
+        config = replace(config, resume="auto")
+    moved = Path(config.run_dir).resolve() != file.parent.resolve()
+    return replace(config, run_dir=str(file.parent)) if moved else config
+
+
+def _what_and_where(error: Exception, file: str) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+        lines = [error.lineno]
+    what = traceback.format_exception_only(error)[-1].strip()
+    what = what.removeprefix("ValueError: ")
+    return f"line {lines[-1]}: {what}" if lines else what
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -72,8 +107,17 @@ def main(args: Sequence[str] | None = None) -> int:
       python launch.py --config configs/tiny.py --num_steps 1000  # goes on to there
       python launch.py --config configs/tiny.py --seed 1 --run_dir runs/seed1
     """
+    args = sys.argv[1:] if args is None else args
+    if "--version" in args:
+        print(f"jaxlm {version()}")
+        return 0
     with with_examples(main):
-        config = parse_config(sys.argv[1:] if args is None else args, prog="launch.py")
+        config = parse_config(args, prog="launch.py")
+    return run(config)
+
+
+def run(config: Config) -> int:
+    """Trains, as one of several processes where the environment says so; returns the exit code."""
     # Until the loop takes over, there is nothing to save: stop at once, with the same code.
     before = signal.signal(signal.SIGTERM, _stop_now)
     try:
@@ -183,3 +227,7 @@ def explain(error: BaseException) -> tuple[int, str | None]:
     if not on_purpose or os.environ.get("JAXLM_TRACEBACK"):
         return 1, None
     return 1, f"error: {error}"
+
+
+if __name__ == "__main__":
+    leave(run_main(main))

@@ -17,6 +17,7 @@ import runs
 from jaxlm import __main__ as cli
 from jaxlm.data.cache import list_caches
 from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.extras import version
 from jaxlm.inference.sample import printable, sample_run
 from jaxlm.launch import run_main
 from jaxlm.report.diff import diff_checkpoints
@@ -73,14 +74,14 @@ def at_home(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_list_prints_the_seeds_table(at_home: Path, out):
     lines = out("checkpoints", "list", runs.RUN).splitlines()
-    assert cells(lines[0]) == ["Step", "Tokens (B)", "Eval Loss", "Best Eval Loss", "Size", ""]
+    assert cells(lines[0]) == ["Step", "Tokens", "Eval Loss", "Best Eval Loss", "Size", ""]
     assert re.fullmatch(r"-+\|-+\|-+\|-+\|-+\|-*", lines[1])
     losses = runs.eval_losses(at_home / runs.RUN)
     assert len(lines) == 5 and list(losses) == [4, 8, 12]
     best = float("inf")
     for line, (step, loss) in zip(lines[2:], losses.items(), strict=True):
         best = min(best, loss)
-        expected = [str(step), "0.0000", f"{loss:.4f}", f"{best:.4f}"]
+        expected = [str(step), f"{step * 256 / 1e3:.1f} k", f"{loss:.4f}", f"{best:.4f}"]
         assert cells(line)[:4] == expected
         assert re.fullmatch(r"\d+\.\d [kM]B", cells(line)[4])
         assert line.index("|") == lines[0].index("|")
@@ -242,6 +243,17 @@ def test_verify_looks_at_every_step_and_changes_nothing(own_run: Path, out):
         [getattr(stat, t) for t in times] for stat in after.values()
     ]
     assert before.keys() == after.keys()
+
+
+def test_verify_reads_the_config_that_a_resume_would_read(own_run: Path, out):
+    step = own_run / runs.RUN / "checkpoints/8"
+    config = json.loads((step / "meta/metadata").read_text())["config"]
+    config["optim"]["warmup_steps"] = 2.0
+    runs.rewrite(step, config=config)
+    said = out("checkpoints", "verify", str(own_run / runs.RUN), code=1).splitlines()
+    assert "config in the metadata of step 8: optim.warmup_steps: found 2.0, expected" in said[1]
+    assert f"(written by jaxlm {version()})" in said[1]
+    assert said[-1] == "1 of 3 steps are damaged"
 
 
 def test_verify_names_a_step_of_another_run(own_run: Path, out):

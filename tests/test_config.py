@@ -2,9 +2,14 @@ import ast
 import dataclasses
 import inspect
 import json
+import os
 import re
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxlm import config as config_module
 from jaxlm.config import (
@@ -22,6 +27,7 @@ from jaxlm.config import (
     leaves,
     to_dict,
 )
+from jaxlm.files.strict import parse_json
 
 PARTS = [
     ModelConfig,
@@ -152,6 +158,103 @@ def test_an_invalid_value_is_refused_by_name(cls, name, value):
     cls()  # the defaults are valid, so it is the value that is refused
     with pytest.raises(ValueError, match=rf"^{re.escape(name)}: found {re.escape(repr(value))}, "):
         cls(**{name.split(".")[-1]: value})
+
+
+WRONG = [
+    (OptimConfig, "optim.warmup_steps", 0.25 * 4, "expected int"),
+    (OptimConfig, "optim.name", "adam", "expected 'muon' or 'adamw'"),
+    (OptimConfig, "optim.schedule", "linear", "expected 'cosine' or 'wsd' or 'constant'"),
+    (OptimConfig, "optim.learning_rate", "3e-4", "expected float"),
+    (OptimConfig, "optim.learning_rate", "NaN", "expected a finite number"),
+    (OptimConfig, "optim.learning_rate", 10**30, "expected an integer of 64 bits"),
+    (ModelConfig, "model.qk_norm", 1, "expected bool"),
+    (ModelConfig, "model.num_layers", True, "expected int"),
+    (ModelConfig, "model.vocab_size", 2**31, "expected 1 to 2147483647"),
+    (CheckpointConfig, "checkpoint.keep_latest", 2.0, "expected int"),
+    (CheckpointConfig, "checkpoint.save_timeout_s", 10**12, "expected 1 to 86400"),
+    (Config, "eval_interval", 10**19, "expected an integer of 64 bits"),
+    (Config, "num_steps", 2**31, "expected 1 to 2147483647"),
+    (Config, "run_dir", Path("runs/x"), "expected str"),
+    (Config, "run_dir", "gs://bucket/run", "expected a local path"),
+    (Config, "run_dir", os.fsdecode("caf\u00e9".encode("latin-1")), "expected text in UTF-8"),
+    (Config, "sample_prompt", "a\0", "expected text in UTF-8, without NUL"),
+    (Config, "model", {"num_layers": 2}, "expected a ModelConfig"),
+    (Config, "model", OptimConfig(), "expected a ModelConfig"),
+    (Config, "data", None, "expected a DataConfig"),
+]
+
+
+@pytest.mark.parametrize(("cls", "name", "value", "expected"), WRONG, ids=lambda x: str(x)[:40])
+def test_a_value_of_the_wrong_kind_is_refused_when_a_config_is_made(cls, name, value, expected):
+    with pytest.raises(ValueError, match=rf"^{re.escape(name)}: found .*{re.escape(expected)}"):
+        cls(**{name.split(".")[-1]: value})
+
+
+def test_what_is_too_long_to_be_kept_is_refused():
+    with pytest.raises(ValueError, match="^run_dir: found a name of 256 bytes .*255 at most"):
+        Config(run_dir=f"runs/{'é' * 128}/x")
+    with pytest.raises(ValueError, match="^sample_prompt: found 70,000 bytes, expected 65,536"):
+        Config(sample_prompt="x" * 70_000)
+    assert Config(run_dir="r" * 255, sample_prompt="x" * 65_536)
+
+
+def test_a_wrong_name_gets_the_nearest_one():
+    with pytest.raises(ValueError, match="^num_step: not a field of Config; .* num_steps?"):
+        Config(num_step=3)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(ValueError, match="^learning_rate: .* did you mean optim.learning_rate?"):
+        Config(learning_rate=3)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(ValueError, match="^optim.lr: not a field of OptimConfig; its fields are n"):
+        dataclasses.replace(OptimConfig(), lr=3)  # pyright: ignore[reportCallIssue]
+
+
+def test_the_home_folder_stands_for_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = Config(run_dir="~/runs/a", checkpoint=CheckpointConfig(directory="~/kept"))
+    assert config.run_dir == "/home/me/runs/a" and config.checkpoint_dir == "/home/me/kept"
+    assert DataConfig(cache_dir="~/c").cache_dir == "/home/me/c"
+    assert Config(run_dir="runs/~").run_dir == "runs/~"
+
+
+NUMBERS = st.integers() | st.integers(0, 64) | st.floats() | st.floats(0, 1)
+VALUES = st.none() | st.booleans() | NUMBERS | st.text() | st.binary().map(os.fsdecode)
+PART_OF = {cls: field.name for field in dataclasses.fields(Config) for cls in [type(field.default)]}
+NAMES = (*leaves(Config()), *PART_OF.values())
+
+
+def changes_of(cls: type, name: str) -> st.SearchStrategy[tuple[type, str, object]]:
+    words = get_args(get_type_hints(cls)[name])
+    values = VALUES | st.sampled_from(words) if words else VALUES
+    return st.tuples(st.just(cls), st.just(name), values)
+
+
+FIELDS = [(cls, field.name) for cls in PARTS for field in dataclasses.fields(cls)]
+CHANGES = st.lists(st.sampled_from(FIELDS).flatmap(lambda field: changes_of(*field)), max_size=6)
+
+
+def test_whatever_a_config_accepts_comes_back_from_disk():
+    accepted = []
+
+    @settings(max_examples=50, deadline=None, database=None, derandomize=True)
+    @given(CHANGES)
+    def comes_back(wanted: list[tuple[type, str, object]]) -> None:
+        config = Config()
+        for cls, name, value in wanted:
+            try:
+                if cls is Config:
+                    config = dataclasses.replace(config, **{name: value})
+                else:
+                    part = dataclasses.replace(getattr(config, PART_OF[cls]), **{name: value})
+                    config = dataclasses.replace(config, **{PART_OF[cls]: part})
+            except ValueError as error:
+                assert str(error).startswith(NAMES), error
+        text = json.dumps(to_dict(config))
+        again = parse_json(text.encode(), Config)
+        assert again == from_dict(json.loads(text)) == config
+        assert json.dumps(to_dict(again)) == text
+        accepted.append(config)
+
+    comes_back()
+    assert sum(config != Config() for config in accepted) > 12
 
 
 @pytest.mark.parametrize("field", ["learning_rate", "weight_decay", "eps", "beta1", "clip_norm"])

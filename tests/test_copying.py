@@ -130,6 +130,13 @@ def test_a_copy_that_fails_leaves_nothing(
     assert left_over() == []
 
 
+def test_a_name_that_is_too_long_is_refused_before_anything_is_made(run: Path) -> None:
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(ValueError, match=r"found a name of 259 bytes .*expected 255 at most"):
+        copy_run(runs.RUN, "x" * 250)  # a name of .NAME.partial is needed for a while
+    assert sorted(Path().rglob("*")) == before
+
+
 def test_after_a_kill_the_next_copy_is_whole(run: Path) -> None:
     stale = Path("backup/.tiny.partial/checkpoints/3")
     stale.mkdir(parents=True)

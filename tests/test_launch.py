@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 import runs
 from test_config import INVALID
 
+from jaxlm import __main__ as cli
 from jaxlm import launch
-from jaxlm.checkpoints.folder import list_steps
-from jaxlm.config import Config, leaves
+from jaxlm.checkpoints.folder import list_steps, select
+from jaxlm.config import Config, leaves, to_dict
+from jaxlm.extras import version
 from jaxlm.training import start
 
 
@@ -65,6 +68,82 @@ def test_config_files_that_are_none(home: Path):
         launch.parse_config(["--num_steps", "3"], prog="launch.py")
     with pytest.raises(ValueError, match="--config: found nothing"):
         launch.parse_config(["--config"], prog="launch.py")
+
+
+MISTAKES = {
+    "from jaxlm import Config\nconfig = Config(num_step=3)": (
+        "line 2: num_step: not a field of Config; did you mean num_steps?"
+    ),
+    "from jaxlm.config import *\n\nconfig = Config(\n  optim=OptimConfig(learning_rate='3e-4'))": (
+        "line 4: optim.learning_rate: found '3e-4', expected float"
+    ),
+    "config = Confg()": "line 1: NameError: name 'Confg' is not defined",
+    "\nconfig = Config(": "line 2: SyntaxError: '(' was never closed",
+    "import no_such": "line 1: ModuleNotFoundError: No module named 'no_such'",
+    "raise KeyError('x')": "line 1: KeyError: 'x'",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_a_mistake_in_a_config_file_is_one_line(
+    home: Path, capsys: pytest.CaptureFixture, text: str
+):
+    Path("configs/wrong.py").write_text(text)
+    args = ["--config", "configs/wrong.py"]
+    assert launch.run_main(lambda: launch.main(args)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --config: configs/wrong.py, {MISTAKES[text]}"), said
+    assert said.count("\n") == 1
+
+
+def test_the_config_of_a_run_goes_on_with_it(tiny_run: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tiny_run)
+    config = launch.load_config(runs.RUN)
+    assert config == launch.load_config(f"{runs.RUN}/config.json")
+    assert (config.run_dir, config.num_steps, config.optim.learning_rate) == (runs.RUN, 12, 3)
+    said = launch.parse_config(["--config", runs.RUN, "--num_steps", "20"], prog="launch.py")
+    assert said == dataclasses.replace(config, num_steps=20)
+    monkeypatch.chdir(tiny_run / "runs")
+    assert launch.load_config("tiny").run_dir == "tiny"  # from where it is looked at now
+
+
+def test_a_config_json_that_is_none_of_a_run(home: Path):
+    Path("config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="--config: config.json: model_type: not a field of .*run"):
+        launch.load_config("config.json")
+    with pytest.raises(ValueError, match="--config: found no file configs/config.json, expected"):
+        launch.load_config("configs")
+    Path("config.json").write_text(json.dumps(to_dict(Config(resume="never"))))
+    config = launch.load_config("config.json")
+    assert (config.resume, config.run_dir) == ("auto", ".")
+
+
+def test_both_commands_name_the_version(capsys: pytest.CaptureFixture):
+    assert launch.main(["--version"]) == cli.command(["--version"]) == 0
+    assert capsys.readouterr().out == f"jaxlm {version()}\n" * 2
+
+
+def test_a_checkpoint_names_the_version_that_wrote_it(tiny_run: Path):
+    metadata = select(f"{tiny_run / runs.RUN}@4").metadata
+    assert metadata.environment["versions"]["jaxlm"] == version()
+
+
+@pytest.mark.parametrize("module", ["jaxlm.launch", "jaxlm"])
+def test_a_module_that_is_run_runs(module: str, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(sys, "argv", [module, "--version"])
+    monkeypatch.delitem(sys.modules, module if module != "jaxlm" else "jaxlm.__main__")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(module, run_name="__main__")
+    assert stop.value.code == 0 and version() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("first", ["configs/tiny.py", "--config=configs/tiny.py"])
+def test_jaxlm_train_is_launch(home: Path, monkeypatch: pytest.MonkeyPatch, first: str):
+    trained = []
+    monkeypatch.setattr("jaxlm.cli.runs.run", lambda config: trained.append(config) or 75)
+    assert cli.command(["train", first, "--num_steps", "9"]) == 75
+    assert trained == [parse("--num_steps", "9")]
 
 
 def test_every_field_is_a_flag_with_help(home: Path, capsys: pytest.CaptureFixture):
@@ -233,6 +312,27 @@ def test_a_complete_run_says_how_to_go_on(own_run: Path):
     assert "this command differs" not in said
     _, said = runs.launched(own_run, f"{flags} --log_interval 5")
     assert "this command differs in log_interval: was 2, is 5" in said
+
+
+def test_a_complete_run_does_not_pass_for_one_with_other_settings(own_run: Path):
+    flags = "--num_steps 12 --optim.lr 4"
+    with pytest.raises(
+        ValueError, match=r"nothing was trained .*\n.*rate: was 3.0, is 4.0\n.*--run"
+    ):
+        runs.launched(own_run, flags)
+
+
+def test_a_run_goes_on_from_its_folder_alone(own_run: Path):
+    with runs.working_in(own_run):
+        assert launch.main(["--config", runs.RUN]) == 0  # it is complete
+        assert launch.main(["--config", runs.RUN, "--num_steps", "13"]) == 0
+    assert select(f"{own_run / runs.RUN}@latest").metadata.config["optim"]["learning_rate"] == 3
+
+
+def test_a_prompt_that_is_too_long_is_found_before_the_first_step(own_run: Path):
+    with pytest.raises(ValueError, match="^sample_prompt: a prompt of .* tokens and 16 new ones"):
+        runs.launched(own_run, f"--run_dir runs/b --sample_prompt '{'aeinorst ' * 40}'")
+    assert list_steps(own_run / "runs/b/checkpoints") == []
 
 
 def test_a_gpu_without_deterministic_kernels_is_told_at_a_resume(own_run: Path, monkeypatch):

@@ -262,9 +262,10 @@ def names_in(tree: ast.AST) -> set[str]:
 
 
 def test_one_broad_except_at_the_border_to_the_trackers():
-    # tokenizers raises bare Exceptions, which `data.tokenizer` turns into ValueErrors.
+    # tokenizers raises bare Exceptions, which `data.tokenizer` turns into ValueErrors; and a config
+    # file is a person's own code, of which `launch` names the line.
     found = {name: count for name, tree in MODULES.items() if (count := broad_excepts(tree))}
-    assert found == {"tracking.trackers": 1, "data.tokenizer": 1}
+    assert found == {"tracking.trackers": 1, "data.tokenizer": 1, "launch": 1}
     for text in ("except:", "except Exception:", "except (OSError, BaseException) as e:"):
         assert broad_excepts(ast.parse(f"try:\n  pass\n{text}\n  pass")) == 1
     assert broad_excepts(ast.parse("try:\n  pass\nexcept OSError:\n  pass")) == 0
@@ -309,6 +310,6 @@ def test_the_whole_is_small():
     others = [ROOT / "launch.py", *(ROOT / "configs").glob("*.py")]
     assert len(others) >= 3
     counts = {path: code_lines(path.read_text()) for path in [*FILES, *others]}
-    assert sum(counts.values()) <= 9030
+    assert sum(counts.values()) <= 9220
     assert counts[ROOT / "jaxlm/checkpoints/checkpoint.py"] <= 350
     assert code_lines('"""Doc."""\n\n# why\nx = 1  # here\ndef f():\n    """Doc."""\n') == 2

@@ -14,10 +14,15 @@ from flax import nnx
 from small import names_and_leaves
 
 from jaxlm.checkpoints import restore
+from jaxlm.checkpoints.folder import run_folder, select
+from jaxlm.checkpoints.names import split_step
 from jaxlm.checkpoints.restore import restore_numpy
 from jaxlm.config import Config, MeshConfig, ModelConfig
 from jaxlm.device.sharding import make_mesh
+from jaxlm.files.durable import check_out
+from jaxlm.files.publish import check_free
 from jaxlm.inference.load import load_model
+from jaxlm.report.history import read_history
 
 TOKENS_BT = np.random.RandomState(0).randint(0, 512, (8, 32)).astype(np.int32)
 
@@ -53,7 +58,7 @@ def test_which_checkpoint(tiny_run: Path, which: str, step: int):
     assert said == [
         f"Loaded step {step} of {run}/checkpoints",
         f"Best eval loss: {best:.4f}",
-        f"Tokens seen: {step * 256 / 1e9:.2f}B",
+        f"Tokens seen: {step * 256 / 1e3:.1f} k",
     ]
     saved = restore_numpy(run / "checkpoints" / str(step))["params"]
     loaded = names_and_leaves(nnx.to_pure_dict(nnx.state(model)))
@@ -187,3 +192,29 @@ def test_the_metadata_holds_what_a_script_needs(tiny_run: Path):
     assert metadata.lineage[0]["step"] == 8
     assert any("optim.learning_rate: was 0.01, is 3.0" in change for change in changed)
     assert math.isfinite(metadata.best_eval_loss)
+
+
+def test_an_at_sign_in_the_path_or_the_name_is_no_step(own_run: Path):
+    run = own_run / "me@host" / "exp@lr1"
+    run.parent.mkdir()
+    (own_run / runs.RUN).rename(run)
+    said: list[str] = []
+    for name, step in {"": runs.BEST, "@4": 4, "@latest": runs.LATEST}.items():
+        assert load_model(f"{run}{name}", say=said.append)[1].step == step
+    assert select(f"{run}/checkpoints").step == runs.BEST
+    assert split_step(f"{run}@best") == (str(run), "best")
+    with pytest.raises(ValueError, match=r"exp@lr1@bst: expected @best, @latest, @final or @ and"):
+        select(f"{run}@bst")
+    with pytest.raises(ValueError, match=r"found no checkpoints, .* without a @STEP"):
+        select(f"{run}-2@bst")
+    run.rename(own_run / "exp@4")  # a folder of that name is what is meant
+    assert select(f"{own_run}/exp@4", "latest").step == runs.LATEST
+
+
+def test_a_tilde_is_the_home_folder(tiny_run: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tiny_run))
+    found = select(f"~/{runs.RUN}@4")
+    assert found.path == tiny_run / runs.RUN / "checkpoints/4"
+    assert run_folder(f"~/{runs.RUN}", found.folder) == tiny_run / runs.RUN
+    assert read_history(f"~/{runs.RUN}").checkpoints
+    assert check_free("~/new") == tiny_run / "new" and check_out(Path("~/x")) == tiny_run / "x"

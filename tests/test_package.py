@@ -1,13 +1,17 @@
 """What `import jaxlm` gives, whatever was imported before."""
 
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import jaxlm
+from jaxlm import extras
+from jaxlm.extras import version
 
 
 def run_apart(code: str) -> str:
@@ -41,7 +45,31 @@ importlib.metadata.distribution = without_jaxlm
 from jaxlm.extras import versions
 print(versions()["jaxlm"])
 """)
-    assert told == jaxlm.__version__
+    assert told == version()
+
+
+def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path: Path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    assert extras._checked_out(tmp_path) is None
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert extras._checked_out(tmp_path) is None  # nothing is committed
+    (tmp_path / "a").write_text("1")
+    subprocess.run([*git, "add", "a"], check=True)
+    subprocess.run([*git, "commit", "-qm", "a"], check=True)
+    commit = extras._checked_out(tmp_path)
+    assert commit and re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "a").write_text("2")
+    assert extras._checked_out(tmp_path) == f"{commit}-dirty"
+    (tmp_path / "site-packages").mkdir()
+    assert extras._checked_out(tmp_path / "site-packages") is None
+
+
+def test_the_commit_of_a_package_installed_from_a_repository(monkeypatch: pytest.MonkeyPatch):
+    texts = {'{"url": "x", "vcs_info": {"vcs": "git", "commit_id": "abc"}}': "abc", None: None}
+    for text, commit in texts.items():
+        found = SimpleNamespace(read_text=lambda name, text=text: text)
+        monkeypatch.setattr(extras.importlib.metadata, "distribution", lambda name, f=found: f)
+        assert extras._installed_from() == commit
 
 
 def test_its_version_is_that_of_the_project():

@@ -24,8 +24,10 @@ BEGIN, END = "# pins: begin\n", "# pins: end\n"
 PIN = re.compile(r"[a-z0-9-]+==[^\s;/]+( ; [^/]+)?")
 REGENERATE = "uv run --no-project tools/pin.py"
 
-# All that a run can be asked for by flag. The extras of one accelerator are left to its owner.
-EVERYWHERE = [f"--extra={name}" for name in ("hf", "tensorboard", "text", "tfds", "wandb")]
+# All that a run can be asked for by flag, and its report. The extras of one accelerator are left to
+# its owner.
+EXTRAS = ("hf", "report", "tensorboard", "text", "tfds", "wandb")
+EVERYWHERE = [f"--extra={name}" for name in EXTRAS]
 REQUIREMENTS = {
     "requirements.txt": (
         "All that launch.py can be asked for, on a CPU",

@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 from jaxlm.checkpoints.copying import Copied, copy_run
 from jaxlm.checkpoints.folder import list_steps
 from jaxlm.checkpoints.manifest import find_damage
+from jaxlm.checkpoints.names import split_step
 from jaxlm.extras import MODULES, needs
 from jaxlm.files.durable import crc32c, link
 from jaxlm.files.publish import published
@@ -44,7 +45,7 @@ def upload(run: str, dest: str, *, say: Say = print) -> Copied:
       ValueError: as `copy_run` raises, or there is something else.
       RuntimeError: the copy was cut short, and the same command goes on with it.
     """
-    base = Path(run.rpartition("@")[0] or run).resolve()
+    base = Path(split_step(run)[0]).resolve()
     links = base.with_name(f".{base.name}.upload-{zlib.crc32(dest.encode()):08x}")
     with _bucket(dest) as (bucket, root):
         there = _list(bucket, root)

@@ -17,9 +17,10 @@ from jaxlm.checkpoints.folder import (
     when_settled,
 )
 from jaxlm.checkpoints.manifest import find_damage
+from jaxlm.checkpoints.names import split_step
 from jaxlm.checkpoints.skips import NAME as SKIPS
 from jaxlm.files.durable import write_file
-from jaxlm.files.publish import published
+from jaxlm.files.publish import check_free, published
 from jaxlm.files.strict import read_json
 from jaxlm.terminal import track
 from jaxlm.tracking.events import NAME as EVENTS
@@ -60,14 +61,14 @@ def copy_run(
         sound.
       RuntimeError: a file could not be read or written.
     """
-    name, at, _ = run.rpartition("@") if "@" in run else (run, "", "")
-    source, target = find_checkpoints(name), Path(dest)
+    name, at = split_step(run)
+    source, target = find_checkpoints(name), check_free(dest)
     run_dir, steps = run_folder(name, source), list_steps(source)[::-1]  # the newest stays longest
     milestones = [] if at else list_steps(source / WEIGHTS)
     if at:  # of a milestone, its weights are the checkpoint
         selected = select(run)
         source, steps = selected.folder, [selected.step]
-    check_outside(dest, run_dir, source)
+    check_outside(target, run_dir, source)
     deleted, damaged = [], {}
     with published(target, say) as partial:
         folder = partial / "checkpoints"
@@ -102,13 +103,10 @@ def copy_run(
     return Copied(target, copied, deleted, damaged)
 
 
-def check_outside(dest: str, *folders: Path) -> None:
-    """Raises ValueError if something new is to be made at a URL, or inside one of these folders."""
-    if "://" in dest:
-        raise ValueError(f"{dest}: found a URL, expected a local path or gs://BUCKET/PATH")
-    target = Path(dest).resolve()
-    if inside := [path for path in folders if target.is_relative_to(path.resolve())]:
-        raise ValueError(f"{dest}: lies within {inside[0]}, expected a place outside of the run")
+def check_outside(target: Path, *folders: Path) -> None:
+    """Raises ValueError if something new is to be made inside one of these folders."""
+    if inside := [path for path in folders if target.resolve().is_relative_to(path.resolve())]:
+        raise ValueError(f"{target}: lies within {inside[0]}, expected a place outside of the run")
 
 
 def _copy_step(source: Path, target: Path, copy_file: Callable[..., Any]) -> list[str] | None:

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple, TypedDict
 
 from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.checkpoints.names import split_step
 from jaxlm.checkpoints.skips import Skip, held_by, read_skips
+from jaxlm.files.durable import expand
 from jaxlm.files.strict import read_json
 from jaxlm.terminal import progress
 
@@ -195,7 +197,7 @@ def find_checkpoints(run: str) -> Path:
     Raises:
       ValueError: there is none.
     """
-    path = Path(run)
+    path = Path(expand(run, "RUN"))
     if (path / "config.json").is_file():
         try:
             recorded = recorded_directory(path)
@@ -222,8 +224,9 @@ def find_checkpoints(run: str) -> Path:
 
 def run_folder(run: str, folder: Path) -> Path:
     """The run folder of a run that is named by it, or by its checkpoint folder."""
-    is_run = (Path(run) / "config.json").is_file() or Path(run) != folder
-    return Path(run) if is_run else folder.parent
+    path = Path(expand(run, "RUN"))
+    is_run = (path / "config.json").is_file() or path != folder
+    return path if is_run else folder.parent
 
 
 class Selected(NamedTuple):
@@ -254,7 +257,7 @@ def select(run: str, default: str = "best", *, contents: bool = True) -> Selecte
     Raises:
       ValueError: no such run or step, or it is damaged.
     """
-    name, _, which = run.rpartition("@") if "@" in run else (run, "", "")
+    name, which = split_step(run)
     which = which or default
     folder = find_checkpoints(name)
     found = read_steps(folder)
@@ -264,7 +267,7 @@ def select(run: str, default: str = "best", *, contents: bool = True) -> Selecte
             return selected
     # Of a damaged step, no one can tell whether it was the best or a final one.
     passed_over = found.damaged if which in ("best", "final") else {}
-    for step in _candidates(name, found, which):
+    for step in _candidates(found, which):
         path = folder / str(step)
         with progress(f"Verifying step {step}"):
             damage = found.damaged.get(step) or manifest.find_damage(path, contents=contents)
@@ -280,7 +283,7 @@ def select(run: str, default: str = "best", *, contents: bool = True) -> Selecte
     )
 
 
-def _candidates(run: str, found: Steps, which: str) -> list[int]:
+def _candidates(found: Steps, which: str) -> list[int]:
     steps = sorted(found.sound.keys() | found.damaged.keys(), reverse=True)
     if which.isdigit():
         return [step for step in steps if step == int(which)]
@@ -288,8 +291,6 @@ def _candidates(run: str, found: Steps, which: str) -> list[int]:
         return steps
     if which == "final":
         return [step for step in steps if step in found.sound and found.sound[step].final]
-    if which != "best":
-        raise ValueError(f"{run}@{which}: expected @best, @latest, @final or @ and a step number")
     losses = {step: metadata.eval_loss for step, metadata in found.sound.items()}
     ranked = []
     while best := find_best(losses):

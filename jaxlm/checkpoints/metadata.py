@@ -70,7 +70,10 @@ class Metadata:
         try:
             return from_dict(self.config)
         except ValueError as error:
-            raise ValueError(f"the config in the metadata of step {self.step}: {error}") from error
+            raise ValueError(
+                f"the config in the metadata of step {self.step}: {error} "
+                f"({_writer(self.environment)})"
+            ) from error
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; a best loss that is infinite becomes null."""
@@ -93,11 +96,18 @@ class Metadata:
         """
         if (found := values.get("format")) != FORMAT:
             raise ValueError(
-                f"found format {shown(found)}, expected {FORMAT}; use the jaxlm that wrote it"
+                f"found format {shown(found)}, expected {FORMAT}; use the jaxlm that wrote it "
+                f"({_writer(values.get('environment'))})"
             )
         if values.get("best_eval_loss", 0) is None:
             values = {**values, "best_eval_loss": math.inf}
         return conform(values, cls)
+
+
+def _writer(environment: object) -> str:
+    versions = environment.get("versions") if isinstance(environment, dict) else None
+    found = versions.get("jaxlm") if isinstance(versions, dict) else None
+    return f"written by jaxlm {shown(found)[1:-1] if isinstance(found, str) else 'of no version'}"
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

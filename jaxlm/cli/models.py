@@ -35,7 +35,9 @@ def evaluate(
       jaxlm eval runs/tiny --follow
     """
     if follow:
-        if len(runs) != 1 or "@" in runs[0] or paired:
+        from jaxlm.checkpoints.names import split_step
+
+        if len(runs) != 1 or split_step(runs[0])[1] or paired:
             found = " ".join(runs)
             raise ValueError(f"--follow: found {found}, expected one RUN; leave out the rest")
         return _follow(runs[0], source, out, poll_s, json)
@@ -105,6 +107,7 @@ def benchmark(
 
     needs(MODULES["lm-eval"], "jaxlm benchmark")
     from jaxlm.evaluation.harness import run_tasks
+    from jaxlm.files.durable import expand
     from jaxlm.inference.reader import Reader
 
     reader = Reader(run, batch_size=batch_size, say=note(json))
@@ -112,7 +115,7 @@ def benchmark(
     found = run_tasks(
         reader,
         names,
-        include_path=include_path,
+        include_path=include_path and expand(include_path, "--include_path"),
         num_fewshot=num_fewshot,
         limit=limit,
         say=note(json),

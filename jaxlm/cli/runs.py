@@ -1,4 +1,4 @@
-"""`jaxlm prepare`, `prove-resume` and `plan`: a config before it is trained; `report`, `doctor`."""
+"""`jaxlm train`; `prepare`, `prove-resume`, `plan`: a config before that; `report`, `doctor`."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,23 @@ from tyro.conf import Positional
 
 from jaxlm.cli.arguments import Runs
 from jaxlm.cli.output import show
-from jaxlm.launch import parse_config
+from jaxlm.launch import parse_config, run
 from jaxlm.terminal import progress, track
+
+
+def train(flags: Positional[tuple[str, ...]] = ()) -> int:
+    """Train a config, or go on with a run.
+
+    Args:
+      flags: a config file or a run folder; and the flags of launch.py.
+
+    Examples:
+      jaxlm train configs/tiny.py
+      jaxlm train configs/tiny.py --seed 1 --run_dir runs/seed1
+      jaxlm train runs/tiny --num_steps 1000
+    """
+    named = ("--config", *flags) if flags and not flags[0].startswith("-") else flags
+    return run(parse_config(named, prog="jaxlm train"))
 
 
 def prepare(flags: Positional[tuple[str, ...]] = ()) -> int:
@@ -114,7 +129,7 @@ def report(runs: Runs, *, out: Path = Path("report.html"), json: bool = False) -
     from jaxlm.report.history import read_history
     from jaxlm.report.page import make_report
 
-    check_out(out)
+    out = check_out(out)
     if out.suffix != ".html":
         raise ValueError(f"--out: found {out}, expected a name that ends in .html")
     if not runs:

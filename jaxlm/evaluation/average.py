@@ -19,7 +19,7 @@ from jaxlm.checkpoints.restore import DamagedArrays, restore_numpy
 from jaxlm.device.state import fingerprint
 from jaxlm.evaluation.score import score
 from jaxlm.files.durable import write_file
-from jaxlm.files.publish import published
+from jaxlm.files.publish import check_free, published
 from jaxlm.terminal import progress
 
 
@@ -69,8 +69,9 @@ def average(
             f"{run}: found {len(chosen)} checkpoint(s) to average, expected at least 2; "
             "`jaxlm checkpoints list` shows what there is, --checkpoint.keep_every keeps more"
         )
-    target = Path(out or f"{run_folder(run, folder).resolve()}-average-{chosen[0]}-{chosen[-1]}")
-    check_outside(str(target), run_folder(run, folder), folder)
+    run_dir = run_folder(run, folder)
+    target = check_free(out or f"{run_dir.resolve()}-average-{chosen[0]}-{chosen[-1]}")
+    check_outside(target, run_dir, folder)
     with published(target, warn) as partial:
         params, newest = _mean_params(folder, chosen)
         path = partial / "checkpoints" / str(newest.step)

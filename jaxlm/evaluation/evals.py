@@ -76,7 +76,7 @@ class EvalLog:
         Raises:
           ValueError: another process has it open, it has other rows, or there is no such folder.
         """
-        check_out(path)
+        path = check_out(path)
         self._file = path.open("ab", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,6 +14,7 @@ from scipy.special import stdtrit
 
 from jaxlm.checkpoints.folder import TOKENIZER, Selected, read_metadata, select, when_settled
 from jaxlm.checkpoints.manifest import find_damage
+from jaxlm.checkpoints.names import split_step
 from jaxlm.checkpoints.restore import find_changed_arrays
 from jaxlm.compiled import keep_compiled
 from jaxlm.config import Config, MeshConfig
@@ -49,7 +50,9 @@ def verify_step(folder: Path, step: int) -> list[str] | None:
         if damage := find_damage(path):
             return damage
         try:
-            changed = find_changed_arrays(path, read_metadata(folder, step))
+            metadata = read_metadata(folder, step)
+            metadata.run_config()  # a resume reads it too
+            changed = find_changed_arrays(path, metadata)
         except (OSError, ValueError, RuntimeError) as error:
             return [f"it cannot be restored: {error}"]
         return [f"{name} differs from what was saved" for name in changed]
@@ -157,7 +160,8 @@ class Scorer:
                 f"{run}: found data {dataset.fingerprint}, expected that of the run, {recorded}; "
                 "bring it back, or name other text with --source"
             )
-        return _Candidate(run if "@" in run else f"{run}@best", selected, config, dataset)
+        name = run if split_step(run)[1] else f"{run}@best"
+        return _Candidate(name, selected, config, dataset)
 
 
 def _in_batches_of(first: _Candidate, other: _Candidate) -> _Candidate:

@@ -14,6 +14,10 @@ NO_ANSWER = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 """What says nothing about a file but that it cannot be had now."""
 
 
+_MAX_NAME_BYTES = 255
+"""Of a file's name: ext4, XFS, APFS and NFS take no more."""
+
+
 class DiskError(RuntimeError):
     """A disk or its server gives no answer about a file, which may be sound for all we know."""
 
@@ -114,10 +118,36 @@ def link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def check_out(path: Path) -> None:
-    """Raises ValueError unless a file can be written, or replaced, under this name."""
+def expand(path: str, what: str) -> str:
+    """A path as a person gives it, with the home folder in the place of `~`.
+
+    Args:
+      path: of a file or folder that may not be there yet.
+      what: the setting, flag or argument that it is of, for the message.
+
+    Raises:
+      ValueError: a name in it is longer than file systems take.
+    """
+    for name in path.split("/"):
+        if (num_bytes := len(os.fsencode(name))) > _MAX_NAME_BYTES:
+            raise ValueError(
+                f"{what}: found a name of {num_bytes} bytes ({name[:20]}…), expected "
+                f"{_MAX_NAME_BYTES} at most; choose a shorter one"
+            )
+    return os.path.expanduser(path)
+
+
+def check_out(path: Path) -> Path:
+    """The path with `~` as the home folder.
+
+    Raises:
+      ValueError: no file can be written, or replaced, under this name.
+    """
+    path = Path(expand(str(path), "--out"))
+    expand(f".{path.name}.tmp", "--out")  # the name that the file has while it is written
     # A device or a pipe would be replaced as well.
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise ValueError(f"--out: found {path}, which is no plain file; name another")
     if not path.parent.is_dir():
         raise ValueError(f"--out: found no folder {path.parent}, expected one; make it first")
+    return path

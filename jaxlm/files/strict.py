@@ -5,6 +5,7 @@ twice, and every value is of the type that an annotation names, before anyone us
 """
 
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -17,6 +18,8 @@ from jaxlm.files.durable import read_file
 T = TypeVar("T")
 MAX_BYTES = 1 << 24
 """Of a JSON file; a checkpoint of 10,000 arrays needs a tenth of it."""
+hints_of = functools.cache(typing.get_type_hints)
+"""The annotations of a class, which take a while to look up."""
 _MAX_DEPTH = 32
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -98,12 +101,15 @@ def conform(value: Any, kind: Any, name: str = "") -> Any:
         return {k: conform(item, args[1], f"{name}[{shown(k)}]") for k, item in value.items()}
     if kind is float and type(value) is str and value in _NOT_FINITE:
         return _NOT_FINITE[value]
+    expected = getattr(kind, "__name__", kind) if origin is None else kind
     if origin is Literal:
         fits = any(value == arg and type(value) is type(arg) for arg in args)
+        expected = " or ".join(map(repr, args))
+    elif type(value) is int and kind in (int, float) and not -(2**63) <= value < 2**63:
+        fits, expected = False, "an integer of 64 bits"
     else:
         fits = kind is Any or type(value) is kind or (kind is float and type(value) is int)
     if not fits:
-        expected = getattr(kind, "__name__", kind) if origin is None else kind
         raise ValueError(f"{name + ': ' if name else ''}found {shown(value)}, expected {expected}")
     return value
 
@@ -115,7 +121,7 @@ def shown(value: Any) -> str:
 
 
 def _record(value: Any, kind: Any, name: str) -> Any:
-    hints = typing.get_type_hints(kind)
+    hints = hints_of(kind)
     value = conform(value, dict[str, Any], name)
     prefix = f"{name}." if name else ""
     if typing.is_typeddict(kind):

@@ -13,6 +13,7 @@ from jaxlm.config import MeshConfig
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import Blueprint, ModelFactory, Params, blueprint_of
 from jaxlm.terminal import progress
+from jaxlm.tracking.console import format_count
 
 
 def load_model(
@@ -77,4 +78,4 @@ def tell_selected(selected: Selected, say: Callable[[str], None]) -> None:
         say(f"Warning: step {step} is damaged ({damage[0]}) and was passed over")
     say(f"Loaded step {metadata.step} of {selected.folder}")
     say(f"Best eval loss: {metadata.best_eval_loss:.4f}")
-    say(f"Tokens seen: {metadata.tokens_seen / 1e9:.2f}B")
+    say(f"Tokens seen: {format_count(metadata.tokens_seen)}")

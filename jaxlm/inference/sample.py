@@ -141,6 +141,15 @@ def _check_room(
             raise ValueError(
                 f"prompts: found ids {ids.min()} to {ids.max()}, expected 0 to {V - 1}"
             )
+    return check_room(longest, max_tokens, seq_len)
+
+
+def check_room(longest: int, max_tokens: int | None, seq_len: int | None) -> int:
+    """How many new tokens may follow prompts of up to `longest` tokens.
+
+    Raises:
+      ValueError: together they are more than `seq_len`.
+    """
     room = math.inf if seq_len is None else seq_len - longest
     found = max_tokens or max(min(_MAX_TOKENS, room), 1)
     if found > room:

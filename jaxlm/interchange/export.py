@@ -72,15 +72,14 @@ def export(
       ValueError: no such checkpoint, it is damaged or of a model of your own; the folder is taken;
         or there is no token for the Hub.
     """
-    target = Path(folder)
-    check_free(target)
+    target = check_free(folder)
     if push and huggingface_hub.get_token() is None:
         raise ValueError(
             "push: found no token of the Hugging Face Hub, expected $HF_TOKEN or that of "
             "`hf auth login`; give one, or leave --push out"
         )
     selected = select(run)
-    check_outside(folder, selected.folder)
+    check_outside(target, selected.folder)
     tell_selected(selected, say)
     _, params = restore_params(selected, make_mesh(MeshConfig()))
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -91,7 +90,7 @@ def export(
         files = sorted(path.name for path in partial.iterdir())
     url = _push(target, push) if push else None
     architecture = "Qwen3" if selected.metadata.run_config().model.qk_norm else "Llama"
-    return Exported(folder, selected.step, architecture, dtype, num_params, files, own, url)
+    return Exported(str(target), selected.step, architecture, dtype, num_params, files, own, url)
 
 
 def _write_weights(folder: Path, params: Any, dtype: Dtype, max_shard_bytes: int) -> None:

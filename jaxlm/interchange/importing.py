@@ -24,7 +24,7 @@ from jaxlm.data.dataset import check_vocabulary
 from jaxlm.data.tokenizer import find_eos, load_tokenizer, num_ids
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import blueprint_of, path_name
-from jaxlm.files.durable import read_file, write_file
+from jaxlm.files.durable import expand, read_file, write_file
 from jaxlm.files.publish import check_free, published
 from jaxlm.files.strict import read_json, shown
 from jaxlm.interchange.mapping import CONFIG, INDEX, WEIGHTS, Tensor, from_hf_config, tensor_of
@@ -71,8 +71,8 @@ def import_folder(folder: str, run: str, *, say: Callable[[str], None] = print) 
       ValueError: the run folder is taken; or the folder is not there, is of another architecture,
         has pickled weights, or holds not exactly the tensors of its config.
     """
-    source, target = Path(folder), Path(run)
-    check_free(target)
+    source, target = Path(expand(folder, "FOLDER")), check_free(run)
+    run = str(target)
     if not (source / CONFIG).is_file():
         raise ValueError(
             f"{folder}: found no folder with a {CONFIG}, expected one of transformers on this disk "

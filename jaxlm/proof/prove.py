@@ -48,7 +48,7 @@ class Settings:
             if (found := getattr(self, name)) < least:
                 raise ValueError(f"{name}: found {found}, expected at least {least}")
         if self.out:
-            check_out(self.out)
+            object.__setattr__(self, "out", check_out(self.out))
 
 
 def prove(config: Config, flags: Sequence[str], settings: Settings) -> dict[str, Any]:

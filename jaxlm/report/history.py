@@ -12,7 +12,7 @@ from jaxlm.checkpoints.folder import find_checkpoints, read_steps
 from jaxlm.checkpoints.metadata import Metadata, flat
 from jaxlm.evaluation.evals import NAME as EVALS
 from jaxlm.evaluation.evals import Eval, read_evals
-from jaxlm.files.durable import DiskError, folder_bytes
+from jaxlm.files.durable import DiskError, expand, folder_bytes
 from jaxlm.files.strict import read_json
 from jaxlm.report.table import describe_steps
 from jaxlm.tracking.clock import KINDS
@@ -69,7 +69,7 @@ def read_history(run: str) -> History:
     Raises:
       ValueError: there is no such folder.
     """
-    path = Path(run)
+    path = Path(expand(run, "RUN"))
     if not path.is_dir():
         raise ValueError(f"{run}: found no folder, expected a run folder (such as runs/tiny)")
     missing: list[str] = []

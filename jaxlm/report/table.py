@@ -18,7 +18,7 @@ from jaxlm.checkpoints.skips import to_json
 from jaxlm.evaluation.evals import NAME as EVALS
 from jaxlm.evaluation.evals import Eval, checkpoint_id, read_evals
 from jaxlm.files.durable import folder_bytes
-from jaxlm.tracking.console import format_bytes
+from jaxlm.tracking.console import format_bytes, format_count
 
 
 def describe_run(run: str) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def format_table(runs: list[dict[str, Any]]) -> str:
     sources = {name for run in runs for row in run["checkpoints"] for name in row["followed"]}
     columns: dict[str, Callable[[Any], str]] = {
         "   Step": lambda row: str(row["step"]),
-        "Tokens (B)": lambda row: f"{row['tokens_seen'] / 1e9:.4f}",
+        "Tokens": lambda row: format_count(row["tokens_seen"]),
         "Eval Loss": lambda row: _loss(row["eval_loss"]),
         "Best Eval Loss": lambda row: _loss(row["best_eval_loss"]),
         **{f"{s:>9}": lambda row, s=s: _loss(row["followed"].get(s)) for s in sorted(sources)},

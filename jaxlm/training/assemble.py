@@ -23,6 +23,7 @@ from jaxlm.device.step import TrainStep, make_eval_step, make_train_step, schedu
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.throughput import peak_flops
 from jaxlm.training.evaluate import EvalSet, EvalStep
+from jaxlm.training.preflight import check_prompt
 
 
 class TrainSet(Protocol):
@@ -96,6 +97,8 @@ def assemble(
             seed=config.seed,
             fingerprint=dataset.fingerprint,
         )
+        if model is None:  # a caller's own model makes no sample
+            check_prompt(config, dataset.tokenizer_path)
         _tell_epochs(config, dataset, batches.windows_per_epoch, say)
         eval_batches = held_out_batches(config, dataset) if eval_batches is None else eval_batches
     if eval_batches is not None and not isinstance(eval_batches, Sized):

@@ -8,8 +8,10 @@ import jax
 
 from jaxlm.checkpoints.retention import IN_TRANSIT
 from jaxlm.config import Config
+from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.device.state import TrainState, num_bytes
 from jaxlm.files.durable import folder_bytes
+from jaxlm.inference.sample import Sampling, check_room
 from jaxlm.tracking.console import format_bytes, format_count
 
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "OUT_OF_MEMORY")
@@ -84,6 +86,22 @@ def disk_shortage(config: Config, abstract: TrainState) -> str | None:
         f"checkpoints need up to {format_bytes(needed)} in {config.checkpoint_dir}, and the disk "
         f"has {format_bytes(free)}; {', or '.join(tries)}"
     )
+
+
+def sampling_at_end(config: Config) -> Sampling:
+    """How the text after `sample_prompt` is made."""
+    return Sampling(min(64, config.seq_len // 2 or 1), temperature=0.8, top_k=50)
+
+
+def check_prompt(config: Config, tokenizer_path: Path) -> None:
+    """Raises ValueError if `sample_prompt` is too long: else that would come out after training."""
+    if not config.sample_prompt:
+        return
+    tokens = load_tokenizer(tokenizer_path).encode(config.sample_prompt, add_special_tokens=False)
+    try:
+        check_room(len(tokens.ids), sampling_at_end(config).max_tokens, config.seq_len)
+    except ValueError as error:
+        raise ValueError(f"sample_prompt: {error}") from error
 
 
 def device_advice(error: BaseException, config: Config) -> str | None:

@@ -11,6 +11,7 @@ import jax
 from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.folder import TOKENIZER, Selected, read_steps, select
 from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.checkpoints.names import split_step
 from jaxlm.checkpoints.restore import check_layout, items_of, restore_state, restore_weights
 from jaxlm.checkpoints.skips import Skip, to_json
 from jaxlm.cluster import agree
@@ -19,7 +20,7 @@ from jaxlm.device.sharding import make_mesh, same_bits
 from jaxlm.device.state import ModelFactory, TrainState, blueprint_of
 from jaxlm.files.durable import write_file
 from jaxlm.files.strict import conform
-from jaxlm.tracking.console import Console
+from jaxlm.tracking.console import Console, format_count
 from jaxlm.tracking.metrics import Metrics
 from jaxlm.training.assemble import Parts
 from jaxlm.training.resume import (
@@ -192,8 +193,7 @@ def _selected(parts: Parts, source: str, console: Console) -> Selected:
     # Process 0 chooses: the best may be another one when the next process looks.
     chosen = select(source) if jax.process_index() == 0 else None
     step = agree(chosen and chosen.step)
-    run = source.rpartition("@")[0] or source
-    selected = chosen or select(f"{run}@{step}", contents=False)
+    selected = chosen or select(f"{split_step(source)[0]}@{step}", contents=False)
     if selected.metadata.data_fingerprint != parts.data_fingerprint:
         console.warn(f"the data is not that of {source}; its tokens must mean the same")
     for step, damage in selected.passed_over.items():
@@ -231,7 +231,7 @@ def _tell(metadata: Metadata, console: Console) -> None:
     best = f"{metadata.best_eval_loss:.4f} at step {metadata.best_step}"
     console.say(
         f"  best eval loss so far: {'none' if metadata.best_step is None else best}; "
-        f"tokens seen: {metadata.tokens_seen / 1e9:.4f} B"
+        f"tokens seen: {format_count(metadata.tokens_seen)}"
     )
 
 

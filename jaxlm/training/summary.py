@@ -6,7 +6,7 @@ from jaxlm.checkpoints.folder import Best
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.config import Change, Config
 from jaxlm.device.state import num_bytes
-from jaxlm.inference.sample import Sampling, printable, sample_run
+from jaxlm.inference.sample import printable, sample_run
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.console import Console, format_bytes, format_duration
 from jaxlm.tracking.events import Events
@@ -70,13 +70,25 @@ def tell_resume_best(
 def tell_complete(
     config: Config, latest: Metadata, best: Best | None, changed: list[Change], console: Console
 ) -> None:
-    """That there is nothing left to train, and how to go on."""
+    """That there is nothing left to train, and how to go on.
+
+    Raises:
+      ValueError: the run was trained with other recorded settings, beside `num_steps`.
+    """
     if latest.step < config.num_steps:
         reason = f"ended at step {latest.step}: {latest.num_worse_evals} evals without a new best"
         more = "a larger --stop_after_worse_evals"
     else:
         reason = f"is complete at step {latest.step} (num_steps is {config.num_steps})"
         more = "a larger --num_steps"
+    # A run that is past the plan of this command has fulfilled it.
+    recorded = [str(c) for c in changed if c.policy == "recorded" and c.name != "num_steps"]
+    if recorded:
+        raise ValueError(
+            f"run {config.run_dir} {reason}, so nothing was trained with other settings:\n  "
+            + "\n  ".join(recorded)
+            + f"\nadd --run_dir for a new run, {more} to go on with these, or set them back"
+        )
     console.say(f"run {config.run_dir} {reason}")
     for change in changed:
         console.say(f"  this command differs in {change}")
@@ -98,7 +110,7 @@ def tell_sample(config: Config, best: Best | None, console: Console, events: Eve
         return None
     step = best.step if best else config.num_steps
     run = f"{config.checkpoint_dir}@{step}"
-    sampling = Sampling(min(64, config.seq_len // 2 or 1), temperature=0.8, top_k=50)
+    sampling = preflight.sampling_at_end(config)
     try:
         (found,) = sample_run(run, [config.sample_prompt], sampling, say=lambda _: None)
     except (ValueError, RuntimeError, OSError) as error:  # the run is complete, whatever this does

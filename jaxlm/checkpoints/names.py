@@ -1,0 +1,28 @@
+"""RUN@STEP, as every command and function takes it."""
+
+import re
+from pathlib import Path
+
+from jaxlm.files.durable import expand
+
+_STEP = re.compile("best|latest|final|[0-9]+")
+
+
+def split_step(run: str) -> tuple[str, str]:
+    """RUN and STEP of `RUN@STEP`; STEP is empty where none is given.
+
+    A path may hold an @ too: an existing folder is a RUN, and only `best`, `latest`, `final` or a
+    number after the last @ is a STEP.
+
+    Raises:
+      ValueError: RUN is there, and STEP is none of these.
+    """
+    run = expand(run, "RUN")
+    name, _, step = run.rpartition("@")
+    if not name or Path(run).is_dir():
+        return run, ""
+    if _STEP.fullmatch(step):
+        return name, step
+    if Path(name).is_dir():
+        raise ValueError(f"{run}: expected @best, @latest, @final or @ and a step number")
+    return run, ""
