@@ -3,7 +3,6 @@
 import os
 import platform
 import shutil
-from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import jax
 
 from jaxlm.data.cache import cache_root
 
-PROGRAMS = "compiled programs"
-"""Their name, for people."""
+PROGRAMS = "programs"
+"""All compiled programs, where names are given."""
 MAX_BYTES = 4 * 10**9
 _LOCK = ".lockfile"  # JAX's own
 _MIN_COMPILE_S = 0.2
@@ -29,11 +28,11 @@ def keep_compiled(cache_dir: str | None) -> None:
     orders: dict[str, Any] = jax.config.values
     if orders["jax_compilation_cache_dir"] or not orders["jax_enable_compilation_cache"]:
         return
-    folder = compiled_folder(cache_dir) / _machine()
     try:
+        folder = compiled_folder(cache_dir) / _machine()
         folder.mkdir(parents=True, exist_ok=True)
         _remove_partial(folder)
-    except OSError:  # the programs are compiled anew, as they would be the first time
+    except (OSError, ValueError):  # the programs are compiled anew, as they would be the first time
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
@@ -50,13 +49,10 @@ def compiled_bytes(cache_dir: str | None) -> int:
     return sum(path.stat().st_size for path in compiled_folder(cache_dir).rglob("*-cache"))
 
 
-def clear_compiled(cache_dir: str | None, names: Sequence[str] = ()) -> list[str]:
-    """Deletes all compiled programs, unless only others are named; returns their name."""
-    folder = compiled_folder(cache_dir)
-    if names or not folder.exists():
-        return []
-    shutil.rmtree(folder)
-    return [PROGRAMS]
+def clear_compiled(cache_dir: str | None) -> None:
+    """Deletes all compiled programs."""
+    if (folder := compiled_folder(cache_dir)).exists():
+        shutil.rmtree(folder)
 
 
 def num_cores() -> int | None:

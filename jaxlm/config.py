@@ -201,7 +201,7 @@ class DataConfig(_Part, prefix="data."):
     split: str = fixed("train")
     """Split to read, where the source has several (tfds, hf)."""
     text_field: str = fixed("text")
-    """Field or column that holds the text (jsonl, parquet, tfds, hf)."""
+    """Field that holds the text (jsonl, parquet, tfds, hf); meta.text is one within another."""
     tokenizer: str = fixed("train")
     """train (a byte-level BPE on this corpus), or a tokenizer.json: its path, or its hub name."""
     eos_token: str | None = fixed(None)

@@ -21,6 +21,7 @@ from jaxlm.extras import version
 from jaxlm.inference.sample import printable, sample_run
 from jaxlm.launch import run_main
 from jaxlm.report.diff import diff_checkpoints
+from jaxlm.tracking.console import format_bytes
 from jaxlm.training import summary
 
 
@@ -388,9 +389,12 @@ def test_prepare_and_cache(
     monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "cache"))
     assert out("cache", "list") == f"nothing in {tmp_path}/cache\n"
     said = out("prepare", "--config", "configs/tiny.py", "--data.eval_tokens", "500")
-    assert re.search(r"\n[\d,]+ training tokens, 500 held out\nin .*/cache/data/text-", said)
+    found = re.search(
+        r"^([\d,]+) training tokens, 500 held out, in .*/cache/data/text-", said, re.M
+    )
+    assert found and said.count(found[1]) == 1  # said once
     again = out("prepare", "--config", "configs/tiny.py", "--data.eval_tokens", "500")
-    assert "Prepared" in said and "Prepared" not in again
+    assert said.startswith("Training a tokenizer") and said.endswith(f"\n{again}")
     out("prepare", "--config", "configs/tiny.py", "--data.eval_tokens", "600")
     assert not Path("runs").exists()
 
@@ -402,11 +406,26 @@ def test_prepare_and_cache(
     assert [entry["name"] for entry in found] == [first, second]
     assert all(entry["complete"] for entry in found)
 
-    assert out("cache", "clear", first) == f"deleted {first}\n"
+    sizes = {entry["name"]: format_bytes(entry["num_bytes"]) for entry in list_caches()}
+    would = [f"{name}: would be deleted, {size}" for name, size in sizes.items()]
+    last = "deleted nothing; name what is to go, and add --delete"
+    assert out("cache", "clear").splitlines() == [*would, last]
+    assert out("cache", "clear", "data").splitlines() == [*would, last]
+    assert out("cache", "clear", first).splitlines() == [would[0], last]
+    assert "--delete: found no name" in refusal(capsys, "cache", "clear", "--delete")
+    assert [entry["name"] for entry in list_caches()] == [first, second]
+    assert out("cache", "clear", first, "--delete") == f"{first}: deleted, {sizes[first]}\n"
     assert [entry["name"] for entry in list_caches()] == [second]
-    assert f"no {first} in" in refusal(capsys, "cache", "clear", first)
-    assert out("cache", "clear") == f"deleted {second}\n"
-    assert list_caches() == []
+    assert f"no {first} in" in refusal(capsys, "cache", "clear", first, "--delete")
+    program = tmp_path / "cache/compiled/here/x-cache"
+    program.parent.mkdir(parents=True)
+    program.write_bytes(b"12345")
+    assert out("cache", "list").splitlines()[-1] == "programs: 5 B of compiled programs"
+    assert out("cache", "clear").splitlines()[-2:] == ["programs: would be deleted, 5 B", last]
+    assert out("cache", "clear", "programs", "--delete") == "programs: deleted, 5 B\n"
+    assert not program.exists() and [entry["name"] for entry in list_caches()] == [second]
+    assert out("cache", "clear", "data", "programs", "--delete").startswith(f"{second}: deleted, ")
+    assert list_caches() == [] and out("cache", "clear") == f"nothing in {tmp_path}/cache\n"
     elsewhere = ["--cache_dir", str(tmp_path / "other")]
     assert out("cache", "list", *elsewhere) == f"nothing in {tmp_path}/other\n"
 

@@ -14,6 +14,7 @@ import pytest
 import runs
 from safetensors.numpy import load_file, save_file
 from small import names_and_leaves
+from tokenizers import Tokenizer
 
 from jaxlm.checkpoints.folder import select
 from jaxlm.checkpoints.restore import restore_numpy
@@ -96,6 +97,22 @@ def test_the_round_trip_loses_no_bit(made, kind: str, tmp_path: Path):
         run / "checkpoints/tokenizer.json" for run in (made(kind) / "run", tmp_path / "back")
     ]
     assert tokenizers[0].read_bytes() == tokenizers[1].read_bytes()
+
+
+def test_neither_way_takes_a_tokenizer_that_cuts(out: Path, made, tmp_path: Path):
+    whole = (made("llama") / "run/checkpoints/tokenizer.json").read_bytes()
+    tokenizer = Tokenizer.from_buffer(whole)
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=8)
+    values = json.loads(tokenizer.to_str())
+    values["added_tokens"][0]["special"] = False  # EOS
+    (out / "tokenizer.json").write_text(json.dumps(values))
+    import_folder(str(out), str(tmp_path / "back"), say=quiet)
+    kept = tmp_path / "back/checkpoints/tokenizer.json"
+    assert kept.read_bytes() == whole
+    tokenizer.save(str(kept))  # as an older jaxlm left it
+    export(str(tmp_path / "back@0"), str(tmp_path / "again"), say=quiet)
+    assert (tmp_path / "again/tokenizer.json").read_bytes() == whole
 
 
 def test_the_comparison_sees_one_bit(out: Path, made, tmp_path: Path):

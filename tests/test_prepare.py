@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -8,16 +9,18 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from jaxlm.compiled import keep_compiled
 from jaxlm.config import DataConfig
-from jaxlm.data import cache, prepare
+from jaxlm.data import cache, formats, prepare
 from jaxlm.data.cache import clear_caches, list_caches
 from jaxlm.data.prepare import default_max_tokens, is_held_out
-from jaxlm.data.tokenizer import train_tokenizer
+from jaxlm.data.tokenizer import load_tokenizer, mark_eos, train_tokenizer
 from jaxlm.files.durable import write_file
 
 SMALL = {"SHARD_TOKENS": 4500, "CHUNK_CHARS": 3000, "PIECE_CHARS": 400}
@@ -140,6 +143,78 @@ def test_a_special_token_in_the_text_is_text(tmp_path):
     assert (tokens == dataset.eos_id).sum() == 3 and tokens[-1] == dataset.eos_id
 
 
+def unigram():
+    pieces = {"<unk>": 0.0, "</s>": 0.0} | dict.fromkeys("\u2581abcdefgh</s>", -2.0)
+    tokenizer = Tokenizer(models.Unigram(list(pieces.items()), unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["</s>"])
+    return tokenizer
+
+
+def with_plain_eos(**about):
+    tokenizer = train_tokenizer(documents(), 299)
+    tokenizer.add_tokens([AddedToken("</s>", special=False, **about)])
+    return tokenizer
+
+
+def of_words():
+    words = {"<unk>": 0, "</s>": 1, "abc": 2}
+    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [with_plain_eos(), with_plain_eos(normalized=True, lstrip=True), unigram(), of_words()],
+    ids=["added", "added, normalized", "unigram", "words"],
+)
+def test_an_eos_that_a_text_spells_out_is_text(tmp_path, tokenizer):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    texts = ["abc </s> abc</s></s>abc", "abc", "abc", "</s>"]
+    corpus = write(tmp_path / "a.jsonl", texts)
+    dataset = run(config_of(corpus, tmp_path, tokenizer=str(tmp_path), eos_token="</s>"))
+    tokens = dataset.train.read(0, dataset.train.num_tokens)
+    assert dataset.eos_id == tokenizer.token_to_id("</s>")
+    assert (tokens == dataset.eos_id).sum() == 3 and tokens[-1] == dataset.eos_id
+    own = load_tokenizer(dataset.tokenizer_path)
+    assert own.get_added_tokens_decoder()[dataset.eos_id].special
+    if tokenizer.token_to_id("<unk>") is None:
+        assert own.decode(tokens.tolist()) == texts[0] + texts[2] + texts[3]  # no EOS in between
+    mark_eos(own, dataset.eos_id)  # as it is already
+    assert own.to_str(pretty=True).encode() == dataset.tokenizer_path.read_bytes()
+
+
+def test_an_eos_that_stands_for_text_is_refused(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"</s>": 0, "abc": 1}, "</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = config_of(write(tmp_path / "a.jsonl", ["abc"] * 4), tmp_path, tokenizer=str(tmp_path))
+    assert run(config).eos_id == 0
+    write(tmp_path / "a.jsonl", ["abc", "abc", "abc xyz"])
+    with pytest.raises(
+        ValueError, match="eos_token: '</s>' ends a document, and .* text 'abc x' too"
+    ):
+        run(config)
+
+
+def test_a_tokenizer_neither_cuts_nor_pads_nor_draws_lots(corpus, tmp_path):
+    tokenizer = train_tokenizer(documents(), 300)
+    tokenizer.save(str(tmp_path / "plain.json"))
+    tokenizer.enable_truncation(16)
+    tokenizer.enable_padding(length=32)
+    tokenizer.model.dropout = 0.5
+    tokenizer.save(str(tmp_path / "cuts.json"))
+    plain, cuts = (
+        run(config_of(corpus, tmp_path / name, tokenizer=str(tmp_path / f"{name}.json")))
+        for name in ("plain", "cuts")
+    )
+    assert plain.train.num_tokens > 5000 and contents(tmp_path / "plain") == contents(
+        tmp_path / "cuts"
+    )
+
+
 def test_dtype_follows_the_vocabulary(corpus, tmp_path):
     tokenizer = train_tokenizer(documents(), 300)
     tokenizer.save(str(tmp_path / "small.json"))
@@ -212,6 +287,46 @@ def test_where_the_cache_is(corpus, tmp_path, monkeypatch):
     assert run(config_of(corpus, tmp_path / "flag")).directory.parent == tmp_path / "flag/data"
 
 
+@pytest.mark.parametrize("kind", ["a file", "in a file", "read-only"])
+def test_a_cache_that_cannot_be_written_is_named_before_any_work(
+    corpus, tmp_path, monkeypatch, kind
+):
+    folder = tmp_path / "home/.cache/jaxlm"
+    folder.parent.parent.mkdir()
+    if kind == "in a file":
+        folder.parent.write_text("")
+    elif kind == "a file":
+        folder.parent.mkdir()
+        folder.write_text("")
+    else:  # root may write anywhere
+
+        def refuse(*_, **__):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("JAXLM_CACHE", raising=False)
+    log = []
+    with pytest.raises(OSError, match=r"/home/.cache/jaxlm/data \(.*--data.cache-dir or JAXLM_CA"):
+        run(DataConfig(source=f"text:{corpus}"), log=log)
+    assert log == []
+
+
+def test_a_cache_that_may_only_be_read_serves_what_it_has(corpus, tmp_path, monkeypatch):
+    dataset = run(config_of(corpus, tmp_path))
+    monkeypatch.setattr(cache, "locked", None)
+    monkeypatch.setattr(os, "utime", Mock(side_effect=PermissionError))
+    assert run(config_of(corpus, tmp_path)).fingerprint == dataset.fingerprint
+
+
+def test_no_home(monkeypatch):
+    monkeypatch.delenv("JAXLM_CACHE", raising=False)
+    monkeypatch.setattr(Path, "expanduser", Mock(side_effect=RuntimeError("no home")))
+    with pytest.raises(ValueError, match="no home folder for ~/.cache/jaxlm .*JAXLM_CACHE"):
+        cache.cache_root(None)
+    keep_compiled(None)  # does without
+
+
 def test_list_and_clear(corpus, tmp_path):
     assert list_caches(str(tmp_path)) == []
     one, two = run(config_of(corpus, tmp_path)), run(config_of(corpus, tmp_path), max_tokens=4000)
@@ -225,17 +340,18 @@ def test_list_and_clear(corpus, tmp_path):
     assert abs(entry["last_used_s"] - time.time()) < 60
     assert not found[two.directory.name]["complete"]
     with pytest.raises(ValueError, match=f"no nonsense in .*{one.directory.name}"):
-        clear_caches(str(tmp_path), ["nonsense", one.directory.name])
-    assert clear_caches(str(tmp_path), [two.directory.name]) == [two.directory.name]
+        clear_caches(["nonsense", one.directory.name], str(tmp_path))
+    assert clear_caches([], str(tmp_path)) == []
+    assert clear_caches([two.directory.name], str(tmp_path)) == [two.directory.name]
     assert [entry["name"] for entry in list_caches(str(tmp_path))] == [one.directory.name]
-    assert clear_caches(str(tmp_path)) == [one.directory.name]
+    assert clear_caches(["data"], str(tmp_path)) == [one.directory.name]
     assert contents(tmp_path) == {} and list((tmp_path / "data").iterdir()) == []
 
 
 def test_a_dataset_in_use_survives_its_clearing(corpus, tmp_path):
     dataset = run(config_of(corpus, tmp_path))
     before = dataset.train.read(0, dataset.train.num_tokens)
-    clear_caches(str(tmp_path))
+    clear_caches(["data"], str(tmp_path))
     np.testing.assert_array_equal(dataset.train.read(0, dataset.train.num_tokens), before)
 
 
@@ -250,6 +366,7 @@ def test_an_empty_corpus(tmp_path, texts):
         for _ in range(2):  # It is no better the second time.
             with pytest.raises(ValueError, match="empty corpus"):
                 run(config)
+            assert list_caches(str(tmp_path)) == []
 
 
 def test_two_documents_are_enough_and_one_is_not(tmp_path):
@@ -287,6 +404,23 @@ def test_a_changed_tokenizer_is_another_dataset(corpus, tmp_path):
     assert run(config).fingerprint != first.fingerprint
 
 
+def test_a_refusal_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
+    lines = [*documents(), "caf\udce9"]
+    (tmp_path / "a.txt").write_text("\n\n".join(lines), errors="surrogateescape")
+    config = DataConfig(source=f"text:{tmp_path}/a.txt", cache_dir=str(tmp_path))
+    train_tokenizer(documents(), 300).save(str(tmp_path / "tokenizer.json"))
+    for changes in ({}, {"tokenizer": str(tmp_path)}, {"eos_token": "<eot>"}):
+        with pytest.raises(ValueError, match=r"not UTF-8|no <eot>"):
+            run(dataclasses.replace(config, **changes))
+        assert list_caches(str(tmp_path)) == []
+    # What is of use to the same command is kept: after other errors, and from the first shard on.
+    (tmp_path / "a.txt").write_text("\n\n".join(documents()))
+    monkeypatch.setattr(prepare, "_encode", Mock(side_effect=OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        run(config)
+    assert [entry["num_tokens"] for entry in list_caches(str(tmp_path))] == [0]
+
+
 def test_not_utf8(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"fine")
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
@@ -315,7 +449,9 @@ def test_any_damage_is_found_and_named(corpus, tmp_path):
                 message = "manifest.json"
             else:
                 message = rf"{path.name} (has [\w,]+ bytes, expected|has crc32c|is missing)"
-            with pytest.raises(ValueError, match=f"{message}.*jaxlm cache clear {folder.name}"):
+            with pytest.raises(
+                ValueError, match=f"{message}.*jaxlm cache clear {folder.name} --delete`"
+            ):
                 prepare.open_dataset(folder, 300)
         path.write_bytes(whole)
     assert prepare.open_dataset(folder, 300).fingerprint == dataset.fingerprint
@@ -508,7 +644,7 @@ def test_two_at_once(corpus, tmp_path, killed):
     ) as other:
         assert other.stdout.readline() == "locked\n"
         with pytest.raises(ValueError, match="another process is preparing it"):
-            clear_caches(config.cache_dir)
+            clear_caches(["data"], config.cache_dir)
         thread = threading.Thread(target=lambda: found.append(run(config, log=log)))
         thread.start()
         deadline_s = time.monotonic() + 10
@@ -534,12 +670,19 @@ def test_lines_in_a_pipe(corpus, tmp_path, monkeypatch):
     log = []
     dataset = run(config_of(corpus, tmp_path), log=log)
     assert log[0].startswith("Training a tokenizer of 300 tokens on text:")
-    assert log[-1] == (
-        f"Prepared {dataset.train.num_tokens:,} training and {dataset.eval.num_tokens:,} held-out "
-        f"tokens in {dataset.directory}"
-    )
-    between = log[1:-1]
-    assert between and all(line.startswith("Preparing tokens: ") for line in between)
+    assert len(log) > 1 and all(line.startswith("Preparing tokens: ") for line in log[1:])
+    # The corpus ends before the limit; the end of the progress is that of the corpus.
+    assert dataset.train.num_tokens < 10**5 and log[-1].endswith("of at most 1,000,000 (100% done)")
+
+
+def test_progress_ends_at_the_limit_too(corpus, tmp_path, monkeypatch):
+    clock = iter(range(0, 10**6, 20))
+    monkeypatch.setattr(prepare.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(formats, "_BUFFER_BYTES", 1000)  # read ahead
+    log = []
+    run(config_of(corpus, tmp_path), max_tokens=4000, log=log)
+    shares = [int(line.rpartition("(")[2].split("%")[0]) for line in log[1:]]
+    assert shares == sorted(shares) and 10 < shares[0] < 60 and shares[-1] == 100
 
 
 def test_a_bar_in_a_terminal(corpus, tmp_path, monkeypatch, capsys):
@@ -549,4 +692,4 @@ def test_a_bar_in_a_terminal(corpus, tmp_path, monkeypatch, capsys):
     log = []
     run(config_of(corpus, tmp_path), log=log)
     assert "Preparing tokens" in capsys.readouterr().err
-    assert len(log) == 2
+    assert len(log) == 1

@@ -1,19 +1,22 @@
 import bz2
+import codecs
 import gzip
 import http.server
 import importlib.metadata
 import json
 import os
+import re
 import socket
 import sys
 import threading
 import time
+from io import FileIO
 from pathlib import Path
 
 import pytest
 
 from jaxlm.config import DataConfig
-from jaxlm.data import remote
+from jaxlm.data import files, remote
 from jaxlm.data.sources import open_source
 
 DOCUMENTS = [f"document {n}\r\nnaïve 日本語 🎯\n" * (n % 4) for n in range(50)]
@@ -89,10 +92,55 @@ def test_parquet(tmp_path):
     check_seeks(source(f"text:{tmp_path}/*.parquet"), DOCUMENTS)
     with pytest.raises(ValueError, match=r"a.parquet: no field 'body'; found \['id', 'text'\]"):
         list(source(f"text:{tmp_path}/*.parquet", text_field="body").documents(0))
+    with pytest.raises(ValueError, match=r"a.parquet row 0: field 'id' holds 0, expected text"):
+        list(source(f"text:{tmp_path}/*.parquet", text_field="id").documents(0))
     whole = (tmp_path / "b.parquet").read_bytes()
     (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="b.parquet: damaged or cut short"):
         list(source(f"text:{tmp_path}/*.parquet").documents(0))
+
+
+def test_fields_within_fields(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    rows = [{"id": 1, "meta": {"text": "in", "more": {"text": "deep"}}}, {"id": 2, "meta": None}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for kind in ("jsonl", "parquet"):
+        for field, text in (("meta.text", "in"), ("meta.more.text", "deep")):
+            found = source(f"text:{tmp_path}/a.{kind}", text_field=field)
+            check_seeks(found, [text, ""])
+        for field in ("text", "meta.body", "meta.text.x", "id.text", "meta."):
+            with pytest.raises(ValueError, match=f"no field '{field}'; found .*'meta.text'"):
+                list(source(f"text:{tmp_path}/a.{kind}", text_field=field).documents(0))
+    (tmp_path / "a.jsonl").write_text('{"meta.text": "name", "meta": {"text": "path"}}')
+    assert list(source(f"text:{tmp_path}/a.jsonl", text_field="meta.text").documents(0)) == ["name"]
+
+
+def test_a_row_group_is_read_in_parts(tmp_path, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    texts = [f"{number:06}" * 1000 for number in range(3000)]  # 18 MB
+    options = {"use_dictionary": False, "compression": "none", "data_page_size": 1 << 16}
+    options |= {"write_batch_size": 64}
+    pyarrow.parquet.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", **options)
+    assert pyarrow.parquet.read_metadata(tmp_path / "a.parquet").num_row_groups == 1
+    sizes = []
+
+    class Counted(FileIO):
+        def read(self, size=-1):
+            sizes.append(size)
+            return super().read(size)
+
+    monkeypatch.setattr(files, "FileIO", Counted)
+    before = pa.total_allocated_bytes()
+    found, most = source(f"text:{tmp_path}/a.parquet").documents(0), 0
+    for text in texts:
+        assert next(found) == text
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert 0 < most < 6_000_000 and 0 < max(sizes) < 2_000_000
 
 
 def compressed(data, suffix):
@@ -121,20 +169,132 @@ def test_no_such_file(tmp_path):
         source(f"text:{tmp_path}/*.txt")
 
 
-def test_unknown_suffix(tmp_path):
-    (tmp_path / "a.docx").write_bytes(b"x")
-    with pytest.raises(ValueError, match="cannot tell what .*a.docx is; expected .txt"):
+@pytest.mark.parametrize("name", ["a.py", "a", "ls.1.gz", "A.TXT", "b.rst.zst", "c.v1"])
+def test_a_file_of_another_kind_is_plain_text(tmp_path, name):
+    data = DOCUMENTS[3].encode()
+    suffix = Path(name).suffix
+    (tmp_path / name).write_bytes(compressed(data, suffix) if suffix in (".gz", ".zst") else data)
+    assert list(source(f"text:{tmp_path}/*").documents(0)) == [DOCUMENTS[3]]
+
+
+@pytest.mark.parametrize(
+    "name, problem",
+    [
+        ("a.docx", "holds no text by its name (.docx); convert it to .txt"),
+        ("a.TAR.gz", "holds no text by its name (.tar)"),
+        ("a.parquet.gz", "is .parquet compressed once more; unpack it"),
+        ("a.jsonl.gz.gz", "is .gz compressed once more; unpack it"),
+        ("a.json.gz", "holds rows in .json; make it .jsonl"),
+        ("a.csv", "holds rows in .csv; make it .jsonl"),
+    ],
+)
+def test_a_kind_that_holds_no_text_is_refused_before_it_is_read(tmp_path, name, problem):
+    (tmp_path / "0.txt").write_text("fine")
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=f"{re.escape(f'{tmp_path}/{name} {problem}')}.*leave it"):
         source(f"text:{tmp_path}/*")
+
+
+def test_rows_have_their_kinds_in_any_case(tmp_path):
+    for name in ("a.JSONL", "b.ndjson"):
+        (tmp_path / name).write_bytes(jsonl(DOCUMENTS[:3]))
+    assert list(source(f"text:{tmp_path}/*").documents(0)) == 2 * DOCUMENTS[:3]
+
+
+def test_a_folder_is_all_files_below_it_in_a_fixed_order(tmp_path):
+    (tmp_path / "b/c").mkdir(parents=True)
+    for name, text in (("b/c/1.md", "one"), ("b/2.txt", "two"), ("a.txt", "three")):
+        (tmp_path / name).write_text(text)
+    (tmp_path / ".hidden").write_text("no")
+    for name in (tmp_path, f"{tmp_path}/"):
+        check_seeks(source(f"text:{name}"), ["three", "two", "one"])
+    for name in ("x.py", "b/y.py", "z.cfg"):
+        (tmp_path / name).write_text("code")
+    named = re.escape(f"'text:{tmp_path}/**/*.py'")
+    with pytest.raises(ValueError, match=f"3 other files, most of them .py. Name .*: {named}"):
+        source(f"text:{tmp_path}")
+    assert list(source(f"text:{tmp_path}/**/*.py").documents(0)) == ["code"] * 2
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no file in that folder; expected .txt"):
+        source(f"text:{tmp_path}/empty")
+
+
+@pytest.mark.parametrize("name", ["[v1] set", "what?", "a*b", "[", "**"])
+def test_a_path_that_exists_is_taken_literally(tmp_path, monkeypatch, name):
+    (tmp_path / name / "sub").mkdir(parents=True)
+    (tmp_path / name / "sub" / f"{name}.txt").write_text("found")
+    (tmp_path / "v").mkdir()  # it matches some of the names, as patterns
+    (tmp_path / "v" / "other.txt").write_text("other")
+    monkeypatch.chdir(tmp_path)
+    for start in (str(tmp_path / name), name):
+        for rest in ("", f"/sub/{name}.txt", "/sub/*.txt", "/*/*.txt", "/**/*.t?t"):
+            found = source(f"text:{start}{rest}")
+            assert list(found.documents(0)) == ["found"], start + rest
+    assert list(source(f"text:{tmp_path}/[v]/*").documents(0)) == ["other"]  # still a pattern
+
+
+def test_the_share_that_was_read(tmp_path):
+    texts = [f"{number} {'日本 ' * 400}" for number in range(40)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
+    (tmp_path / "b.txt").write_text("\n\n".join(text * 20 for text in texts))
+    (tmp_path / "c.txt.gz").write_bytes(compressed(texts[0].encode(), ".gz"))
+    found = source(f"text:{tmp_path}/*")
+    assert found.share() == 0
+    shares = [found.share() for _ in found.documents(0)]
+    assert shares == sorted(shares) and 0 < shares[0] < 0.9 and len(set(shares)) > 5
+    assert shares[-1] == pytest.approx(1, abs=1e-3)
 
 
 def test_not_utf8_names_file_and_byte(tmp_path):
     (tmp_path / "a.txt").write_bytes("naïve".encode("latin1"))
-    with pytest.raises(ValueError, match=r"a.txt: not UTF-8 at byte 2 \(0xef\).*iconv"):
+    with pytest.raises(
+        ValueError, match=r"a.txt: not UTF-8 at byte 2 \(0xef\).*`iconv -f latin1 -t UTF-8`"
+    ):
         list(source(f"text:{tmp_path}/a.txt").documents(0))
     first = b'{"text": "fine"}\n\n'
     (tmp_path / "a.jsonl").write_bytes(first + b'{"text": "\xff"}\n')
     with pytest.raises(ValueError, match=f"a.jsonl: not UTF-8 at byte {len(first) + 10}"):
         list(source(f"text:{tmp_path}/a.jsonl").documents(0))
+    # What `iconv -f latin1` would double.
+    (tmp_path / "a.txt").write_bytes("naïve ".encode() + b"\xff")
+    with pytest.raises(ValueError, match="a.txt: not UTF-8 at byte 7 .*the rest is UTF-8.*mend it"):
+        list(source(f"text:{tmp_path}/a.txt").documents(0))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.py", "a.jsonl", "a.txt.gz", "a.jsonl.zst"])
+def test_a_byte_order_mark_is_dropped(tmp_path, name):
+    def write(data):
+        suffix = Path(name).suffix
+        data = compressed(data, suffix) if suffix in (".gz", ".zst") else data
+        (tmp_path / name).write_bytes(data)
+        return list(source(f"text:{tmp_path}/{name}").documents(0))
+
+    content = jsonl(["one", "\ufefftwo"]) if "jsonl" in name else "one \ufeff".encode()
+    texts = write(codecs.BOM_UTF8 + content)
+    assert texts == (["one", "\ufefftwo"] if "jsonl" in name else ["one \ufeff"])  # the first alone
+    assert write(codecs.BOM_UTF8) in ([], [""])
+    with pytest.raises(ValueError, match=f"not UTF-8 at byte {len(content) + 3} "):  # of the file
+        write(codecs.BOM_UTF8 + content + b"\xff")
+
+
+UTF_16 = [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE")]
+
+
+@pytest.mark.parametrize("codec, named", [*UTF_16, ("utf-32", "UTF-32")])
+@pytest.mark.parametrize("text", ['{"text": "plain"}\n', '{"text": "naïve, 日本 €"}\n'])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a"])
+def test_utf_16_is_refused_with_the_right_advice(tmp_path, codec, named, text, name):
+    (tmp_path / name).write_text(10 * text, codec)
+    with pytest.raises(ValueError, match=f"{name}: .*`iconv -f {named} -t UTF-8`"):
+        list(source(f"text:{tmp_path}/{name}").documents(0))
+    (tmp_path / name).write_text(text)
+    assert len(list(source(f"text:{tmp_path}/{name}").documents(0))) == 1
+
+
+def test_what_is_binary_is_no_text(tmp_path):
+    (tmp_path / "a").write_bytes(b"plain text, a NUL \0, and text again, which is long enough")
+    with pytest.raises(ValueError, match="a: NUL at byte 18, .*; it is binary or damaged"):
+        list(source(f"text:{tmp_path}/a").documents(0))
 
 
 @pytest.mark.parametrize(

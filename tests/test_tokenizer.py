@@ -77,6 +77,26 @@ def test_loads_a_file_or_its_folder(trained, tmp_path):
         assert fingerprint(load_tokenizer(path)) == fingerprint(trained)
 
 
+def test_loading_switches_off_what_changes_a_text(trained, tmp_path):
+    other = Tokenizer.from_str(trained.to_str())
+    other.enable_truncation(4)
+    other.enable_padding(length=8)
+    other.model.dropout = 0.5
+    other.save(str(tmp_path / "tokenizer.json"))
+    loaded, text = load_tokenizer(tmp_path), documents()[0]
+    assert fingerprint(loaded) == fingerprint(trained) != fingerprint(other)
+    assert loaded.encode(text).ids == trained.encode(text).ids and len(other.encode(text).ids) == 8
+
+
+def test_loading_leaves_no_chance_to_unigram(tmp_path):
+    model = models.Unigram([("<unk>", 0.0), *((c, -1.0) for c in ("a", "b", "ab"))], unk_id=0)
+    model.alpha, model.nbest_size = 0.1, 64
+    Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.model.alpha is loaded.model.nbest_size is None
+    assert len({tuple(loaded.encode("abab" * 20).ids) for _ in range(20)}) == 1
+
+
 def test_fingerprint_sees_one_changed_merge(trained):
     changed = json.loads(trained.to_str())
     merges = changed["model"]["merges"]

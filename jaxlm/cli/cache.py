@@ -28,26 +28,49 @@ def list_all(*, cache_dir: str | None = None, json: bool = False) -> int:
         f"last used {time.strftime('%Y-%m-%d', time.localtime(entry['last_used_s']))}"
         for entry in entries
     ]
-    lines += [f"{PROGRAMS}: {format_bytes(compiled)}"] if compiled else []
+    lines += [f"{PROGRAMS}: {format_bytes(compiled)} of compiled programs"] if compiled else []
     found = {"data": entries, "compiled_bytes": compiled}
     show(found, "\n".join(lines or [f"nothing in {cache_root(cache_dir)}"]), json)
     return 0
 
 
-def clear(names: Positional[tuple[str, ...]] = (), *, cache_dir: str | None = None) -> int:
-    """Delete prepared tokens and compiled programs; a run that needs them makes them again.
+def clear(
+    names: Positional[tuple[str, ...]] = (), *, cache_dir: str | None = None, delete: bool = False
+) -> int:
+    """Say what would be deleted of the cache, or delete it; a run that needs it makes it again.
 
     Args:
-      names: which, as `jaxlm cache list` names them; all there is if none is given.
+      names: which, as `jaxlm cache list` names them; data for all prepared tokens, programs for all
+        compiled programs.
       cache_dir: the cache; by default $JAXLM_CACHE, else ~/.cache/jaxlm.
+      delete: do it; takes a name.
 
     Examples:
-      jaxlm cache clear  # all there is
-      jaxlm cache clear embedded-eb4bcf8e9a60
+      jaxlm cache clear  # deletes nothing, and says what it could
+      jaxlm cache clear embedded-eb4bcf8e9a60 --delete
+      jaxlm cache clear data programs --delete
     """
-    from jaxlm.compiled import clear_compiled
-    from jaxlm.data.cache import clear_caches
+    from jaxlm.compiled import PROGRAMS, clear_compiled, compiled_bytes
+    from jaxlm.data.cache import DATA, cache_root, clear_caches, find_caches, list_caches
+    from jaxlm.tracking.console import format_bytes
 
-    for name in [*clear_caches(cache_dir, names or None), *clear_compiled(cache_dir, names)]:
-        print(f"deleted {name}")
+    if delete and not names:
+        raise ValueError(
+            f"--delete: found no name, expected {DATA}, {PROGRAMS} or some of `jaxlm cache list`"
+        )
+    sizes = {entry["name"]: entry["num_bytes"] for entry in list_caches(cache_dir)}
+    names = names or (DATA, PROGRAMS)
+    found = (clear_caches if delete else find_caches)([*{*names} - {PROGRAMS}], cache_dir)
+    if PROGRAMS in names and (compiled := compiled_bytes(cache_dir)):
+        sizes[PROGRAMS] = compiled
+        found.append(PROGRAMS)
+        if delete:
+            clear_compiled(cache_dir)
+    verb = "deleted" if delete else "would be deleted"
+    for name in found:
+        print(f"{name}: {verb}, {format_bytes(sizes[name])}")
+    if not found:
+        print(f"nothing in {cache_root(cache_dir)}")
+    elif not delete:
+        print("deleted nothing; name what is to go, and add --delete")
     return 0

@@ -46,8 +46,10 @@ def prepare(flags: Positional[tuple[str, ...]] = ()) -> int:
         vocab_size=config.model.vocab_size,
         max_tokens=preparation.default_max_tokens(config.data, num_tokens),
     )
-    print(f"{dataset.train.num_tokens:,} training tokens, {dataset.eval.num_tokens:,} held out")
-    print(f"in {dataset.directory}")
+    print(
+        f"{dataset.train.num_tokens:,} training tokens, {dataset.eval.num_tokens:,} held out, in "
+        f"{dataset.directory}"
+    )
     return 0
 
 

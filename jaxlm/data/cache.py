@@ -1,8 +1,9 @@
 """The folder of prepared data: where it is, what it holds."""
 
+import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -10,7 +11,10 @@ import filelock
 
 from jaxlm.files.strict import read_json
 
+_ELSEWHERE = "name another place with --data.cache-dir or JAXLM_CACHE"
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
+DATA = "data"
+"""All prepared datasets, where names are given."""
 
 
 class Record(TypedDict):
@@ -52,14 +56,23 @@ class Manifest(TypedDict):
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """What runs share is kept in `cache_dir`, else $JAXLM_CACHE, else ~/.cache/jaxlm."""
+    """What runs share is kept in `cache_dir`, else $JAXLM_CACHE, else ~/.cache/jaxlm.
+
+    Raises:
+      ValueError: neither is set, and the user has no home.
+    """
     root = cache_dir or os.environ.get("JAXLM_CACHE") or "~/.cache/jaxlm"
-    return Path(root).expanduser().absolute()
+    try:
+        return Path(root).expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(
+            f"cache: found no home folder for {root} ({error}); {_ELSEWHERE}"
+        ) from error
 
 
 def data_folder(cache_dir: str | None) -> Path:
     """Where prepared data is kept."""
-    return cache_root(cache_dir) / "data"
+    return cache_root(cache_dir) / DATA
 
 
 def list_caches(cache_dir: str | None = None) -> list[dict[str, Any]]:
@@ -93,18 +106,66 @@ def _describe(folder: Path) -> dict[str, Any]:
     }
 
 
-def clear_caches(cache_dir: str | None = None, names: Sequence[str] | None = None) -> list[str]:
-    """Deletes the named datasets, or all; returns their names.
+def locked(folder: Path, log: Callable[[str], object]) -> contextlib.AbstractContextManager[object]:
+    """The lock beside a dataset, which ends with the process however that ends.
+
+    Raises:
+      OSError: nothing can be written there; names the folder and the settings.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{folder}.lock").touch()
+    except OSError as error:
+        raise OSError(
+            f"cache: cannot write to {folder.parent} ({error.strerror}); {_ELSEWHERE}"
+        ) from error
+    lock = filelock.FileLock(f"{folder}.lock", poll_interval=0.1)
+    try:
+        return lock.acquire(timeout=0)
+    except filelock.Timeout:
+        log(f"Another process is preparing {folder.name}: waiting for it")
+        return lock.acquire()
+
+
+@contextlib.contextmanager
+def started(folder: Path) -> Iterator[None]:
+    """Makes the folder of a dataset; an error leaves it only with something to go on from."""
+    folder.mkdir(exist_ok=True)
+    try:
+        yield
+    except ValueError:
+        if not any(folder.glob("*.bin")):
+            # The source or the settings must change, and so does the folder.
+            (folder / PROGRESS).unlink(missing_ok=True)
+        raise
+    finally:
+        if not ((folder / MANIFEST).exists() or (folder / PROGRESS).exists()):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def find_caches(names: Sequence[str], cache_dir: str | None = None) -> list[str]:
+    """The names of datasets, or all for `DATA`, once each.
+
+    Raises:
+      ValueError: a name that is not there.
+    """
+    there = [entry["name"] for entry in list_caches(cache_dir)]
+    if unknown := sorted({*names} - {*there, DATA}):
+        raise ValueError(
+            f"cache: no {', '.join(unknown)} in {data_folder(cache_dir)}; there is "
+            f"{', '.join(there) or 'nothing'}"
+        )
+    return there if DATA in names else sorted({*names})
+
+
+def clear_caches(names: Sequence[str], cache_dir: str | None = None) -> list[str]:
+    """Deletes what `find_caches` finds; returns their names.
 
     Raises:
       ValueError: a name that is not there, or one that is being prepared.
     """
-    root = data_folder(cache_dir)
-    there = [entry["name"] for entry in list_caches(cache_dir)]
-    cleared = there if names is None else list(names)
-    if unknown := sorted(set(cleared) - set(there)):
-        raise ValueError(f"cache: no {', '.join(unknown)} in {root}; there is {', '.join(there)}")
-    for folder in (root / name for name in cleared):
+    found = find_caches(names, cache_dir)
+    for folder in (data_folder(cache_dir) / name for name in found):
         try:
             with filelock.FileLock(f"{folder}.lock", timeout=0):
                 # First, so that a kill from here on leaves unfinished data, not damaged data.
@@ -115,4 +176,4 @@ def clear_caches(cache_dir: str | None = None, names: Sequence[str] | None = Non
             raise ValueError(
                 f"{folder.name}: another process is preparing it; wait, or stop that one first"
             ) from error
-    return cleared
+    return found

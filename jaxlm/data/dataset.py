@@ -54,7 +54,7 @@ def open_dataset(folder: Path, vocab_size: int) -> Dataset:
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(
             f"prepared data in {folder} is damaged: {error}. Delete it with "
-            f"`jaxlm cache clear {folder.name}`; the next run then prepares it anew"
+            f"`jaxlm cache clear {folder.name} --delete`; the next run then prepares it anew"
         ) from error
     tokenizer_path = folder / manifest["tokenizer"]["name"]
     check_vocabulary(str(tokenizer_path), manifest["vocab_size"], vocab_size)

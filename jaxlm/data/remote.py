@@ -19,7 +19,8 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from jaxlm.data.files import Source, files_revision, text_of
+from jaxlm.data.files import Source, files_revision
+from jaxlm.data.formats import text_of
 from jaxlm.extras import needs
 
 _PROBE_S = 5.0

@@ -1,13 +1,14 @@
 """Byte-level BPE: trained here, or loaded from a tokenizer.json."""
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from jaxlm.files.durable import read_file
 
@@ -58,6 +59,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """A tokenizer from a tokenizer.json, the folder that holds one, or the Hugging Face Hub.
 
+    It takes a text as a whole, and the same each time: truncation and padding, which transformers
+    writes into the file after one call with them, and dropout of merges are switched off.
+
     Raises:
       FileNotFoundError: no such file, or no such name on the Hub.
       ValueError: the file is not a tokenizer.
@@ -69,7 +73,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
 
         path = remote.download_tokenizer(str(name_or_path))
     try:
-        return Tokenizer.from_buffer(read_file(path, _MAX_BYTES))
+        tokenizer = Tokenizer.from_buffer(read_file(path, _MAX_BYTES))
     except BaseException as error:  # tokenizers raises no narrower class, and Rust may panic.
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
@@ -77,6 +81,12 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
             f"tokenizer {path}: cannot be read ({error}); expected a tokenizer.json of the "
             "Hugging Face tokenizers library"
         ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    for chance in ("dropout", "alpha", "nbest_size"):  # of BPE, and of Unigram
+        if hasattr(tokenizer.model, chance):
+            setattr(tokenizer.model, chance, None)
+    return tokenizer
 
 
 def local_tokenizer(name_or_path: str | Path) -> Path | None:
@@ -117,6 +127,50 @@ def find_eos(tokenizer: Tokenizer, eos_token: str | None) -> int:
         f"data.eos_token: the tokenizer has no {eos_token or ', '.join(_EOS_NAMES)}; name the "
         f"token that ends a document with --data.eos-token. Its added tokens: {special}"
     )
+
+
+def mark_eos(tokenizer: Tokenizer, eos_id: int) -> None:
+    """Makes EOS a special token, as which a file may not have it; `decode` leaves it out then."""
+    token = tokenizer.get_added_tokens_decoder().get(eos_id)
+    token = token or AddedToken(tokenizer.id_to_token(eos_id), normalized=False)
+    token.special = True
+    tokenizer.add_special_tokens([token])
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str], eos_id: int) -> list[list[int]]:
+    """The ids of each text, among which is no EOS: one that is spelled out is text, no boundary.
+
+    Args:
+      tokenizer: with EOS marked, and `encode_special_tokens` set.
+      texts: of documents, or of parts of them.
+      eos_id: of EOS.
+
+    Raises:
+      ValueError: the tokenizer has nothing else than EOS for some text.
+    """
+    encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    rows = [encoding.ids for encoding in encodings]
+    return [
+        _spelled_out(tokenizer, text, eos_id) if eos_id in ids else ids
+        for text, ids in zip(texts, rows, strict=True)
+    ]
+
+
+def _spelled_out(tokenizer: Tokenizer, text: str, eos_id: int) -> list[int]:
+    # Unigram and models of words find EOS by themselves: cut it after its first character.
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    found = zip(encoding.ids, encoding.offsets, strict=True)
+    cuts = [0, *(start + 1 for token, (start, _) in found if token == eos_id), len(text)]
+    parts = [text[start:stop] for start, stop in itertools.pairwise(cuts)]
+    encodings = tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+    for part, encoding in zip(parts, encodings, strict=True):
+        if eos_id in encoding.ids:
+            raise ValueError(
+                f"data.eos_token: {tokenizer.id_to_token(eos_id)!r} ends a document, and the "
+                f"tokenizer gives it for the text {part[-40:]!r} too; name another token, or take "
+                "another tokenizer"
+            )
+    return list(itertools.chain.from_iterable(encoding.ids for encoding in encodings))
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

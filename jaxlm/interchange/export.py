@@ -149,7 +149,7 @@ def _write_about(
             "model_max_length": config.seq_len,
             "clean_up_tokenization_spaces": False,
         }
-        (folder / TOKENIZER).write_bytes(source.read_bytes())
+        (folder / TOKENIZER).write_bytes(tokenizer.to_str(pretty=True).encode())
         _write_json(folder / TOKENIZER_CONFIG, about)
         # A file is perhaps one that another run has trained.
         own = config.data.tokenizer == "train" or Path(config.data.tokenizer).name == TOKENIZER

@@ -21,10 +21,10 @@ from jaxlm.checkpoints.folder import TOKENIZER
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, to_dict
 from jaxlm.data.dataset import check_vocabulary
-from jaxlm.data.tokenizer import find_eos, load_tokenizer, num_ids
+from jaxlm.data.tokenizer import find_eos, load_tokenizer, mark_eos, num_ids
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import blueprint_of, path_name
-from jaxlm.files.durable import expand, read_file, write_file
+from jaxlm.files.durable import expand, write_file
 from jaxlm.files.publish import check_free, published
 from jaxlm.files.strict import read_json, shown
 from jaxlm.interchange.mapping import CONFIG, INDEX, WEIGHTS, Tensor, from_hf_config, tensor_of
@@ -233,7 +233,8 @@ def _tokenizer(
     eos_id = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
     name = tokenizer.id_to_token(eos_id) if type(eos_id) is int and 0 <= eos_id < 2**32 else None
     eos_id = find_eos(tokenizer, name)
-    return read_file(path, 1 << 28), tokenizer.id_to_token(eos_id), eos_id
+    mark_eos(tokenizer, eos_id)
+    return tokenizer.to_str(pretty=True).encode(), tokenizer.id_to_token(eos_id), eos_id
 
 
 def _metadata(

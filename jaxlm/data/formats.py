@@ -1,0 +1,225 @@
+"""The documents of one file: its kind by its name, its text by its bytes."""
+
+import codecs
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from io import BufferedReader, FileIO
+from typing import Any
+
+from jaxlm.extras import needs
+
+Reader = Callable[[FileIO, str], Iterator[str]]
+"""An open file and the field that holds the text -> documents."""
+
+SECTION_CHARS = 20_000
+"""A longer file of plain text is several documents, divided at blank lines."""
+_BUFFER_BYTES = 1 << 20
+_BATCH_ROWS = 64
+_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+_NO_TEXT = frozenset(
+    ".7z .a .arrow .avi .bin .bmp .bz .class .ckpt .db .dll .doc .docx .epub .exe .feather .gif "
+    ".h5 .hdf5 .ico .jar .jpeg .jpg .lz4 .mkv .mov .mp3 .mp4 .npy .npz .o .odt .ogg .orc .otf .pdf "
+    ".pickle .pkl .png .ppt .pptx .pt .pth .pyc .rar .safetensors .so .sqlite .tar .tfrecord .tgz "
+    ".tif .tiff .ttf .wav .webm .webp .whl .woff .woff2 .xls .xlsx .xz .zip".split()
+)
+_ROWS = (".csv", ".json", ".tsv")
+_UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def kind_of(path: str) -> str:
+    """The suffix that says how a file is read, without that of its compression."""
+    stem, suffix = os.path.splitext(path.lower())
+    return os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix
+
+
+def reader_of(path: str) -> Reader:
+    """What reads a file: rows where its name says so, else plain text.
+
+    Raises:
+      ValueError: by its name it holds neither.
+    """
+    kind, packed = kind_of(path), os.path.splitext(path.lower())[1] in _COMPRESSED
+    if packed and kind in (".parquet", *_COMPRESSED):
+        problem = f"is {kind} compressed once more; unpack it"
+    elif kind in _NO_TEXT:
+        problem = f"holds no text by its name ({kind}); convert it to .txt or .jsonl"
+    elif kind in _ROWS:
+        problem = f"holds rows in {kind}; make it .jsonl (one object a line) or .parquet"
+    else:
+        return READERS.get(kind, _read_sections)
+    raise ValueError(
+        f"data.source: {path} {problem}, or leave it out by a pattern such as *.txt. Expected are "
+        f"{', '.join(READERS)} or other files of plain text, all but .parquet perhaps with "
+        f"{', '.join(_COMPRESSED)} after it"
+    )
+
+
+def read_text(file: FileIO) -> str:
+    """All of a file of plain text.
+
+    Raises:
+      ValueError: it is damaged, or not in UTF-8.
+    """
+    return _text(b"".join(_lines(file)), str(file.name), 0)
+
+
+def _lines(file: FileIO) -> Iterator[bytes]:
+    path, stream = str(file.name), file
+    if codec := _COMPRESSED.get(os.path.splitext(path.lower())[1]):
+        # Not fsspec, which takes a .zst that was cut short for a whole one.
+        stream = needs("pyarrow", path).input_stream(file, compression=codec)
+    with BufferedReader(stream, _BUFFER_BYTES) as lines:
+        try:
+            yield from lines
+        except OSError as error:
+            raise _damaged(path, error) from error
+
+
+def _damaged(path: str, error: Exception) -> ValueError:
+    return ValueError(f"{path}: damaged or cut short ({error}); get it anew")
+
+
+def _read_sections(file: FileIO, field: str) -> Iterator[str]:
+    del field  # the whole file is text
+    text, start = read_text(file), 0
+    for blank in re.finditer(r"\n\s*\n", text):
+        if blank.start() - start >= SECTION_CHARS and len(text) - blank.end() >= SECTION_CHARS:
+            yield text[start : blank.start()]
+            start = blank.end()
+    yield text[start:]
+
+
+def _read_jsonl(file: FileIO, field: str) -> Iterator[str]:
+    offset = 0
+    for number, line in enumerate(_lines(file), 1):
+        if text := _text(line, str(file.name), offset).strip():
+            where = f"{file.name} line {number}"
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where}: not JSON ({error}); mend it") from error
+            yield text_of(row, field, where)
+        offset += len(line)
+
+
+def _read_parquet(file: FileIO, field: str) -> Iterator[str]:
+    path = str(file.name)
+    parquet = needs("pyarrow.parquet", path)
+    damage = OSError, needs("pyarrow", path).ArrowInvalid  # Neither names the file.
+    try:
+        # A buffer and small batches: a row group may be larger than the memory.
+        with parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
+            names = [table.schema.column(index).path for index in range(len(table.schema))]
+            if field not in names:
+                raise _no_field(path, field, names)
+            batches = table.iter_batches(_BATCH_ROWS, columns=[field], use_threads=False)
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            for number, row in enumerate(rows):
+                yield text_of(row, field, f"{path} row {number}")
+    except damage as error:
+        raise _damaged(path, error) from error
+
+
+READERS: dict[str, Reader] = {
+    ".txt": _read_sections,
+    ".md": _read_sections,
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+"""By the kinds that a folder may hold; a file of another kind is named by a pattern."""
+
+
+def text_of(row: Any, field: str, where: str) -> str:
+    """The text of a row; a null is an empty document.
+
+    Args:
+      row: names -> values.
+      field: a name, or a path such as meta.text through rows within it.
+      where: what an error names.
+
+    Raises:
+      ValueError: there is no such field, or it holds something else.
+    """
+    try:
+        text = _value(row, field)
+    except KeyError as error:
+        raise _no_field(where, field, _names(row)) from error
+    if isinstance(text, bytes):
+        return _decode(text, where, 0)
+    text = "" if text is None else text
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: field {field!r} holds {text!r:.80}, expected text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON may spell what no text holds
+        raise ValueError(
+            f"{where}: field {field!r} holds half of a character, "
+            f"\\u{ord(text[error.start]):x}, at {error.start}; mend that row, or leave it out"
+        ) from error
+    return text
+
+
+def _value(row: Any, field: str) -> Any:
+    if isinstance(row, dict):
+        if field in row:
+            return row[field]
+        name, _, rest = field.partition(".")
+        if rest and name in row:
+            return None if row[name] is None else _value(row[name], rest)
+    raise KeyError(field)
+
+
+def _names(row: Any) -> Any:
+    if not isinstance(row, dict):
+        return row
+    inner = [[f"{k}.{name}" for name in v] if isinstance(v, dict) else [k] for k, v in row.items()]
+    return [*itertools.chain.from_iterable(inner)]
+
+
+def _no_field(where: str, field: str, found: Any) -> ValueError:
+    return ValueError(
+        f"{where}: no field {field!r}; found {found!r:.300}. Name the one that holds the text "
+        "with --data.text-field"
+    )
+
+
+def _text(data: bytes, path: str, offset: int) -> str:
+    """Bytes of a file from `offset` on, without the byte order mark."""
+    text = _decode(data, path, offset)
+    if "\0" in text:  # UTF-16 without its mark is often valid UTF-8
+        raise ValueError(
+            f"{path}: NUL at byte {offset + data.index(0)}, which text does not hold; {_mend(data)}"
+        )
+    return text if offset else text.removeprefix("\ufeff")
+
+
+def _decode(data: bytes, where: str, offset: int) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}); "
+            f"{_mend(data)}"
+        ) from error
+
+
+def _mend(data: bytes) -> str:
+    """What makes UTF-8 of these bytes; wrong advice would make text of another kind."""
+    encoding = "latin1"
+    if data.startswith(_UTF_32):
+        encoding = "UTF-32"
+    elif data.startswith(_UTF_16):
+        encoding = "UTF-16"
+    elif num_nuls := data.count(0):
+        high_bytes = data[1::2].count(0)
+        if 8 * num_nuls < len(data):
+            return "it is binary or damaged: get it anew, or leave it out"
+        encoding = "UTF-16LE" if 2 * high_bytes > num_nuls else "UTF-16BE"
+    elif not data.decode(errors="ignore").isascii():
+        return "the rest is UTF-8, so it is damaged there: mend it, or leave it out"
+    return f"if it is {encoding}, convert it with `iconv -f {encoding} -t UTF-8`"
