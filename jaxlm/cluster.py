@@ -18,7 +18,7 @@ import jax
 from jax._src.distributed import global_state  # the coordination service has no public client
 from jax.errors import JaxRuntimeError
 
-from jaxlm.terminal import STOPPED
+from jaxlm.terminal import STOPPED, write_error
 
 _HEARTBEAT_TIMEOUT_S = 10
 _LINGER_S = 0.5
@@ -141,6 +141,23 @@ def agree(value: Any, combine: Callable[[list[Any]], Any] = operator.itemgetter(
     return _get(f"{key}/all")
 
 
+def all_fail(key: str, error: Exception) -> bool:
+    """Whether every process comes here with an error, and none with that of a lost one.
+
+    Args:
+      key: names this place, once a run.
+      error: what this process found.
+    """
+    if jax.process_count() == 1:
+        return True
+    if _if_lost(error):
+        return False
+    with suppress(JaxRuntimeError):  # the others are in a collective, which waits for this one
+        _client().wait_at_barrier(key, 1000 * _HEARTBEAT_TIMEOUT_S // 2)
+        return True
+    return False
+
+
 def see(look: Callable[[], bool]) -> bool:
     """Whether something is seen on a shared disk, which may show it late."""
     deadline = time.monotonic() + _LATE_S
@@ -205,8 +222,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _leave(code: int, text: str) -> None:
-    with suppress(OSError):  # a terminal that is gone
-        os.write(2, f"{text}\n".encode())
+    write_error(text)
     os._exit(code)
 
 

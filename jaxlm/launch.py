@@ -21,7 +21,7 @@ from jaxlm.config import Config, leaves
 from jaxlm.extras import MODULES, version
 from jaxlm.files.durable import expand
 from jaxlm.files.strict import read_json
-from jaxlm.terminal import STOPPED, wants_color
+from jaxlm.terminal import STOPPED, catch, guard_streams, wants_color, write_error
 
 _INTERRUPTED = "interrupted; the same command goes on from what is on disk"
 
@@ -119,7 +119,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def run(config: Config) -> int:
     """Trains, as one of several processes where the environment says so; returns the exit code."""
     # Until the loop takes over, there is nothing to save: stop at once, with the same code.
-    before = signal.signal(signal.SIGTERM, _stop_now)
+    before = catch(_stop_now, signal.SIGTERM, signal.SIGHUP)
     try:
         if "JAX_COORDINATOR_ADDRESS" not in os.environ:
             return _train(config)
@@ -128,7 +128,8 @@ def run(config: Config) -> int:
         with Cluster(explain):
             return _train(config)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _train(config: Config) -> int:
@@ -174,7 +175,7 @@ def with_examples(function: Callable[..., object]) -> Iterator[None]:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     # In an import, a library would make an error of its own of it.
     if any(f.filename.startswith("<frozen importlib") for f in traceback.extract_stack(frame)):
-        os.write(2, f"{_INTERRUPTED}\n".encode())
+        write_error(_INTERRUPTED)
         os._exit(130)
     raise KeyboardInterrupt
 
@@ -187,6 +188,7 @@ def run_main(main: Callable[[], int | None]) -> int:
     Returns:
       The exit code.
     """
+    guard_streams()
     tyro._experimental_options["ansi_codes"] = wants_color()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)

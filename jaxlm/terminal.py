@@ -1,12 +1,15 @@
-"""What a command owes to who started it: colours where they are wanted, progress, exit codes."""
+"""What a person at a terminal sees and sends: output, progress, colours, signals, exit codes."""
 
 import contextlib
 import functools
+import io
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TextIO, TypeVar
+from types import FrameType
+from typing import Any, TextIO, TypeVar, cast
 
 Item = TypeVar("Item")
 
@@ -17,9 +20,92 @@ another process. Start it again to go on."""
 _drawing = threading.Lock()
 
 
-def can_draw(stream: TextIO) -> bool:
+class _Nowhere(io.TextIOBase):
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+class _Output:
+    def __init__(self, stream: TextIO | None, strict: bool):
+        self._stream = cast(TextIO, _Nowhere()) if stream is None else stream
+        self._dropped = () if strict else (OSError, ValueError)  # the latter of a closed stream
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        shown = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
+        with contextlib.suppress(*self._dropped):
+            self._stream.write(shown)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(*self._dropped):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return is_terminal(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def output(stream: TextIO | None, *, strict: bool = False) -> TextIO:
+    """A stream for people: what it cannot encode is escaped, what it cannot write is dropped.
+
+    Else a closed terminal, a pipe without a reader or a full disk would end a run on its way.
+
+    Args:
+      stream: where to write; None, which Python has for a closed descriptor, takes everything.
+      strict: raise what `stream` raises when it cannot write.
+    """
+    return cast(TextIO, _Output(stream, strict))
+
+
+def guard_streams() -> None:
+    """Makes standard output and error those of `output`; for the beginning of a process.
+
+    Standard output to a file or a pipe stays strict: a result that was cut short is no success.
+    """
+    # The next file to be opened, a checkpoint say, would take the number of a closed descriptor,
+    # and then the messages for standard error.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    if not isinstance(sys.stdout, _Output):
+        sys.stdout = output(sys.stdout, strict=not is_terminal(sys.stdout))
+    if not isinstance(sys.stderr, _Output):
+        sys.stderr = output(sys.stderr)
+
+
+def catch(receive: Callable[[int, FrameType | None], None], *numbers: int) -> dict[int, Any]:
+    """Has these signals call `receive`, and leaves alone what was ignored, as by nohup.
+
+    Returns:
+      The handlers before, by signal.
+    """
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, receive) for number in heard}
+
+
+def write_error(text: str) -> None:
+    """Writes a line to standard error from a signal handler, which may have interrupted `print`."""
+    if sys.stderr is not None:  # else its descriptor may belong to another file
+        with contextlib.suppress(OSError):
+            os.write(2, f"{text}\n".encode(errors="backslashreplace"))
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether it is one; a stream that is closed is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return stream is not None and stream.isatty()
+    return False
+
+
+def can_draw(stream: TextIO | None) -> bool:
     """Whether control codes have a meaning there: it is a terminal, and not a dumb one."""
-    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    return is_terminal(stream) and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def wants_color() -> bool:
@@ -48,7 +134,9 @@ def progress(what: str, total: float | None = None) -> Iterator[Callable[[float]
 
     # What is printed meanwhile goes above the bar, unless it goes to a file or a pipe.
     bar = Progress(
-        console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()
+        console=Console(file=output(sys.stderr)),
+        transient=True,
+        redirect_stdout=is_terminal(sys.stdout),
     )
     try:
         with bar:

@@ -96,6 +96,56 @@ def late(mine: bool) -> None:
     assert train(config, **data()).complete
 
 
+class LongEvalSet(TinyEvalSet):
+    """Eight batches; something happens in one of those of the second eval, the first time."""
+
+    def __init__(self, act: Callable[[], object] = lambda: None) -> None:
+        self.act, self.count = act, 0
+
+    def __len__(self) -> int:
+        return 8
+
+    def __call__(self, index: int, rows: slice) -> dict[str, np.ndarray]:
+        self.count += index == 2
+        if self.count == 2 and index == 2:
+            self.act()
+        return super().__call__(index, rows)
+
+
+def stops_in_an_eval(mine: bool) -> None:
+    """One gets a signal in an eval; both leave it, and make it at the next start."""
+
+    def stop() -> None:
+        if mine:
+            signal.raise_signal(signal.SIGTERM)
+
+    config, whole = tiny_config(sys.argv[3]), tiny_config(f"{sys.argv[3]}-whole")
+    ready()
+    result = train(config, batches=TinyBatches(), eval_batches=LongEvalSet(stop))
+    assert (result.step, result.complete) == (6, False), result
+    assert folder.read_metadata(Path(config.checkpoint_dir), 6).eval_loss is None
+    for each in (config, whole):
+        assert train(each, batches=TinyBatches(), eval_batches=LongEvalSet()).complete
+
+
+def fails_in_an_eval(mine: bool) -> None:
+    """An eval raises on both; the step is saved before they end."""
+
+    def fail() -> None:
+        raise OSError("the held-out set is gone")
+
+    config, whole = tiny_config(sys.argv[3]), tiny_config(f"{sys.argv[3]}-whole")
+    ready()
+    try:
+        train(config, batches=TinyBatches(), eval_batches=LongEvalSet(fail))
+    except OSError:
+        assert folder.read_metadata(Path(config.checkpoint_dir), 6).eval_loss is None
+    else:
+        raise AssertionError("the eval did not fail")
+    for each in (config, whole):
+        assert train(each, batches=TinyBatches(), eval_batches=LongEvalSet()).complete
+
+
 def blind(mine: bool) -> None:
     """One never sees the steps on a shared disk, and the run has to go back."""
 
@@ -193,7 +243,7 @@ def hang(mine: bool) -> None:
 
     def break_disk() -> None:
         if mine:
-            manifest.write_manifest = lambda path: time.sleep(60)
+            manifest.write_manifest = lambda path: time.sleep(600)
 
     train_until(break_disk)
 

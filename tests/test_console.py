@@ -1,10 +1,17 @@
+import contextlib
+import errno
 import io
 import math
+import os
+import pty
 import re
+import sys
 import threading
+import time
 
 import pytest
 
+from jaxlm.tracking import console as module
 from jaxlm.tracking.console import Console, format_bytes, format_count, format_duration
 
 ROW = {
@@ -15,13 +22,19 @@ ROW = {
 }
 BANNER = """
 ============================================================
-Evaluation at step 500
+Evaluation at step 500 | 14:03:07
   Eval Loss: 4.7867
   Eval PPL: 119.90
   🎯 New best eval loss!
 ============================================================
 
 """
+
+
+@pytest.fixture(autouse=True)
+def at_this_time(monkeypatch):
+    time.strptime(module._now(), "%H:%M:%S")
+    monkeypatch.setattr(module, "_now", lambda: "14:03:07")
 
 
 class Terminal(io.StringIO):
@@ -49,9 +62,9 @@ def test_a_step_line_is_the_seeds():
     console.step(1000, {**ROW, "train/loss": math.log(69.01), "train/mfu": 0.4123}, None)
     assert out.getvalue().splitlines() == [
         "Step   500/30000 | Loss: 4.7748 | PPL:  118.49 | LR: 6.00e-04 | Grad: 0.53 | "
-        "Tok/s: 12,345 | 01:23:45 left",
+        "Tok/s: 12,345 | 01:23:45 left | 14:03:07",
         "Step  1000/30000 | Loss: 4.2343 | PPL:   69.01 | LR: 6.00e-04 | Grad: 0.53 | "
-        "Tok/s: 12,345 | MFU: 41.2%",
+        "Tok/s: 12,345 | MFU: 41.2% | 14:03:07",
     ]
 
 
@@ -92,7 +105,10 @@ def test_a_stream_that_cannot_encode_gets_plain_text():
     console.saved(5, "runs/\udcff", best=False)
     text = raw.getvalue().decode("ascii")
     assert "\n  New best eval loss!\n" in text
-    assert text.endswith("Best model checkpoint saved: runs/gr??e\nCheckpoint saved: runs/?\n")
+    assert text.endswith(
+        "Best model checkpoint saved: runs/gr\\xf6\\xdfe | 14:03:07\n"
+        "Checkpoint saved: runs/\\udcff | 14:03:07\n"
+    )
     with pytest.raises(UnicodeEncodeError):  # the control: such a stream does refuse
         ascii_stream()[1].write("🎯")
 
@@ -115,19 +131,54 @@ def test_saved_lines_from_many_threads_stay_whole():
         thread.start()
     for thread in threads:
         thread.join()
-    expected = sorted(f"💾 Checkpoint saved: runs/a@{s}" for s in range(50) for _ in range(4))
+    line = "💾 Checkpoint saved: runs/a@{} | 14:03:07"
+    expected = sorted(line.format(s) for s in range(50) for _ in range(4))
     assert sorted(out.getvalue().splitlines()) == expected
 
 
-def test_a_stream_that_is_gone_does_not_stop_the_run():
-    class Gone(io.StringIO):
-        def write(self, text: str) -> int:
-            raise BrokenPipeError
-
-    console = Console(10, stream=Gone())
-    console.say("x")
+def say_everything(console: Console) -> None:
+    console.progress(1)
+    console.warn("x")
     console.step(1, ROW, None)
+    console.evaluation(1, 3.0, None, improved=True)
     console.saved(1, "runs/a", best=True)
+    console.progress(10)
+    console.close()
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.ENOSPC, "full"), ValueError()])
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_a_stream_that_is_gone_does_not_stop_the_run(error, kind, terminal):
+    class Gone(kind):
+        def write(self, text: str) -> int:
+            raise error
+
+        def flush(self) -> None:
+            raise error
+
+    say_everything(Console(10, stream=Gone()))
+
+
+def test_a_terminal_that_goes_away_does_not_stop_the_run(terminal):
+    ours, theirs = pty.openpty()
+    with open(theirs, "w", buffering=1) as stream:
+        console = Console(10, stream=stream)
+        console.progress(1)
+        assert b"Step 1/10" in os.read(ours, 65536)
+        os.close(ours)
+        with pytest.raises(OSError, match="Input/output"):  # the control
+            stream.write("x\n")
+        say_everything(console)
+        with contextlib.suppress(OSError):
+            stream.close()
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_stream_that_is_closed_does_not_stop_the_run(closed, monkeypatch):
+    stream = Terminal()
+    stream.close()
+    monkeypatch.setattr(sys, "stdout", stream if closed else None)  # None: `>&-`
+    say_everything(Console(10))
 
 
 @pytest.mark.parametrize("term", ["dumb", None])

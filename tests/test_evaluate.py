@@ -7,7 +7,7 @@ from jaxlm.data.batches import EvalBatches
 from jaxlm.data.shards import TokenShards
 from jaxlm.device.loss import cross_entropy, next_token_loss
 from jaxlm.device.step import make_eval_step
-from jaxlm.training.evaluate import evaluate
+from jaxlm.training.evaluate import Stopped, batch_sums, evaluate
 
 SHAPE = (8, 1, 1)
 MESH = mesh_of(*SHAPE)
@@ -71,3 +71,24 @@ def test_one_mesh_evaluates_as_another():
         params = jax.device_put(trained_params(), shardings)
         losses[shape] = evaluate(step, params, lambda n, mesh=mesh: put(host_batch(n), mesh), 3)
     assert losses[1, 1, 1] == pytest.approx(losses[2, 2, 2], rel=1e-6)
+
+
+def test_an_eval_is_stopped_between_two_batches():
+    ready: list[int] = []
+
+    class Sum:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def block_until_ready(self) -> None:
+            ready.append(self.index)
+
+    def stops() -> bool:
+        # The host waits for the devices: of what is queued, one batch at most is not done.
+        assert ready == list(range(max(0, len(done) - 1)))
+        return len(done) == 4
+
+    done: list[int] = []
+    with pytest.raises(Stopped):
+        batch_sums(lambda _, n: done.append(n) or Sum(n), {}, lambda n: n, 9, stops)
+    assert done == [0, 1, 2, 3]

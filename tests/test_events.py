@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import runs
-from launching import launch, wait_for_step, write_config
+from launching import finish, launch, write_config
 from test_rollback import SpoiltBatches, _config
 from tiny import TinyEvalSet
 
@@ -190,15 +190,9 @@ def test_a_run_that_fails_says_why_and_one_that_never_began_leaves_nothing(tmp_p
 @pytest.mark.slow
 def test_a_real_run_killed_again_and_again(tmp_path: Path):
     config, run = write_config(tmp_path), tmp_path / "run"
-    for step in (20, 60, 110):
-        process = launch(config, run, "--checkpoint.keep_latest", "2")
-        wait_for_step(run, step, process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    process = launch(config, run, "--checkpoint.keep_latest", "2")
-    wait_for_step(run, 150, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
+    for at in ((35, signal.SIGKILL), (75, signal.SIGKILL), (125, signal.SIGKILL)):
+        finish(launch(config, run, "--checkpoint.keep_latest", "2", at=at), -signal.SIGKILL)
+    finish(launch(config, run, "--checkpoint.keep_latest", "2", at=(165, signal.SIGTERM)), 75)
     assert tells_the_disk(run)
     assert len(events_of(run, "start")) == 4
     (stop,) = events_of(run, "stop")

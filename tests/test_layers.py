@@ -262,10 +262,12 @@ def names_in(tree: ast.AST) -> set[str]:
 
 
 def test_one_broad_except_at_the_border_to_the_trackers():
-    # tokenizers raises bare Exceptions, which `data.tokenizer` turns into ValueErrors; and a config
-    # file is a person's own code, of which `launch` names the line.
+    # tokenizers raises bare Exceptions, which `data.tokenizer` turns into ValueErrors; a config
+    # file is a person's own code, of which `launch` names the line; and the loop saves the step
+    # after whatever a caller's held-out set raises, and raises it again.
     found = {name: count for name, tree in MODULES.items() if (count := broad_excepts(tree))}
-    assert found == {"tracking.trackers": 1, "data.tokenizer": 1, "launch": 1}
+    known = {"tracking.trackers": 1, "data.tokenizer": 1, "launch": 1, "training.loop": 1}
+    assert found == known
     for text in ("except:", "except Exception:", "except (OSError, BaseException) as e:"):
         assert broad_excepts(ast.parse(f"try:\n  pass\n{text}\n  pass")) == 1
     assert broad_excepts(ast.parse("try:\n  pass\nexcept OSError:\n  pass")) == 0
@@ -310,6 +312,6 @@ def test_the_whole_is_small():
     others = [ROOT / "launch.py", *(ROOT / "configs").glob("*.py")]
     assert len(others) >= 3
     counts = {path: code_lines(path.read_text()) for path in [*FILES, *others]}
-    assert sum(counts.values()) <= 9420
+    assert sum(counts.values()) <= 9560
     assert counts[ROOT / "jaxlm/checkpoints/checkpoint.py"] <= 350
     assert code_lines('"""Doc."""\n\n# why\nx = 1  # here\ndef f():\n    """Doc."""\n') == 2

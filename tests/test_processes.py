@@ -1,14 +1,17 @@
 """The real launch command, killed, stopped, and run by several processes at once."""
 
 import json
+import os
+import pty
 import shutil
 import signal
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
-from launching import finish, launch, wait_for_step, write_config
+from launching import PATIENCE_S, finish, launch, wait_for_step, write_config
 
 from jaxlm.checkpoints.folder import list_corrupt, list_steps, read_metadata
 from jaxlm.proof.attempt import untimed_rows
@@ -26,19 +29,11 @@ def test_killed_and_stopped_it_ends_with_the_bits_of_a_run_in_one_piece(
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(launch(config_file, whole), 0)
-    process = launch(config_file, broken)
-    wait_for_step(broken, 20, process)
-    process.kill()
-    finish(process, -signal.SIGKILL)
-    for step, number in ((60, signal.SIGTERM), (110, signal.SIGINT)):
-        process = launch(config_file, broken)
-        wait_for_step(broken, step, process)
-        process.send_signal(number)
-        assert "finishing this step, then saving" in finish(process, 75)
-    process = launch(config_file, broken)
-    wait_for_step(broken, 200, process)
-    process.kill()
-    finish(process, -signal.SIGKILL)
+    finish(launch(config_file, broken, at=(35, signal.SIGKILL)), -signal.SIGKILL)
+    for batch, number in ((70, signal.SIGTERM), (110, signal.SIGINT), (140, signal.SIGHUP)):
+        output = finish(launch(config_file, broken, at=(batch, number)), 75)
+        assert "finishing this step, then saving" in output
+    finish(launch(config_file, broken, at=(215, signal.SIGKILL)), -signal.SIGKILL)
     assert "Resuming from step" in finish(launch(config_file, broken), 0)
     assert diff_checkpoints(f"{broken}@300", f"{whole}@300") == []
     assert untimed_rows(broken) == untimed_rows(whole)
@@ -47,7 +42,8 @@ def test_killed_and_stopped_it_ends_with_the_bits_of_a_run_in_one_piece(
 
 @pytest.mark.slow
 def test_a_second_trainer_of_the_same_folder_is_refused(config_file: Path, tmp_path: Path) -> None:
-    first = launch(config_file, tmp_path / "run")
+    # Stopped in its work: a save waits for the one before, so step 10 is there by then.
+    first = launch(config_file, tmp_path / "run", at=(35, signal.SIGSTOP))
     wait_for_step(tmp_path / "run", 10, first)
     checkpoints = ("--checkpoint_dir", str(tmp_path / "run" / "checkpoints"))
     second = launch(config_file, tmp_path / "other", *checkpoints)
@@ -66,28 +62,37 @@ def _free_port() -> int:
 
 
 def _launch_all(
-    config_file: Path, run_dir: Path, count: int, *flags: str
+    config_file: Path,
+    run_dir: Path,
+    count: int,
+    *flags: str,
+    at: dict[int, tuple[int, int]] | None = None,
 ) -> list[subprocess.Popen]:
     cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{_free_port()}"}
     cluster["JAX_NUM_PROCESSES"] = str(count)
     return [
-        launch(config_file, run_dir, *flags, **cluster, JAX_PROCESS_ID=str(index))
+        launch(
+            config_file,
+            run_dir,
+            *flags,
+            at=(at or {}).get(index),
+            **cluster,
+            JAX_PROCESS_ID=str(index),
+        )
         for index in range(count)
     ]
 
 
 @pytest.mark.slow
 def test_two_processes_train_stop_and_resume_as_one(config_file: Path, tmp_path: Path) -> None:
-    def launch_both(run_dir: Path) -> list[subprocess.Popen]:
-        return _launch_all(config_file, run_dir, 2, "--num_steps", "60")
+    def launch_both(run_dir: Path, **at: Any) -> list[subprocess.Popen]:
+        return _launch_all(config_file, run_dir, 2, "--num_steps", "60", **at)
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for process in launch_both(whole):
         finish(process, 0)
-    processes = launch_both(stopped)
-    wait_for_step(stopped, 20, processes[0])
-    processes[1].send_signal(signal.SIGTERM)  # to the one that is not in charge
-    for process in processes:
+    # To the one that is not in charge.
+    for process in launch_both(stopped, at={1: (25, signal.SIGTERM)}):
         finish(process, 75)
     for process in launch_both(stopped):
         finish(process, 0)
@@ -113,17 +118,15 @@ def test_two_processes_train_stop_and_resume_as_one(config_file: Path, tmp_path:
 def test_one_of_four_is_killed_and_all_go_on_to_the_same_bits(
     config_file: Path, tmp_path: Path
 ) -> None:
-    def launch_four(run_dir: Path) -> list[subprocess.Popen]:
-        return _launch_all(config_file, run_dir, 4, "--num_steps", "50")
+    def launch_four(run_dir: Path, **at: Any) -> list[subprocess.Popen]:
+        return _launch_all(config_file, run_dir, 4, "--num_steps", "50", **at)
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for process in launch_four(whole):
         finish(process, 0)
-    processes = launch_four(killed)
-    wait_for_step(killed, 20, processes[0])
-    processes[2].kill()
+    processes = launch_four(killed, at={2: (35, signal.SIGKILL)})
     for index, process in enumerate(processes):
-        output = finish(process, -signal.SIGKILL if index == 2 else 75, timeout_s=60)
+        output = finish(process, -signal.SIGKILL if index == 2 else 75)
         assert index == 2 or "start all processes again" in output.splitlines()[-1]
     outputs = [finish(process, 0) for process in launch_four(killed)]
     assert "Resuming from step" in outputs[0]
@@ -163,11 +166,27 @@ def test_any_number_of_processes_goes_on_from_any_other(config_file: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_a_terminal_that_is_gone_does_not_cost_the_save(config_file: Path, tmp_path: Path) -> None:
+def test_a_full_disk_behind_the_output_does_not_cost_the_save(
+    config_file: Path, tmp_path: Path
+) -> None:
     with open("/dev/full", "w") as full:
-        process = launch(config_file, tmp_path, "--num_steps", "3000", stdout=full)
-        wait_for_step(tmp_path, 10, process)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=120) == 75
+        process = launch(config_file, tmp_path, at=(15, signal.SIGTERM), stdout=full)
+        assert process.wait(timeout=PATIENCE_S) == 75
     last = max(list_steps(tmp_path / "checkpoints"))
     assert untimed_rows(tmp_path)[-1]["step"] in range(last - 5, last + 1)
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_goes_away_goes_on_to_its_end(
+    config_file: Path, tmp_path: Path
+) -> None:
+    ours, theirs = pty.openpty()
+    flags = ("--num_steps", "60", "--log_interval", "1")
+    process = launch(config_file, tmp_path, *flags, stdout=theirs, TERM="xterm-256color")
+    os.close(theirs)
+    said = b""
+    while b"Step    30/60" not in said:
+        said += os.read(ours, 65536)
+    os.close(ours)
+    assert process.wait(timeout=PATIENCE_S) == 0
+    assert untimed_rows(tmp_path)[-1]["step"] == max(list_steps(tmp_path / "checkpoints")) == 60

@@ -1,5 +1,6 @@
 """What a command owes to who started it: colours, progress, examples, completion, exit codes."""
 
+import errno
 import functools
 import io
 import os
@@ -361,13 +362,118 @@ def test_a_reader_that_goes_away_is_no_error(tiny_run: Path):
     assert code != 141 and "BrokenPipeError" in said
 
 
-def test_ctrl_c_is_one_line(tiny_run: Path):
-    command = [sys.executable, "-m", "jaxlm", "eval", runs.RUN, "--follow", "--source", "text:x"]
-    env = {**os.environ, "PYTHONPATH": str(runs.REPO)}
-    process = subprocess.Popen(command, cwd=tiny_run, env=env, stderr=subprocess.PIPE, text=True)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate()
-    assert (process.returncode, said.count("\n")) in [(130, 1), (-signal.SIGINT, 0)], said
+CTRL_C = "import signal; signal.raise_signal(signal.SIGINT)"
+# Module, what is in it, what imports it, lines on standard error.
+INTERRUPTED_IMPORTS = {
+    "of the command": ("tyro", CTRL_C, "from jaxlm.__main__ import main; main()", 0),
+    "in its work": (
+        "work",
+        f"try:\n  {CTRL_C}\nexcept KeyboardInterrupt:\n  raise ImportError",
+        "from jaxlm.launch import run_main; run_main(lambda: __import__('work'))",
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("which", INTERRUPTED_IMPORTS)
+def test_ctrl_c_in_an_import_is_one_line_at_most(which: str, tmp_path: Path):
+    module, text, code, lines = INTERRUPTED_IMPORTS[which]
+    (tmp_path / f"{module}.py").write_text(text)
+    env = {**BUFFERED, "PYTHONPATH": f"{tmp_path}{os.pathsep}{runs.REPO}"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True)
+    assert (done.returncode, done.stderr.count(b"\n"), done.stdout) == (130, lines, b""), done
+
+
+def test_ctrl_c_is_one_line(streams, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    out, err = streams()
+    try:
+        assert launch.run_main(lambda: signal.raise_signal(signal.SIGINT)) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert out.getvalue() == "" and err.getvalue().count("\n") == 1
+
+
+# --- a terminal that is gone
+
+
+class Gone(Terminal):
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def flush(self) -> None:
+        self.write("")
+
+
+def test_a_terminal_that_goes_away_ends_no_command(at_home: Path, streams):
+    streams(Gone(), Gone())
+    assert run("checkpoints", "verify", runs.RUN) == 0  # with progress
+    assert run("--help") == 0 and run("nonsense") == 2 and run("checkpoints", "list", "none") == 1
+
+
+def test_what_a_file_does_not_take_is_an_error(at_home: Path, streams):
+    class Full(Gone):
+        def isatty(self) -> bool:
+            return False
+
+    _, err = streams(Full(), Full())
+    assert run("checkpoints", "list", runs.RUN) == 1
+    _, err = streams(Full())
+    assert run("checkpoints", "list", runs.RUN) == 1 and "Input/output error" in err.getvalue()
+
+
+@pytest.mark.parametrize("none", [["stdout"], ["stderr"], ["stdout", "stderr"]], ids=str)
+def test_streams_that_were_closed_end_no_command(at_home: Path, streams, monkeypatch, none):
+    both = streams()
+    for name in none:
+        monkeypatch.setattr(sys, name, None)
+    assert run("checkpoints", "verify", runs.RUN) == 0
+    assert run("--help") == 0 and run("checkpoints", "list", "none") == 1
+    said = both[0].getvalue()
+    assert ("usage:" in said) == ("stdout" not in none) and "found no checkpoints" not in said
+
+
+def test_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path):
+    code = (
+        "import os, sys; from jaxlm import terminal; terminal.guard_streams()\n"
+        "file = open('file', 'w'); assert file.fileno() > 2\n"
+        "print('out'); print('err', file=sys.stderr); terminal.write_error('err')\n"
+        "os.system('echo child; echo child >&2')"
+    )
+    command = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code]
+    assert subprocess.run(command, cwd=tmp_path, env=BUFFERED).returncode == 0
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_stream_gets_what_it_can_encode(monkeypatch):
+    out, err = (io.TextIOWrapper(io.BytesIO(), "ascii") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+
+    def tell() -> None:
+        print("größe \udcff")
+        raise SystemExit("Größe")
+
+    assert launch.run_main(tell) == 1
+    sys.stdout.flush()
+    assert out.buffer.getvalue() == b"gr\\xf6\\xdfe \\udcff\n"  # type: ignore[attr-defined]
+    sys.stderr.flush()
+    assert err.buffer.getvalue() == b"Gr\\xf6\\xdfe\n"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_hangup_before_the_first_step_stops_a_run_at_once(
+    ignored: bool, at_home: Path, monkeypatch
+):
+    """As SIGTERM does."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    monkeypatch.setattr(launch, "_train", lambda _: signal.raise_signal(signal.SIGHUP))
+    try:
+        code = launch.run_main(lambda: launch.main(["--config", "configs/tiny.py"]))
+        assert code == (0 if ignored else terminal.STOPPED)
+        assert signal.getsignal(signal.SIGHUP) is (signal.SIG_IGN if ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_full_disk_is_no_success(tiny_run: Path):

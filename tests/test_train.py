@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -24,7 +25,7 @@ from jaxlm.device.model import model_factory
 from jaxlm.device.sharding import make_mesh
 from jaxlm.proof.attempt import untimed_rows
 from jaxlm.report.diff import diff_checkpoints
-from jaxlm.training.signals import StopRequest
+from jaxlm.training.signals import StopRequest, stop_requests
 from jaxlm.training.train import train
 
 
@@ -75,19 +76,115 @@ def test_stopped_after_every_single_step_it_ends_with_the_same_bits(
     straight: Path, tmp_path: Path, wandb: Any
 ) -> None:
     tracking = TrackingConfig(wandb=wandb)
-    steps = []
-    while not steps or steps[-1] < 12:
-        start = steps[-1] if steps else 0
-        batches = _StopAtOnce(start)
-        result = train(
-            tiny_config(tmp_path, tracking=tracking), batches=batches, eval_batches=TinyEvalSet()
-        )
-        assert result.step == start + 1 and result.complete == (result.step == 12)
-        steps.append(result.step)
-    assert steps == list(range(1, 13))
+    for step in range(12):
+        batches = _StopAtOnce(step)
+        config = tiny_config(tmp_path, tracking=tracking)
+        result = train(config, batches=batches, eval_batches=TinyEvalSet())
+        assert (result.step, result.complete) == (step + 1, False)
+    result = train(tiny_config(tmp_path, tracking=tracking), **data())  # the eval of the end
+    assert (result.step, result.complete) == (12, True)
     assert diff_checkpoints(f"{tmp_path}@12", f"{straight}@12") == []
     assert untimed_rows(tmp_path) == untimed_rows(straight)
     assert select(f"{tmp_path}@best").step == select(f"{straight}@best").step
+
+
+class _InEval(TinyEvalSet):
+    """Does something in each of these evals of a start, counted from 1."""
+
+    def __init__(self, act: Callable[[], object], *evals: int) -> None:
+        self.act, self.evals, self.count = act, evals, 0
+
+    def __call__(self, index: int, rows: slice) -> dict[str, np.ndarray]:
+        if index == 1 and not rows.start:
+            self.count += 1
+            if self.count in self.evals:
+                self.act()
+        return super().__call__(index, rows)
+
+
+def _send(*numbers: signal.Signals) -> Callable[[], object]:
+    return lambda: [signal.raise_signal(number) for number in numbers]
+
+
+def test_a_signal_in_an_eval_costs_that_eval_alone(straight: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, checkpoint={"save_interval": 100})
+    sets = {"batches": TinyBatches(), "eval_batches": _InEval(_send(signal.SIGTERM), 2)}
+    assert train(config, **sets)[:2] == (6, False)
+    assert read_metadata(tmp_path / "checkpoints", 6).eval_loss is None
+    assert "eval/loss" not in untimed_rows(tmp_path)[-1]
+    # The eval that is owed can be stopped as well, and that of the end.
+    sets["eval_batches"] = _InEval(_send(signal.SIGHUP, signal.SIGHUP), 1)
+    assert train(config, **sets)[:2] == (6, False)
+    sets["eval_batches"] = _InEval(_send(signal.SIGTERM, signal.SIGHUP), 3)
+    assert train(config, **sets)[:2] == (12, False)
+    assert not read_metadata(tmp_path / "checkpoints", 12).final
+    assert train(config, **data())[:2] == (12, True)
+    assert diff_checkpoints(f"{tmp_path}@12", f"{straight}@12") == []
+    assert untimed_rows(tmp_path) == untimed_rows(straight)
+    assert select(f"{tmp_path}@best").step == select(f"{straight}@best").step
+
+
+def test_a_branch_whose_first_eval_is_stopped_has_begun(straight: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, branch_from=f"{straight}@9")
+    sets = {"batches": TinyBatches(), "eval_batches": _InEval(_send(signal.SIGTERM), 1)}
+    assert train(config, **sets)[:2] == (9, False)
+    assert list_steps(tmp_path / "checkpoints") == [9]
+    assert train(config, **data())[:2] == (12, True)
+    assert diff_checkpoints(f"{tmp_path}@12", f"{straight}@12") == []
+    assert [row["step"] for row in untimed_rows(tmp_path) if "eval/loss" in row] == [9, 12]
+
+
+def test_an_eval_that_raises_costs_no_save(straight: Path, tmp_path: Path) -> None:
+    def fail() -> None:
+        raise OSError("the held-out set is gone")
+
+    def fails_in(number: int) -> None:
+        with pytest.raises(OSError, match="the held-out set is gone"):
+            train(tiny_config(tmp_path), batches=TinyBatches(), eval_batches=_InEval(fail, number))
+
+    for number, saved in ((1, [3]), (1, [3]), (4, [8, 9, 12])):  # the second is of what is owed
+        fails_in(number)
+        assert list_steps(tmp_path / "checkpoints") == saved
+    metadata = read_metadata(tmp_path / "checkpoints", 12)
+    assert metadata.eval_loss is None and not metadata.final
+    assert train(tiny_config(tmp_path), **data()).complete
+    assert diff_checkpoints(f"{tmp_path}@12", f"{straight}@12") == []
+    assert untimed_rows(tmp_path) == untimed_rows(straight)
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_was_ignored_stays_so(number: int, handlers: None) -> None:
+    """nohup starts a run so, and a shell without job control what it starts with `&`."""
+    signal.signal(number, signal.SIG_IGN)
+    with stop_requests(make_mesh(MeshConfig())) as request:
+        signal.raise_signal(number)
+        assert not request.received
+    assert signal.getsignal(number) is signal.SIG_IGN
+
+
+def test_a_second_signal_ends_a_run_at_once_but_no_hangup_does(handlers: None) -> None:
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(number)
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, end)
+    with stop_requests(make_mesh(MeshConfig())) as request:
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(number)
+        assert request.received == "SIGHUP" and request.stops()
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
 
 
 def test_the_comparison_sees_a_batch_that_was_skipped(straight: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ r // W.
 import collections
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -148,7 +148,7 @@ def recorded(batches: Rows, path: str | None) -> Rows:
 
 def prefetch(
     make: Callable[[int], X], start: int, stop: int, depth: int
-) -> Iterator[tuple[int, X]]:
+) -> Generator[tuple[int, X], None, None]:
     """Yields (n, make(n)) for n in range(start, stop), made up to `depth` ahead on a host thread.
 
     What `make` raises is raised here, in its turn. The thread ends when the iterator is

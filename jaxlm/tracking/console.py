@@ -1,6 +1,5 @@
 """What a person sees of a run: a progress bar in a terminal, plain lines anywhere else."""
 
-import contextlib
 import math
 import sys
 import time
@@ -9,7 +8,7 @@ from typing import Any, TextIO
 import rich.console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from jaxlm.terminal import can_draw
+from jaxlm.terminal import can_draw, output
 from jaxlm.tracking.metrics import perplexity
 
 _RULE = "=" * 60
@@ -41,6 +40,11 @@ def format_duration(duration_s: float) -> str:
     return (f"{days}d " if days else "") + time.strftime("%H:%M:%S", time.gmtime(rest_s))
 
 
+def _now() -> str:
+    # At the end of a line, whose beginning people search for.
+    return time.strftime("%H:%M:%S")
+
+
 def _number(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 1e6 else f"{value:.2e}"
 
@@ -56,8 +60,7 @@ class Console:
           stream: where to print; by default standard output.
         """
         self._num_steps = num_steps
-        self._stream = stream or sys.stdout
-        self._encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        self._stream = output(stream or sys.stdout)
         self._refreshed = 0.0
         self._bar: Progress | None = None
         if can_draw(self._stream):
@@ -75,17 +78,13 @@ class Console:
 
     def say(self, text: str, *, style: str | None = None) -> None:
         """Prints a line, above the bar where there is one."""
-        # A path may hold what the stream cannot show: a question mark then, not a crash.
-        text = text.encode(self._encoding, "replace").decode(self._encoding)
-        # A closed pipe or a full disk must not end the run: metrics.jsonl has the numbers.
-        with contextlib.suppress(OSError):
-            if self._bar is None:
-                self._stream.write(text + "\n")
-                self._stream.flush()
-            else:
-                self._bar.console.print(
-                    text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True
-                )
+        if self._bar is None:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+        else:
+            self._bar.console.print(
+                text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True
+            )
 
     def warn(self, text: str) -> None:
         """Prints a line that asks for attention."""
@@ -112,7 +111,7 @@ class Console:
         if row.get("train/mfu") is not None:
             parts.append(f"MFU: {row['train/mfu']:.1%}")
         left = "" if seconds_left is None else f"{format_duration(seconds_left)} left"
-        self.say(" | ".join([*parts, left] if left else parts))
+        self.say(" | ".join([*parts, left, _now()] if left else [*parts, _now()]))
         self._update(step, loss=f"Loss {loss:.4f}", left=left)
 
     def evaluation(self, step: int, loss: float, best_loss: float | None, improved: bool) -> None:
@@ -127,14 +126,14 @@ class Console:
         verdict = f"Best eval loss: {'none yet' if best_loss is None else f'{best_loss:.4f}'}"
         if improved:
             verdict = self._with_emoji("🎯", "New best eval loss!")
-        lines = [f"Evaluation at step {step}", f"  Eval Loss: {loss:.4f}"]
+        lines = [f"Evaluation at step {step} | {_now()}", f"  Eval Loss: {loss:.4f}"]
         lines += [f"  Eval PPL: {_number(perplexity(loss))}", f"  {verdict}"]
         self.say("\n".join(["", _RULE, *lines, _RULE, ""]))
 
     def saved(self, step: int, path: str, best: bool) -> None:
         """Says that a checkpoint is committed; called once it is, from any thread."""
         kind = "Best model checkpoint" if best else "Checkpoint"
-        self.say(self._with_emoji("💾", f"{kind} saved: {path}"))
+        self.say(self._with_emoji("💾", f"{kind} saved: {path} | {_now()}"))
 
     def progress(self, step: int) -> None:
         """Moves the bar; cheap enough for every step."""
@@ -157,5 +156,5 @@ class Console:
             self._bar.refresh()
 
     def _with_emoji(self, emoji: str, text: str) -> str:
-        can_show = emoji.encode(self._encoding, "ignore") != b""
+        can_show = emoji.encode(self._stream.encoding, "ignore") != b""
         return f"{emoji} {text}" if can_show else text

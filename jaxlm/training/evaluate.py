@@ -1,6 +1,7 @@
 """The held-out loss of a state."""
 
 from collections.abc import Callable
+from contextlib import closing
 from typing import Protocol
 
 import jax
@@ -23,8 +24,16 @@ class EvalSet(Protocol):
         ...
 
 
+class Stopped(Exception):
+    """An eval was asked to stop before its end."""
+
+
 def batch_sums(
-    eval_step: EvalStep, params: Params, put: Callable[[int], Batch], count: int
+    eval_step: EvalStep,
+    params: Params,
+    put: Callable[[int], Batch],
+    count: int,
+    stops: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
     """Loss sum (nats) and number of tokens of each batch of the set: float64 [count, 2].
 
@@ -35,17 +44,34 @@ def batch_sums(
       params: the params.
       put: index -> that batch on the device.
       count: number of batches.
+      stops: called before each batch; whether to stop.
+
+    Raises:
+      Stopped: `stops` said so.
     """
-    sums = [eval_step(params, batch) for _, batch in prefetch(put, 0, count, depth=2)]
+    sums = []
+    with closing(prefetch(put, 0, count, depth=2)) as batches:
+        for _, batch in batches:
+            if stops():
+                raise Stopped
+            sums.append(eval_step(params, batch))
+            # Else the host would queue the whole set, and have nothing left to stop.
+            jax.block_until_ready(sums[-2:-1])
     return np.asarray(jax.device_get(sums), np.float64)
 
 
-def evaluate(eval_step: EvalStep, params: Params, put: Callable[[int], Batch], count: int) -> float:
+def evaluate(
+    eval_step: EvalStep,
+    params: Params,
+    put: Callable[[int], Batch],
+    count: int,
+    stops: Callable[[], bool] = lambda: False,
+) -> float:
     """The mean loss per token (nats) over the whole set; arguments are those of `batch_sums`.
 
     Every token weighs the same, whatever batch it is in.
     """
-    return mean_loss(batch_sums(eval_step, params, put, count))
+    return mean_loss(batch_sums(eval_step, params, put, count, stops))
 
 
 def mean_loss(sums: np.ndarray) -> float:

@@ -11,6 +11,7 @@ import jax
 from jaxlm.checkpoints.checkpoint import CheckpointError, Checkpoints
 from jaxlm.checkpoints.folder import Best
 from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.cluster import all_fail
 from jaxlm.config import to_dict
 from jaxlm.data.batches import prefetch
 from jaxlm.device.loss import Batch
@@ -23,7 +24,7 @@ from jaxlm.tracking.throughput import flops_per_token
 from jaxlm.tracking.trace import traced
 from jaxlm.training.assemble import Parts
 from jaxlm.training.divergence import check_losses
-from jaxlm.training.evaluate import evaluate
+from jaxlm.training.evaluate import Stopped, evaluate
 from jaxlm.training.resume import describe_environment, is_at_end
 from jaxlm.training.signals import StopRequest
 from jaxlm.training.start import Start
@@ -64,11 +65,11 @@ class Loop:
     def run(self, state: TrainState, request: StopRequest) -> Result:
         """Steps to the end of the plan, or until asked to stop."""
         config, train_step = self.config, self.parts.train_step
-        if self.start.owes_eval or self.start.owes_end:
-            self.pay(state)
         step, stopping = self.start.step, False
-        ended = self.at_end(step)
-        stop = step if ended else config.num_steps
+        if self.start.owes_eval or self.start.owes_end:
+            stopping = not self.pay(state, request.stops)
+        ended = self.at_end(step) and not stopping
+        stop = step if ended or stopping else config.num_steps
         batches = prefetch(self.put, step, stop, depth=config.data.prefetch)
         batches, folder = self.clock.waiting(batches), Path(config.run_dir) / "profile"
         self.clock.rate(step)
@@ -76,15 +77,15 @@ class Loop:
             state, step_metrics = train_step(state, batch)
             self.read_metrics()  # those of an earlier step: the device is busy with this one
             step = index + 1
-            ended = self.at_end(step)
-            stopping, save_due = request.wanted(save=self.checkpoints.due_by_time)
-            stopping = stopping and not ended
-            save_due = save_due or step % config.checkpoint.save_interval == 0
             self.unread = step, step_metrics
             eval_loss, improved = None, False
-            if self.parts.eval_due(step) and not stopping:
-                eval_loss, improved = self.evaluate(step, state)
-                ended = self.at_end(step)
+            if eval_due := self.parts.eval_due(step):
+                eval_loss, improved = self.evaluate(step, state, request.stops)
+            owes_eval = eval_due and eval_loss is None
+            ended = self.at_end(step) and not owes_eval
+            stopping, save_due = request.wanted(save=self.checkpoints.due_by_time)
+            stopping = owes_eval or (stopping and not ended)
+            save_due = save_due or step % config.checkpoint.save_interval == 0
             reasons = {"interval": save_due, "best": improved, "final": ended, "stop": stopping}
             if why := [reason for reason, applies in reasons.items() if applies]:
                 self.save(step, state, eval_loss, why)
@@ -95,7 +96,7 @@ class Loop:
         with self.clock.spent("save"):
             self.checkpoints.wait()
         latest = self.checkpoints.latest
-        owed = self.start.owes_end and latest is not None and not latest.final
+        owed = ended and self.start.owes_end and latest is not None and not latest.final
         if (ended or stopping) and (latest is None or latest.step < step or owed):
             raise CheckpointError(
                 f"the run is at step {step}, and the newest checkpoint on disk is "
@@ -169,12 +170,31 @@ class Loop:
         if self.metrics:
             self.metrics.flush()
 
-    def evaluate(self, step: int, state: TrainState) -> tuple[float, bool]:
-        """The held-out loss, and whether it is better than the best checkpoint on disk."""
+    def evaluate(
+        self, step: int, state: TrainState, stops: Callable[[], bool]
+    ) -> tuple[float | None, bool]:
+        """The held-out loss, and whether it is better than the best checkpoint on disk.
+
+        None in place of the loss if it was asked to stop: the next start makes this eval.
+        """
         self.read_metrics()
         with self.clock.spent("eval"):
-            parts = self.parts
-            loss = evaluate(parts.eval_step, state.weights, parts.put_eval, parts.num_eval_batches)
+            parts, loss, failure = self.parts, math.nan, None
+            try:
+                loss = evaluate(
+                    parts.eval_step, state.weights, parts.put_eval, parts.num_eval_batches, stops
+                )
+            except Stopped:
+                self.console.say(f"the eval of step {step} was cut short; the next start makes it")
+                return None, False
+            except Exception as error:
+                failure = error
+            if failure:  # out of the `except`, in which Orbax's barriers would raise this error
+                # A process that fails alone would wait in the save for the others.
+                if step > self.start.step and all_fail(f"jaxlm/eval/{step}", failure):
+                    self.save(step, state, None, ["eval failed"])
+                    self.checkpoints.wait()
+                raise failure
             self.checkpoints.wait()  # only what is on disk counts as best
             before = self.checkpoints.best
             best = self.checkpoints.best_with(step, loss)
@@ -195,13 +215,22 @@ class Loop:
             metadata = self.metadata(step, eval_loss, final="final" in why)
             self.checkpoints.save(state, metadata, self.flush, ", ".join(why))
 
-    def pay(self, state: TrainState) -> None:
-        """Makes what a stop left out, the eval and the end of the plan, and commits it."""
+    def pay(self, state: TrainState, stops: Callable[[], bool]) -> bool:
+        """Makes what a stop left out, the eval and the end of the plan, and commits it.
+
+        Returns:
+          Whether that is done; False if it was asked to stop.
+        """
         step, loss = self.start.step, self.start.eval_loss
         if self.start.owes_eval:
-            loss, _ = self.evaluate(step, state)
+            loss, _ = self.evaluate(step, state, stops)
+            if loss is None:
+                if self.checkpoints.latest is None:  # it has just branched from another run
+                    self.save(step, state, None, ["stop"])
+                return False
         metadata = self.metadata(step, loss, final=self.at_end(step))
         self.checkpoints.replace(state, metadata, self.flush)
+        return True
 
     def metadata(self, step: int, eval_loss: float | None, final: bool) -> Metadata:
         """What a checkpoint of this step says of itself."""

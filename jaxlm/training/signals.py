@@ -1,10 +1,9 @@
-"""SIGTERM and Ctrl-C, turned into "finish this step, save, and stop"."""
+"""SIGTERM, SIGHUP and Ctrl-C, turned into "finish this step, save, and stop"."""
 
-import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.device.sharding import replicated
+from jaxlm.terminal import catch, write_error
 
 
 class StopRequest:
@@ -32,14 +32,25 @@ class StopRequest:
     def wanted(self, *, save: bool) -> tuple[bool, bool]:
         """Call once a step: whether to stop and whether to save, alike on every process.
 
-        With several processes, what any of them wanted a step ago.
+        With several processes, what any of them wanted at the last call of this or `stops`.
 
         Args:
           save: whether this process would save now.
         """
+        stop, wanted = self._agreed(save)
+        if jax.process_count() > 1:
+            # Debounce: agreement takes one step, so a request made meanwhile means the same save.
+            wanted = self._saves = wanted and not self._saves
+        return stop, wanted
+
+    def stops(self) -> bool:
+        """Call once an eval batch: whether to stop, alike on every process."""
+        return self._agreed(False)[0]
+
+    def _agreed(self, save: bool) -> tuple[bool, bool]:
         if jax.process_count() == 1:
             return bool(self.received), save
-        # Reduced on the devices and read one step late, so that none of them ever waits.
+        # Reduced on the devices and read at the next call, so that none of them ever waits.
         mine = np.array([[bool(self.received), save]], np.int32)
         shape = (self._sharding.mesh.size, 2)
         flags = jax.make_array_from_callback(shape, self._sharding, lambda _: mine)
@@ -47,38 +58,38 @@ class StopRequest:
         if earlier is None:
             return False, False
         stop, wanted = np.asarray(earlier)
-        # What is wanted while a save is agreed upon is that save, and not one more.
-        self._saves = bool(wanted) and not self._saves
-        return bool(stop), self._saves
+        return bool(stop), bool(wanted)
 
 
 @contextmanager
 def stop_requests(mesh: Mesh) -> Iterator[StopRequest]:
-    """Catches the first SIGTERM or SIGINT; a second one acts as it always does.
+    """Catches SIGTERM, SIGINT and SIGHUP; a second SIGTERM or SIGINT acts as it always does.
 
     Off the main thread (a notebook's worker, a server) there are no handlers, and no stop.
     """
-    request = StopRequest(mesh)
+    request, previous = StopRequest(mesh), dict[int, Any]()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    previous: dict[int, Any] = {}
 
-    def restore() -> None:
-        for number in list(previous):
-            signal.signal(number, previous.pop(number))
+    def restore(numbers: Iterable[int]) -> None:
+        for number in numbers:
+            if (handler := previous.pop(number, None)) is not None:
+                signal.signal(number, handler)
 
     def receive(number: int, frame: FrameType | None) -> None:
         del frame
-        request.received = name = signal.Signals(number).name
-        restore()
-        text = f"{name}: finishing this step, then saving and stopping; once more to stop at once\n"
-        with suppress(OSError):  # a terminal that is gone must not cost the save
-            os.write(2, text.encode())  # not print: the signal may have come in the middle of one
+        request.received = request.received or signal.Signals(number).name
+        text = f"{signal.Signals(number).name}: finishing this step, then saving and stopping"
+        # A closing terminal may send SIGHUP twice, and systemd sends it after SIGTERM: counted as
+        # the second signal, it would cost the save.
+        if number != signal.SIGHUP:
+            restore(previous.keys() - {signal.SIGHUP})
+            text += "; once more to stop at once"
+        write_error(text)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, receive)
+    previous |= catch(receive, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     try:
         yield request
     finally:
-        restore()
+        restore(list(previous))

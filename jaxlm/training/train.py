@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from jaxlm.cluster import check_alike
 from jaxlm.config import Config
 from jaxlm.device.loss import Loss
 from jaxlm.device.state import ModelFactory
+from jaxlm.terminal import output
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.console import Console
 from jaxlm.tracking.events import NAME, Events
@@ -61,7 +61,7 @@ def train(
     """
     clock = Clock()
     primary = jax.process_index() == 0
-    console = Console(config.num_steps, stream=None if primary else open(os.devnull, "w"))
+    console = Console(config.num_steps, stream=None if primary else output(None))
     events = Events(Path(config.run_dir) / NAME if primary else None, console.warn)
     check_folders(config)
     with contextlib.ExitStack() as stack:
