@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,14 @@ os.environ["XLA_FLAGS"] = (
 os.environ["NPROC"] = "32"
 # Help is laid out by the width of the terminal that the tests are run in.
 os.environ["COLUMNS"] = "80"
+# Without bytecode, each of the processes started below compiles all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+# Most of the time of a small run is LLVM's. A process that a test starts inherits this.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402  (after what it reads at import)
+import programs  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests start the same small run over and over: compile it once. With a limit to its size, several
@@ -45,6 +52,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         if "PYTEST_XDIST_WORKER" in os.environ:
             of_all_workers = of_all_workers.parent
         jax.config.update("jax_compilation_cache_dir", str(of_all_workers / "compiled"))
+        programs.share(patch)
         yield
 
 

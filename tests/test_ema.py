@@ -159,6 +159,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_stopped_after_every_step_it_ends_with_the_same_bits(straight, tmp_path):
     steps = [one_step(config_of(tmp_path)) for _ in range(6)]
     assert steps == [1, 2, 3, 4, 5, 6]
+    assert train(config_of(tmp_path), **data()).complete  # the eval of the end
     assert diff_checkpoints(f"{tmp_path}@6", f"{straight}@6") == []
     assert untimed_rows(tmp_path) == untimed_rows(straight)
     path = straight / "checkpoints" / "6"

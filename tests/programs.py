@@ -1,0 +1,59 @@
+"""Programs of equal runs, traced and compiled once in a process."""
+
+import functools
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import pytest
+
+from jaxlm.config import OptimConfig
+from jaxlm.device import guard
+from jaxlm.training import assemble
+
+_SCHEDULE = ("learning_rate", "schedule", "warmup_steps", "decay_fraction", "min_lr_ratio")
+
+
+def share(patch: pytest.MonkeyPatch) -> None:
+    """Makes `assemble` reuse programs for as long as the patch lasts.
+
+    Each start of a run would trace its step, eval and initial state anew: most of its time.
+    """
+    blueprint_of, lower_step = assemble.blueprint_of, assemble.lower_step
+    make_eval_step = assemble.make_eval_step
+    kept: dict[Any, Any] = {}
+
+    def shared_blueprint(config: Any, mesh: Any, model: Any = None) -> Any:
+        optim = _without_schedule(config.optim)
+        key = config.model, optim, config.deterministic, mesh, model, guard.LOSS_WINDOW
+        if key not in kept:
+            kept[key] = blueprint_of(config, mesh, model)
+        return kept[key]
+
+    def shared_step(config: Any, blueprint: Any, loss: Any, mesh: Any, example: Any) -> Any:
+        batch = jax.tree.map(lambda x: (x.shape, str(x.dtype), x.sharding), example)
+        optim, of_loss = _without_schedule(config.optim), (loss, config.num_microbatches)
+        key = id(blueprint), optim, *of_loss, config.guard.spike_zscore, str(batch)
+        if key not in kept:
+            lowered = lower_step(config, blueprint, loss, mesh, example)
+            compiled = SimpleNamespace(compile=functools.cache(lowered.compile))
+            kept[key] = compiled, blueprint  # an id is that of one object while this lives
+        return kept[key][0]
+
+    def shared_eval_step(blueprint: Any, loss: Any, mesh: Any) -> Any:
+        key = id(blueprint), loss, mesh
+        if key not in kept:
+            kept[key] = make_eval_step(blueprint, loss, mesh), blueprint
+        return kept[key][0]
+
+    patch.setattr(assemble, "next_token_loss", functools.cache(assemble.next_token_loss))
+    patch.setattr(assemble, "blueprint_of", shared_blueprint)
+    patch.setattr(assemble, "lower_step", shared_step)
+    patch.setattr(assemble, "make_eval_step", shared_eval_step)
+
+
+def _without_schedule(config: OptimConfig) -> OptimConfig:
+    # The rate is an argument of the step.
+    defaults = OptimConfig()
+    return replace(config, **{name: getattr(defaults, name) for name in _SCHEDULE})
