@@ -56,20 +56,27 @@ def clear_compiled(cache_dir: str | None) -> None:
 
 
 def num_cores() -> int | None:
-    """The cores that this process may use."""
+    """The cores that XLA takes this machine to have: `NPROC`, else those this process may use."""
+    if (told := os.environ.get("NPROC", "")).isdigit():
+        return int(told)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
 
 
-def _machine() -> str:
-    # A program for one CPU may crash on another, or give other bits on fewer cores.
+def cpu_info() -> str:
+    """The model and the features of the processor, as the system has them."""
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:
-        info = platform.processor()
-    told = [line for line in info.splitlines() if line.startswith(("model name", "flags"))]
-    kind = "\n".join([platform.machine(), str(num_cores()), *sorted(set(told))])
+        return platform.processor()
+    wanted = ("model name", "flags", "Features")
+    return "\n".join(sorted({line for line in info.splitlines() if line.startswith(wanted)}))
+
+
+def _machine() -> str:
+    # A program for one CPU may crash on another, or give other bits on fewer cores.
+    kind = "\n".join([platform.machine(), str(num_cores()), cpu_info()])
     return sha256(kind.encode()).hexdigest()[:12]
 
 

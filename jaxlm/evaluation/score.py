@@ -27,8 +27,8 @@ from jaxlm.inference.load import restore_params, tell_selected
 from jaxlm.terminal import progress
 from jaxlm.tracking.metrics import perplexity
 from jaxlm.training.assemble import assemble_eval, held_out_batches, mask_id, prepare_data
+from jaxlm.training.environment import compare_environments, describe_environment
 from jaxlm.training.evaluate import batch_sums, mean_loss
-from jaxlm.training.resume import compare_environments, describe_environment
 
 Say = Callable[[str], None]
 TOLERANCE = 1e-3

@@ -29,7 +29,7 @@ from jaxlm.files.publish import check_free, published
 from jaxlm.files.strict import read_json, shown
 from jaxlm.interchange.mapping import CONFIG, INDEX, WEIGHTS, Tensor, from_hf_config, tensor_of
 from jaxlm.terminal import progress, track
-from jaxlm.training.resume import describe_environment
+from jaxlm.training.environment import describe_environment
 
 CONTINUE = "continue.py"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

@@ -24,8 +24,9 @@ from jaxlm.tracking.throughput import flops_per_token
 from jaxlm.tracking.trace import traced
 from jaxlm.training.assemble import Parts
 from jaxlm.training.divergence import check_losses
+from jaxlm.training.environment import describe_environment
 from jaxlm.training.evaluate import Stopped, evaluate
-from jaxlm.training.resume import describe_environment, is_at_end
+from jaxlm.training.resume import is_at_end
 from jaxlm.training.signals import StopRequest
 from jaxlm.training.start import Start
 

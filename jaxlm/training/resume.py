@@ -1,21 +1,17 @@
-"""What a resume may change, and what the bits of a run depend on besides its config."""
+"""What a resume may change."""
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.folder import Best, list_steps, recorded_directory, select
-from jaxlm.checkpoints.metadata import Metadata, flat
-from jaxlm.compiled import num_cores
+from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.config import Change, Config, changes
 from jaxlm.device.optim import make_schedule
-from jaxlm.extras import versions
 
 Say = Callable[[str], None]
 
@@ -143,24 +139,3 @@ def _check_run_folder(config: Config) -> None:
 
 def _learning_rate(config: Config, step: int) -> float:
     return float(np.asarray(make_schedule(config.optim, config.num_steps)(step)))
-
-
-def describe_environment(mesh: Mesh) -> dict[str, Any]:
-    """Versions, devices and cores, as JSON values."""
-    return {
-        "versions": versions(),
-        "device_kind": mesh.devices.flat[0].device_kind,
-        "mesh": dict(mesh.shape),
-        "processes": jax.process_count(),
-        "cores": num_cores(),
-    }
-
-
-def compare_environments(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs, one `name: was …, is …` each."""
-    was, is_now = flat(before), flat(now)
-    return [
-        f"{name}: was {was.get(name)}, is {is_now.get(name)}"
-        for name in sorted(was.keys() | is_now.keys())
-        if was.get(name) != is_now.get(name)
-    ]

@@ -23,13 +23,8 @@ from jaxlm.files.strict import conform
 from jaxlm.tracking.console import Console, format_count
 from jaxlm.tracking.metrics import Metrics
 from jaxlm.training.assemble import Parts
-from jaxlm.training.resume import (
-    compare_environments,
-    describe_environment,
-    goes_back,
-    is_at_end,
-    tell_changes,
-)
+from jaxlm.training.environment import compare_environments, describe_environment
+from jaxlm.training.resume import goes_back, is_at_end, tell_changes
 
 
 class Start(NamedTuple):
