@@ -143,7 +143,14 @@ def put_batch(
       batch_size: rows of the whole batch.
     """
     sharding = batch_sharding(mesh)
-    made = cache(lambda start, stop: rows_of(slice(start, stop)))
+
+    @cache
+    def made(start: int, stop: int) -> dict[str, np.ndarray]:
+        # A copy: on a CPU the batch is the host array itself, where that is aligned, and a caller
+        # that fills the same buffers for the next batch would change this one under the step.
+        return {
+            key: np.array(value, order="C") for key, value in rows_of(slice(start, stop)).items()
+        }
 
     def rows(index: Any) -> dict[str, np.ndarray]:
         start, stop, _ = index[0].indices(batch_size)
