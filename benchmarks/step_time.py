@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -50,9 +51,9 @@ def ours() -> Callable[[], None]:
         tie_embeddings=True,
     )
     mesh, optim = make_mesh(MeshConfig()), OptimConfig(name="adamw")
-    tx, schedule = make_optimizer(optim), make_schedule(optim, 1000)
-    blueprint = make_blueprint(model_factory(config, "cpu"), tx, mesh)
-    step = scheduled(make_train_step(blueprint, next_token_loss(), tx, mesh), schedule, mesh)
+    schedule = make_schedule(optim, 1000)
+    blueprint = make_blueprint(model_factory(config, "cpu"), partial(make_optimizer, optim), mesh)
+    step = scheduled(make_train_step(blueprint, next_token_loss(), mesh), schedule, mesh)
     tokens = np.random.default_rng(0).integers(0, VOCAB, (BATCH, SEQ_LEN + 1)).astype(np.int32)
     batch = put_batch(
         lambda rows: {"inputs": tokens[rows, :-1], "targets": tokens[rows, 1:]}, mesh, BATCH

@@ -394,7 +394,8 @@ class Config(_Part):
     """The logits are made for one part of the sequence at a time, of this many, and again in the
     backward pass: a large vocabulary then takes less memory, and the step a little longer."""
     z_loss: float = recorded(0.0)
-    """Weight of the squared log-normalizer in the training loss (PaLM used 1e-4)."""
+    """Weight of the squared log-normalizer (PaLM used 1e-4), a term that the gradient takes in and
+    `train/loss` leaves out."""
     deterministic: bool = recorded(True)
     """On a GPU: XLA takes only kernels that give the same bits each time, and the same ones at each
     start. Without it a resumed run differs by rounding. CPU and TPU give the same bits anyway."""

@@ -12,6 +12,7 @@ import random
 import shlex
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def save_model(run: Path, model: ModelConfig) -> Any:
     trained = transformer(model)
     config = Config(model=model, optim=OptimConfig(), data=DataConfig("text:x"), run_dir=str(run))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    blueprint = make_blueprint(lambda _: trained, make_optimizer(config.optim), mesh)
+    blueprint = make_blueprint(lambda _: trained, partial(make_optimizer, config.optim), mesh)
     checkpoints = Checkpoints(
         run / "checkpoints", CheckpointConfig(), on_commit=lambda *_: None, warn=print
     )

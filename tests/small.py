@@ -50,7 +50,7 @@ def blueprint_of(
     model: ModelFactory = TRANSFORMER,
     optim: OptimConfig = OPTIM,
 ) -> Blueprint:
-    return make_blueprint(model, make_optimizer(optim), mesh_of(*shape))
+    return make_blueprint(model, functools.partial(make_optimizer, optim), mesh_of(*shape))
 
 
 def transformer(

@@ -8,6 +8,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +43,9 @@ def config_of(run_dir: Path | str, **changes: Any) -> Config:
 
 CONFIG = config_of("unused")
 BLUEPRINT = make_blueprint(
-    model_factory(CONFIG.model, "cpu"), make_optimizer(CONFIG.optim), make_mesh(MeshConfig())
+    model_factory(CONFIG.model, "cpu"),
+    partial(make_optimizer, CONFIG.optim),
+    make_mesh(MeshConfig()),
 )
 KINDS = {
     "arrays": "*/d/*",

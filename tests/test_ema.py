@@ -50,7 +50,9 @@ DECAY = 0.7
 
 @functools.cache
 def averaged(shape=ONE_DEVICE):
-    return make_blueprint(Bigram, make_optimizer(OPTIM), mesh_of(*shape), ema=True)
+    return make_blueprint(
+        Bigram, functools.partial(make_optimizer, OPTIM), mesh_of(*shape), ema=True
+    )
 
 
 def config_of(run_dir: Path, decay: float | None = DECAY, **changes: Any) -> Config:
@@ -82,8 +84,7 @@ def test_the_state_has_it_beside_all_else():
 @pytest.mark.parametrize("shape", [ONE_DEVICE, (2, 2, 2)])
 def test_it_is_the_recursion_on_any_mesh_and_split_as_the_params(shape):
     blueprint, mesh = averaged(shape), mesh_of(*shape)
-    optim = make_optimizer(OPTIM)
-    update = make_train_step(blueprint, next_token_loss(), optim, mesh, ema_decay=0.25)
+    update = make_train_step(blueprint, next_token_loss(), mesh, ema_decay=0.25)
     step = scheduled(update, make_schedule(OPTIM, 10), mesh)
     state = blueprint.make(0)
     expected = np.asarray(state.params["table_VV"], np.float64)
@@ -102,8 +103,8 @@ def test_a_step_that_is_not_finite_leaves_it_alone():
         total, count = next_token_loss()(model, batch)
         return total * jax.numpy.where((batch["inputs"] == 31).all(), jax.numpy.nan, 1.0), count
 
-    mesh, optim = mesh_of(*ONE_DEVICE), make_optimizer(OPTIM)
-    update = make_train_step(averaged(), broken_by_31, optim, mesh, ema_decay=DECAY)
+    mesh = mesh_of(*ONE_DEVICE)
+    update = make_train_step(averaged(), broken_by_31, mesh, ema_decay=DECAY)
     step = scheduled(update, make_schedule(OPTIM, 10), mesh)
     state, _ = step(averaged().make(0), put(host_batch(0), mesh))
     before = fingerprint(state.ema_params)
@@ -186,8 +187,8 @@ def test_another_mesh_goes_on_with_the_same_average(straight):
     config = metadata.run_config()
     factory = model_factory(config.model, "cpu")
     for shape in (ONE_DEVICE, (2, 4, 1)):
-        tx = make_optimizer(config.optim)
-        abstract = make_blueprint(factory, tx, mesh_of(*shape), ema=True).abstract
+        optimizer = functools.partial(make_optimizer, config.optim)
+        abstract = make_blueprint(factory, optimizer, mesh_of(*shape), ema=True).abstract
         found = fingerprint(items_of(restore_state(path, metadata, abstract)))
         assert {n: f for n, f in found.items() if n.startswith("ema_params/")} == expected
 

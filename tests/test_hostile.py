@@ -360,9 +360,8 @@ from jaxlm.device.model import model_factory
 from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.config import MeshConfig
 from jaxlm.inference.load import load_model
-from jaxlm.device.optim import make_optimizer
 from jaxlm.device.sharding import make_mesh
-from jaxlm.device.state import make_blueprint
+from jaxlm.device.state import blueprint_of
 
 run, sabotage = sys.argv[1:]
 if sabotage:
@@ -372,9 +371,7 @@ if sabotage:
 def restore():
     metadata = load_model(run + "@best", say=str)[1]
     config = metadata.run_config()
-    blueprint = make_blueprint(
-        model_factory(config.model, "cpu"), make_optimizer(config.optim), make_mesh(MeshConfig())
-    )
+    blueprint = blueprint_of(config, make_mesh(MeshConfig()))
     said = []
     path = pathlib.Path(run, "checkpoints")
     with Checkpoints(path, config.checkpoint, on_commit=print, warn=said.append) as checkpoints:

@@ -1,15 +1,18 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxlm.device.loss import cross_entropy, next_token_loss, segments
+from jaxlm.device.loss import cross_entropy, next_token_loss, objective, segments
 
 B, T, V, EOS = 3, 5, 17, 0
 rng = np.random.RandomState(0)
 LOGITS = jnp.asarray(4 * rng.randn(B, T, V), jnp.float32)
 TARGETS = jnp.asarray(rng.randint(0, V, (B, T)), jnp.int32)
+BATCH = {"inputs": TARGETS, "targets": TARGETS}
 
 
 def test_cross_entropy_is_that_of_optax_in_value_and_gradient():
@@ -25,23 +28,29 @@ def test_cross_entropy_is_that_of_optax_in_value_and_gradient():
     assert not np.allclose(cross_entropy(LOGITS, shifted), reference(LOGITS, TARGETS), rtol=1e-2)
 
 
+def sums_with_z(logits: jax.Array) -> Any:
+    return next_token_loss(z_loss=0.1)(lambda *_: logits, BATCH)[0]
+
+
 def test_z_loss_is_the_squared_log_normalizer():
     z = np.log(np.exp(np.asarray(LOGITS, np.float64)).sum(-1))
-    with_z = cross_entropy(LOGITS, TARGETS, 0.1)
-    np.testing.assert_allclose(with_z - cross_entropy(LOGITS, TARGETS), 0.1 * z**2, rtol=1e-4)
+    np.testing.assert_allclose(sums_with_z(LOGITS)["z_loss"], 0.1 * (z**2).sum(), rtol=1e-4)
     assert np.abs(z).min() > 0.1  # else it would show nothing
 
     # d (z^2) / d logits = 2 z softmax, whose sum over V is 2 z
-    grads = jax.grad(lambda x: cross_entropy(x, TARGETS, 0.1).sum())(LOGITS)
+    grads = jax.grad(lambda x: objective(sums_with_z(x)))(LOGITS)
     np.testing.assert_allclose(grads.sum(-1), 0.2 * z, rtol=1e-4)
 
 
+def test_the_loss_beside_a_z_loss_is_the_loss_without():
+    alone, _ = next_token_loss()(lambda *_: LOGITS, BATCH)
+    assert sums_with_z(LOGITS)["loss"] == alone
+
+
 def test_z_loss_alone_sees_a_shift_of_the_logits():
-    moved = LOGITS + 3
-    np.testing.assert_allclose(
-        cross_entropy(moved, TARGETS), cross_entropy(LOGITS, TARGETS), rtol=1e-4, atol=1e-5
-    )
-    assert (cross_entropy(moved, TARGETS, 0.1) != cross_entropy(LOGITS, TARGETS, 0.1)).all()
+    sums, moved = sums_with_z(LOGITS), sums_with_z(LOGITS + 3)
+    np.testing.assert_allclose(moved["loss"], sums["loss"], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(moved["z_loss"], sums["z_loss"], rtol=1e-1)
 
 
 def test_large_and_narrow_logits():
@@ -55,15 +64,14 @@ def test_large_and_narrow_logits():
 
 
 def test_the_loss_is_a_sum_and_a_count_of_unmasked_tokens():
-    batch = {"inputs": TARGETS, "targets": TARGETS}
     each = np.asarray(cross_entropy(LOGITS, TARGETS), np.float64)
-    total, count = next_token_loss()(lambda *_: LOGITS, batch)
+    total, count = next_token_loss()(lambda *_: LOGITS, BATCH)
     np.testing.assert_allclose(total, each.sum(), rtol=1e-6)
     assert count == B * T
 
     mask = np.zeros((B, T), np.float32)
     mask[0, 1] = mask[2, 3] = 1
-    total, count = next_token_loss()(lambda *_: LOGITS, batch | {"loss_mask": jnp.asarray(mask)})
+    total, count = next_token_loss()(lambda *_: LOGITS, BATCH | {"loss_mask": jnp.asarray(mask)})
     np.testing.assert_allclose(total, each[0, 1] + each[2, 3], rtol=1e-6)
     assert count == 2
 

@@ -24,7 +24,7 @@ from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.restore import items_of
 from jaxlm.config import CheckpointConfig
 from jaxlm.device.loss import next_token_loss
-from jaxlm.device.optim import make_optimizer, make_schedule
+from jaxlm.device.optim import make_schedule
 from jaxlm.device.state import TrainState, fingerprint
 from jaxlm.device.step import make_train_step, scheduled
 
@@ -37,8 +37,8 @@ Shape = tuple[int, int, int]
 
 @functools.cache
 def step_on(shape: Shape) -> Any:
-    optim, mesh = make_optimizer(OPTIM), mesh_of(*shape)
-    update = make_train_step(blueprint_of(shape), next_token_loss(), optim, mesh)
+    mesh = mesh_of(*shape)
+    update = make_train_step(blueprint_of(shape), next_token_loss(), mesh)
     return scheduled(update, make_schedule(OPTIM, NUM_STEPS), mesh)
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from small import MODEL, blueprint_of, host_batch, initial_params, names_and_leaves, transformer
 
 from jaxlm.device.attention import blocked_attention, reference_attention
-from jaxlm.device.loss import next_token_loss
+from jaxlm.device.loss import next_token_loss, objective
 from jaxlm.device.model import RMSNorm, Transformer, compute_dtype, rope, silu
 from jaxlm.launch import load_config
 
@@ -138,7 +138,7 @@ def loss_and_grads(model, **options: Any):
     batch = host_batch(0)
 
     def loss(params):
-        return next_token_loss(**options)(nnx.merge(graphdef, params), batch)[0]
+        return objective(next_token_loss(**options)(nnx.merge(graphdef, params), batch)[0])
 
     lowered = jax.jit(jax.value_and_grad(loss)).lower(params)
     value, grads = lowered.compile()(params)

@@ -1,14 +1,17 @@
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from small import MODEL, blueprint_of, names_and_leaves
+from flax import nnx
+from small import MODEL, Bigram, blueprint_of, names_and_leaves
 
 from jaxlm.config import OptimConfig
 from jaxlm.device.model import Transformer
-from jaxlm.device.optim import decayed, labels, make_optimizer, make_schedule
+from jaxlm.device.optim import decayed, make_optimizer, make_schedule, matrix_axes
+from jaxlm.device.sharding import Dims
 
 PEAK, NUM_STEPS, WARMUP = 0.5, 100, 10
 
@@ -74,9 +77,16 @@ DECAYED = ["embedding_VD", "head_DV", *(f"layers/{n}/{m}" for n in (0, 1) for m 
 NOT_DECAYED = ["final_norm/scale", *(f"layers/{n}/{s}" for n in (0, 1) for s in BLOCK_SCALES)]
 
 
+QK_NORM = partial(Transformer, dataclasses.replace(MODEL, qk_norm=True))
+
+
 def qk_norm_params():
-    config = dataclasses.replace(MODEL, qk_norm=True)
-    return blueprint_of(model=partial(Transformer, config)).abstract.params
+    return blueprint_of(model=QK_NORM).abstract.params
+
+
+def optimizer_of(config: OptimConfig, **dims: Dims | None):
+    """That of params of these names and dims."""
+    return make_optimizer(config, {(name,): names for name, names in dims.items()})
 
 
 def test_weight_decay_is_on_matrices_only_leaf_by_leaf():
@@ -86,7 +96,7 @@ def test_weight_decay_is_on_matrices_only_leaf_by_leaf():
 
 def test_weight_decay_moves_just_those_leaves():
     params = jax.tree.map(lambda p: np.full(p.shape, 2.0, np.float32), qk_norm_params())
-    tx = make_optimizer(OptimConfig(weight_decay=0.25))
+    tx = optimizer_of(OptimConfig(weight_decay=0.25))
     zeros = jax.tree.map(np.zeros_like, params)
     updates = jax.jit(lambda p: tx.update(zeros, tx.init(p), p)[0])(params)
     found = {name: float(leaf.ravel()[0]) for name, leaf in names_and_leaves(updates).items()}
@@ -121,7 +131,7 @@ def test_three_steps_are_adamw(clip_norm):
     shapes = {"w": (3, 4), "scale": (4,)}
     params = {k: rng.randn(*s).astype(np.float32) for k, s in shapes.items()}
     steps = [{k: 3 * rng.randn(*s).astype(np.float32) for k, s in shapes.items()} for _ in range(3)]
-    tx = make_optimizer(config)
+    tx = optimizer_of(config)
     state = tx.init(params)
     for grads in steps:
         updates, state = tx.update(grads, state, params)
@@ -137,20 +147,55 @@ def test_three_steps_are_adamw(clip_norm):
 # --- Muon
 
 
+def params_of(optimizer: str, model: Any) -> set[str]:
+    """The params that this optimizer has a moment of."""
+    moments = f"opt_state/1/inner_states/{optimizer}/inner_state/"
+    names = names_and_leaves(blueprint_of(model=model).abstract)
+    found = [name.removeprefix(moments).partition("mu/") for name in names if moments in name]
+    return {name for _, is_moment, name in found if is_moment}
+
+
 def test_muon_is_for_the_hidden_matrices_leaf_by_leaf():
-    found = names_and_leaves(labels(qk_norm_params()))
-    hidden = [f"layers/{n}/{m}" for n in (0, 1) for m in BLOCK_MATRICES]
-    assert {name for name, label in found.items() if label == "muon"} == set(hidden)
-    assert {name for name, label in found.items() if label == "adam"} == {
-        "embedding_VD",
-        "head_DV",
-        *NOT_DECAYED,
-    }
+    hidden = {f"layers/{n}/{m}" for n in (0, 1) for m in BLOCK_MATRICES}
+    assert params_of("muon", QK_NORM) == hidden
+    assert params_of("adam", QK_NORM) == {"embedding_VD", "head_DV", *NOT_DECAYED}
 
 
-def test_a_model_without_dims_in_its_names_has_adam_alone():
-    params = {"kernel": np.ones((3, 4)), "layers": [{"D": np.ones(3), "w_DF": np.ones(3)}]}
-    assert set(jax.tree.leaves(labels(params))) == {"adam"}
+def test_dims_decide_on_muon_and_no_spelling_does():
+    class Own(Bigram):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.w_up_DF = nnx.Param(np.ones((4, 6), np.float32))
+            self.w_up_EDF = nnx.Param(np.ones((3, 4, 6), np.float32))
+            self.kernel = nnx.Param(np.ones((4, 6), np.float32), dims=("model", "mlp"))
+            self.expert = nnx.Param(np.ones((3, 4, 6), np.float32), dims=(None, "model", "mlp"))
+
+    assert params_of("muon", Own) == {"kernel"}
+    assert params_of("adam", Own) == {"table_VV", "bias_V", "w_up_DF", "w_up_EDF", "expert"}
+
+
+@pytest.mark.parametrize(
+    ("dims", "axes"),
+    [
+        (("model", "mlp"), (0, (1,))),
+        (("mlp", "model"), (1, (0,))),
+        (("model", "model"), (0, (1,))),
+        (("model", "kv_heads", "head_dim"), (0, (1, 2))),
+        (("heads", "head_dim", "model"), (2, (0, 1))),
+        (("experts", "model", "mlp"), (1, (2,))),
+        (("model", "experts", "mlp"), (0, (2,))),
+        (("experts", "model"), None),
+        (("vocab", "model"), None),
+        (("mlp", "heads"), None),
+        (("model", None), None),
+        (("model", "heads", None), None),
+        (("model",), None),
+        ((), None),
+        (None, None),
+    ],
+)
+def test_the_sides_of_a_matrix(dims: Dims | None, axes: Any):
+    assert matrix_axes(dims) == axes
 
 
 def muon_by_hand(grads_of_steps: list[np.ndarray], config: OptimConfig) -> np.ndarray:
@@ -171,30 +216,43 @@ def muon_by_hand(grads_of_steps: list[np.ndarray], config: OptimConfig) -> np.nd
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "matrix"),
-    [("w_up_DF", (6, 10), (6, 10)), ("w_down_FD", (10, 6), (10, 6))]
-    + [("w_q_DNH", (6, 2, 4), (6, 8)), ("w_o_NHD", (2, 4, 6), (8, 6))],
+    ("dims", "shape", "matrix"),
+    [(("model", "mlp"), (6, 10), (6, 10)), (("mlp", "model"), (10, 6), (10, 6))]
+    + [(("model", "heads", "head_dim"), (6, 2, 4), (6, 8))]
+    + [(("heads", "head_dim", "model"), (2, 4, 6), (8, 6))],
 )
-def test_three_steps_are_muon(name: str, shape: tuple[int, ...], matrix: tuple[int, int]):
+def test_three_steps_are_muon(dims: Dims, shape: tuple[int, ...], matrix: tuple[int, int]):
     config = OptimConfig(clip_norm=None, weight_decay=0.0, muon_rms=0.3)
     rng = np.random.RandomState(0)
     steps = [rng.randn(*shape).astype(np.float32) for _ in range(3)]
-    tx, params = make_optimizer(config), {name: np.zeros(shape, np.float32)}
+    tx, params = optimizer_of(config, w=dims), {"w": np.zeros(shape, np.float32)}
     state = tx.init(params)
     for grad in steps:
-        updates, state = tx.update({name: grad}, state, params)
+        updates, state = tx.update({"w": grad}, state, params)
     expected = muon_by_hand([grad.reshape(matrix) for grad in steps], config).reshape(shape)
-    np.testing.assert_allclose(updates[name], expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(updates["w"], expected, rtol=1e-3, atol=1e-4)
     other = muon_by_hand([grad.reshape(matrix) for grad in steps[1:]], config).reshape(shape)
-    assert not np.allclose(updates[name], other, rtol=1e-1)
+    assert not np.allclose(updates["w"], other, rtol=1e-1)
+
+
+def test_each_expert_is_a_matrix_of_its_own():
+    config = OptimConfig(clip_norm=None, weight_decay=0.0, muon_rms=0.3)
+    grads = np.random.RandomState(0).randn(3, 6, 10).astype(np.float32)
+    tx, params = optimizer_of(config, w=("experts", "model", "mlp")), {"w": np.zeros_like(grads)}
+    found = tx.update({"w": grads}, tx.init(params), params)[0]["w"]
+    expected = [muon_by_hand([grad], config) for grad in grads]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    as_one = muon_by_hand([grads.reshape(18, 10)], config).reshape(3, 6, 10)
+    assert not np.allclose(found, as_one, rtol=1e-1)
 
 
 def test_the_updates_of_muon_have_the_same_size_in_every_shape():
     rng = np.random.RandomState(0)
-    params = {"a_DF": np.zeros((16, 64), np.float32), "b_NHD": np.zeros((4, 8, 16), np.float32)}
-    params["c_DF"] = np.zeros((32, 32), np.float32)
+    params = {"a": np.zeros((16, 64), np.float32), "b": np.zeros((4, 8, 16), np.float32)}
+    params["c"] = np.zeros((32, 32), np.float32)
+    dims = {"a": ("model", "mlp"), "b": ("heads", "head_dim", "model"), "c": ("model", "mlp")}
     grads = jax.tree.map(lambda p: rng.randn(*p.shape).astype(np.float32) * p.size, params)
-    tx = make_optimizer(OptimConfig(muon_rms=0.1, weight_decay=0.0))
+    tx = optimizer_of(OptimConfig(muon_rms=0.1, weight_decay=0.0), **dims)
     updates, _ = tx.update(grads, tx.init(params), params)
     for name, update in updates.items():
         # Five iterations leave the singular values between 0.7 and 1.2.

@@ -11,11 +11,10 @@ from typing import Any
 import jax
 import pytest
 import runs
-from small import MODEL, blueprint_of
+from small import MODEL, blueprint_of, names_and_leaves
 
 from jaxlm.config import CheckpointConfig, Config
 from jaxlm.device.guard import LOSS_WINDOW
-from jaxlm.device.optim import labels
 from jaxlm.device.state import num_bytes
 from jaxlm.training import preflight
 
@@ -25,10 +24,8 @@ NUM_PARAMS = sum(leaf.size for leaf in jax.tree.leaves(ABSTRACT.params))
 # Adam's and three of the guard), Muon's coefficients and the guard's losses.
 NUM_HIDDEN = sum(
     param.size
-    for label, param in zip(
-        jax.tree.leaves(labels(ABSTRACT.params)), jax.tree.leaves(ABSTRACT.params), strict=True
-    )
-    if label == "muon"
+    for name, param in names_and_leaves(ABSTRACT.params).items()
+    if re.search(r"/w_\w*D\w*$", name)
 )
 STATE_BYTES = 4 * (3 * NUM_PARAMS - NUM_HIDDEN + 6 + 5 * 3 + LOSS_WINDOW)
 

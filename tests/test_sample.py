@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small import MODEL, OPTIM, mesh_of, transformer
+from small import MODEL, blueprint_of, transformer
 
 from jaxlm.device.decode import Knobs, Rule, candidates, choose, make_programs
 from jaxlm.device.kv_cache import make_cache
 from jaxlm.device.model import Transformer
-from jaxlm.device.optim import make_optimizer
-from jaxlm.device.state import make_blueprint
 from jaxlm.inference.sample import Sampling, sample, stream
 
 B, T, S = 2, 12, 16
@@ -160,8 +158,8 @@ def test_tokens_follow_the_distribution(temperature: float, top_k: Any, top_p: A
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_the_same_tokens_on_eight_devices(shape: tuple[int, int, int]):
-    mesh, prompts = mesh_of(*shape), PROMPTS[:3]  # three rows are not for eight devices
-    blueprint = make_blueprint(functools.partial(Transformer, MODEL), make_optimizer(OPTIM), mesh)
+    prompts = PROMPTS[:3]  # three rows are not for eight devices
+    blueprint = blueprint_of(shape)
     params = nnx.to_pure_dict(nnx.state(model_of()))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.abstract.params)
     model = nnx.merge(blueprint.graphdef, jax.device_put(params, shardings))

@@ -68,6 +68,14 @@ def test_an_axis_that_does_not_divide_is_named():
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("dims", [("model",), ("model", "mlp", None), ("model", "expert")])
+def test_dims_that_are_not_those_of_the_array_are_refused(dims):
+    with pytest.raises(
+        ValueError, match=r"^model: w of shape \[8, 4\] has dims=.*, expected a name"
+    ):
+        param_sharding("w", (8, 4), dims, mesh_of(1, 1, 1))
+
+
 @pytest.mark.parametrize(
     ("shape", "spec"),
     [

@@ -1,3 +1,4 @@
+import functools
 import re
 
 import jax
@@ -97,7 +98,43 @@ def test_a_model_that_holds_more_than_params_is_refused():
             self.seen = nnx.BatchStat(jnp.zeros(()))
 
     with pytest.raises(ValueError, match=r"^model: seen is a BatchStat, expected only nnx.Param"):
-        make_blueprint(Counting, optax.identity(), mesh_of(1, 1, 1))
+        make_blueprint(Counting, lambda _: optax.identity(), mesh_of(1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (lambda: jnp.arange(3), "int32"),
+        (lambda: jnp.ones(3, bool), "bool"),
+        (lambda: jax.random.key(0), "key<fry>"),
+        (lambda: jnp.ones(3, jnp.complex64), "complex64"),
+        (lambda: jnp.ones(3, jnp.float8_e4m3fn), "float8_e4m3fn"),
+    ],
+)
+def test_a_param_that_cannot_be_trained_is_refused(value, dtype):
+    class Frozen(Bigram):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.fixed = nnx.Param(value())
+
+    message = f"^model: fixed is an nnx.Param of {dtype}, expected one of float32, .* in __call__$"
+    with pytest.raises(ValueError, match=message):
+        make_blueprint(Frozen, lambda _: optax.identity(), mesh_of(1, 1, 1))
+
+
+def test_a_plain_array_in_a_model_is_called_an_array():
+    class Holding(Bigram):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.table = np.arange(3)
+
+    with pytest.raises(ValueError, match="^model: table is an array, expected only nnx.Param"):
+        make_blueprint(Holding, lambda _: optax.identity(), mesh_of(1, 1, 1))
+
+
+def test_the_fingerprint_of_no_elements_has_its_dtype_and_shape():
+    assert fingerprint({"x": jnp.zeros((3, 0))}) == {"x": ["float32", [3, 0], 0, 0]}
+    assert survey({"x": jnp.zeros((0,), jnp.bfloat16)})()[1] == []
 
 
 def test_a_mesh_that_does_not_divide_the_model_names_the_leaf_and_the_axis():
@@ -107,9 +144,9 @@ def test_a_mesh_that_does_not_divide_the_model_names_the_leaf_and_the_axis():
 
 
 def test_the_optimizer_may_have_no_moments():
-    blueprint = make_blueprint(Bigram, optax.sgd(0.1), mesh_of(2, 2, 2))
+    blueprint = make_blueprint(Bigram, lambda _: optax.sgd(0.1), mesh_of(2, 2, 2))
     assert jax.tree.leaves(blueprint.abstract.opt_state) == []
-    no_clip = make_optimizer(OptimConfig(clip_norm=None))
+    no_clip = functools.partial(make_optimizer, OptimConfig(clip_norm=None))
     paths = names_and_leaves(make_blueprint(Bigram, no_clip, mesh_of(1, 1, 1)).abstract)
     assert paths.keys() == names_and_leaves(blueprint_of(model=Bigram).abstract).keys()
 

@@ -25,7 +25,7 @@ from jaxlm.device import sharding
 from jaxlm.device.guard import make_guard
 from jaxlm.device.loss import next_token_loss
 from jaxlm.device.optim import make_optimizer, make_schedule
-from jaxlm.device.sharding import compiler_options, same_bits
+from jaxlm.device.sharding import compiler_options, put_batch, same_bits
 from jaxlm.device.state import TrainState, fingerprint, make_blueprint
 from jaxlm.device.step import make_eval_step, make_train_step, scheduled
 
@@ -38,7 +38,6 @@ def step_of(shape=ONE_DEVICE, model=TRANSFORMER, num_microbatches=1, optim=OPTIM
     update = make_train_step(
         blueprint_of(shape, model, optim),
         loss or next_token_loss(),
-        make_optimizer(optim),
         mesh_of(*shape),
         num_microbatches,
     )
@@ -50,7 +49,7 @@ def host_state(model: Any) -> TrainState:
     blueprint = blueprint_of(model=model)
     params = trained_params() if model is TRANSFORMER else blueprint.make(0).params
     zero = jnp.zeros((), jnp.int32)
-    opt_state = make_optimizer(OPTIM).init(params)
+    opt_state = blueprint.tx.init(params)
     return jax.device_get(TrainState(params, opt_state, zero, make_guard()))
 
 
@@ -147,6 +146,47 @@ def test_the_transformer_accumulates_alike():
     assert alike(run(BATCHES, num_microbatches=4)[1], on_one_device()[1])
 
 
+# --- a loss with terms
+
+
+def run_with_z(**kwargs):
+    return run(UNEVEN[:2], model=Bigram, loss=next_token_loss(z_loss=0.1), **kwargs)
+
+
+def test_a_term_is_in_the_gradient_and_not_in_the_loss():
+    state, found = run_with_z()
+    expected_state, expected = run(UNEVEN[:2], model=Bigram)
+    assert found[0]["loss"] == expected[0]["loss"] and "z_loss" not in expected[0]
+    assert found[0]["z_loss"] > 0.1 and found[0]["grad_norm"] > 1.1 * expected[0]["grad_norm"]
+    # The guard decides on the same loss, whatever the terms are.
+    assert state.guard.losses[-2] == expected_state.guard.losses[-2] == found[0]["loss"]
+
+
+def test_terms_add_up_over_microbatches():
+    (_, expected), (_, found) = run_with_z(), run_with_z(num_microbatches=2)
+    assert alike(found, expected)
+    np.testing.assert_allclose(found[0]["z_loss"], expected[0]["z_loss"], rtol=1e-5)
+
+
+def test_an_eval_leaves_out_the_terms():
+    blueprint, mesh = blueprint_of(model=Bigram), mesh_of(*ONE_DEVICE)
+    params, batch = blueprint.make(0).params, put(BATCHES[0], mesh)
+    steps = [make_eval_step(blueprint, next_token_loss(z_loss=z), mesh) for z in (0.0, 0.1)]
+    found = [jax.device_get(step(params, batch)) for step in steps]
+    assert found[0] == found[1]
+
+
+def test_a_term_that_is_not_finite_changes_nothing():
+    def with_broken_term(model, batch):
+        total, count = next_token_loss()(model, batch)
+        return {"loss": total, "broken": jnp.inf * jnp.ones(())}, count
+
+    before = fingerprint(initial(model=Bigram).params)
+    state, rows = run(BATCHES[:1], model=Bigram, loss=with_broken_term)
+    assert fingerprint(state.params) == before and int(state.guard.nonfinite_steps) == 1
+    assert np.isfinite(rows[0]["loss"]) and rows[0]["broken"] == np.inf
+
+
 # --- what an update is
 
 
@@ -167,14 +207,14 @@ def test_n_batches_make_n_updates():
 
 def test_an_update_is_the_learning_rate_times_the_optimizers():
     state, batch = host_state(Bigram), BATCHES[0]
-    graphdef = blueprint_of(model=Bigram).graphdef
+    graphdef, tx, *_ = blueprint_of(model=Bigram)
 
     def mean_loss(params):
         total, count = next_token_loss()(nnx.merge(graphdef, params), batch)
         return total / count
 
     loss, grads = jax.value_and_grad(mean_loss)(state.params)
-    updates, _ = make_optimizer(OPTIM).update(grads, state.opt_state, state.params)
+    updates, _ = tx.update(grads, state.opt_state, state.params)
     after, metrics = run([batch], model=Bigram)
     norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(grads)))
     assert metrics[0]["loss"] == pytest.approx(float(loss), rel=1e-5)
@@ -267,15 +307,66 @@ def test_a_finite_step_changes_every_leaf():
     }
 
 
+# --- params in narrow dtypes
+
+
+class Scalars(nnx.Module):
+    """Four params, whose gradient is the batch."""
+
+    def __init__(self, rngs: nnx.Rngs, dtype: Any):
+        self.w = nnx.Param(jnp.ones((4,), dtype))
+
+
+def step_of_scalars(dtype: str, gradients: list[float], **optim: Any) -> Any:
+    """The blueprint of `Scalars`, its state after steps of these gradients, and their norms."""
+    config = OptimConfig(learning_rate=1e-2, weight_decay=0.0, **optim)
+    factory = functools.partial(Scalars, dtype=jnp.dtype(dtype))
+    mesh, blueprint = mesh_of(*ONE_DEVICE), blueprint_of(model=factory, optim=config)
+
+    def loss(model: Scalars, batch: Any) -> Any:
+        return (model.w[...] * batch["g"][0]).sum(), jnp.ones(())
+
+    update, state, norms = make_train_step(blueprint, loss, mesh), blueprint.make(0), []
+    for gradient in gradients:
+        host = np.full((1, 4), gradient, np.float32)
+        batch = put_batch(lambda rows, host=host: {"g": host[rows]}, mesh, 1)
+        state, metrics = update(state, batch, jnp.float32(1e-2))
+        norms.append(float(metrics["grad_norm"]))
+    return blueprint, state, norms
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_step_keeps_every_dtype_and_moments_are_in_float32(dtype: str):
+    blueprint, state, _ = step_of_scalars(dtype, [1.0, 1.0])
+    for leaf, planned in zip(
+        jax.tree.leaves(state), jax.tree.leaves(blueprint.abstract), strict=True
+    ):
+        assert (leaf.dtype, leaf.shape) == (planned.dtype, planned.shape)
+    assert state.params["w"].dtype == dtype and (state.params["w"] != 1).all()
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.opt_state)} == {"float32", "int32"}
+
+
+def test_the_norm_of_a_float16_gradient_does_not_overflow():
+    _, state, norms = step_of_scalars("float16", [1000.0], clip_norm=1.0)
+    assert norms == [2000.0] and int(state.guard.nonfinite_steps) == 0
+    assert (state.params["w"] != 1).all()
+
+
+def test_a_float16_gradient_that_overflows_changes_nothing():
+    _, state, norms = step_of_scalars("float16", [1e6])
+    assert norms == [np.inf] and int(state.guard.nonfinite_steps) == 1
+    assert (state.params["w"] == 1).all()
+
+
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_the_compiler_is_told_to_give_the_same_bits(deterministic, monkeypatch):
     # An option that no compiler knows shows that all of them get there.
     monkeypatch.setattr(sharding, "same_bits", lambda mesh: {"xla_no_such_option": True})
     mesh = mesh_of(*ONE_DEVICE)
-    tx = make_optimizer(OPTIM)
-    blueprint = make_blueprint(TRANSFORMER, tx, mesh, deterministic=deterministic)
+    optimizer = functools.partial(make_optimizer, OPTIM)
+    blueprint = make_blueprint(TRANSFORMER, optimizer, mesh, deterministic=deterministic)
     batch = put(host_batch(0), mesh)
-    train_step = make_train_step(blueprint, next_token_loss(), tx, mesh)
+    train_step = make_train_step(blueprint, next_token_loss(), mesh)
     eval_step: Any = make_eval_step(blueprint, next_token_loss(), mesh)
     for lowered in (
         train_step.lower(blueprint.abstract, batch, jnp.float32(1e-3)),

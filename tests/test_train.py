@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -14,15 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tiny import BATCH, TinyBatches, TinyEvalSet, data, tiny_config
 
 from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.checkpoint import CheckpointError
 from jaxlm.checkpoints.folder import list_steps, read_metadata, select
+from jaxlm.checkpoints.restore import find_changed_arrays
 from jaxlm.config import Config, MeshConfig, TrackingConfig
 from jaxlm.device.loss import Batch, next_token_loss
 from jaxlm.device.model import model_factory
 from jaxlm.device.sharding import make_mesh
+from jaxlm.inference.load import load_model
 from jaxlm.proof.attempt import untimed_rows
 from jaxlm.report.diff import diff_checkpoints
 from jaxlm.training.signals import StopRequest, stop_requests
@@ -355,6 +359,66 @@ def test_a_due_save_needs_no_eval(tmp_path: Path) -> None:
     train(config, batches=TinyBatches())  # no held-out set at all
     assert list_steps(tmp_path / "checkpoints") == [4, 5]
     assert not any("eval/loss" in row for row in untimed_rows(tmp_path))
+
+
+class _Narrow(nnx.Module):
+    """A bigram in narrow dtypes, with a param of no elements."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.table = nnx.Param(jax.random.normal(rngs.params(), (64, 64), jnp.bfloat16))
+        self.bias = nnx.Param(jnp.zeros((64,), jnp.float16))
+        self.empty = nnx.Param(jnp.zeros((0, 4), jnp.bfloat16))
+
+    def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        return self.table[...][tokens] + self.bias[...][None, None]
+
+
+def _train_narrow(run_dir: Path) -> None:
+    config = tiny_config(run_dir, num_steps=4, checkpoint={"save_interval": 2}, z_loss=0.1)
+    config = replace(config, optim=replace(config.optim, ema_decay=0.99), mesh=MeshConfig())
+    assert train(config, model=_Narrow, **data()).complete
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("narrow")
+    _train_narrow(run_dir)
+    return run_dir
+
+
+def test_narrow_and_empty_params_resume_with_the_same_bits(narrow: Path, tmp_path: Path) -> None:
+    expected = read_metadata(narrow / "checkpoints", 4)
+    dtypes = {name: entry[0] for name, entry in expected.fingerprints.items()}
+    assert (dtypes["params/table"], dtypes["params/bias"]) == ("bfloat16", "float16")
+    assert expected.fingerprints["params/empty"] == ["bfloat16", [0, 4], 0, 0]
+    others = {dtypes[n] for n in dtypes if n.startswith(("ema_params/", "opt_state/"))}
+    assert others == {"float32", "int32"}
+
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(narrow, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(folder / "4")
+    _train_narrow(tmp_path)
+    again = read_metadata(folder, 4)
+    assert again.fingerprints == expected.fingerprints
+    assert again.eval_loss == expected.eval_loss
+    assert untimed_rows(tmp_path) == untimed_rows(narrow)
+
+
+def test_narrow_and_empty_weights_are_read_and_proven(narrow: Path) -> None:
+    selected = select(f"{narrow}@4")
+    assert find_changed_arrays(selected.path, selected.metadata) == []
+    model, _ = load_model(f"{narrow}@4", model=_Narrow)
+    dtypes = model.table[...].dtype, model.bias[...].dtype
+    assert dtypes == ("bfloat16", "float16") and model.empty[...].shape == (0, 4)
+
+
+def test_the_loss_of_a_row_is_without_the_z_term(narrow: Path, straight: Path) -> None:
+    rows = [row for row in untimed_rows(narrow) if "train/loss" in row]
+    assert len(rows) == 4
+    for row in rows:
+        assert row["train/perplexity"] == pytest.approx(math.exp(row["train/loss"]))
+        assert row["train/z_loss"] > 0.1
+    assert "train/z_loss" not in untimed_rows(straight)[0]
 
 
 def test_time_alone_brings_a_save(tmp_path: Path) -> None:

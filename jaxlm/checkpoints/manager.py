@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from jaxlm.checkpoints.aside import DELETING
-from jaxlm.checkpoints.restore import ITEMS
+from jaxlm.checkpoints.restore import ITEMS, without_empty
 from jaxlm.checkpoints.retention import Retention
 from jaxlm.cluster import barrier
 
@@ -64,5 +64,5 @@ def args_of(items: dict[str, Any]) -> ocp.args.Composite:
     """What tells Orbax to save these items of arrays, beside a `meta` that is written later."""
     # In files of 2 GB, as by default, too few are on their way to the disk at once.
     save = functools.partial(ocp.args.PyTreeSave, ocdbt_target_data_file_size=FILE_BYTES)
-    arrays = {name: save(item) for name, item in items.items()}
+    arrays = {name: save(without_empty(item)) for name, item in items.items()}
     return ocp.args.Composite(**arrays, meta=ocp.args.JsonSave({}))

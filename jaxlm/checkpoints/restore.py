@@ -13,7 +13,7 @@ from absl import logging as absl_logging
 
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.device.guard import Guard
-from jaxlm.device.state import Params, TrainState, fingerprint, path_name
+from jaxlm.device.state import Params, TrainState, cast_like, fingerprint, path_name
 from jaxlm.files.durable import NO_ANSWER, no_answer, reading
 
 ITEMS = ("params", "ema_params", "opt_state", "state")
@@ -37,6 +37,17 @@ def items_of(state: TrainState) -> dict[str, Any]:
     return items if state.ema_params is None else {**items, "ema_params": state.ema_params}
 
 
+def without_empty(tree: Any) -> Any:
+    """The tree with None for each array of no elements: Orbax refuses to store them."""
+    return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
+
+
+def _or_empty(leaf: jax.ShapeDtypeStruct, found: jax.Array | None) -> jax.Array:
+    if found is not None:
+        return found
+    return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+
+
 def restore_state(
     path: Path, metadata: Metadata, abstract: TrainState, *, verify: bool = True
 ) -> TrainState:
@@ -56,7 +67,12 @@ def restore_state(
 def restore_weights(path: Path, metadata: Metadata, abstract: Params) -> Params:
     """The weights to use of a step folder, verified: their average, where it holds one."""
     item = metadata.weights_item
-    return restore_items(path, metadata, {item: abstract})[item]
+    saved = abstract if item == "params" else jax.tree.map(_of_average, abstract)
+    return cast_like(restore_items(path, metadata, {item: saved})[item], abstract)
+
+
+def _of_average(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return leaf.update(dtype=np.promote_types(leaf.dtype, np.float32))
 
 
 def restore_items(
@@ -81,12 +97,12 @@ def restore_items(
     for name, tree in abstract.items():
         with _reading(folder / name) as checkpointer:
             _check_bytes(folder / name, tree)
-            restored[name] = checkpointer.restore(
-                folder / name,
-                args=ocp.args.PyTreeRestore(
-                    item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
-                ),
+            stored = without_empty(tree)
+            args = ocp.checkpoint_utils.construct_restore_args(stored)
+            found = checkpointer.restore(
+                folder / name, args=ocp.args.PyTreeRestore(item=stored, restore_args=args)
             )
+        restored[name] = jax.tree.map(_or_empty, tree, found)
     if verify:
         found = fingerprint(restored)
         changed = [name for name in found if found[name] != metadata.fingerprints[name]]
@@ -107,7 +123,12 @@ def find_changed_arrays(path: Path, metadata: Metadata) -> list[str]:
     for name in _items_at(path):
         found |= fingerprint(restore_numpy(path, (name,)))
     names = sorted(saved.keys() | found.keys())
-    return [name for name in names if saved.get(name) != found.get(name)]
+    changed = [name for name in names if saved.get(name) != found.get(name)]
+    return [name for name in changed if name in found or not _has_no_elements(saved[name])]
+
+
+def _has_no_elements(entry: list[Any]) -> bool:
+    return any(isinstance(shape, list) and 0 in shape for shape in entry[1:2])
 
 
 def restore_numpy(path: Path, items: Sequence[str] = ()) -> dict[str, Any]:

@@ -129,10 +129,10 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: ModelConfig, attention: Attention, rngs: nnx.Rngs):
         D, N, K, H = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
-        self.w_q_DNH = _weight(rngs, (D, N, H), ("model", "heads", None), config.init_std)
-        self.w_k_DKH = _weight(rngs, (D, K, H), ("model", "kv_heads", None), config.init_std)
-        self.w_v_DKH = _weight(rngs, (D, K, H), ("model", "kv_heads", None), config.init_std)
-        self.w_o_NHD = _zeros((N, H, D), ("heads", None, "model"))
+        self.w_q_DNH = _weight(rngs, (D, N, H), ("model", "heads", "head_dim"), config.init_std)
+        self.w_k_DKH = _weight(rngs, (D, K, H), ("model", "kv_heads", "head_dim"), config.init_std)
+        self.w_v_DKH = _weight(rngs, (D, K, H), ("model", "kv_heads", "head_dim"), config.init_std)
+        self.w_o_NHD = _zeros((N, H, D), ("heads", "head_dim", "model"))
         self.q_norm = RMSNorm(H, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(H, config.norm_eps) if config.qk_norm else None
         self.theta = config.rope_theta

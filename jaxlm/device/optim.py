@@ -1,12 +1,23 @@
 """Muon, AdamW and learning-rate schedules, from Optax."""
 
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
+from optax.contrib import MuonDimensionNumbers
 
 from jaxlm.config import OptimConfig
+from jaxlm.device.sharding import Dims
+
+Path = tuple[Any, ...]
+"""The keys that lead to a param, such as `("layers", 0, "mlp", "w_up_DF")`."""
+
+# The dims that a hidden matrix has on its two sides, and the one that stacks matrices.
+_SIDES = ("model", "mlp", "heads", "kv_heads", "head_dim")
+_STACK = "experts"
 
 # Coefficients of the author, one row an iteration: so Optax makes a loop of it, and the program of
 # 180M for a TPU v5e takes 0.6 GB of a device rather than 1.5.
@@ -35,7 +46,9 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, stable_until])
 
 
-def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimConfig, dims: Mapping[Path, Dims | None]
+) -> optax.GradientTransformation:
     """Clip, Muon or Adam, and decoupled weight decay (1711.05101), all but the learning rate.
 
     Muon (kellerjordan.github.io/posts/muon) is for the hidden matrices, Adam for all else. Its
@@ -43,19 +56,29 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
 
     The caller multiplies by the rate of its own step counter, which also counts steps whose
     gradient was not finite and which therefore changed nothing here.
+
+    Args:
+      config: the settings.
+      dims: the names of each param's dims, or None; see `matrix_axes`.
     """
+    matrices = {path: axes for path, names in dims.items() if (axes := matrix_axes(names))}
     norm = config.clip_norm
     clip = optax.identity() if norm is None else optax.clip_by_global_norm(norm)
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
     muon = optax.chain(
         optax.contrib.scale_by_muon(
-            _NEWTON_SCHULZ, beta=config.muon_beta, weight_dimension_numbers=_matrix_axes
+            _NEWTON_SCHULZ,
+            beta=config.muon_beta,
+            weight_dimension_numbers=partial(
+                _map_with_keys, lambda path, _: MuonDimensionNumbers(*matrices[path])
+            ),
         ),
-        optax.stateless(partial(_scale_to_rms, config.muon_rms)),
+        optax.stateless(partial(_scale_to_rms, config.muon_rms, matrices)),
     )
+    label = partial(_map_with_keys, lambda path, _: "muon" if path in matrices else "adam")
     return optax.chain(
         clip,
-        adam if config.name == "adamw" else optax.partition({"muon": muon, "adam": adam}, labels),
+        adam if config.name == "adamw" else optax.partition({"muon": muon, "adam": adam}, label),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
     )
 
@@ -65,40 +88,51 @@ def decayed(params: optax.Params) -> optax.Params:
     return jax.tree.map(lambda param: param.ndim >= 2, params)
 
 
-def labels(params: optax.Params) -> optax.Params:
-    """For each leaf, whether `muon` or `adam` is for it.
+class Matrix(NamedTuple):
+    """The axes of a hidden matrix: the residual stream, and its other side."""
 
-    Muon is for the matrices from and to the residual stream, told by the dims in their name
-    (`w_q_DNH`): D is the stream. Those with V are tables of tokens, whose rows have gradients of
-    their own.
+    stream: int
+    others: tuple[int, ...]
+
+
+def matrix_axes(dims: Dims | None) -> Matrix | None:
+    """The two sides of a hidden matrix, which is for Muon; None for all else.
+
+    A hidden matrix goes from or to the residual stream, the dim `model`, and all its other dims are
+    its other side. A table of tokens has `vocab`, and its rows have gradients of their own. With
+    `experts`, each expert is a matrix of its own. A dim without a name may be anything, and all
+    experts as one matrix would train wrong without a sign of it: so each must be named.
+
+    Args:
+      dims: the names of a param's dims; None for a param that names none.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, param: "muon" if _stream_axis(path, param) >= 0 else "adam", params
-    )
+    names = dims or ()
+    sides = [axis for axis, name in enumerate(names) if name in _SIDES]
+    if "model" not in names or len(sides) < 2 or len(sides) + names.count(_STACK) < len(names):
+        return None
+    stream = names.index("model")
+    return Matrix(stream, tuple(axis for axis in sides if axis != stream))
 
 
-def _stream_axis(path: tuple[Any, ...], param: jax.Array) -> int:
-    dims = str(getattr(path[-1], "key", "")).rpartition("_")[2]
-    is_hidden = len(dims) == param.ndim > 1 and "D" in dims and "V" not in dims
-    return dims.index("D") if is_hidden else -1
+def _map_with_keys(function: Callable[[Path, Any], Any], params: Any) -> Any:
+    def with_keys(path: tuple[Any, ...], param: Any) -> Any:
+        return function(tuple(entry.key for entry in path), param)
+
+    return jax.tree_util.tree_map_with_path(with_keys, params)
 
 
-def _matrix_axes(params: optax.Params) -> optax.Params:
-    # Of three dims, the two that are not D are one side of the matrix.
-    def axes(path: tuple[Any, ...], param: jax.Array) -> optax.contrib.MuonDimensionNumbers:
-        stream = _stream_axis(path, param)
-        others = tuple(axis for axis in range(param.ndim) if axis != stream)
-        return optax.contrib.MuonDimensionNumbers((stream,), others)
-
-    return jax.tree_util.tree_map_with_path(axes, params)
-
-
-def _scale_to_rms(rms: float, updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+def _scale_to_rms(
+    rms: float,
+    matrices: Mapping[Path, Matrix],
+    updates: optax.Updates,
+    params: optax.Params | None,
+) -> optax.Updates:
     del params
 
     # The entries of an orthogonal m x n have a root mean square of 1 / sqrt(max(m, n)).
-    def scale(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-        num_stream = update.shape[_stream_axis(path, update)]
-        return update * (rms * max(num_stream, update.size // num_stream) ** 0.5)
+    def scale(path: Path, update: jax.Array) -> jax.Array:
+        stream, others = matrices[path]
+        m, n = update.shape[stream], math.prod(update.shape[axis] for axis in others)
+        return update * (rms * max(m, n) ** 0.5)
 
-    return jax.tree_util.tree_map_with_path(scale, updates)
+    return _map_with_keys(scale, updates)

@@ -25,6 +25,8 @@ AXES_OF: dict[str | None, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "head_dim": (),
+    "experts": (),
     None: (),
 }
 Dims = tuple[str | None, ...]
@@ -76,8 +78,14 @@ def param_sharding(
       mesh: the mesh.
 
     Raises:
-      ValueError: an axis does not divide its dim.
+      ValueError: the dims are not those of the array, or an axis does not divide one.
     """
+    if dims is not None and (len(dims) != len(shape) or not set(dims) <= AXES_OF.keys()):
+        known = ", ".join(map(str, AXES_OF))
+        raise ValueError(
+            f"model: {name} of shape {list(shape)} has dims={dims}, expected a name for each dim, "
+            f"out of {known}; leave dims out to name none"
+        )
     if dims is None:
         fsdp = mesh.shape["fsdp"]
         divisible = [dim for dim, size in enumerate(shape) if fsdp > 1 and size % fsdp == 0]

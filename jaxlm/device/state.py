@@ -2,7 +2,8 @@
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +16,15 @@ from jax.sharding import Mesh
 from jaxlm.config import Config
 from jaxlm.device.guard import Guard, make_guard
 from jaxlm.device.model import model_factory
-from jaxlm.device.optim import make_optimizer
-from jaxlm.device.sharding import batch_sharding, compiler_options, param_sharding, replicated
+from jaxlm.device.optim import Path, make_optimizer
+from jaxlm.device.sharding import Dims, batch_sharding, compiler_options, param_sharding, replicated
 
 Params = Any  # nested dicts of arrays
 ModelFactory = Callable[[nnx.Rngs], nnx.Module]
+Optimizer = Callable[[Mapping[Path, Dims | None]], optax.GradientTransformation]
+"""From the names of each param's dims, where it has any."""
+
+_PARAM_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class TrainState(NamedTuple):
@@ -32,22 +37,37 @@ class TrainState(NamedTuple):
     guard: Guard
     """What was out of the ordinary of late."""
     ema_params: Params | None = None
-    """The moving average of the params, where the run keeps one."""
+    """The moving average of the params, float32 at least, where the run keeps one."""
 
     @property
     def weights(self) -> Params:
         """What is evaluated, and used: the average where there is one, else the params."""
-        return self.params if self.ema_params is None else self.ema_params
+        return self.params if self.ema_params is None else cast_like(self.ema_params, self.params)
 
     def begin_ema(self) -> "TrainState":
         """The same state, with an average of no more than its own params."""
-        return self._replace(ema_params=jax.tree.map(jnp.copy, self.params))
+        return self._replace(ema_params=jax.tree.map(jnp.copy, in_float32(self.params)))
+
+
+def in_float32(tree: Any) -> Any:
+    """Params, gradients or sums, of which narrower ones are widened to float32.
+
+    In bfloat16, moments and moving averages stand still: a change below 1/256 is rounded away. In
+    float16, the norm of a gradient overflows: 256 squared is infinite.
+    """
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def cast_like(params: Params, like: Params) -> Params:
+    """Params in the dtypes of others."""
+    return jax.tree.map(lambda p, other: p.astype(other.dtype), params, like)
 
 
 class Blueprint(NamedTuple):
     """A model and its optimizer on a mesh, before any array exists."""
 
     graphdef: nnx.GraphDef
+    tx: optax.GradientTransformation
     make: Callable[[int], TrainState]
     """Seed -> the initial state, made sharded."""
     abstract: TrainState
@@ -87,7 +107,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 def make_blueprint(
     model: ModelFactory,
-    tx: optax.GradientTransformation,
+    optimizer: Optimizer,
     mesh: Mesh,
     *,
     ema: bool = False,
@@ -97,30 +117,29 @@ def make_blueprint(
 
     Args:
       model: makes the module.
-      tx: the optimizer.
+      optimizer: makes the optimizer.
       mesh: the devices.
       ema: keep an average of the params.
       deterministic: compile for the same bits each time, on devices that do not do so anyway.
 
     Raises:
-      ValueError: the model holds variables other than `nnx.Param`, or the mesh does not divide it.
+      ValueError: the model holds other than `nnx.Param` of floats, or the mesh does not divide it.
     """
     graphdef, variables = nnx.split(nnx.eval_shape(lambda: model(nnx.Rngs(params=0))))
-    of_params: dict[tuple[Any, ...], Any] = {}
+    of_params: dict[Path, Any] = {}
+    dims: dict[Path, Dims | None] = {}
     for path, variable in nnx.to_flat_state(variables):
         name = "/".join(map(str, path))
-        if not isinstance(variable, nnx.Param):
-            raise ValueError(
-                f"model: {name} is a {type(variable).__name__}, expected only nnx.Param; "
-                "a checkpoint holds params, so keep other state out of the model"
-            )
-        dims = variable.get_metadata().get("dims")
-        of_params[path] = param_sharding(name, variable.shape, dims, mesh)
+        _check_variable(name, variable)
+        dims[path] = variable.get_metadata().get("dims")
+        of_params[path] = param_sharding(name, variable.shape, dims[path], mesh)
     param_shardings = traverse_util.unflatten_dict(of_params)
+    tx = optimizer(dims)
 
     def build(seed: jax.Array) -> TrainState:
         params = nnx.to_pure_dict(nnx.split(model(nnx.Rngs(params=jax.random.key(seed))))[1])
-        state = TrainState(params, tx.init(params), jnp.zeros((), jnp.int32), make_guard())
+        opt_state = tx.init(in_float32(params))
+        state = TrainState(params, opt_state, jnp.zeros((), jnp.int32), make_guard())
         return state.begin_ema() if ema else state
 
     whole: Any = replicated(mesh)
@@ -138,7 +157,23 @@ def make_blueprint(
     init = jax.jit(build, out_shardings=shardings)
     options = compiler_options(mesh, deterministic)
     abstract = jax.eval_shape(init, seed)
-    return Blueprint(graphdef, lambda seed: init(np.uint32(seed)), abstract, options)
+    return Blueprint(graphdef, tx, lambda seed: init(np.uint32(seed)), abstract, options)
+
+
+def _check_variable(name: str, variable: Any) -> None:
+    if not isinstance(variable, nnx.Param):
+        is_array = isinstance(variable, jax.ShapeDtypeStruct)
+        kind = "an array" if is_array else f"a {type(variable).__name__}"
+        raise ValueError(
+            f"model: {name} is {kind}, expected only nnx.Param; "
+            "a checkpoint holds params, so keep other state out of the model"
+        )
+    if str(variable.dtype) not in _PARAM_DTYPES:
+        raise ValueError(
+            f"model: {name} is an nnx.Param of {variable.dtype}, expected one of "
+            f"{', '.join(_PARAM_DTYPES)}, since training moves every param along its gradient; "
+            "make what stays as it is in __call__"
+        )
 
 
 def blueprint_of(config: Config, mesh: Mesh, model: ModelFactory | None = None) -> Blueprint:
@@ -149,7 +184,7 @@ def blueprint_of(config: Config, mesh: Mesh, model: ModelFactory | None = None) 
     """
     return make_blueprint(
         model or model_factory(config.model, mesh.devices.flat[0].platform),
-        make_optimizer(config.optim),
+        partial(make_optimizer, config.optim),
         mesh,
         ema=config.optim.ema_decay is not None,
         deterministic=config.deterministic,

@@ -1,5 +1,6 @@
 """One update: loss, gradient, and what becomes of the state. Arrays in, arrays out."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxlm.device.guard import observe
-from jaxlm.device.loss import Batch, Loss
+from jaxlm.device.loss import Batch, Loss, Sums, loss_and_terms, objective
 from jaxlm.device.sharding import batch_sharding, replicated, split_at_once
-from jaxlm.device.state import Blueprint, Params, TrainState, jit_with_model
+from jaxlm.device.state import Blueprint, Params, TrainState, cast_like, in_float32, jit_with_model
 
 StepMetrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
@@ -21,7 +22,6 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 def make_train_step(
     blueprint: Blueprint,
     loss: Loss,
-    tx: optax.GradientTransformation,
     mesh: Mesh,
     num_microbatches: int = 1,
     spike_zscore: float | None = None,
@@ -35,33 +35,43 @@ def make_train_step(
 
     Returns:
       `(state, batch, learning_rate) -> (state, metrics)`, metrics being float32 [] `loss` (mean
-      over tokens), `grad_norm` (before clipping) and `learning_rate`, and the counts of `Guard`.
+      over tokens), the terms of the loss by their names, `grad_norm` (before clipping) and
+      `learning_rate`, and the counts of `Guard`.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.abstract)
 
-    def loss_and_grads(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
-        def loss_sum(params: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
-            return loss(nnx.merge(blueprint.graphdef, params), part)
+    def means_and_grads(params: Params, batch: Batch) -> tuple[Sums, Params]:
+        def total(params: Params, part: Batch) -> tuple[jax.Array, tuple[Sums, jax.Array]]:
+            sums, weight = loss(nnx.merge(blueprint.graphdef, params), part)
+            return objective(sums), (sums, weight)
 
-        grad_of_sum = jax.value_and_grad(loss_sum, has_aux=True)
+        def sums_and_grads(params: Params, part: Batch) -> tuple[tuple[Sums, jax.Array], Params]:
+            (_, sums), grads = jax.value_and_grad(total, has_aux=True)(params, part)
+            return in_float32((sums, grads))
+
         if num_microbatches == 1:
-            (total, weight), grads = grad_of_sum(params, batch)
+            (sums, weight), grads = sums_and_grads(params, batch)
         else:
-            (total, weight), grads = _accumulate(grad_of_sum, params, batch, num_microbatches)
+            (sums, weight), grads = _accumulate(sums_and_grads, params, batch, num_microbatches)
         grads = split_at_once(grads, shardings.params)
-        return total / weight, jax.tree.map(lambda grad: grad / weight, grads)
+        return jax.tree.map(lambda x: x / weight, (sums, grads))
 
     def train_step(
         state: TrainState, batch: Batch, learning_rate: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            loss_value, grads = loss_and_grads(state.params, batch)
+            means, grads = means_and_grads(state.params, batch)
+        loss_value, terms = loss_and_terms(means)
         grad_norm = optax.tree_utils.tree_norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        before = in_float32(state.params)
+        updates, opt_state = blueprint.tx.update(grads, state.opt_state, before)
+        after = jax.tree.map(lambda p, u: p - learning_rate * u, before, updates)
+        params = cast_like(after, state.params)
         ema_params = _average(state, params, ema_decay)
 
-        finite = jnp.isfinite(loss_value) & jnp.isfinite(grad_norm)
+        finite = functools.reduce(
+            jnp.logical_and, map(jnp.isfinite, (loss_value, *terms.values(), grad_norm))
+        )
         params, opt_state, ema_params = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, opt_state, ema_params),
@@ -69,6 +79,7 @@ def make_train_step(
         )
         guard = observe(state.guard, loss_value, finite, spike_zscore)
         metrics = {
+            **terms,
             "loss": loss_value,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
@@ -110,18 +121,18 @@ def _average(state: TrainState, params: Params, ema_decay: float | None) -> Para
 
 
 def _accumulate(
-    grad_of_sum: Callable[..., Any], params: Params, batch: Batch, num_microbatches: int
-) -> tuple[tuple[jax.Array, jax.Array], Params]:
+    sums_and_grads: Callable[..., Any], params: Params, batch: Batch, num_microbatches: int
+) -> tuple[tuple[Sums, jax.Array], Params]:
     # Part m takes rows m, m + M, …: each device goes on with its own rows, and none is moved.
     parts = jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(-1, num_microbatches, *x.shape[1:]), 0, 1), batch
     )
 
     def add_part(sums: Any, part: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, grad_of_sum(params, part)), None
+        return jax.tree.map(jnp.add, sums, sums_and_grads(params, part)), None
 
     first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(grad_of_sum, params, first)
+    shapes = jax.eval_shape(sums_and_grads, params, first)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.lax.scan(add_part, zeros, parts)[0]
 
@@ -130,4 +141,9 @@ def make_eval_step(
     blueprint: Blueprint, loss: Loss, mesh: Mesh
 ) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """The compiled `(params, batch) -> (loss sum, number of tokens)`, float32 []."""
-    return jit_with_model(loss, blueprint, mesh)
+
+    def without_terms(model: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        sums, weight = loss(model, batch)
+        return loss_and_terms(sums)[0], weight
+
+    return jit_with_model(without_terms, blueprint, mesh)

@@ -16,7 +16,7 @@ from jaxlm.config import Config
 from jaxlm.data.batches import EvalBatches, TrainBatches, recorded
 from jaxlm.data.prepare import Dataset, default_max_tokens, prepare
 from jaxlm.device.loss import Batch, Loss, next_token_loss
-from jaxlm.device.optim import make_optimizer, make_schedule
+from jaxlm.device.optim import make_schedule
 from jaxlm.device.sharding import AXES_OF, make_mesh, put_batch, replicated
 from jaxlm.device.state import Blueprint, ModelFactory, blueprint_of
 from jaxlm.device.step import TrainStep, make_eval_step, make_train_step, scheduled
@@ -146,7 +146,6 @@ def lower_step(
     train_step = make_train_step(
         blueprint,
         loss,
-        make_optimizer(config.optim),
         mesh,
         config.num_microbatches,
         config.guard.spike_zscore,

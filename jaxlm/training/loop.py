@@ -14,6 +14,7 @@ from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.cluster import all_fail
 from jaxlm.config import to_dict
 from jaxlm.data.batches import prefetch
+from jaxlm.device.guard import Guard
 from jaxlm.device.loss import Batch
 from jaxlm.device.state import TrainState
 from jaxlm.device.step import StepMetrics
@@ -152,6 +153,8 @@ class Loop:
             "train/tokens_seen": self.tokens_seen(step),
             "train/tokens_per_s": tokens_per_s,
         }
+        terms = values.keys() - {"loss", "learning_rate", "grad_norm", *Guard._fields}
+        row |= {f"train/{name}": values[name] for name in sorted(terms)}
         if self.parts.peak_flops:
             flops = flops_per_token(self.config.model, self.config.seq_len)
             row["train/mfu"] = tokens_per_s * flops / self.parts.peak_flops

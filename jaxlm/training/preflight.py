@@ -53,7 +53,7 @@ def checkpoint_bytes(config: Config, abstract: TrainState) -> int:
     needed = state_bytes * (keep.keep_latest + 1 + IN_TRANSIT)
     milestones = config.num_steps // keep.keep_every if keep.keep_every else 0
     weights = config.num_steps // keep.keep_weights_every if keep.keep_weights_every else 0
-    weights_bytes = weights * num_bytes(abstract.weights)
+    weights_bytes = weights * num_bytes(abstract.ema_params or abstract.params)
     if keep.disk_budget_gb is None:
         return needed + state_bytes * milestones + weights_bytes
     if needed > keep.disk_budget_gb * 1e9:
