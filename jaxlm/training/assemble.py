@@ -87,6 +87,7 @@ def assemble(
     keep_compiled(config.data.cache_dir)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
+    blueprint = blueprint_of(config, mesh, model)  # refuses a model before any data is prepared
     dataset = None
     if batches is None:
         config, dataset = prepare_data(config, say)
@@ -104,7 +105,6 @@ def assemble(
     if eval_batches is not None and not isinstance(eval_batches, Sized):
         raise ValueError("eval_batches: found no length, expected `__len__`: how many there are")
     rows_of = recorded(batches, os.environ.get("JAXLM_RECORD_BATCHES"))
-    blueprint = blueprint_of(config, mesh, model)
     mask = mask_id(config, dataset)
     next_token = partial(next_token_loss, eos_id=mask, num_chunks=config.loss_chunks)
     train_loss = loss or next_token(z_loss=config.z_loss)
