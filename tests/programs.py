@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import pytest
 
-from jaxlm.config import OptimConfig
+from jaxlm.config import MeshConfig, OptimConfig
 from jaxlm.device import guard
 from jaxlm.training import assemble
 
@@ -47,6 +47,12 @@ def share(patch: pytest.MonkeyPatch) -> None:
             kept[key] = make_eval_step(blueprint, loss, mesh), blueprint
         return kept[key][0]
 
+    make_mesh = assemble.make_mesh
+
+    def small_mesh(config: Any) -> Any:
+        return make_mesh(config, jax.devices()[:2] if config == MeshConfig() else None)
+
+    patch.setattr(assemble, "make_mesh", small_mesh)
     patch.setattr(assemble, "next_token_loss", functools.cache(assemble.next_token_loss))
     patch.setattr(assemble, "blueprint_of", shared_blueprint)
     patch.setattr(assemble, "lower_step", shared_step)

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import pytest
 from flax import nnx
 from runs import give_to_another_run
@@ -45,7 +46,7 @@ CONFIG = config_of("unused")
 BLUEPRINT = make_blueprint(
     model_factory(CONFIG.model, "cpu"),
     partial(make_optimizer, CONFIG.optim),
-    make_mesh(MeshConfig()),
+    make_mesh(MeshConfig(), jax.devices()[:2]),
 )
 KINDS = {
     "arrays": "*/d/*",

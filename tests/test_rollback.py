@@ -231,7 +231,9 @@ class BrokenBatches(TinyBatches):
 
 def test_nonfinite_steps_in_a_row_stop_the_run_or_roll_it_back(tmp_path: Path) -> None:
     def run(name: str, **guarded: Any) -> Result:
-        config = _config(tmp_path / name, guard=GuardConfig(max_nonfinite=3, **guarded))
+        config = _config(
+            tmp_path / name, num_steps=14, guard=GuardConfig(max_nonfinite=3, **guarded)
+        )
         return train(config, batches=BrokenBatches(9, 10, 11), eval_batches=TinyEvalSet())
 
     with pytest.raises(RuntimeError, match="3 steps in a row up to 12 were not finite; lower"):
@@ -247,7 +249,7 @@ def test_nonfinite_steps_in_a_row_stop_the_run_or_roll_it_back(tmp_path: Path) -
 def test_few_nonfinite_steps_are_counted_and_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = _config(tmp_path, num_steps=12)
+    config = _config(tmp_path, num_steps=12, checkpoint={"save_interval": 12})
     assert train(config, batches=BrokenBatches(5), eval_batches=TinyEvalSet()).complete
     assert "step 6 was not finite, and left params and optimizer alone" in capsys.readouterr().out
     assert untimed_rows(tmp_path)[-2]["train/nonfinite_steps"] == 1
@@ -257,6 +259,7 @@ def test_resume_best_goes_back_once(tmp_path: Path) -> None:
     def run(name: str, num_steps: int, learning_rate: float, **changes: Any) -> None:
         optim = OptimConfig(learning_rate=learning_rate, warmup_steps=2)
         plan = {"num_steps": num_steps, "optim": optim, "guard": GuardConfig()}
+        plan["checkpoint"] = {"save_interval": 12}
         assert _train(_config(tmp_path / name, **plan, **changes)).complete
 
     folder = tmp_path / "ruined" / "checkpoints"
@@ -279,7 +282,7 @@ def test_resume_best_goes_back_once(tmp_path: Path) -> None:
 
 
 def test_init_from_takes_the_weights_alone(tmp_path: Path) -> None:
-    assert _train(_config(tmp_path / "a", num_steps=8)).complete
+    assert _train(_config(tmp_path / "a", num_steps=8, checkpoint={"save_interval": 8})).complete
     config = _config(tmp_path / "b", num_steps=4, init_from=f"{tmp_path}/a@8", seed=1)
     assert _train(config).complete
     metadata = read_metadata(tmp_path / "b" / "checkpoints", 4)
