@@ -1,4 +1,4 @@
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,11 @@ def value_and_grads(attention, q, k, v, segments):
     return run(q, k, v)
 
 
+@cache
+def by_reference(*case):
+    return value_and_grads(reference_attention, *inputs(*case))
+
+
 def close(found, expected) -> bool:
     return all(
         np.allclose(f, e, rtol=1e-5, atol=1e-5) for f, e in zip(found, expected, strict=True)
@@ -64,18 +69,14 @@ def close(found, expected) -> bool:
 
 @pytest.mark.parametrize("case", CASES)
 def test_reference_is_the_definition(case):
-    qkv_segments = inputs(*case)
-    expected = by_hand(*qkv_segments)
-    np.testing.assert_allclose(
-        jax.jit(reference_attention)(*qkv_segments), expected, rtol=1e-5, atol=1e-6
-    )
+    expected = by_hand(*inputs(*case))
+    np.testing.assert_allclose(by_reference(*case)[0], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_blocked_equals_reference_in_value_and_gradient(case):
-    expected = value_and_grads(reference_attention, *inputs(*case))
     found = value_and_grads(partial(blocked_attention, block_size=4), *inputs(*case))
-    assert close(found, expected)
+    assert close(found, by_reference(*case))
 
 
 def test_blocks_of_the_default_size():
@@ -88,10 +89,9 @@ def test_blocks_of_the_default_size():
 SPLASH = partial(splash_attention, interpret=True)
 
 
-@pytest.mark.parametrize("case", [(128, 4, 2, True), (256, 2, 2, False), (128, 3, 1, False)])
-def test_splash_equals_reference_in_value_and_gradient(case):
-    expected = value_and_grads(reference_attention, *inputs(*case))
-    assert close(value_and_grads(SPLASH, *inputs(*case)), expected)
+def test_splash_equals_reference_in_value_and_gradient():
+    case = (256, 2, 2, False)
+    assert close(value_and_grads(SPLASH, *inputs(*case)), by_reference(*case))
 
 
 def test_splash_on_a_mesh_is_splash_on_one_device():
@@ -110,7 +110,7 @@ def test_splash_on_a_mesh_is_splash_on_one_device():
 def test_a_kernel_is_called_only_with_what_it_takes():
     """`interpret` is off: on a CPU the kernel itself would fail."""
     case = inputs(130, 2, 1, True)
-    assert close([splash_attention(*case)], [reference_attention(*case)])
+    assert close([jax.jit(splash_attention)(*case)], [jax.jit(reference_attention)(*case)])
     with pytest.raises(ValueError, match="interpret mode"):
         splash_attention(*inputs(128, 2, 1, True))
 
@@ -139,13 +139,12 @@ def test_cudnn_is_called_only_with_what_it_takes(monkeypatch, dtype, size, with_
 
 def test_without_cudnn_it_is_the_reference():
     q = jnp.ones((1, 8, 2, 64), "bfloat16")
-    assert (cudnn_attention(q, q, q) == reference_attention(q, q, q)).all()
+    assert (jax.jit(cudnn_attention)(q, q, q) == jax.jit(reference_attention)(q, q, q)).all()
 
 
 @pytest.mark.parametrize("breakage", ["keys", "heads", "segments", "causality"])
 def test_the_comparison_sees_a_broken_attention(breakage):
-    q, k, v, segments = inputs(11, 4, 2, True)
-    expected = value_and_grads(reference_attention, q, k, v, segments)
+    case = (11, 4, 2, True)
 
     def broken(q, k, v, segments):
         if breakage == "keys":  # a block that forgets the keys of the one before
@@ -159,7 +158,7 @@ def test_the_comparison_sees_a_broken_attention(breakage):
             return reference_attention(q, k, v, None)
         return jax.nn.dot_product_attention(q, k, v)
 
-    assert not close(value_and_grads(broken, q, k, v, segments), expected)
+    assert not close(value_and_grads(broken, *inputs(*case)), by_reference(*case))
 
 
 def leak(attention, segments=None) -> np.ndarray:

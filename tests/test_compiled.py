@@ -1,98 +1,129 @@
 """Compiled programs are kept, and a kill while one is written costs one compilation at most."""
 
-import os
+import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax._src import compilation_cache
 from tiny import tiny_config
 
-from jaxlm.compiled import clear_compiled, compiled_bytes, compiled_folder
+from jaxlm.compiled import clear_compiled, compiled_bytes, compiled_folder, keep_compiled
 from jaxlm.config import OptimConfig
 from jaxlm.plan.ahead import lower_ahead
 
 PROGRAM = """
-import logging, jax, jax.numpy as jnp
-from jaxlm.compiled import keep_compiled
+import logging, sys
+from pathlib import Path
 logging.basicConfig(level=logging.DEBUG)
-keep_compiled(None)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-print(jax.config.jax_compilation_cache_dir)
-print(float(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.arange(3.0))))
+import test_compiled
+print(*test_compiled.start(Path(sys.argv[1])))
 """
 
-
-def start(home: Path, **env: str) -> tuple[list[str], str]:
-    """Lines of the output, and what JAX logged."""
-    unset = ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS", "NPROC")
-    env = {k: v for k, v in os.environ.items() if k not in unset} | {"JAXLM_CACHE": str(home)} | env
-    command = [sys.executable, "-W", "always", "-c", PROGRAM]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    return done.stdout.splitlines(), done.stderr
-
-
-def hit(log: str) -> bool:
-    return "Persistent compilation cache hit for 'jit__lambda'" in log
+HIT = "Persistent compilation cache hit for 'jit__lambda'"
+SETTINGS = [
+    "jax_compilation_cache_dir",
+    "jax_compilation_cache_max_size",
+    "jax_enable_compilation_cache",
+    "jax_persistent_cache_min_compile_time_secs",
+]
 
 
-def test_the_second_start_finds_what_the_first_has_compiled(tmp_path: Path):
-    (folder, first), log = start(tmp_path)
-    assert not hit(log)
-    (again, second), log = start(tmp_path)
-    assert hit(log)
-    assert (folder, first) == (again, second)
-    assert Path(folder).parent == compiled_folder(str(tmp_path))
+def start(home: Path) -> tuple[str, float]:
+    """What a new process does: returns its folder of programs, and the result of one of them."""
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    keep_compiled(str(home))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    folder = str(jax.config.values["jax_compilation_cache_dir"])
+    return folder, float(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.arange(3.0)))
+
+
+def hit(log: pytest.LogCaptureFixture) -> bool:
+    """Whether `start` has found its program in the cache, since the last call of this."""
+    found = HIT in log.text
+    log.clear()
+    return found
+
+
+@pytest.fixture(autouse=True)
+def own_cache(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Afterwards JAX has the cache of the other tests again."""
+    before = {name: jax.config.values[name] for name in SETTINGS}
+    with caplog.at_level(logging.DEBUG, "jax._src.compiler"):
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_the_second_start_finds_what_the_first_has_compiled(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    first = start(tmp_path)
+    assert not hit(caplog)
+    assert start(tmp_path) == first and hit(caplog)
+    command = [sys.executable, "-W", "always", "-c", PROGRAM, str(tmp_path)]
+    tests = Path(__file__).parent
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tests)
+    assert done.stdout.split() == [first[0], str(first[1])] and HIT in done.stderr
+    assert Path(first[0]).parent == compiled_folder(str(tmp_path))
 
     assert compiled_bytes(str(tmp_path)) > 0
     clear_compiled(str(tmp_path))
     assert compiled_bytes(str(tmp_path)) == 0
     clear_compiled(str(tmp_path))
-    assert not hit(start(tmp_path)[1])
+    assert start(tmp_path) == first and not hit(caplog)
 
 
-def test_what_a_kill_cut_short_is_made_again(tmp_path: Path):
-    (folder, value), _ = start(tmp_path)
+def test_what_a_kill_cut_short_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    folder, value = start(tmp_path)
     (entry,) = Path(folder).glob("jit__lambda-*-cache")
     whole = entry.read_bytes()
     entry.write_bytes(whole[:100])
     stamp = entry.with_name(entry.name.replace("-cache", "-atime"))
     stamp.unlink()  # it is written last
-    lines, log = start(tmp_path)
-    assert lines[1] == value
-    assert not hit(log) and "Error" not in log
-    assert hit(start(tmp_path)[1])
+    assert start(tmp_path) == (folder, value)  # without a warning
+    assert not hit(caplog)
+    start(tmp_path)
+    assert hit(caplog)
     assert entry.stat().st_size == pytest.approx(len(whole), rel=0.01)
 
 
-def test_a_damaged_program_is_compiled_anew(tmp_path: Path):
-    (folder, value), _ = start(tmp_path)
+def test_a_damaged_program_is_compiled_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    folder, value = start(tmp_path)
     (entry,) = Path(folder).glob("jit__lambda-*-cache")
     entry.write_bytes(entry.read_bytes()[:100])
-    lines, log = start(tmp_path)
-    assert lines[1] == value
-    assert not hit(log) and "Error reading persistent compilation cache entry" in log
+    with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry"):
+        assert start(tmp_path) == (folder, value)
+    assert not hit(caplog)
 
 
 @pytest.mark.parametrize(
-    ("env", "found"),
-    [({"JAX_COMPILATION_CACHE_DIR": "elsewhere"}, "elsewhere")]
-    + [({"JAX_ENABLE_COMPILATION_CACHE": "false"}, "None")]
-    + [({"JAXLM_CACHE": "/dev/null/cache"}, "None")],
+    ("orders", "cache", "found"),
+    [({"jax_compilation_cache_dir": "elsewhere"}, "cache", "elsewhere")]
+    + [({"jax_enable_compilation_cache": False}, "cache", None)]
+    + [({}, "/dev/null/cache", None)],
 )
 def test_what_the_user_says_to_jax_holds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env: dict[str, str], found: str
+    tmp_path: Path, orders: dict[str, Any], cache: str, found: str | None
 ):
-    monkeypatch.chdir(tmp_path)
-    assert start(tmp_path / "cache", **env)[0][0] == found
+    """JAX makes these settings of the environment when it is imported."""
+    for name, value in ({"jax_compilation_cache_dir": None} | orders).items():
+        jax.config.update(name, value)
+    keep_compiled(str(tmp_path / cache))
+    assert jax.config.values["jax_compilation_cache_dir"] == found
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_longer_plan_at_another_rate_needs_no_other_program():
     def program(num_steps: int = 12, **optim: Any) -> str:
-        optim = {"warmup_steps": 2} | optim
+        optim = {"name": "adamw", "warmup_steps": 2} | optim
         config = tiny_config("x", num_steps=num_steps, optim=OptimConfig(**optim))
         return lower_ahead(config, jax.devices())[0].as_text()
 

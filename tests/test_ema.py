@@ -57,7 +57,7 @@ def averaged(shape=ONE_DEVICE):
 
 def config_of(run_dir: Path, decay: float | None = DECAY, **changes: Any) -> Config:
     config = tiny_config(run_dir, **{"num_steps": 6, "eval_interval": 2, **changes})
-    return replace(config, optim=replace(config.optim, ema_decay=decay))
+    return replace(config, optim=replace(config.optim, name="adamw", ema_decay=decay))
 
 
 def arrays(path: Path, item: str) -> dict[str, np.ndarray]:
@@ -86,13 +86,17 @@ def test_it_is_the_recursion_on_any_mesh_and_split_as_the_params(shape):
     blueprint, mesh = averaged(shape), mesh_of(*shape)
     update = make_train_step(blueprint, next_token_loss(), mesh, ema_decay=0.25)
     step = scheduled(update, make_schedule(OPTIM, 10), mesh)
-    state = blueprint.make(0)
+    plain = make_train_step(blueprint_of(shape, Bigram), next_token_loss(), mesh)
+    step_without = scheduled(plain, make_schedule(OPTIM, 10), mesh)
+    state, without = blueprint.make(0), blueprint_of(shape, Bigram).make(0)
     expected = np.asarray(state.params["table_VV"], np.float64)
     for n, decay in enumerate([0.1, 2 / 11, 0.25, 0.25]):  # (1 + n) / (10 + n), up to 0.25
         state, _ = step(state, put(host_batch(n), mesh))
+        without, _ = step_without(without, put(host_batch(n), mesh))
         expected = decay * expected + (1 - decay) * np.asarray(state.params["table_VV"])
     np.testing.assert_allclose(state.ema_params["table_VV"], expected, rtol=1e-5, atol=1e-7)
     assert not np.allclose(state.params["table_VV"], expected, rtol=1e-5, atol=1e-7)
+    assert fingerprint(state.params) == fingerprint(without.params)
     for name, leaf in names_and_leaves(state.params).items():
         twin = names_and_leaves(state.ema_params)[name]
         assert twin.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
@@ -167,6 +171,7 @@ def test_stopped_after_every_step_it_ends_with_the_same_bits(straight, tmp_path)
     assert not same(arrays(path, "params"), arrays(path, "ema_params"))
 
 
+@pytest.mark.slow
 def test_the_run_without_it_has_the_same_params_and_other_evals(straight, tmp_path):
     train(config_of(tmp_path, None), **data())
     difference = {
@@ -269,10 +274,11 @@ def test_a_rollback_goes_back_with_it(straight, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def home(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The home of `tiny_run` with one more run in it, of a moving average."""
-    home = shutil.copytree(tiny_run, tmp_path_factory.mktemp("ema") / "home")
-    code, _ = runs.launched(home, "--optim.ema_decay 0.9 --run_dir runs/ema")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with a run of a moving average in it."""
+    home = runs.make_home(tmp_path_factory.mktemp("ema") / "home")
+    small = "--model.num_layers 1 --optim.name adamw"
+    code, _ = runs.launched(home, f"--optim.ema_decay 0.9 --run_dir runs/ema {small}")
     assert code == 0
     return home
 

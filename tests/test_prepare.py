@@ -229,6 +229,7 @@ def test_dtype_follows_the_vocabulary(corpus, tmp_path):
     assert tokens[0] == tokens[1]
 
 
+@pytest.mark.slow
 def test_embedded_with_the_real_limits(tmp_path, monkeypatch):
     monkeypatch.undo()
     config = DataConfig(cache_dir=str(tmp_path))
@@ -544,10 +545,13 @@ for n in range(1000):
 """
 
 
-def test_a_kill_at_any_step_changes_no_byte(corpus, tmp_path):
+def test_a_kill_at_any_step_changes_no_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "SHARD_TOKENS", 1200)
+    corpus = write(tmp_path / "corpus.jsonl", documents(40))
     run(config_of(corpus, tmp_path / "straight"))
     straight = contents(tmp_path / "straight")
     script = child(corpus, tmp_path, KILLS)
+    script = script.replace("'SHARD_TOKENS': 4500", "'SHARD_TOKENS': 1200")
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "killed")], check=True)
     folders = sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name))
     assert len(folders) > 30

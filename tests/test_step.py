@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 from types import SimpleNamespace
 from typing import Any
@@ -8,27 +9,30 @@ import numpy as np
 import pytest
 from flax import nnx
 from small import (
+    MODEL,
     NUM_STEPS,
     ONE_DEVICE,
     OPTIM,
-    TRANSFORMER,
     Bigram,
     blueprint_of,
     host_batch,
     mesh_of,
     put,
-    trained_params,
+    transformer,
 )
 
 from jaxlm.config import OptimConfig
 from jaxlm.device import sharding
 from jaxlm.device.guard import make_guard
 from jaxlm.device.loss import next_token_loss
+from jaxlm.device.model import Transformer
 from jaxlm.device.optim import make_optimizer, make_schedule
 from jaxlm.device.sharding import compiler_options, put_batch, same_bits
-from jaxlm.device.state import TrainState, fingerprint, make_blueprint
+from jaxlm.device.state import ModelFactory, TrainState, fingerprint, make_blueprint
 from jaxlm.device.step import make_eval_step, make_train_step, scheduled
 
+ONE_LAYER = dataclasses.replace(MODEL, num_layers=1)
+TRANSFORMER: ModelFactory = functools.partial(Transformer, ONE_LAYER)
 SCHEDULE = make_schedule(OPTIM, NUM_STEPS)
 CONSTANT = OptimConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant")
 
@@ -47,7 +51,8 @@ def step_of(shape=ONE_DEVICE, model=TRANSFORMER, num_microbatches=1, optim=OPTIM
 @functools.cache
 def host_state(model: Any) -> TrainState:
     blueprint = blueprint_of(model=model)
-    params = trained_params() if model is TRANSFORMER else blueprint.make(0).params
+    trained = nnx.to_pure_dict(nnx.state(transformer(ONE_LAYER)))
+    params = trained if model is TRANSFORMER else blueprint.make(0).params
     zero = jnp.zeros((), jnp.int32)
     opt_state = blueprint.tx.init(params)
     return jax.device_get(TrainState(params, opt_state, zero, make_guard()))
@@ -93,9 +98,13 @@ def alike(found, expected) -> bool:
 
 @pytest.mark.parametrize(
     ("shape", "num_microbatches"),
-    [((8, 1, 1), 1), ((2, 2, 2), 1), ((2, 2, 2), 2), ((1, 4, 2), 1)],
+    [
+        ((2, 2, 2), 2),
+        pytest.param((8, 1, 1), 1, marks=pytest.mark.slow),
+        pytest.param((1, 4, 2), 1, marks=pytest.mark.slow),
+    ],
 )
-def test_one_mesh_trains_as_another(shape, num_microbatches):
+def test_one_mesh_trains_as_another_in_any_number_of_microbatches(shape, num_microbatches):
     expected_state, expected = on_one_device()
     state, found = run(BATCHES, shape, num_microbatches=num_microbatches)
     assert alike(found, expected)
@@ -105,10 +114,9 @@ def test_one_mesh_trains_as_another(shape, num_microbatches):
         np.testing.assert_allclose(new, old, atol=2e-4)  # Adam's first steps are signs: 1e-2 each
 
 
-def test_the_comparison_sees_a_row_left_out():
-    mask = np.ones((8, 9), np.float32)
-    mask[3] = 0
-    _, found = run([batch | {"loss_mask": mask} for batch in BATCHES])
+def test_the_comparison_sees_a_row_taken_twice():
+    rows = [0, 1, 2, 2, 4, 5, 6, 7]
+    _, found = run([{name: x[rows] for name, x in batch.items()} for batch in BATCHES])
     assert not alike(found, on_one_device()[1])
 
 
@@ -124,11 +132,10 @@ def masked(batch, weights):
 UNEVEN = [masked(batch, [9, 1, 0, 3, 9, 2, 7, 1]) for batch in BATCHES]
 
 
-@pytest.mark.parametrize("batches", [BATCHES, UNEVEN], ids=["even", "uneven"])
 @pytest.mark.parametrize("num_microbatches", [2, 8])
-def test_microbatches_make_the_full_batch(batches, num_microbatches):
-    _, expected = run(batches, model=Bigram)
-    _, found = run(batches, model=Bigram, num_microbatches=num_microbatches)
+def test_microbatches_make_the_full_batch(num_microbatches):
+    _, expected = run(UNEVEN, model=Bigram)
+    _, found = run(UNEVEN, model=Bigram, num_microbatches=num_microbatches)
     assert alike(found, expected)
 
 
@@ -140,10 +147,6 @@ def test_a_mean_of_means_would_not():
     _, expected = run(UNEVEN, model=Bigram)
     _, found = run(UNEVEN, model=Bigram, num_microbatches=2, loss=mean_of_means)
     assert not alike(found, expected)
-
-
-def test_the_transformer_accumulates_alike():
-    assert alike(run(BATCHES, num_microbatches=4)[1], on_one_device()[1])
 
 
 # --- a loss with terms
@@ -213,8 +216,8 @@ def test_an_update_is_the_learning_rate_times_the_optimizers():
         total, count = next_token_loss()(nnx.merge(graphdef, params), batch)
         return total / count
 
-    loss, grads = jax.value_and_grad(mean_loss)(state.params)
-    updates, _ = tx.update(grads, state.opt_state, state.params)
+    loss, grads = jax.jit(jax.value_and_grad(mean_loss))(state.params)
+    updates, _ = jax.jit(tx.update)(grads, state.opt_state, state.params)
     after, metrics = run([batch], model=Bigram)
     norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(grads)))
     assert metrics[0]["loss"] == pytest.approx(float(loss), rel=1e-5)
@@ -364,7 +367,7 @@ def test_the_compiler_is_told_to_give_the_same_bits(deterministic, monkeypatch):
     monkeypatch.setattr(sharding, "same_bits", lambda mesh: {"xla_no_such_option": True})
     mesh = mesh_of(*ONE_DEVICE)
     optimizer = functools.partial(make_optimizer, OPTIM)
-    blueprint = make_blueprint(TRANSFORMER, optimizer, mesh, deterministic=deterministic)
+    blueprint = make_blueprint(Bigram, optimizer, mesh, deterministic=deterministic)
     batch = put(host_batch(0), mesh)
     train_step = make_train_step(blueprint, next_token_loss(), mesh)
     eval_step: Any = make_eval_step(blueprint, next_token_loss(), mesh)
