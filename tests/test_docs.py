@@ -26,7 +26,7 @@ from jaxlm.tracking.throughput import flops_per_token
 
 PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (runs.REPO / "docs").glob("*.md"))]
 # Models, programs and runs that no other page needs: most of the time of this file.
-SLOW_PAGES = {"docs/evals.md", "docs/library.md", "docs/sample.md", "docs/tutorial.md"}
+SLOW_PAGES = {f"docs/{name}.md" for name in "checkpoints evals library sample tutorial".split()}
 WITH_LAUNCH = {"README.md", "docs/checkpoints.md", "docs/tutorial.md"}
 # Commands that no test runs as they stand here, and why.
 NOT_RUN = {
