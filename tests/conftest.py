@@ -57,13 +57,16 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(cache_dir: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_run(cache_dir: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A home with a finished run in it (see tests/runs.py); only to be read."""
     import runs
 
     home = runs.make_home(tmp_path_factory.mktemp("tiny") / "home")
     runs.make_run(home)
-    return home
+    before = sorted(home.rglob("*"))
+    yield home
+    # One file more, such as evals.jsonl, and tests that copy the run fail far from its writer.
+    assert sorted(home.rglob("*")) == before, "a test wrote where it was only to read"
 
 
 @pytest.fixture

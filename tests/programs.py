@@ -10,7 +10,8 @@ import pytest
 
 from jaxlm.config import MeshConfig, OptimConfig
 from jaxlm.device import guard
-from jaxlm.training import assemble
+from jaxlm.inference import load
+from jaxlm.training import assemble, start
 
 _SCHEDULE = ("learning_rate", "schedule", "warmup_steps", "decay_fraction", "min_lr_ratio")
 
@@ -54,7 +55,8 @@ def share(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(assemble, "make_mesh", small_mesh)
     patch.setattr(assemble, "next_token_loss", functools.cache(assemble.next_token_loss))
-    patch.setattr(assemble, "blueprint_of", shared_blueprint)
+    for module in (assemble, start, load):  # the eval of a model that is loaded is kept with it
+        patch.setattr(module, "blueprint_of", shared_blueprint)
     patch.setattr(assemble, "lower_step", shared_step)
     patch.setattr(assemble, "make_eval_step", shared_eval_step)
 

@@ -76,8 +76,9 @@ def test_the_command(run: Path, capsys: pytest.CaptureFixture):
 
 def test_training_goes_on_from_a_whole_state_only(run: Path, capsys: pytest.CaptureFixture):
     average(str(run), out="mean")
-    for beginning, code in (("--branch_from", 1), ("--init_from", 0)):
-        flags = f"--config configs/tiny.py {beginning} mean@12 --run_dir runs/new --num_steps 16"
+    for beginning, num_steps, code in (("--branch_from", 16, 1), ("--init_from", 4, 0)):
+        flags = f"--config configs/tiny.py {beginning} mean@12 --num_steps {num_steps}"
+        flags += " --run_dir runs/new"
         assert run_main(partial(launch.main, flags.split())) == code, beginning
     assert "holds weights only" in capsys.readouterr().err
 

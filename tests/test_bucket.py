@@ -34,20 +34,15 @@ def server() -> Iterator[Any]:
         patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
         server = create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
         server.start()
-        yield storage.Client().bucket("bucket")
+        yield server
         server.stop()
 
 
 @pytest.fixture
 def store(server: Any) -> Any:
     """An emulated bucket, empty."""
-    empty(server)
-    return server
-
-
-def empty(store: Any) -> None:
-    for found in list(store.list_blobs()):
-        found.delete()
+    server.wipe(keep_buckets=True)
+    return storage.Client().bucket("bucket")
 
 
 @pytest.fixture
@@ -56,11 +51,12 @@ def run(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(runs.RUN)
 
 
+def names(store: Any) -> set[str]:
+    return {found.name.removeprefix(ROOT) for found in store.list_blobs(prefix=ROOT)}
+
+
 def objects(store: Any) -> dict[str, bytes]:
-    return {
-        found.name.removeprefix(ROOT): found.download_as_bytes()
-        for found in store.list_blobs(prefix=ROOT)
-    }
+    return {name: store.blob(ROOT + name).download_as_bytes() for name in names(store)}
 
 
 def is_like(copy: Path, run: Path) -> bool:
@@ -75,7 +71,7 @@ def test_there_and_back(store: Any, run: Path, capsys: pytest.CaptureFixture) ->
     before = files(Path())
     assert cli.command(["checkpoints", "copy", str(run), URL]) == 0
     assert f"copied to {URL}, and verified there: 4, 8, 12" in capsys.readouterr().out
-    assert WHOLE in objects(store) and PARTIAL not in objects(store)
+    assert WHOLE in names(store) and PARTIAL not in names(store)
     assert files(Path()) == before  # no link is left
     assert cli.command(["checkpoints", "copy", URL, "back"]) == 0
     assert is_like(Path("back"), run)
@@ -127,20 +123,19 @@ def _unless_killed(left: dict[str, int], rmtree: Any) -> Any:
 
 @pytest.mark.slow
 def test_killed_at_any_instant_it_is_unfinished_and_then_whole(
-    store: Any, run: Path, dying: dict[str, int]
+    server: Any, store: Any, run: Path, dying: dict[str, int]
 ) -> None:
     shutil.rmtree(run / "checkpoints" / "4")
     upload(str(run), f"{URL}-first")
     num_changes = dying["made"]
     assert num_changes > 30
     for number in sorted({*range(1, 4), *range(4, num_changes, 20), num_changes - 1, num_changes}):
-        dying["changes"] = -1
-        empty(store)
+        server.wipe(keep_buckets=True)
         dying["changes"] = number
         with pytest.raises(Killed):
             upload(str(run), URL)
         dying["changes"] = -1
-        assert (WHOLE in objects(store)) == (number == num_changes)
+        assert (WHOLE in names(store)) == (number == num_changes)
         if number == num_changes:  # only copy.partial was still to go
             assert download(URL, f"back-{number}").steps == [8, 12]
             continue
@@ -176,10 +171,10 @@ def test_what_an_earlier_try_sent_and_is_gone_from_the_run_goes(
     with pytest.raises(Killed):
         upload(str(run), URL)
     dying["changes"] = -1
-    step = next(name for name in objects(store) if name.count("/") > 1).split("/")[1]
+    step = next(name for name in names(store) if name.count("/") > 1).split("/")[1]
     shutil.rmtree(run / "checkpoints" / step)
     upload(str(run), URL)
-    assert not any(name.startswith(f"checkpoints/{step}/") for name in objects(store))
+    assert not any(name.startswith(f"checkpoints/{step}/") for name in names(store))
     download(URL, "back")
     assert is_like(Path("back"), run)
 
@@ -187,6 +182,7 @@ def test_what_an_earlier_try_sent_and_is_gone_from_the_run_goes(
 def test_bits_that_flip_on_the_way_are_found(
     store: Any, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shutil.rmtree(run / "checkpoints" / "4")
     send = Blob.upload_from_filename
 
     def put(self: Any, source: Path, **options: Any) -> Any:
@@ -198,7 +194,7 @@ def test_bits_that_flip_on_the_way_are_found(
     monkeypatch.setattr(Blob, "upload_from_filename", put)
     with pytest.raises(RuntimeError, match="12/manifest.json is not there as it was sent"):
         upload(str(run), URL)
-    assert WHOLE not in objects(store)
+    assert WHOLE not in names(store)
     monkeypatch.setattr(Blob, "upload_from_filename", send)
     upload(str(run), URL)
     download(URL, "back")
@@ -208,12 +204,12 @@ def test_bits_that_flip_on_the_way_are_found(
 @pytest.mark.parametrize("kind", ["flipped", "missing"])
 def test_damage_in_the_bucket_is_found_on_the_way_back(store: Any, run: Path, kind: str) -> None:
     upload(f"{run}@8", URL)
-    name = next(name for name in objects(store) if name.startswith("checkpoints/8/params/"))
+    name = next(name for name in names(store) if name.startswith("checkpoints/8/params/"))
     blob = store.blob(ROOT + name)
     if kind == "missing":
         blob.delete()
     else:
-        content = bytearray(objects(store)[name])
+        content = bytearray(blob.download_as_bytes())
         content[len(content) // 2] ^= 1
         blob.upload_from_string(bytes(content))
     with pytest.raises(ValueError, match="missing, or not what was sent"):

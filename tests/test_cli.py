@@ -491,6 +491,10 @@ def jaxlm_apart(home: Path, *args: str) -> subprocess.CompletedProcess:
 def test_a_real_process(at_home: Path):
     differ = jaxlm_apart(at_home, "checkpoints", "diff", f"{runs.RUN}@4", f"{runs.RUN}@8")
     assert differ.returncode == 1 and differ.stderr == ""
+
+
+@pytest.mark.slow
+def test_other_real_processes(at_home: Path):
     unknown = jaxlm_apart(at_home, "checkpoints", "list", "runs/none")
     assert unknown.returncode == 1 and unknown.stdout == ""
     assert unknown.stderr.startswith("error: runs/none: ") and unknown.stderr.count("\n") == 1

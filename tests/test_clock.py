@@ -18,6 +18,7 @@ from jaxlm.proof.attempt import untimed_rows
 from jaxlm.report.diff import diff_checkpoints
 from jaxlm.tracking.clock import KINDS, Clock
 from jaxlm.tracking.metrics import read_metrics
+from jaxlm.tracking.trace import traced
 from jaxlm.training import assemble
 from jaxlm.training.assemble import Parts
 from jaxlm.training.loop import Loop
@@ -79,9 +80,14 @@ def test_the_rate_leaves_out_evals_and_saves(now: list[float]) -> None:
 def test_a_run_says_and_logs_where_its_time_went(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    started_s = time.perf_counter()
-    train(tiny_config(tmp_path), **data())
-    wall_s = time.perf_counter() - started_s
+    started_s, wall_s = time.perf_counter(), 0.0
+
+    def logged(step: int, row: dict[str, float]) -> None:
+        nonlocal wall_s
+        if "train/loss" in row:  # the last save, of whatever length, is in no row
+            wall_s = time.perf_counter() - started_s
+
+    train(tiny_config(tmp_path), callbacks=[logged], **data())
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in row]
     last = {kind: rows[-1][f"time/{kind}"] for kind in KINDS}
     assert [kind for kind in KINDS if not last[kind]] == ["restore"]
@@ -167,17 +173,23 @@ def test_a_loop_that_waits_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # --- the trace
 
 
+def traced_steps(folder: Path) -> tuple[set[int], list[dict[str, Any]]]:
+    """The steps in a trace, and all of its events."""
+    (path,) = folder.rglob("perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    return {int(e["args"]["step_num"]) for e in events if e.get("name") == "train"}, events
+
+
 def test_a_trace_opens_and_holds_the_steps_that_were_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain, run_dir = tmp_path / "plain", tmp_path / "traced"
-    train(tiny_config(plain), **data())
-    train(tiny_config(run_dir, profile=3), **data())
+    few = {"num_steps": 8, "eval_interval": 8, "checkpoint": {"save_interval": 8}}
+    train(tiny_config(plain, **few), **data())
+    train(tiny_config(run_dir, profile=2, **few), **data())
     assert f"trace: {run_dir}/profile; open" in capsys.readouterr().out
-    (path,) = (run_dir / "profile").rglob("perfetto_trace.json.gz")
-    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    steps = {int(e["args"]["step_num"]) for e in events if e.get("name") == "train"}
-    assert steps == {5, 6, 7}
+    steps, events = traced_steps(run_dir / "profile")
+    assert steps == {5, 6}
     assert any("train_step" in str(e.get("args")) for e in events), "nothing of the device"
     assert not (plain / "profile").exists()
     assert untimed_rows(plain) == untimed_rows(run_dir)
@@ -185,7 +197,7 @@ def test_a_trace_opens_and_holds_the_steps_that_were_asked_for(
 
 
 def test_a_trace_of_a_run_that_ends_sooner_ends_with_it(tmp_path: Path) -> None:
-    train(tiny_config(tmp_path, profile=100), **data())
-    (path,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
-    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    assert {int(e["args"]["step_num"]) for e in events if e.get("name") == "train"} >= {5, 11}
+    said: list[str] = []
+    given = list(traced(enumerate("abcdefg"), tmp_path / "profile", 100, said.append))
+    assert given == list(enumerate("abcdefg")) and len(said) == 1
+    assert traced_steps(tmp_path / "profile")[0] == {5, 6}

@@ -20,7 +20,7 @@ from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.copying import copy_run
 from jaxlm.checkpoints.folder import list_names, list_steps
 from jaxlm.checkpoints.prune import prune
-from jaxlm.config import CheckpointConfig, Config, GuardConfig
+from jaxlm.config import CheckpointConfig, Config
 from jaxlm.device import guard
 from jaxlm.tracking.events import NAME, Event, Events, checkpoints_left, read_events
 from jaxlm.training.train import train
@@ -172,11 +172,12 @@ def test_a_sample_is_an_event(own_run: Path):
     assert sample.get("text")
 
 
+@pytest.mark.usefixtures("committed")  # the same program as above
 def test_a_run_that_fails_says_why_and_one_that_never_began_leaves_nothing(tmp_path: Path):
     def fail(step: int, row: dict[str, float]) -> None:
         raise RuntimeError(f"at {step}: \udcff\n")
 
-    config = spoilt(tmp_path / "run", guard=GuardConfig())
+    config = spoilt(tmp_path / "run")
     with pytest.raises(RuntimeError):
         train(config, batches=SpoiltBatches(), eval_batches=TinyEvalSet(), callbacks=[fail])
     (failed,) = events_of(tmp_path / "run", "failed")

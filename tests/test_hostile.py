@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -363,12 +364,9 @@ from jaxlm.inference.load import load_model
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import blueprint_of
 
-run, sabotage = sys.argv[1:]
-if sabotage:
-    folder.read_json = lambda path, kind: pickle.loads(path.read_bytes())
-    manifest._step_damage = lambda path: []
+run, bombs = sys.argv[1:]
 
-def restore():
+def restore(run):
     metadata = load_model(run + "@best", say=str)[1]
     config = metadata.run_config()
     blueprint = blueprint_of(config, make_mesh(MeshConfig()))
@@ -386,28 +384,25 @@ def watch(event, args):
     if watching and event.startswith(BAD):
         seen.append((event, str(args)[:200]))
 
+def events_of(run):
+    global watching
+    seen.clear()
+    watching = True
+    try:
+        restore(run)
+    except Exception:
+        assert run == bombs
+    finally:
+        watching = False
+    return list(seen)
+
 sys.addaudithook(watch)
-if not sabotage:
-    restore()  # imports, and what JAX compiles
-watching = True
-try:
-    restore()
-finally:
-    watching = False
-    print(json.dumps(seen))
+restore(run)  # imports, and what JAX compiles
+clean = events_of(run)
+folder.read_json = lambda path, kind: pickle.loads(path.read_bytes())  # the sabotage
+manifest._step_damage = lambda path: []
+print(json.dumps([clean, events_of(bombs)]))
 """
-
-
-def restore_watched(run: Path, sabotage: str = "") -> list[list[str]]:
-    command = [sys.executable, "-c", RESTORE, str(run.absolute()), sabotage]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=run.parent, env=environment)
-    assert done.returncode == 0 or sabotage, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_a_restore_executes_nothing(tiny_run: Path):
-    assert restore_watched(tiny_run / runs.RUN) == []
 
 
 class Bomb:
@@ -415,12 +410,19 @@ class Bomb:
         return exec, ("open('exploded', 'w').close()",)
 
 
-def test_the_watch_sees_what_a_careless_restore_executes(own_run: Path):
-    run = own_run / runs.RUN
+def test_a_restore_executes_nothing(own_run: Path):
+    """The control, in the same process: a restore that unpickles is seen."""
+    run, bombs = own_run / runs.RUN, own_run / "bombs"
+    shutil.copytree(run, bombs)
     for step in (4, 8, 12):
-        folder_of_step = run / "checkpoints" / str(step)
+        folder_of_step = bombs / "checkpoints" / str(step)
         (folder_of_step / "meta" / "metadata").write_bytes(pickle.dumps(Bomb()))
         manifest.write_manifest(folder_of_step)
-    (run / "config.json").unlink()
-    events = {event for event, _ in restore_watched(run, sabotage="pickle")}
-    assert {"pickle.find_class", "exec", "compile"} <= events
+    (bombs / "config.json").unlink()
+    command = [sys.executable, "-c", RESTORE, str(run), str(bombs)]
+    environment = {**os.environ, "PYTHONPATH": str(runs.REPO)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=own_run, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    clean, careless = json.loads(done.stdout.splitlines()[-1])
+    assert clean == []
+    assert {"pickle.find_class", "exec", "compile"} <= {event for event, _ in careless}

@@ -286,6 +286,7 @@ def launch_apart(home: Path, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_real_process(own_run: Path):
     done = launch_apart(own_run, "--num_steps", "14", "--optim.learning_rate", "3")
     assert done.returncode == 0 and done.stderr == "", done.stderr

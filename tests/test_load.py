@@ -27,8 +27,13 @@ from jaxlm.report.history import read_history
 TOKENS_BT = np.random.RandomState(0).randint(0, 512, (8, 32)).astype(np.int32)
 
 
+@jax.jit
+def _forward(model: Any, tokens_BT: jax.Array) -> jax.Array:
+    return model(tokens_BT)
+
+
 def logits_of(model: Any) -> np.ndarray:
-    return np.asarray(jax.jit(lambda model, x: model(x))(model, TOKENS_BT))
+    return np.asarray(_forward(model, TOKENS_BT))
 
 
 def mean_loss(logits_BTV: np.ndarray) -> float:

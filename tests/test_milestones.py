@@ -38,14 +38,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def thinned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, which keeps one checkpoint, and the weights of every second."""
+    run = tmp_path_factory.mktemp("thinned")
+    train(tiny_config(run, checkpoint=EVERY), **data())
+    return run
+
+
 def same_params(a: Path, b: Path) -> bool:
     trees = [restore_numpy(path, ["params"]) for path in (a, b)]
     return jax.tree.all(jax.tree.map(np.array_equal, *trees))
 
 
-def test_a_run_keeps_the_weights_of_what_goes(tmp_path: Path, whole: Path) -> None:
-    train(tiny_config(tmp_path, checkpoint=EVERY), **data())
-    folder = tmp_path / "checkpoints"
+def test_a_run_keeps_the_weights_of_what_goes(tmp_path: Path, whole: Path, thinned: Path) -> None:
+    folder = thinned / "checkpoints"
     assert list_steps(folder) == [12] and list_steps(folder / WEIGHTS) == KEPT
     for step in KEPT:
         path = folder / WEIGHTS / str(step)
@@ -53,23 +60,23 @@ def test_a_run_keeps_the_weights_of_what_goes(tmp_path: Path, whole: Path) -> No
         assert verify_step(folder / WEIGHTS, step) == []
         assert not (path / "opt_state").exists()
         assert folder_bytes(path / "params") > 0.5 * folder_bytes(path)
-        load_model(f"{tmp_path}@{step}", say=lambda _: None)
+        load_model(f"{thinned}@{step}", say=lambda _: None)
     assert not same_params(folder / WEIGHTS / "2", whole / "checkpoints" / "4")
-    told = describe_run(str(tmp_path))
+    told = describe_run(str(thinned))
     assert told["weights_only"] == KEPT
     assert "weights alone of step 2, 4, 6, 8, 10" in format_table([told])
-    whole_copy, one = (f"{tmp_path}-{name}" for name in ("copy", "one"))
-    copy_run(str(tmp_path), whole_copy)
+    whole_copy, one = (str(tmp_path / name) for name in ("copy", "one"))
+    copy_run(str(thinned), whole_copy)
     assert describe_run(whole_copy)["weights_only"] == KEPT
-    assert copy_run(f"{tmp_path}@4", one).steps == [4]
+    assert copy_run(f"{thinned}@4", one).steps == [4]
     for copy in (whole_copy, one):
         assert same_params(select(f"{copy}@4").path, whole / "checkpoints" / "4")
     with pytest.raises(ValueError, match="no such checkpoint"):
-        select(f"{tmp_path}@3")
+        select(f"{thinned}@3")
 
 
-def test_nobody_goes_on_from_weights_alone(tmp_path: Path) -> None:
-    train(tiny_config(tmp_path / "run", checkpoint=EVERY), **data())
+def test_nobody_goes_on_from_weights_alone(tmp_path: Path, thinned: Path) -> None:
+    shutil.copytree(thinned, tmp_path / "run")
     with pytest.raises(ValueError, match=r"weights/4 holds weights only.*--init_from"):
         train(tiny_config(tmp_path / "new", branch_from=f"{tmp_path / 'run'}@4"), **data())
     assert train(tiny_config(tmp_path / "run", num_steps=13, checkpoint=EVERY), **data()).complete

@@ -87,16 +87,14 @@ def test_its_settings_fit_the_real_config(notebook):
 
 
 def test_a_command_that_fails_fails_the_notebook(notebook, tmp_path, monkeypatch):
-    first = [cell_of(notebook, name) for name in ("parameters", "run")]
-    for command, code in (("true | cat", 0), ("false | cat", 1), ("exit 75", 75)):
-        notebook.cells = [*first, nbformat.v4.new_code_cell(f"run({command!r})", id="it")]
-        monkeypatch.setenv("XLA_FLAGS", "")
-        monkeypatch.setenv("NPROC", "2")
-        if code:
-            with pytest.raises(CellExecutionError, match=f"exit code {code}: {re.escape(command)}"):
-                executed(notebook, tmp_path, monkeypatch)
-        else:
-            executed(notebook, tmp_path, monkeypatch)
+    caught = "try:\n    run('exit 75')\nexcept RuntimeError as error:\n    print(error)"
+    cells = {"right": "said = run('true | cat')", "caught": caught, "wrong": "run('false | cat')"}
+    notebook.cells = [cell_of(notebook, name) for name in ("parameters", "run")]
+    notebook.cells += [nbformat.v4.new_code_cell(text, id=name) for name, text in cells.items()]
+    with pytest.raises(CellExecutionError, match=r"exit code 1: false \| cat"):
+        executed(notebook, tmp_path, monkeypatch)
+    (said,) = cell_of(notebook, "caught").outputs
+    assert said.text == "exit code 75: exit 75\n" and cell_of(notebook, "right").outputs == []
 
 
 @pytest.mark.slow

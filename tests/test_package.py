@@ -19,13 +19,20 @@ def run_apart(code: str) -> str:
     return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("before", ["", "from jaxlm.training.train import Result"])
-def test_train_is_the_function(before: str):
-    told = run_apart(
-        f"{before}\nfrom jaxlm import Config, load_model, train\nimport jaxlm\n"
-        "print(jaxlm.train is train, train.__name__, load_model.__name__, Config.__name__)"
-    )
-    assert told == "True train load_model Config"
+def test_train_is_the_function():
+    told = run_apart("""
+import importlib, sys
+for before in ("jaxlm", "jaxlm.training.train"):
+    for name in [name for name in sys.modules if name.split(".")[0] == "jaxlm"]:
+        del sys.modules[name]
+    importlib.import_module(before)
+    from jaxlm import Config, load_model, train
+    import jaxlm
+    names = train.__name__, load_model.__name__, Config.__name__
+    print(before, jaxlm.train is train, *names, end="; ")
+""")
+    right = "True train load_model Config"
+    assert told == f"jaxlm {right}; jaxlm.training.train {right};"
 
 
 def test_nothing_is_loaded_before_it_is_used():

@@ -95,7 +95,7 @@ def test_the_recorded_loss_to_the_bit(tiny_run: Path, monkeypatch: pytest.Monkey
     assert not near._replace(differences=["x"], recorded_loss=found[0].loss * 1.01).as_recorded
 
 
-@pytest.mark.parametrize("count", [1, 3, 4])
+@pytest.mark.parametrize("count", [1, 3])
 def test_any_number_of_devices(tiny_run: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.chdir(tiny_run)
     devices = jax.devices()[:count]

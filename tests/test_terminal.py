@@ -110,6 +110,10 @@ def test_a_real_terminal(tiny_run: Path):
     assert code == 0 and "Verifying" in said and COLOR.search(said.replace("\x1b[0m", ""))
     assert "12: sound" in said and "0 of 3 steps are damaged" in said
     assert said.rfind("\x1b[?25h") > said.rfind("\x1b[?25l")  # the cursor is back
+
+
+@pytest.mark.slow
+def test_a_real_terminal_without_colours(tiny_run: Path):
     code, said = in_terminal(tiny_run, "checkpoints", "verify", runs.RUN, NO_COLOR="1")
     assert code == 0 and "Verifying" in said and "12: sound" in said
     assert not re.search(r"\x1b\[[0-9;]*(3|4|9)[0-9]", said)
@@ -380,6 +384,8 @@ def test_ctrl_c_in_an_import_is_one_line_at_most(which: str, tmp_path: Path):
     module, text, code, lines = INTERRUPTED_IMPORTS[which]
     (tmp_path / f"{module}.py").write_text(text)
     env = {**BUFFERED, "PYTHONPATH": f"{tmp_path}{os.pathsep}{runs.REPO}"}
+    # A shell's background job ignores Ctrl-C, and so would this child of one.
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True)
     assert (done.returncode, done.stderr.count(b"\n"), done.stdout) == (130, lines, b""), done
 

@@ -60,7 +60,6 @@ def run_child(run_dir: Path, restored: int, last: int, how: str) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
     )
     assert done.returncode == (-signal.SIGKILL if how == "kill" else 0), done.stderr
     assert done.stdout + done.stderr == ""
@@ -138,7 +137,7 @@ def is_whole(folder: Path, run_dir: Path) -> bool:
 
 
 @needs_wandb
-def test_the_newest_offline_folder_is_whole_after_kill_9_and_a_second_start(tmp_path):
+def test_the_newest_offline_folder_is_whole_after_kill_9_and_other_starts(tmp_path):
     run_dir = tmp_path / "run"
     run_child(run_dir, 0, 730, "kill")
     killed = wandb_folders(run_dir)
@@ -148,13 +147,6 @@ def test_the_newest_offline_folder_is_whole_after_kill_9_and_a_second_start(tmp_
     assert len(folders) == 2 and is_whole(folders[-1], run_dir)
     assert [row["step"] for row in read_wandb(folders[-1])[0]] == list(range(1, 1001))
     run_child(run_dir, 1000, 1000, "end")
-    assert is_whole(wandb_folders(run_dir)[-1], run_dir)
-
-
-@needs_wandb
-def test_the_config_is_in_the_wandb_run_and_history_is_what_makes_it_whole(tmp_path):
-    run_dir = tmp_path / "run"
-    run_child(run_dir, 0, 50, "end")
     folder = wandb_folders(run_dir)[-1]
     expected = Config(
         run_dir=str(run_dir), eval_interval=50, tracking=TrackingConfig(wandb="offline")
@@ -163,7 +155,7 @@ def test_the_config_is_in_the_wandb_run_and_history_is_what_makes_it_whole(tmp_p
     assert {name: config[name] for name in to_dict(expected)} == to_dict(expected)
     assert is_whole(folder, run_dir)
     with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 51, "train/loss": 1.0}\n')
+        file.write('{"step": 1001, "train/loss": 1.0}\n')
     assert not is_whole(folder, run_dir)  # the control: one row more is seen
 
 
