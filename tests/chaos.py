@@ -40,7 +40,8 @@ import runs  # noqa: E402
 
 import jaxlm.training.start  # noqa: E402
 from jaxlm import launch, train  # noqa: E402, F401 - all that a start imports
-from jaxlm.checkpoints.folder import CORRUPT, list_steps, read_steps  # noqa: E402
+from jaxlm.checkpoints.entries import CORRUPT  # noqa: E402
+from jaxlm.checkpoints.folder import list_steps, read_steps  # noqa: E402
 from jaxlm.checkpoints.manifest import find_damage  # noqa: E402
 from jaxlm.data.batches import TrainBatches  # noqa: E402
 from jaxlm.data.cache import MANIFEST  # noqa: E402

@@ -32,6 +32,7 @@ from jaxlm.checkpoints.folder import list_steps, select
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import items_of
 from jaxlm.checkpoints.retention import Retention
+from jaxlm.checkpoints.skips import Skip
 from jaxlm.config import CheckpointConfig, MeshConfig
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import TrainState, make_blueprint, num_bytes
@@ -43,7 +44,9 @@ class _Matrix(nnx.Module):
         self.w = nnx.Param(jax.random.normal(rngs.params(), (64, 64)))
 
 
-BLUEPRINT = make_blueprint(_Matrix, optax.adam(1e-3), make_mesh(MeshConfig(data=1, fsdp=8)))
+BLUEPRINT = make_blueprint(
+    _Matrix, lambda _: optax.adam(1e-3), make_mesh(MeshConfig(data=1, fsdp=8))
+)
 
 
 def _state(step: int) -> TrainState:
@@ -77,7 +80,9 @@ def _save_all(folder: Path, losses: dict[int, float | None], **config: Any) -> _
 
 def test_small_arrays_are_written_whole_however_many_devices_hold_them(tmp_path, monkeypatch):
     def chunks(folder: Path) -> list[list[int]]:
-        blueprint = make_blueprint(_Matrix, optax.sgd(1e-3), make_mesh(MeshConfig(data=8)))
+        blueprint = make_blueprint(
+            _Matrix, lambda _: optax.sgd(1e-3), make_mesh(MeshConfig(data=8))
+        )
         with _open(folder) as checkpoints:
             checkpoints.save(blueprint.make(0), metadata_of(1))
         params = ocp.PyTreeCheckpointHandler().metadata(folder / "1" / "params")
@@ -109,7 +114,7 @@ def test_what_is_restored_is_what_was_saved(tmp_path: Path) -> None:
 
 
 def test_an_array_larger_than_a_file_is_the_same_again(tmp_path: Path, monkeypatch) -> None:
-    blueprint = make_blueprint(_Matrix, optax.adam(1e-3), make_mesh(MeshConfig(data=8)))
+    blueprint = make_blueprint(_Matrix, lambda _: optax.adam(1e-3), make_mesh(MeshConfig(data=8)))
 
     def largest(file_bytes: int) -> int:
         monkeypatch.setattr(manager, "FILE_BYTES", file_bytes)
@@ -423,6 +428,7 @@ def test_an_interrupted_end_leaves_the_save_under_way_alone(
     lock.unlock(checkpoints._lock)
     with _open(tmp_path, keep_latest=1) as checkpoints:
         restored = checkpoints.restore_latest(BLUEPRINT.abstract)
+        checkpoints.retain()
     assert restored is not None and restored[1].step == 2
     assert list_steps(tmp_path) == [2]
 
@@ -442,8 +448,8 @@ def test_a_save_that_fails_after_its_commit_counts_as_what_it_is_on_disk(
             patch.setattr(checkpoint, "fsync", Mock(side_effect=OSError(errno.EIO, "no answer")))
             checkpoints.save(_state(2), metadata_of(2, 1.0))
             checkpoints.wait()
-        # It is there, and 1 has gone as it was to; that it would outlive a power cut, no one knows.
-        assert re.search(r"saving step 2 failed: .*untouched: 2\.", told.warnings[0])
+        # It is there; that it would outlive a power cut, no one knows, so nothing went for it.
+        assert re.search(r"saving step 2 failed: .*untouched: 1, 2\.", told.warnings[0])
         assert checkpoints.best == (2, 1.0) and checkpoints.latest.step == 2
         checkpoints.save(_state(3), metadata_of(3, 1.5))
     assert told.commits == [(1, True), (3, False)]
@@ -606,3 +612,63 @@ def test_a_lock_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.
     held = lock.lock(folder, required=False, warn=lambda _: None)
     assert folder.is_dir()
     lock.unlock(held)
+
+
+def _tree(folder: Path) -> dict[str, tuple[int, bytes | None]]:
+    paths = sorted(folder.rglob("*"))
+    return {
+        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else None)
+        for p in paths
+    }
+
+
+def test_a_folder_of_somebody_else_is_refused_untouched(tmp_path: Path) -> None:
+    for name in ("2024", "20250131", "deleting/photos", "1.orbax-checkpoint-tmp-mine"):
+        (tmp_path / "theirs" / name).mkdir(parents=True)
+        (tmp_path / "theirs" / name / "file.txt").write_text("theirs")
+    before = _tree(tmp_path)
+    with pytest.raises(ValueError, match=r"found 1\.orbax-checkpoint-tmp-mine and no jaxlm\.json"):
+        _open(tmp_path / "theirs").__enter__()
+    assert _tree(tmp_path) == before
+
+
+def test_what_others_put_into_a_folder_of_ours_stays(tmp_path: Path) -> None:
+    """The names that a run gives are exact; nothing of another name is renamed or deleted."""
+    _save_all(tmp_path, {1: 2.0})
+    names = ["2.orbax-checkpoint-tmp-mine", "deleting/photos", "my.superseded", "x.corrupt", "y"]
+    names += ["old.replaced", "3.superseded-", "deleting/4.jpg", "01"]
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "notes.txt").write_text("theirs")
+    (tmp_path / "deleting" / "7").mkdir()  # the control
+    with _open(tmp_path, keep_latest=1) as checkpoints:
+        for step in (2, 3):
+            checkpoints.save(_state(step), metadata_of(step, 3.0))
+        checkpoints.wait()
+        checkpoints.go_back(Skip(2, 0, "a test"), 3)
+    assert [name for name in names if not (tmp_path / name).is_dir()] == []
+    assert (tmp_path / "notes.txt").exists()
+    assert not (tmp_path / "deleting" / "7").exists()
+    assert list_steps(tmp_path) == [1] and (tmp_path / "3.superseded").exists()
+
+
+def test_a_run_that_never_began_leaves_a_folder_as_it_was(tmp_path: Path) -> None:
+    with _open(tmp_path / "new" / "folder"):
+        assert (tmp_path / "new" / "folder" / "jaxlm.json").exists()
+    with _open(tmp_path):
+        assert (tmp_path / "jaxlm.json").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill_between_a_commit_and_its_deletions_is_made_up_for(tmp_path: Path) -> None:
+    losses = {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    _save_all(whole, losses, keep_latest=1, keep_weights_every=2)
+    _save_all(killed, losses, keep_latest=9)  # as if none of its deletions had been made
+    with _open(killed, keep_latest=1, keep_weights_every=2) as checkpoints:
+        assert list_steps(killed) == [1, 2, 3, 4], "nothing goes before the run is known to go on"
+        checkpoints.restore_latest(BLUEPRINT.abstract)
+        checkpoints.retain()
+        assert checkpoints.best == (1, 1.0) and checkpoints.latest.step == 4
+    for folder in (whole, killed):
+        assert (list_steps(folder), list_steps(folder / "weights")) == ([1, 4], [2])

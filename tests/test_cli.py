@@ -229,13 +229,19 @@ def test_diff_refuses_what_it_cannot_compare(own_run: Path, capsys: pytest.Captu
 def test_verify_looks_at_every_step_and_changes_nothing(own_run: Path, out):
     run = own_run / runs.RUN
     assert out("checkpoints", "verify", str(run)) == (
-        "4: sound\n8: sound\n12: sound\n0 of 3 steps are damaged\n"
+        "4: sound\n8: sound\n12: sound\nmetrics.jsonl: sound\n0 of 3 steps are damaged\n"
     )
     name = runs.damage(run / "checkpoints/8", "opt_state").relative_to(run / "checkpoints/8")
     before = {path: path.stat() for path in run.rglob("*")}
     said = out("checkpoints", "verify", str(run), code=1).splitlines()
     damaged = f"8: {name}: content differs (checksum)"
-    assert said == ["4: sound", damaged, "12: sound", "1 of 3 steps are damaged"]
+    assert said == [
+        "4: sound",
+        damaged,
+        "12: sound",
+        "metrics.jsonl: sound",
+        "1 of 3 steps are damaged",
+    ]
     found = json.loads(out("checkpoints", "verify", str(run), "--json", code=1))
     assert found["steps"]["4"] == [] and found["steps"]["8"] != []
     after = {path: path.stat() for path in run.rglob("*")}

@@ -13,6 +13,8 @@ from jaxlm import __main__ as cli
 from jaxlm.checkpoints import copying, manifest
 from jaxlm.checkpoints.copying import copy_run
 from jaxlm.checkpoints.folder import list_steps, read_steps, recorded_directory
+from jaxlm.evaluation.score import verify_rows
+from jaxlm.files.ours import MARKER, check_ours
 from jaxlm.report.diff import diff_checkpoints
 from jaxlm.report.table import describe_run
 
@@ -138,10 +140,26 @@ def test_a_name_that_is_too_long_is_refused_before_anything_is_made(run: Path) -
 
 
 def test_after_a_kill_the_next_copy_is_whole(run: Path) -> None:
-    stale = Path("backup/.tiny.partial/checkpoints/3")
+    stale = Path("backup/.tiny.partial/tiny/checkpoints/3")
     stale.mkdir(parents=True)
+    (stale.parents[2] / MARKER).write_text('{"format": 1}')
     assert copy_run(str(run), DEST).steps == [4, 8, 12]
     assert left_over() == ["tiny"] and not (Path(DEST) / "checkpoints/3").exists()
+
+
+def test_a_partial_folder_of_somebody_else_is_left_alone(run: Path) -> None:
+    theirs = Path("backup/.tiny.partial/photos")
+    theirs.mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"tiny\.partial: found photos and no jaxlm\.json"):
+        copy_run(str(run), DEST)
+    assert theirs.is_dir()
+
+
+def test_a_copy_is_one_that_a_trainer_goes_on_from(run: Path) -> None:
+    copy_run(str(run), DEST)
+    for folder in (Path(DEST), Path(DEST) / "checkpoints"):
+        check_ours(folder)
+    assert verify_rows(DEST, Path(DEST) / "checkpoints") == []
 
 
 def test_a_checkpoint_folder_brings_all_that_belongs_to_its_run(run: Path) -> None:

@@ -18,7 +18,8 @@ from tiny import TinyEvalSet
 from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.copying import copy_run
-from jaxlm.checkpoints.folder import list_names, list_steps
+from jaxlm.checkpoints.entries import list_names
+from jaxlm.checkpoints.folder import list_steps
 from jaxlm.checkpoints.prune import prune
 from jaxlm.config import CheckpointConfig, Config
 from jaxlm.device import guard

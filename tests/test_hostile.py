@@ -32,6 +32,7 @@ from jaxlm.files.strict import conform, parse_json, read_json
 from jaxlm.inference.load import load_model
 from jaxlm.report.diff import diff_checkpoints
 from jaxlm.tracking import metrics
+from jaxlm.tracking.rows import Rows
 
 NAMES = [
     *("manifest", "step metadata", "commit", "metadata", "config", "metrics", "events", "skips"),
@@ -122,8 +123,8 @@ def test_every_loss_survives_strict_json(loss: float | None):
     values = {f.name: None for f in dataclasses.fields(Metadata)} | {
         "step": 1, "tokens_seen": 2, "best_eval_loss": math.inf, "num_worse_evals": 0,
         "final": False, "config": {}, "data_fingerprint": "", "environment": {},
-        "tracking_run_id": "", "lineage": [], "skips": [], "run_id": "", "fingerprints": {},
-        "eval_loss": loss, "format": FORMAT,
+        "tracking_run_id": "", "lineage": [], "skips": [], "rows": Rows(), "run_id": "",
+        "fingerprints": {}, "eval_loss": loss, "format": FORMAT,
     }  # fmt: skip
     metadata = Metadata(**values)
     again = Metadata.from_json(parse_json(json.dumps(metadata.to_json()).encode(), dict[str, Any]))

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from proofs import restored
 
 from jaxlm.config import Config, TrackingConfig
 from jaxlm.tracking import metrics
+from jaxlm.tracking.events import Events, read_events
 from jaxlm.tracking.metrics import Metrics, perplexity, read_metrics
+from jaxlm.tracking.rows import Rows
 
 ROWS = [
     {"step": 10, "train/loss": 4.5, "train/tokens_seen": 40960},
@@ -30,15 +34,15 @@ def start(
     *,
     run_id: str | None = "old",
     restored_step: int,
-    owed_eval: bool = False,
     new_future: bool = False,
+    **options: Any,
 ) -> Metrics:
     return Metrics(
         Config(run_dir=str(run_dir)),
         run_id=run_id,
-        restored_step=restored_step,
-        owed_eval=owed_eval,
+        restored=restored(run_dir, restored_step) if run_id else (0, Rows()),
         new_future=new_future,
+        **options,
     )
 
 
@@ -82,17 +86,120 @@ def test_rows_come_back_to_the_bit_and_any_json_parser_reads_them(tmp_path):
         json.loads(json.dumps(math.nan), parse_constant=refuse)
 
 
-def test_a_file_cut_short_at_any_byte_keeps_every_whole_row(tmp_path):
+def test_a_file_cut_short_at_any_byte_keeps_every_row_that_is_proven(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # hundreds of starts
     path = write(tmp_path)
     content = path.read_bytes()
+    proofs = {step: restored(tmp_path, step)[1] for step in (10, 20, 30, 40)}
     for size in range(len(content)):
         path.write_bytes(content[:size])
         # A row is whole with its closing brace; the newline may be missing.
         num_rows = content[:size].count(b"}")
         assert same(read_metrics(path), ROWS[:num_rows])
-        with start(tmp_path, restored_step=40) as run:
+        said = []
+        with again(tmp_path, 40, proofs, said) as run:
             run.log(50, {"train/loss": 4.0})
-        assert same(read_metrics(path), [*ROWS[:num_rows], {"step": 50, "train/loss": 4.0}])
+        last = max((s for s in proofs if size >= proofs[s].num_bytes), default=0)
+        kept = [row for row in ROWS if row["step"] <= last]
+        assert same(read_metrics(path), [*kept, {"step": 50, "train/loss": 4.0}])
+        assert f"the rows after step {last} up to step 40 are lost" in said[0]
+        assert run.rows.gaps == [[last, 40]] and "is not complete: it lacks" in said[1]
+        for aside in tmp_path.glob("metrics.jsonl.corrupt*"):
+            assert aside.read_bytes() == content[:size]
+            aside.unlink()
+
+
+def again(run_dir: Path, step: int, proofs: dict[int, Rows], said: list[str]) -> Metrics:
+    """A start from the checkpoint of this step, beside others."""
+    return Metrics(
+        Config(run_dir=str(run_dir)),
+        run_id="old",
+        restored=(step, proofs[step]),
+        new_future=False,
+        proofs=lambda: proofs,
+        say=said.append,
+    )
+
+
+def test_every_flipped_bit_is_found_at_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # hundreds of starts
+    path = write(tmp_path)
+    content = path.read_bytes()
+    proofs = {step: restored(tmp_path, step)[1] for step in (10, 20, 30, 40)}
+    said: list[str] = []
+    with again(tmp_path, 40, proofs, said):
+        assert said == [] and path.read_bytes() == content, "the control: nothing is wrong"
+    for bit in range(0, 8 * len(content), 13):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        said.clear()
+        with again(tmp_path, 40, proofs, said):
+            kept = read_metrics(path)
+        sound = max((s for s in proofs if bit // 8 >= proofs[s].num_bytes), default=0)
+        assert same(kept, [row for row in ROWS if row["step"] <= sound])
+        assert f"the rows after step {sound} up to step 40 are lost" in said[0]
+        (aside,) = tmp_path.glob("metrics.jsonl.corrupt*")
+        assert aside.read_bytes() == bytes(flipped)
+        aside.unlink()
+
+
+def _rotate(path: Path) -> None:
+    path.rename(path.with_name("metrics.jsonl.1"))
+    path.touch()
+
+
+def _replace(path: Path) -> None:
+    path.unlink()
+    path.write_text("of another program\n")
+
+
+def _append(path: Path) -> None:
+    with path.open("a") as file:
+        file.write("of another program\n")
+
+
+@pytest.mark.parametrize(
+    "harm", [_rotate, _replace, _append, Path.unlink, lambda path: shutil.rmtree(path.parent)]
+)
+def test_a_file_that_goes_under_the_run_is_written_anew(tmp_path, harm):
+    run_dir, said = tmp_path / "run", []
+    events = Events(tmp_path / "events.jsonl")
+    with start(run_dir, run_id=None, restored_step=0, events=events, say=said.append) as run:
+        log_all(run, ROWS[:3])
+        run.flush()
+        log_all(run, ROWS[3:4])
+        harm(run_dir / "metrics.jsonl")
+        log_all(run, ROWS[4:])
+        rows = run.flush()
+        assert same(read_metrics(run_dir / "metrics.jsonl"), ROWS)
+    assert rows == restored(run_dir, 40)[1] and not rows.gaps
+    assert len(said) == 1 and "no row is lost" in said[0], "told once, and at the first flush"
+    (event,) = read_events(tmp_path / "events.jsonl")[0]
+    assert (event["event"], event["step"]) == ("rows", 40)
+    with start(run_dir, restored_step=40):  # a later start takes the folder
+        assert same(read_metrics(run_dir / "metrics.jsonl"), ROWS)
+
+
+def test_rows_changed_or_cut_under_the_run_are_a_gap(tmp_path):
+    for number, harm in enumerate((_flip, lambda path: os.truncate(path, 30))):
+        run_dir, said = tmp_path / str(number), []
+        with start(run_dir, run_id=None, restored_step=0, say=said.append) as run:
+            log_all(run, ROWS[:3])
+            run.flush()
+            harm(run_dir / "metrics.jsonl")
+            log_all(run, ROWS[3:])
+            assert run.flush().gaps == [[0, 20]]
+        assert same(read_metrics(run_dir / "metrics.jsonl"), ROWS[3:])
+        assert "the rows after step 0 up to step 20 are lost" in said[0]
+        assert "it lacks the rows after step 0 up to step 20" in said[1], "and at the end"
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[5] ^= 1
+    with path.open("r+b") as file:
+        file.write(content)
 
 
 @pytest.mark.parametrize("line", ["", "[]", "3", '{"loss": 1}', '{"step": 1.5}', "[" * 100_000])
@@ -101,7 +208,7 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path, line):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], line, lines[1]]))
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: .*then start again"):
-        start(tmp_path, restored_step=20)
+        start(tmp_path, run_id=None, restored_step=0)
     path.write_text("\n".join([lines[0], lines[1], line]))
     assert steps_of(path) == [10, 20]
 
@@ -120,15 +227,6 @@ def test_a_start_from_scratch_cuts_the_rows_of_step_0_too(tmp_path):
     assert steps_of(path)[0] == 0
     with start(tmp_path, run_id=None, restored_step=0):
         assert read_metrics(path) == []
-
-
-def test_an_eval_to_be_made_again_is_cut(tmp_path):
-    path = write(tmp_path)
-    with start(tmp_path, restored_step=20, owed_eval=True):
-        assert same(read_metrics(path), ROWS[:2])
-    write(tmp_path)
-    with start(tmp_path, restored_step=30, owed_eval=True):  # the control: not another step's
-        assert same(read_metrics(path), ROWS[:4])
 
 
 def test_a_cut_that_is_broken_off_leaves_the_file_as_it_was(tmp_path, monkeypatch):
@@ -152,7 +250,8 @@ def test_every_row_logged_survives_kill_9(tmp_path):
 import os
 from jaxlm.config import Config
 from jaxlm.tracking.metrics import Metrics
-run = Metrics(Config(run_dir={str(tmp_path)!r}), run_id=None, restored_step=0, owed_eval=False,
+from jaxlm.tracking.rows import Rows
+run = Metrics(Config(run_dir={str(tmp_path)!r}), run_id=None, restored=(0, Rows()),
               new_future=False)
 for step in range(1, 101):
     run.log(step, {{"train/loss": 1 / step}})
@@ -197,7 +296,7 @@ def test_a_missing_package_is_found_before_anything_is_touched(
     monkeypatch.setitem(sys.modules, package, None)
     config = Config(run_dir=str(tmp_path), tracking=tracking)
     with pytest.raises(ImportError, match=rf"pip install '\.\[{extra}\]'"):
-        Metrics(config, run_id="a", restored_step=10, owed_eval=False, new_future=False)
+        Metrics(config, run_id="a", restored=(10, Rows()), new_future=False)
     assert path.read_bytes() == before
 
 
@@ -206,8 +305,8 @@ def test_trackers_that_are_off_are_never_imported(tmp_path):
 import sys
 from jaxlm.config import Config
 from jaxlm.tracking.metrics import Metrics
-Metrics(Config(run_dir={str(tmp_path)!r}), run_id=None, restored_step=0, owed_eval=False,
-        new_future=False)
+from jaxlm.tracking.rows import Rows
+Metrics(Config(run_dir={str(tmp_path)!r}), run_id=None, restored=(0, Rows()), new_future=False)
 assert "jaxlm.tracking.metrics" in sys.modules
 assert not {{"wandb", "tensorboardX", "jax"}} & set(sys.modules)
 """

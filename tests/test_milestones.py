@@ -12,8 +12,9 @@ from runs import rewrite
 from tiny import data, tiny_config
 
 from jaxlm.checkpoints import aside, metadata, milestones
-from jaxlm.checkpoints.aside import DELETING, Purger
+from jaxlm.checkpoints.aside import Purger
 from jaxlm.checkpoints.copying import copy_run
+from jaxlm.checkpoints.entries import DELETING
 from jaxlm.checkpoints.folder import WEIGHTS, list_steps, read_metadata, read_steps, select
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.milestones import keep_weights
@@ -201,3 +202,20 @@ def test_weights_of_a_future_that_was_given_up_are_not_taken_for_the_step(doomed
     assert 3 not in read_steps(folder).sound
     with pytest.raises(ValueError, match="no such checkpoint"):
         select(f"{folder}@4")
+
+
+def test_pruning_keeps_the_weights_that_the_run_would_keep(tmp_path: Path, whole: Path) -> None:
+    folder = Path(shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints"))
+    promise(folder)
+    prune(str(folder), warn=print)
+    assert list_steps(folder) == [12] and list_steps(folder / WEIGHTS) == [4, 8]
+    assert same_params(folder / WEIGHTS / "8", whole / "checkpoints" / "8")
+
+
+def test_a_run_killed_right_after_its_last_commit_ends_as_one_in_one_piece(
+    tmp_path: Path, whole: Path
+) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    assert train(tiny_config(tmp_path, checkpoint=EVERY), **data()).complete
+    folder = tmp_path / "checkpoints"
+    assert list_steps(folder) == [12] and list_steps(folder / WEIGHTS) == KEPT

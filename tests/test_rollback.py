@@ -384,7 +384,7 @@ def test_a_rollback_sets_aside_what_is_damaged_and_never_begins_anew(
     ("change", "told"),
     [
         ({"of_the_future": 1}, "written by another version"),
-        ({"format": 2}, "found format 2, expected 1; use the jaxlm that wrote it"),
+        ({"format": 1}, "found format 1, expected 2; use the jaxlm that wrote it"),
     ],
 )
 def test_a_checkpoint_of_another_version_is_no_reason_to_begin_anew(

@@ -12,12 +12,14 @@ import sys
 import types
 from pathlib import Path
 
+import proofs
 import pytest
 import runs
 
 from jaxlm import launch
 from jaxlm.config import Config, OptimConfig, TrackingConfig, to_dict
 from jaxlm.tracking.metrics import Metrics, read_metrics
+from jaxlm.tracking.rows import Rows
 from jaxlm.tracking.trackers import Trackers
 
 needs_wandb = pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="no wandb")
@@ -27,7 +29,8 @@ needs_tensorboard = pytest.mark.skipif(
 
 # Its own process: wandb keeps a service running to the end of the process that it began in.
 RUN = """
-import os, signal, sys
+import os, pathlib, signal, sys
+import proofs
 from jaxlm.config import Config, TrackingConfig
 from jaxlm.tracking.metrics import Metrics
 
@@ -36,8 +39,8 @@ config = Config(run_dir=run_dir, eval_interval=50, tracking=TrackingConfig(wandb
 ours = lambda *_: None
 signal.signal(signal.SIGTERM, ours)
 hooks = sys.exit, sys.excepthook, signal.getsignal(signal.SIGINT)
-run = Metrics(config, run_id="abc" if restored else None, restored_step=restored, owed_eval=False,
-              new_future=False)
+run = Metrics(config, run_id="abc" if restored else None, new_future=False,
+              restored=proofs.restored(pathlib.Path(run_dir), restored))
 with run:
     assert os.environ["WANDB_ERROR_REPORTING"] == "false"  # else it asks the name server
     assert hooks == (sys.exit, sys.excepthook, signal.getsignal(signal.SIGINT))
@@ -56,7 +59,8 @@ def run_child(run_dir: Path, restored: int, last: int, how: str) -> None:
     home.mkdir(exist_ok=True)
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(run_dir), str(restored), str(last), how],
-        env={k: v for k, v in os.environ.items() if k[:5] != "WANDB"} | {"HOME": str(home)},
+        env={k: v for k, v in os.environ.items() if k[:5] != "WANDB"}
+        | {"HOME": str(home), "PYTHONPATH": str(Path(__file__).parent)},
         capture_output=True,
         text=True,
         check=False,
@@ -203,8 +207,12 @@ def online(run_dir: Path, tracking: TrackingConfig = ONLINE, **options) -> Metri
         optim=OptimConfig(warmup_steps=10),
         tracking=tracking,
     )
-    defaults = {"run_id": "abc", "owed_eval": False, "new_future": False, "restored_step": 0}
-    return Metrics(config, say=lambda _: None, **{**defaults, **options})
+    return start(config, say=lambda _: None, **options)
+
+
+def start(config: Config, run_id: str | None = "abc", restored_step: int = 0, **options) -> Metrics:
+    at = proofs.restored(Path(config.run_dir), restored_step) if restored_step else (0, Rows())
+    return Metrics(config, run_id=run_id, restored=at, **{"new_future": False, **options})
 
 
 def id_of_start(run_dir: Path, **options) -> str:
@@ -254,7 +262,7 @@ def test_an_eval_made_only_after_a_restart_is_not_dropped_online(tmp_path, monke
         train(run, 10, 30)
         run.log(40, {"train/loss": 0.5})  # stopped before the eval of step 40
     assert list(server.runs[run.run_id]) == [10, 20, 30]
-    with online(tmp_path, run_id=run.run_id, restored_step=40, owed_eval=True) as run:
+    with online(tmp_path, run_id=run.run_id, restored_step=40) as run:
         run.log(40, {"eval/loss": 0.25})
         train(run, 50, 100)
     assert server.runs == {run.run_id: as_server(tmp_path)}
@@ -369,8 +377,7 @@ def as_float32(rows: list[dict]) -> list[dict]:
 
 def with_tensorboard(run_dir: Path, **options) -> Metrics:
     config = Config(run_dir=str(run_dir), tracking=TrackingConfig(tensorboard=True))
-    defaults = {"run_id": "abc", "owed_eval": False, "new_future": False, "restored_step": 0}
-    return Metrics(config, **{**defaults, **options})
+    return start(config, **options)
 
 
 @needs_tensorboard

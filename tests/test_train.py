@@ -26,11 +26,15 @@ from jaxlm.config import Config, MeshConfig, TrackingConfig
 from jaxlm.device.loss import Batch, next_token_loss
 from jaxlm.device.model import model_factory
 from jaxlm.device.sharding import make_mesh
+from jaxlm.evaluation.score import verify_rows
 from jaxlm.inference.load import load_model
 from jaxlm.proof.attempt import untimed_rows
 from jaxlm.report.diff import diff_checkpoints
+from jaxlm.tracking.events import read_events
+from jaxlm.tracking.rows import find_damage
 from jaxlm.training.signals import StopRequest, stop_requests
-from jaxlm.training.train import train
+from jaxlm.training.start import hold_run_folder
+from jaxlm.training.train import _alone_in_process, train
 
 
 class _StopAtOnce(TinyBatches):
@@ -563,3 +567,82 @@ def test_a_model_of_ones_own_is_not_told_as_that_of_the_config(
     train(config, model=model_factory(config.model, "cpu"), **data())
     out = capsys.readouterr().out
     assert "a model of your own; 12 steps of" in out and "d_model" not in out
+
+
+def test_a_run_folder_has_one_trainer(tmp_path: Path) -> None:
+    first = tiny_config(tmp_path / "run", checkpoint={"directory": str(tmp_path / "a")})
+    second = tiny_config(tmp_path / "run", checkpoint={"directory": str(tmp_path / "b")})
+    with hold_run_folder(first, print):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(
+            RuntimeError, match=rf"run is in use .*process {os.getpid()} on .* since"
+        ):
+            train(second, **data())
+        assert sorted(tmp_path.rglob("*")) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "events.jsonl", "holder.json"])
+def test_a_file_of_another_program_in_the_run_folder_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("theirs")
+    with pytest.raises(ValueError, match=rf"found {name} and no jaxlm\.json"):
+        train(tiny_config(tmp_path), **data())
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "theirs"
+
+
+def test_files_that_no_run_writes_are_nobody_s_business(tmp_path: Path) -> None:
+    (tmp_path / "slurm-1.out").write_text("theirs")
+    with hold_run_folder(tiny_config(tmp_path), print):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["slurm-1.out"]
+
+
+def test_two_trainings_in_one_process_are_refused(tmp_path: Path) -> None:
+    with _alone_in_process():
+        with pytest.raises(RuntimeError, match="another training is under way in this process"):
+            train(tiny_config(tmp_path / "b"), **data())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_were_changed_between_two_starts_are_told_and_never_taken_for_whole(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    path, changed = run / "metrics.jsonl", bytearray((run / "metrics.jsonl").read_bytes())
+    lines = path.read_text().splitlines()
+    until_8 = len("\n".join(row for row in lines if json.loads(row)["step"] <= 8)) + 1
+    changed[until_8 + 30] ^= 1
+    path.write_bytes(changed)
+    assert train(tiny_config(run), **data()).complete
+    assert "metrics.jsonl: content differs" in capsys.readouterr().out.replace("\n", " ")
+    lost = "the rows after step 8 up to step 12"
+    for num_steps in (13, 14):
+        assert train(tiny_config(run, num_steps=num_steps), **data()).complete
+        assert f"not complete: it lacks {lost}" in capsys.readouterr().out.replace("\n", " ")
+    assert [row["step"] for row in untimed_rows(run) if "train/loss" in row] == [
+        *range(1, 9),
+        13,
+        14,
+    ]
+    assert (run / "metrics.jsonl.corrupt").read_bytes() == bytes(changed)
+    assert read_metadata(run / "checkpoints", 14).rows.gaps == [[8, 12]]
+    assert verify_rows(str(run), run / "checkpoints") == []
+    events, _ = read_events(run / "events.jsonl")
+    assert sum(event["event"] == "rows" for event in events) == 1
+
+
+def test_every_flipped_bit_of_the_rows_is_found_by_verify(straight: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    path, newest = run / "metrics.jsonl", read_metadata(run / "checkpoints", 12)
+    content = path.read_bytes()
+    assert verify_rows(str(run), run / "checkpoints") == []
+    assert newest.rows.num_bytes == len(content)
+    for bit in range(0, 8 * len(content), 97):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        assert find_damage(path, newest.rows)
+    assert verify_rows(str(run), run / "checkpoints")
+    path.unlink()
+    assert "missing" in verify_rows(str(run), run / "checkpoints")[0]

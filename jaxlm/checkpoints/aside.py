@@ -6,12 +6,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxlm.checkpoints.folder import SUPERSEDED
+from jaxlm.checkpoints.entries import DELETING, SUPERSEDED, UNFINISHED, list_named
 from jaxlm.checkpoints.milestones import keep_weights
 from jaxlm.files.durable import DiskError, fsync
 
-DELETING = "deleting"
-"""Orbax renames what it deletes into this folder, and leaves it there."""
 _CLEAR_ATTEMPTS = 40
 
 
@@ -34,13 +32,13 @@ def list_old_superseded(folder: Path, num_kept: int) -> list[Path]:
     def age(path: Path) -> tuple[int, int]:
         return path.stat().st_ctime_ns, int(path.name.partition(".")[0])
 
-    return sorted(folder.glob(f"*{SUPERSEDED}*"), key=age)[:-num_kept]
+    return sorted(list_named(folder, SUPERSEDED), key=age)[:-num_kept]
 
 
 def clear_partial(folder: Path) -> None:
     """Removes what a failed save has written, whose other threads may still be at it."""
     for _ in range(_CLEAR_ATTEMPTS):
-        partial = list(folder.glob("*.orbax-checkpoint-tmp*"))
+        partial = list_named(folder, UNFINISHED)
         if not partial:
             return
         for path in partial:
@@ -64,10 +62,10 @@ class Purger:
     def purge(self, *paths: Path) -> None:
         """Deletes these, and what is there already."""
         self.join()
-        self._doomed.mkdir(exist_ok=True)
         for path in paths:
+            self._doomed.mkdir(exist_ok=True)
             path.rename(self._doomed / path.name)
-        doomed = list(self._doomed.iterdir())
+        doomed = list_named(self._doomed)
         self._thread = threading.Thread(target=self._delete, args=(doomed,))
         self._thread.start()
 

@@ -19,6 +19,7 @@ from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.names import split_step
 from jaxlm.extras import MODULES, needs
 from jaxlm.files.durable import crc32c, link
+from jaxlm.files.ours import check_ours
 from jaxlm.files.publish import published
 from jaxlm.files.strict import parse_json
 
@@ -51,6 +52,7 @@ def upload(run: str, dest: str, *, say: Say = print) -> Copied:
         there = _list(bucket, root)
         if there and (WHOLE in there or PARTIAL not in there):
             raise ValueError(f"{dest}: found objects, expected none; choose another name")
+        check_ours(links)
         shutil.rmtree(links, ignore_errors=True)  # of one that was killed
         try:
             found = copy_run(run, str(links), say=say, copy_file=link)

@@ -2,7 +2,7 @@
 
 A step is committed by one rename; it carries the manifest of its files and the fingerprint of its
 arrays. What turns out to be damaged is renamed aside and said, never deleted, and the next sound
-one is taken. Orbax's `CheckpointManager` writes, commits and deletes; this module decides when,
+one is taken. Orbax's `CheckpointManager` writes and commits; this module decides when, deletes,
 proves what came back, and tells only what is true on disk.
 """
 
@@ -19,37 +19,38 @@ from typing import Any
 import jax
 
 from jaxlm.checkpoints import manifest
-from jaxlm.checkpoints.aside import DELETING, Purger, clear_partial, list_old_superseded, put_aside
-from jaxlm.checkpoints.folder import (
+from jaxlm.checkpoints.aside import Purger, clear_partial, list_old_superseded, put_aside
+from jaxlm.checkpoints.entries import (
     CORRUPT,
     REPLACED,
     SUPERSEDED,
-    Best,
-    find_best,
+    UNFINISHED,
     list_corrupt,
+    list_named,
     list_names,
     list_steps,
-    read_steps,
 )
+from jaxlm.checkpoints.folder import Best, find_best, read_steps
 from jaxlm.checkpoints.manager import args_of, open_manager
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import DamagedArrays, items_of, restore_state
 from jaxlm.checkpoints.retention import Retention
 from jaxlm.checkpoints.skips import Skip, held_by, read_skips, skipped, write_skips
-from jaxlm.checkpoints.together import find_damage_together, read_steps_alike
+from jaxlm.checkpoints.together import find_damage_together, read_steps_alike, rows_alike
 from jaxlm.cluster import agree
 from jaxlm.config import CheckpointConfig
 from jaxlm.device.state import Survey, TrainState, num_bytes, survey
 from jaxlm.files.durable import fsync
-from jaxlm.files.lock import HOLDER, lock, unlock
+from jaxlm.files.lock import lock, unlock
 from jaxlm.tracking.events import Events
+from jaxlm.tracking.rows import Rows
 
 _RETRY_S, _MAX_RETRY_S = 10.0, 600.0
 _SUPERSEDED_WHY = "the run went back to before it"
 # What Orbax and TensorStore raise when the disk refuses, or the memory.
 _SAVE_ERRORS = (OSError, ValueError, RuntimeError, MemoryError)
 
-Flush = Callable[[], None]
+Flush = Callable[[], Rows]
 Restored = tuple[TrainState, Metadata]
 
 
@@ -115,12 +116,13 @@ class Checkpoints:
         """Locks the folder, clears what a killed run left half-done, and sets damaged steps aside.
 
         Raises:
+          ValueError: jaxlm did not make the folder.
           RuntimeError: another trainer holds the folder, or it cannot be written.
         """
-        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         if self._primary:
-            required = self._config.lock == "required"
-            self._lock = lock(self.folder, required=required, warn=self._warn)
+            self._lock = lock(
+                self.folder, required=self._config.lock == "required", warn=self._warn
+            )
             self._opened = self.folder.stat()
         with contextlib.ExitStack() as on_error:
             on_error.callback(self._unlock)
@@ -131,8 +133,9 @@ class Checkpoints:
     def _open(self) -> None:
         if self._primary:
             self._purge()
+            clear_partial(self.folder)
             self._tell({})  # what a kill kept from being written down
-            for path in self.folder.glob(f"*{REPLACED}"):
+            for path in list_named(self.folder, REPLACED):
                 self._finish_replacing(path)
         # The others wait in this one until process 0 has done all of that.
         found = read_steps_alike(self.folder, check=self._config.verify != "off")
@@ -144,9 +147,7 @@ class Checkpoints:
         for step, damage in found.damaged.items():
             self._set_aside(step, damage)
         self._put_aside(found.superseded, SUPERSEDED, _SUPERSEDED_WHY)
-        self._manager = open_manager(
-            self.folder, self._retention, self._config.save_timeout_s, self._seal
-        )
+        self._manager = open_manager(self.folder, self._config.save_timeout_s, self._seal)
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         """Waits for the save under way; an error of the run itself goes first."""
@@ -166,12 +167,6 @@ class Checkpoints:
 
     def _unlock(self) -> None:
         if self._primary:
-            with contextlib.suppress(OSError):  # a disk that is read-only by now
-                if self._is_ours():
-                    (self.folder / HOLDER).unlink(missing_ok=True)
-                    if not self._steps:  # a run that never began leaves nothing behind
-                        for path in (self.folder / DELETING, *self._made):
-                            path.rmdir()
             unlock(self._lock)
 
     @property
@@ -194,6 +189,13 @@ class Checkpoints:
         # may see a shared disk as it was some seconds ago, and all must decide alike.
         there = agree([step for step in self._steps if (self.folder / str(step)).exists()])
         return {step: self._steps[step] for step in there}
+
+    def retain(self) -> None:
+        """Deletes what retention drops; a kill may have come between a commit and its deletions."""
+        self._drop()
+        self._tell(self._retention.dropped)
+        self._steps = self._look()
+        self._manager.reload()
 
     def batch_index(self, step: int) -> int:
         """The batch that the state of `step` takes in."""
@@ -219,7 +221,7 @@ class Checkpoints:
           CheckpointError: the folder holds checkpoints, and none is sound.
           ValueError: the checkpoint is of another model.
         """
-        restored = None
+        restored, self._retention.state_bytes = None, num_bytes(items_of(abstract))
         while restored is None and (latest := self.latest):
             restored = self._restore(latest, abstract)
         if restored is None and (aside := list_corrupt(self.folder)):
@@ -293,14 +295,15 @@ class Checkpoints:
         self._put_aside(newer, SUPERSEDED, _SUPERSEDED_WHY)
 
     def save(
-        self, state: TrainState, metadata: Metadata, before: Flush = lambda: None, why: str = ""
+        self, state: TrainState, metadata: Metadata, before: Flush = Rows, why: str = ""
     ) -> None:
         """Starts to save; returns once the state may be given to the next step.
 
         Args:
           state: the state.
           metadata: what the checkpoint says of it.
-          before: brings to the disk what must be there first; if it fails, so does the save.
+          before: brings the rows to the disk, which must be there first, and returns what proves
+            them; if it fails, so does the save.
           why: the reason, for people.
 
         Raises:
@@ -323,12 +326,13 @@ class Checkpoints:
         try:
             if jax.process_count() > 1:  # all refuse alike; in its saving thread, one alone would
                 self._saving.proven()
-            before()
+            rows = rows_alike(before())
+            self._saving = replace(self._saving, metadata=replace(metadata, rows=rows))
             self._manager.save(metadata.step, args=args_of(items), metrics=metrics, force=True)
         except _SAVE_ERRORS as error:
             self._save_failed(error)
 
-    def replace(self, state: TrainState, metadata: Metadata, before: Flush = lambda: None) -> None:
+    def replace(self, state: TrainState, metadata: Metadata, before: Flush = Rows) -> None:
         """Saves a step that may be there already; at any instant, the one or the other is."""
         self.wait()
         current = self.folder / str(metadata.step)
@@ -373,7 +377,7 @@ class Checkpoints:
         metadata, why, self._saving = self._saving.proven(), self._saving.why, None
         self._steps[metadata.step] = metadata
         self._num_failures = 0
-        self._purge()
+        self._drop()
         best = find_best({step: found.eval_loss for step, found in self._steps.items()})
         is_best = best is not None and best.step == metadata.step
         self._tell({str(metadata.step): why} | self._retention.dropped)
@@ -388,7 +392,7 @@ class Checkpoints:
         self._manager._non_blocking_metadata_store.wait_until_finished()
         self._check_folder()  # TensorStore makes a deleted one again, with half of the arrays
         metadata = self._saving.proven()
-        (partial,) = self.folder.glob(f"{metadata.step}.orbax-checkpoint-tmp*")
+        partial = self.folder / f"{metadata.step}{UNFINISHED}"
         metadata.write(partial)
         manifest.write_manifest(partial)
 
@@ -477,7 +481,12 @@ class Checkpoints:
         # Writes down what has become of the checkpoints since the last time.
         self.events.compare(list_names(self.folder), why)
 
-    def _purge(self) -> None:
+    def _drop(self) -> None:
+        there = [step for step in sorted(self._steps) if (self.folder / str(step)).exists()]
+        kept = self._retention.kept({step: self._steps[step].eval_loss for step in there})
+        self._purge(*(self.folder / str(step) for step in there if step not in kept))
+
+    def _purge(self, *paths: Path) -> None:
         if self._primary and self._is_ours():
             with contextlib.suppress(OSError):  # what stays is for the next time
-                self._purger.purge()
+                self._purger.purge(*paths)

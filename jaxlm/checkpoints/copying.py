@@ -6,24 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxlm.checkpoints.entries import list_steps, when_settled
 from jaxlm.checkpoints.folder import (
     TOKENIZER,
     WEIGHTS,
     find_checkpoints,
-    list_steps,
     read_steps,
     run_folder,
     select,
-    when_settled,
 )
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.names import split_step
 from jaxlm.checkpoints.skips import NAME as SKIPS
 from jaxlm.files.durable import write_file
+from jaxlm.files.ours import mark
 from jaxlm.files.publish import check_free, published
 from jaxlm.files.strict import read_json
 from jaxlm.terminal import track
 from jaxlm.tracking.events import NAME as EVENTS
+from jaxlm.tracking.rows import NAME as ROWS
+from jaxlm.tracking.rows import find_damage as find_row_damage
 
 Say = Callable[[str], None]
 
@@ -73,6 +75,8 @@ def copy_run(
     with published(target, say) as partial:
         folder = partial / "checkpoints"
         folder.mkdir()
+        mark(partial)
+        mark(folder)
         try:
             paths = [str(step) for step in steps] + [f"{WEIGHTS}/{step}" for step in milestones]
             for path in track(paths, "Copying"):
@@ -85,7 +89,7 @@ def copy_run(
                     damaged[step] = damage[0]
             # In this order: skips.json is written before metrics.jsonl is cut back.
             _copy_files(source, folder, TOKENIZER, f"{WEIGHTS}/{TOKENIZER}", SKIPS)
-            _copy_files(run_dir, partial, "metrics.jsonl", EVENTS)
+            _copy_files(run_dir, partial, ROWS, EVENTS)
             _copy_config(run_dir, partial)
         except OSError as error:
             raise RuntimeError(
@@ -100,6 +104,9 @@ def copy_run(
             say(f"{step}: damaged, left out: {damage}")
         if not (copied := list_steps(folder)):
             raise ValueError(f"{run}: found no sound checkpoint to copy; look at {source}")
+        newest = found.sound[max(found.sound)] if found.sound else None
+        for what in find_row_damage(partial / ROWS, newest.rows) if newest else ():
+            say(f"Warning: {ROWS}: {what}")
     return Copied(target, copied, deleted, damaged)
 
 

@@ -4,14 +4,12 @@ Reading only; `jaxlm.checkpoints.checkpoint` writes. Anyone may read while a tra
 """
 
 import math
-import re
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 from jaxlm.checkpoints import manifest
+from jaxlm.checkpoints.entries import identity, list_corrupt, list_steps
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.names import split_step
 from jaxlm.checkpoints.skips import Skip, held_by, read_skips
@@ -22,15 +20,10 @@ from jaxlm.terminal import progress
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "weights"
 """The folder, beside the steps, of those of which the weights alone were kept."""
-CORRUPT = ".corrupt"
-"""Ends the name of a step that was found damaged."""
-SUPERSEDED = ".superseded"
-"""Ends the name of a step that the run has gone back from."""
-REPLACED = ".replaced"
-"""Ends the name of a step while it is saved again."""
-_NAME = re.compile(rf"(0|[1-9]\d{{0,17}})(({CORRUPT}|{SUPERSEDED})(-\d+)?)?")
 
-_COMMIT_S = 0.5  # within this time, a step that is being renamed or deleted has changed
+
+MAX_CHOICES = 20
+"""How often another step is chosen in place of one that a trainer has deleted meanwhile."""
 
 
 class Best(NamedTuple):
@@ -38,27 +31,6 @@ class Best(NamedTuple):
 
     step: int
     loss: float
-
-
-def list_steps(folder: Path) -> list[int]:
-    """The committed steps, ascending, whether sound or not."""
-    if not folder.is_dir():
-        return []
-    names = (entry.name for entry in folder.iterdir() if entry.is_dir())
-    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
-
-
-def list_corrupt(folder: Path) -> list[str]:
-    """The names of checkpoints that were found damaged and renamed."""
-    if not folder.is_dir():
-        return []
-    return sorted(entry.name for entry in folder.iterdir() if CORRUPT in entry.name)
-
-
-def list_names(folder: Path) -> list[str]:
-    """The folders of all checkpoints, those set aside included; one being replaced is its step."""
-    names = {entry.name.removesuffix(REPLACED) for entry in folder.iterdir() if entry.is_dir()}
-    return sorted(filter(_NAME.fullmatch, names))
 
 
 def read_metadata(folder: Path, step: int) -> Metadata:
@@ -77,32 +49,6 @@ def read_metadata(folder: Path, step: int) -> Metadata:
         raise ValueError(
             f"{folder / str(step)}: its metadata cannot be read ({error}); name another step"
         ) from error
-
-
-def when_settled(path: Path, look: Callable[[], list[str]]) -> list[str] | None:
-    """What `look` finds wrong with a step, at which a trainer may be at work.
-
-    It looks again if the trainer has put another one there, or finished its commit.
-
-    Returns:
-      Empty for a sound step; None for one that was deleted meanwhile.
-    """
-    while before := identity(path):
-        if not (damage := look()):
-            return []
-        time.sleep(_COMMIT_S)
-        if identity(path) == before:
-            return damage
-    return None
-
-
-def identity(path: Path) -> tuple[int, int] | None:
-    """What changes when another step is put there, or this one's commit goes on."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_ctime_ns
 
 
 class Steps(NamedTuple):
@@ -139,7 +85,7 @@ def read_steps(folder: Path, *, check: bool = True) -> Steps:
                 damaged[step] = damage
             elif not damage:
                 found[step] = read_metadata(folder, step)
-        except ValueError:
+        except (OSError, ValueError):
             if not check or (folder / str(step)).exists():
                 raise  # whole, but of another version; else it was deleted between the two looks
     run_id, foreign = _tell_runs_apart(folder, {s: m.run_id for s, m in found.items()})
@@ -237,6 +183,8 @@ class Selected(NamedTuple):
     metadata: Metadata
     passed_over: dict[int, list[str]]
     """Damaged steps that would have come first, or may have, and what is wrong with them."""
+    identity: tuple[int, int] | None
+    """That of the step folder which was verified; it changes once a trainer is at work there."""
 
     @property
     def path(self) -> Path:
@@ -260,6 +208,22 @@ def select(run: str, default: str = "best", *, contents: bool = True) -> Selecte
     name, which = split_step(run)
     which = which or default
     folder = find_checkpoints(name)
+    for _ in range(MAX_CHOICES):
+        if selected := _choose(name, folder, which, contents):
+            return selected
+    raise deleted_each_time(run)
+
+
+def deleted_each_time(run: str) -> ValueError:
+    """The error to raise where a trainer was quicker MAX_CHOICES times."""
+    return ValueError(
+        f"{run}: chosen {MAX_CHOICES} times, and deleted by its trainer each time before it was "
+        "read; wait for the run to end, or start it again with a larger --checkpoint.keep_latest"
+    )
+
+
+def _choose(name: str, folder: Path, which: str, contents: bool) -> Selected | None:
+    # None where a trainer has deleted or replaced the step meanwhile.
     found = read_steps(folder)
     if which.isdigit() and not (folder / which).exists() and (folder / WEIGHTS / which).exists():
         selected = select(f"{folder / WEIGHTS}@{which}", contents=contents)
@@ -269,10 +233,18 @@ def select(run: str, default: str = "best", *, contents: bool = True) -> Selecte
     passed_over = found.damaged if which in ("best", "final") else {}
     for step in _candidates(found, which):
         path = folder / str(step)
-        with progress(f"Verifying step {step}"):
-            damage = found.damaged.get(step) or manifest.find_damage(path, contents=contents)
-        if not damage:
-            return Selected(folder, step, read_metadata(folder, step), passed_over)
+        before, damage, metadata = identity(path), [], None
+        try:
+            with progress(f"Verifying step {step}"):
+                damage = found.damaged.get(step) or manifest.find_damage(path, contents=contents)
+            metadata = None if damage else read_metadata(folder, step)
+        except (OSError, ValueError):
+            if before and identity(path) == before:
+                raise
+        if before is None or identity(path) != before:
+            return None
+        if metadata:
+            return Selected(folder, step, metadata, passed_over, before)
         passed_over[step] = damage
     damaged = "; ".join(f"step {step}: {damage[0]}" for step, damage in passed_over.items())
     there = ", ".join(map(str, list_steps(folder))) or "none"

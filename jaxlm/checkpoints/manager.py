@@ -1,4 +1,4 @@
-"""Orbax's `CheckpointManager`, which writes, commits and deletes, set up as we need it."""
+"""Orbax's `CheckpointManager`, which writes and commits, set up as we need it."""
 
 import functools
 from collections.abc import Callable
@@ -9,9 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from jaxlm.checkpoints.aside import DELETING
 from jaxlm.checkpoints.restore import ITEMS, without_empty
-from jaxlm.checkpoints.retention import Retention
 from jaxlm.cluster import barrier
 
 LEAST_PART = 4 * 2**20
@@ -22,13 +20,12 @@ FILE_BYTES = 64 * 2**20
 
 
 def open_manager(
-    folder: Path, retention: Retention, timeout_s: int, before_commit: Callable[[], None]
+    folder: Path, timeout_s: int, before_commit: Callable[[], None]
 ) -> ocp.CheckpointManager:
-    """The manager of a folder; it saves when it is told to, and never by itself.
+    """The manager of a folder; it saves when it is called to, and never deletes.
 
     Args:
       folder: the checkpoint folder.
-      retention: says what stays.
       timeout_s: how long the processes wait for each other (s).
       before_commit: called in the saving thread of the primary process, after the arrays are
         written and before the rename.
@@ -37,9 +34,10 @@ def open_manager(
         best_fn=lambda metrics: metrics["eval_loss"],
         best_mode="min",
         save_decision_policy=checkpoint_managers.AnySavePolicy([]),
-        preservation_policy=retention,
-        cleanup_tmp_directories=True,
-        todelete_subdir=DELETING,
+        # To delete step 2, it would take `2.orbax-checkpoint-tmp-x` of somebody else for the step.
+        preservation_policy=checkpoint_managers.LatestN(n=None),
+        # It would delete whatever has `.orbax-checkpoint-tmp` anywhere in its name.
+        cleanup_tmp_directories=False,
         async_options=ocp.AsyncOptions(
             timeout_secs=timeout_s,
             barrier_sync_fn=barrier if jax.process_count() > 1 else None,

@@ -10,8 +10,9 @@ from jaxlm.checkpoints.skips import Skip, to_json
 from jaxlm.config import Config, from_dict
 from jaxlm.files.durable import write_file
 from jaxlm.files.strict import conform, shown, spell
+from jaxlm.tracking.rows import Rows
 
-FORMAT = 1
+FORMAT = 2
 """Goes up when files or fingerprints come to mean something else."""
 
 
@@ -48,6 +49,8 @@ class Metadata:
     """What was changed on the way here, oldest first."""
     skips: list[Skip] = dataclasses.field(default_factory=list)
     """Batches passed over on the way here."""
+    rows: Rows = dataclasses.field(default_factory=Rows)
+    """Those of metrics.jsonl that were on disk before this checkpoint."""
     run_id: str = ""
     """The same in all checkpoints of a run, and of no other."""
     fingerprints: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
@@ -80,7 +83,7 @@ class Metadata:
         values = {f.name: spell(getattr(self, f.name)) for f in dataclasses.fields(self)}
         if not math.isfinite(self.best_eval_loss):
             values["best_eval_loss"] = None
-        values["skips"] = to_json(self.skips)
+        values["skips"], values["rows"] = to_json(self.skips), dataclasses.asdict(self.rows)
         return values
 
     def write(self, folder: Path) -> None:

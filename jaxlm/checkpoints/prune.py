@@ -1,18 +1,18 @@
 """Checkpoints of a run that are no longer wanted, named and then deleted."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm.checkpoints.aside import DELETING, Purger
-from jaxlm.checkpoints.folder import find_best, find_checkpoints, list_names, read_steps, run_folder
+from jaxlm.checkpoints.aside import Purger
+from jaxlm.checkpoints.entries import DELETING, list_named, list_names
+from jaxlm.checkpoints.folder import find_best, find_checkpoints, read_steps, run_folder
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.retention import Retention
 from jaxlm.config import CheckpointConfig
 from jaxlm.files.durable import folder_bytes
-from jaxlm.files.lock import HOLDER, lock, unlock
+from jaxlm.files.lock import locked
 from jaxlm.terminal import track
 from jaxlm.tracking.events import NAME, Events
 
@@ -26,7 +26,7 @@ class Pruning(NamedTuple):
     dropped: dict[int, int]
     """Step -> its bytes."""
     keep_weights_every: int | None
-    """As the run's config has it; it holds for what a killed run was about to delete."""
+    """As the run's config has it: of these steps the weights stay."""
 
 
 def plan_pruning(
@@ -97,29 +97,19 @@ def prune(run: str, *, warn: Callable[[str], None], **rules: Any) -> Pruning:
       ValueError: as `plan_pruning` raises.
       RuntimeError: a trainer is at work in the folder, or what a killed one left cannot be deleted.
     """
-    with _locked(find_checkpoints(run), warn) as folder:
+    folder = find_checkpoints(run)
+    with locked(folder, required=True, warn=warn):
         pruning = plan_pruning(run, **rules)
         if not pruning.dropped:
             return pruning
         purger = Purger(folder, pruning.keep_weights_every)
         purger.purge()  # what a killed run has left there, of the same name perhaps
         purger.join()
-        if stuck := [path.name for path in (folder / DELETING).iterdir()]:
+        if stuck := [path.name for path in list_named(folder / DELETING)]:
             raise RuntimeError(f"{folder / DELETING}: {stuck} cannot be deleted; look at its disk")
-        purger = Purger(folder)
         purger.purge(*(folder / str(step) for step in pruning.dropped))
         if (path := run_folder(run, folder) / NAME).exists():
             why = dict.fromkeys(map(str, pruning.dropped), "jaxlm checkpoints prune")
             Events(path, warn).compare(list_names(folder), why)
         purger.join()
     return pruning
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, warn: Callable[[str], None]) -> Iterator[Path]:
-    held = lock(folder, required=True, warn=warn)
-    try:
-        yield folder
-    finally:
-        (folder / HOLDER).unlink(missing_ok=True)
-        unlock(held)

@@ -1,7 +1,4 @@
-"""Which checkpoints are kept: a policy for Orbax, whose own can delete the latest."""
-
-from collections.abc import Sequence
-from typing import Any
+"""Which checkpoints are kept. The policies of Orbax can delete the latest."""
 
 from jaxlm.checkpoints.folder import find_best
 from jaxlm.config import CheckpointConfig
@@ -19,14 +16,6 @@ class Retention:
         self.state_bytes = 0  # known once a state is saved
         self.dropped: dict[str, str] = {}  # step -> why it did not stay
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """For each checkpoint, ascending: whether it stays."""
-        del context
-        losses = {info.step: (info.metrics or {}).get("eval_loss") for info in checkpoints}
-        kept = self.kept(losses)
-        self.dropped = dict.fromkeys((str(s) for s in losses if s not in kept), self._rule)
-        return [step in kept for step in losses]
-
     def kept(self, eval_losses: dict[int, float | None]) -> set[int]:
         """Of the steps, ascending, with their held-out losses: those that stay."""
         steps = list(eval_losses)
@@ -34,7 +23,9 @@ class Retention:
         kept = set(steps[-self._config.keep_latest :])
         if best:
             kept.add(best.step)
-        return kept | self._milestones(steps, kept)
+        kept |= self._milestones(steps, kept)
+        self.dropped = dict.fromkeys((str(s) for s in steps if s not in kept), self._rule)
+        return kept
 
     @property
     def _rule(self) -> str:

@@ -1,5 +1,6 @@
 """A checkpoint folder, looked at by all processes of a run: what process 0 sees there holds."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ from jaxlm.checkpoints.skips import Skip, to_json
 from jaxlm.cluster import agree, see
 from jaxlm.files.lock import describe_holder
 from jaxlm.files.strict import conform
+from jaxlm.tracking.rows import Rows
 
 
 def read_steps_alike(folder: Path, *, check: bool = True) -> Steps:
@@ -37,6 +39,11 @@ def read_steps_alike(folder: Path, *, check: bool = True) -> Steps:
     damaged = {int(step): damage for step, damage in told["damaged"].items()}
     skips = conform(told["skips"], list[Skip])
     return Steps(sound, damaged, told["superseded"], skips, told["run_id"])
+
+
+def rows_alike(rows: Rows) -> Rows:
+    """The rows of process 0, which alone has them, on all processes of a run."""
+    return conform(agree(dataclasses.asdict(rows)), Rows)
 
 
 def find_damage_together(folder: Path) -> list[str]:

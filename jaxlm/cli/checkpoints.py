@@ -59,7 +59,7 @@ def diff(a: RunAtStep, b: RunAtStep) -> int:
 
 
 def verify(run: Run, *, eval: bool = False, json: bool = False) -> int:
-    """Check every file and every array of every step; exit code 0 only if all are sound, else 1.
+    """Check every step in full, and the rows of metrics.jsonl; exit code 0 only if all are sound.
 
     Touches nothing on disk; a trainer may be at work in the folder.
 
@@ -73,7 +73,7 @@ def verify(run: Run, *, eval: bool = False, json: bool = False) -> int:
       jaxlm checkpoints verify runs/tiny --eval
     """
     from jaxlm.checkpoints.folder import find_checkpoints, list_corrupt, list_steps, read_steps
-    from jaxlm.evaluation.score import score, verify_step
+    from jaxlm.evaluation.score import score, verify_rows, verify_step
     from jaxlm.terminal import track
 
     folder, found = find_checkpoints(run), {}
@@ -86,8 +86,11 @@ def verify(run: Run, *, eval: bool = False, json: bool = False) -> int:
             found[step] = damage = damage or at_a_look.get(step, [])
             if not json:
                 print(f"{step}: {'; '.join(damage) or 'sound'}", flush=True)
-    sound, aside = not any(found.values()), list_corrupt(folder)
-    values = {"folder": str(folder), "steps": found, "set_aside": aside}
+    rows, aside = verify_rows(run, folder), list_corrupt(folder)
+    sound = not any(found.values()) and not rows
+    values = {"folder": str(folder), "steps": found, "set_aside": aside, "rows": rows}
+    if not json:
+        print(f"metrics.jsonl: {'; '.join(rows) or 'sound'}")
     if aside and not json:
         print(f"damaged, set aside earlier: {', '.join(aside)}")
     if eval:

@@ -11,16 +11,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxlm.checkpoints.copying import check_outside
-from jaxlm.checkpoints.folder import TOKENIZER, find_checkpoints, read_steps, run_folder, select
+from jaxlm.checkpoints.folder import TOKENIZER, Selected, find_checkpoints, read_steps, run_folder
 from jaxlm.checkpoints.manager import args_of
 from jaxlm.checkpoints.manifest import write_manifest
 from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.checkpoints.reading import read
 from jaxlm.checkpoints.restore import DamagedArrays, restore_numpy
 from jaxlm.device.state import fingerprint
 from jaxlm.evaluation.score import score
 from jaxlm.files.durable import write_file
+from jaxlm.files.ours import mark
 from jaxlm.files.publish import check_free, published
 from jaxlm.terminal import progress
+from jaxlm.tracking.rows import Rows
 
 
 class Averaged(NamedTuple):
@@ -76,6 +79,8 @@ def average(
         params, newest = _mean_params(folder, chosen)
         path = partial / "checkpoints" / str(newest.step)
         _save(path, params)
+        mark(partial)
+        mark(path.parent)
         entry = {"step": newest.step, "averaged": chosen, "of": str(folder.absolute())}
         metadata = replace(
             newest,
@@ -83,6 +88,7 @@ def average(
             num_worse_evals=0,
             final=False,
             lineage=[*newest.lineage, entry],
+            rows=Rows(),  # those of the run stay with it
             run_id=secrets.token_hex(8),
             fingerprints=fingerprint(params),
         )
@@ -110,7 +116,10 @@ def _mean_params(folder: Path, steps: Sequence[int]) -> tuple[dict[str, Any], Me
 
 
 def _verified_params(folder: Path, step: int) -> tuple[dict[str, Any], Metadata]:
-    selected = select(f"{folder}@{step}")  # every file is verified, and then every array
+    return read(f"{folder}@{step}", _restore)  # every file is verified, and then every array
+
+
+def _restore(selected: Selected) -> tuple[dict[str, Any], Metadata]:
     item, saved = selected.metadata.weights_item, selected.metadata.fingerprints
     weights = restore_numpy(selected.path, [item])
     for name, found in fingerprint(weights).items():

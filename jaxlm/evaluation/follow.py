@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxlm.checkpoints.folder import find_checkpoints, identity, read_steps, run_folder
+from jaxlm.checkpoints.entries import identity
+from jaxlm.checkpoints.folder import find_checkpoints, read_steps, run_folder
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.restore import DamagedArrays
 from jaxlm.evaluation.evals import NAME, Eval, EvalLog, checkpoint_id

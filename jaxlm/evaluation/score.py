@@ -12,9 +12,18 @@ import numpy as np
 from jax.sharding import Mesh
 from scipy.special import stdtrit
 
-from jaxlm.checkpoints.folder import TOKENIZER, Selected, read_metadata, select, when_settled
+from jaxlm.checkpoints.entries import when_settled
+from jaxlm.checkpoints.folder import (
+    TOKENIZER,
+    Selected,
+    read_metadata,
+    read_steps,
+    run_folder,
+    select,
+)
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.names import split_step
+from jaxlm.checkpoints.reading import read
 from jaxlm.checkpoints.restore import find_changed_arrays
 from jaxlm.compiled import keep_compiled
 from jaxlm.config import Config, MeshConfig
@@ -26,6 +35,8 @@ from jaxlm.evaluation.evals import checkpoint_id
 from jaxlm.inference.load import restore_params, tell_selected
 from jaxlm.terminal import progress
 from jaxlm.tracking.metrics import perplexity
+from jaxlm.tracking.rows import NAME as ROWS
+from jaxlm.tracking.rows import find_damage as find_row_damage
 from jaxlm.training.assemble import assemble_eval, held_out_batches, mask_id, prepare_data
 from jaxlm.training.environment import compare_environments, describe_environment
 from jaxlm.training.evaluate import batch_sums, mean_loss
@@ -47,9 +58,9 @@ def verify_step(folder: Path, step: int) -> list[str] | None:
     path = folder / str(step)
 
     def look() -> list[str]:
-        if damage := find_damage(path):
-            return damage
         try:
+            if damage := find_damage(path):
+                return damage
             metadata = read_metadata(folder, step)
             metadata.run_config()  # a resume reads it too
             changed = find_changed_arrays(path, metadata)
@@ -58,6 +69,19 @@ def verify_step(folder: Path, step: int) -> list[str] | None:
         return [f"{name} differs from what was saved" for name in changed]
 
     return when_settled(path, look)
+
+
+def verify_rows(run: str, folder: Path) -> list[str]:
+    """What is wrong with metrics.jsonl, held against the newest checkpoint; empty if nothing is.
+
+    Changes nothing on disk; a trainer may be at work.
+    """
+    path, found = run_folder(run, folder) / ROWS, read_steps(folder).sound
+    if not found:
+        return []
+    newest = found[max(found)]
+    damage = when_settled(folder / str(newest.step), lambda: find_row_damage(path, newest.rows))
+    return damage or []
 
 
 class Score(NamedTuple):
@@ -124,7 +148,7 @@ def score(
     found = [scorer.find(run) for run in runs]
     if paired:
         found = [_in_batches_of(found[0], candidate) for candidate in found]
-    return [_score(candidate, source) for candidate in found]
+    return [_score(candidate, source, say) for candidate in found]
 
 
 class Scorer:
@@ -137,12 +161,11 @@ class Scorer:
 
     def __call__(self, run: str) -> Score:
         """The score of `RUN@STEP`; raises what `score` does."""
-        return _score(self.find(run), self._source)
+        return _score(self.find(run), self._source, self._say)
 
     def find(self, run: str) -> _Candidate:
         """`RUN@STEP`, and the data to evaluate it on."""
         selected = select(run)
-        tell_selected(selected, self._say)
         config, recorded = selected.metadata.run_config(), selected.metadata.data_fingerprint
         if not (self._source or recorded):
             raise ValueError(
@@ -182,11 +205,12 @@ def _in_batches_of(first: _Candidate, other: _Candidate) -> _Candidate:
     return other._replace(config=dataclasses.replace(other.config, **batch))
 
 
-def _score(candidate: _Candidate, source: str | None) -> Score:
-    run, selected, config, dataset = candidate
+def _score(candidate: _Candidate, source: str | None, say: Say) -> Score:
+    run, first, config, dataset = candidate
+    mesh = _choose_mesh(first.metadata.environment["mesh"], config.micro_batch_size)
+    selected, (blueprint, params) = read(run, lambda s: (s, restore_params(s, mesh)), first=first)
+    tell_selected(selected, say)
     metadata = selected.metadata
-    mesh = _choose_mesh(metadata.environment["mesh"], config.micro_batch_size)
-    blueprint, params = restore_params(selected, mesh)
     batches = held_out_batches(config, dataset)
     loss = next_token_loss(eos_id=mask_id(config, dataset), num_chunks=config.loss_chunks)
     eval_step, put = assemble_eval(config, blueprint, mesh, batches, loss)

@@ -7,11 +7,12 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 from jaxlm.files.durable import write_file
+from jaxlm.files.ours import MARKER, check_ours, mark
 from jaxlm.files.strict import read_json
 
 HOLDER = "holder.json"
@@ -38,28 +39,47 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)
 
 
-def lock(folder: Path, *, required: bool, warn: Callable[[str], None]) -> int:
-    """Locks a folder, made if missing; the kernel frees it when its holder dies, however it dies.
+class Lock(NamedTuple):
+    """A lock that this process has."""
+
+    folder: Path
+    descriptor: int
+    made: list[Path]
+    """The folders that were made for it, innermost first."""
+    found: set[str]
+    """The names that were in the folder before."""
+
+
+def lock(
+    folder: Path,
+    *,
+    required: bool,
+    warn: Callable[[str], None],
+    files: Collection[str] | None = None,
+) -> Lock:
+    """Locks a folder of ours, made if missing; the kernel frees it when its holder dies.
 
     Args:
       folder: the folder.
       required: raise where the file system has no locks; else warn, and go on without.
       warn: takes that warning.
+      files: as in `check_ours`.
 
     Returns:
       What `unlock` takes.
 
     Raises:
+      ValueError: jaxlm did not make the folder.
       RuntimeError: another process has the lock, there are no locks to be had, or the folder cannot
         be written.
     """
+    check_ours(folder, files)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     try:
-        return _lock(folder, required, warn)
+        return Lock(folder, _lock(folder, required, warn), made, found)
     except (OSError, RuntimeError):
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        _remove_empty(made)
         raise
 
 
@@ -92,17 +112,51 @@ def _lock(folder: Path, required: bool, warn: Callable[[str], None]) -> int:
     _held.add(descriptor)
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.ctime()}
     try:
+        mark(folder)
         write_file(folder / HOLDER, json.dumps(holder).encode())
     except OSError as error:
-        unlock(descriptor)
+        _free(descriptor)
         raise _not_writable(folder, error) from error
     return descriptor
 
 
-def unlock(descriptor: int) -> None:
-    """Frees the lock."""
+def unlock(held: Lock) -> None:
+    """Frees the lock; a folder in which nothing was made is left as it was found."""
+    with contextlib.suppress(OSError):  # the disk may be read-only by now, the folder gone
+        if os.path.samestat(held.folder.stat(), os.fstat(held.descriptor)):
+            (held.folder / HOLDER).unlink(missing_ok=True)
+            made = {path.name for path in held.folder.iterdir()} - held.found
+            if made == {MARKER}:
+                (held.folder / MARKER).unlink()
+                _remove_empty(held.made)
+    _free(held.descriptor)
+
+
+@contextlib.contextmanager
+def locked(
+    folder: Path,
+    *,
+    required: bool,
+    warn: Callable[[str], None],
+    files: Collection[str] | None = None,
+) -> Iterator[None]:
+    """Has the lock meanwhile; arguments and errors are those of `lock`."""
+    held = lock(folder, required=required, warn=warn, files=files)
+    try:
+        yield
+    finally:
+        unlock(held)
+
+
+def _free(descriptor: int) -> None:
     _held.remove(descriptor)
     os.close(descriptor)
+
+
+def _remove_empty(made: list[Path]) -> None:
+    for path in made:
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def _not_writable(folder: Path, error: OSError) -> RuntimeError:

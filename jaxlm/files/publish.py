@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jaxlm.files.durable import expand, fsync
-from jaxlm.files.lock import lock, unlock
+from jaxlm.files.lock import locked
+from jaxlm.files.ours import MARKER
 
 
 def check_free(folder: str | Path) -> Path:
@@ -44,20 +45,25 @@ def published(target: Path, warn: Callable[[str], None]) -> Iterator[Path]:
       warn: takes a line where the file system has no locks.
 
     Raises:
-      ValueError: there is something of that name.
+      ValueError: there is something of that name, or a `.NAME.partial` that is not ours.
       RuntimeError: another process is filling it, or it cannot be written.
     """
     target = Path(os.path.abspath(check_free(target)))  # "." has no name
     partial = _partial(target)
-    held = lock(partial, required=False, warn=warn)
     try:
-        for path in partial.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        yield partial
-        for path in (*partial.rglob("*"), partial):
-            fsync(path)
-        partial.rename(target)
-        fsync(target.parent)
+        with locked(partial, required=False, warn=warn):
+            new = partial / target.name
+            shutil.rmtree(new, ignore_errors=True)  # of a try that was killed
+            new.mkdir()
+            try:
+                yield new
+                for path in (*new.rglob("*"), new):
+                    fsync(path)
+                new.rename(target)
+                fsync(target.parent)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
+                (partial / MARKER).unlink(missing_ok=True)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        unlock(held)
+        with contextlib.suppress(OSError):  # it is not ours, or another process has it
+            partial.rmdir()

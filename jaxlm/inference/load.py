@@ -6,9 +6,11 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxlm.checkpoints.folder import Selected, select
+from jaxlm.checkpoints.folder import Selected
 from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.checkpoints.reading import read
 from jaxlm.checkpoints.restore import restore_weights
+from jaxlm.compiled import keep_compiled
 from jaxlm.config import MeshConfig
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import Blueprint, ModelFactory, Params, blueprint_of
@@ -41,10 +43,20 @@ def load_model(
     Raises:
       ValueError: no such run or step, it is damaged, or it is of another model.
     """
-    selected = select(run)
-    blueprint, params = restore_params(selected, mesh or make_mesh(MeshConfig()), model)
+    mesh = mesh or make_mesh(MeshConfig())
+    selected, (blueprint, params) = read(run, lambda s: (s, restore_params(s, mesh, model)))
     tell_selected(selected, say)
     return nnx.merge(blueprint.graphdef, params), selected.metadata
+
+
+def load_selected(run: str, mesh: Mesh | None = None) -> tuple[Selected, Blueprint, Params]:
+    """`RUN@STEP`, and what `restore_params` gives of it; its run's compiled programs are used."""
+
+    def load(selected: Selected) -> tuple[Selected, Blueprint, Params]:
+        keep_compiled(selected.metadata.run_config().data.cache_dir)
+        return selected, *restore_params(selected, mesh or make_mesh(MeshConfig()))
+
+    return read(run, load)
 
 
 def restore_params(

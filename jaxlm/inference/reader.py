@@ -12,13 +12,12 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
-from jaxlm.checkpoints.folder import TOKENIZER, select
-from jaxlm.compiled import keep_compiled
+from jaxlm.checkpoints.folder import TOKENIZER
 from jaxlm.config import MeshConfig
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.device.likelihood import make_token_scores
 from jaxlm.device.sharding import batch_sharding, make_mesh
-from jaxlm.inference.load import restore_params, tell_selected
+from jaxlm.inference.load import load_selected, tell_selected
 from jaxlm.inference.sample import Sampling, bucket, stream
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -59,7 +58,8 @@ class Reader:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size: found {batch_size}, expected at least 1")
-        selected = select(run)
+        self._mesh = make_mesh(MeshConfig())
+        selected, blueprint, self._params = load_selected(run, self._mesh)
         tell_selected(selected, say)
         config, eos_id = selected.metadata.run_config(), selected.metadata.eos_id
         if eos_id is None:
@@ -67,12 +67,9 @@ class Reader:
                 f"{run}: found no tokenizer, since the run had batches of its own; expected a run "
                 "on text. jaxlm.load_model gives its model, to be evaluated by code of yours"
             )
-        keep_compiled(config.data.cache_dir)
         self.step, self.eos_id, self.seq_len = selected.step, eos_id, config.seq_len
         self.tokenizer: Tokenizer = load_tokenizer(selected.folder / TOKENIZER)
-        self._mesh = make_mesh(MeshConfig())
         self._batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
-        blueprint, self._params = restore_params(selected, self._mesh)
         mask = eos_id if config.model.document_mask else None
         self._token_scores = make_token_scores(blueprint, self._mesh, mask)
         self._model = nnx.merge(blueprint.graphdef, self._params)

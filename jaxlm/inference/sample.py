@@ -12,14 +12,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from tokenizers.decoders import DecodeStream
 
-from jaxlm.checkpoints.folder import TOKENIZER, select
-from jaxlm.compiled import keep_compiled
-from jaxlm.config import MeshConfig
+from jaxlm.checkpoints.folder import TOKENIZER
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.device.decode import Knobs, Rule, make_programs, narrow
-from jaxlm.device.sharding import AXES_OF, make_mesh
+from jaxlm.device.sharding import AXES_OF
 from jaxlm.files.strict import shown
-from jaxlm.inference.load import restore_params, tell_selected
+from jaxlm.inference.load import load_selected, tell_selected
 
 _MAX_TOKENS = 256
 _CHUNK = 8  # new tokens a call of the device, and so at a time on the screen
@@ -228,7 +226,7 @@ def sample_run(
     """
     if odd := [prompt for prompt in prompts if re.search("[\ud800-\udfff]", prompt)]:
         raise ValueError(f"prompts: found {shown(odd[0])}, expected text in UTF-8")
-    selected = select(run)
+    selected, blueprint, params = load_selected(run)
     config, eos_id = selected.metadata.run_config(), selected.metadata.eos_id
     path = selected.folder / TOKENIZER
     if not path.is_file():
@@ -239,8 +237,6 @@ def sample_run(
     tokenizer = load_tokenizer(path)
     ids = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
     ids = [row or ([] if eos_id is None else [eos_id]) for row in ids]
-    keep_compiled(config.data.cache_dir)
-    blueprint, params = restore_params(selected, make_mesh(MeshConfig()))
     tell_selected(selected, say)
     model = nnx.merge(blueprint.graphdef, params)
     steps, decoder, written = [], DecodeStream(skip_special_tokens=True), ""

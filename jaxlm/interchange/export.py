@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from jaxlm.checkpoints.copying import check_outside
 from jaxlm.checkpoints.folder import TOKENIZER, Selected, select
+from jaxlm.checkpoints.reading import read
 from jaxlm.config import MeshConfig
 from jaxlm.data.tokenizer import find_eos, load_tokenizer
 from jaxlm.device.sharding import make_mesh
@@ -78,10 +79,11 @@ def export(
             "push: found no token of the Hugging Face Hub, expected $HF_TOKEN or that of "
             "`hf auth login`; give one, or leave --push out"
         )
-    selected = select(run)
+    selected = select(run, contents=False)
     check_outside(target, selected.folder)
+    mesh = make_mesh(MeshConfig())
+    selected, (_, params) = read(run, lambda s: (s, restore_params(s, mesh)))
     tell_selected(selected, say)
-    _, params = restore_params(selected, make_mesh(MeshConfig()))
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     with published(target, say) as partial:
         _write_weights(partial, params, dtype, max_shard_bytes)

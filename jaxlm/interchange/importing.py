@@ -25,6 +25,7 @@ from jaxlm.data.tokenizer import find_eos, load_tokenizer, mark_eos, num_ids
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import blueprint_of, path_name
 from jaxlm.files.durable import expand, write_file
+from jaxlm.files.ours import mark
 from jaxlm.files.publish import check_free, published
 from jaxlm.files.strict import read_json, shown
 from jaxlm.interchange.mapping import CONFIG, INDEX, WEIGHTS, Tensor, from_hf_config, tensor_of
@@ -101,6 +102,7 @@ def import_folder(folder: str, run: str, *, say: Callable[[str], None] = print) 
     abstract = blueprint.abstract.params
     _check_tensors(source, abstract, found)
     with published(target, say) as partial:
+        mark(partial)
         state = blueprint.make(0)._replace(params=_read_params(abstract, found))
         checkpoints = Checkpoints(
             partial / "checkpoints",

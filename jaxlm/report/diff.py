@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxlm.checkpoints.folder import select
+from jaxlm.checkpoints.folder import Selected
+from jaxlm.checkpoints.reading import read
 from jaxlm.checkpoints.restore import ITEMS, restore_numpy
 from jaxlm.device.state import path_name
 from jaxlm.terminal import track
@@ -25,10 +26,18 @@ def diff_checkpoints(run_a: str, run_b: str) -> list[Difference]:
     Raises:
       ValueError: no such run or step, or it is damaged.
     """
-    paths = [select(run, default="latest").path for run in (run_a, run_b)]
+
+    def against(a: Selected) -> list[Difference]:
+        return read(run_b, lambda b: _diff((run_a, a.path), (run_b, b.path)), "latest")
+
+    return read(run_a, against, "latest")
+
+
+def _diff(*sides: tuple[str, Path]) -> list[Difference]:
+    (run_a, _), (run_b, _) = sides
     found = []
     for item in track(ITEMS, "Comparing"):  # two whole states may be more than the memory
-        a, b = (_arrays(path, item) for path in paths)
+        a, b = (_arrays(path, item) for _, path in sides)
         for name in a | b:
             if name not in a or name not in b:
                 found.append(Difference(name, f"only in {run_a if name in a else run_b}"))

@@ -1,10 +1,14 @@
 """metrics.jsonl, the record of a run's losses: one JSON object a line, cut back on resume.
 
+Each checkpoint proves the rows before it. Rows that are not as they were written are kept in a file
+of their own (`metrics.jsonl.corrupt`), and the run goes on with those that are proven.
+
 Keys are `step` and the metric names. JSON has no NaN and no infinities, so these are the strings
 "NaN", "Infinity" and "-Infinity", which `read_metrics` turns into floats again.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -15,10 +19,15 @@ from typing import TypedDict
 
 from jaxlm.config import Config
 from jaxlm.files.durable import read_file, write_file
+from jaxlm.files.ours import mark
 from jaxlm.files.strict import conform, parse_json, spell
+from jaxlm.tracking.events import Events
+from jaxlm.tracking.rows import CORRUPT, MAX_BYTES, NAME, Rows, longest_proven
 from jaxlm.tracking.trackers import Row, Trackers, require
 
-_MAX_BYTES = 1 << 30
+_CHEAP_BYTES = 1 << 26  # up to this size, each flush reads the file again
+
+Proofs = Callable[[], dict[int, Rows]]
 
 
 class _Step(TypedDict):
@@ -40,7 +49,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Row]:
       FileNotFoundError: there is no such file.
       ValueError: a line before the last is not a row.
     """
-    rows, lines = [], read_file(Path(path), _MAX_BYTES).rstrip(b"\n").split(b"\n")
+    rows, lines = [], read_file(Path(path), MAX_BYTES).rstrip(b"\n").split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
             rows.append(conform(parse_json(line, dict[str, float]), _Step))
@@ -65,6 +74,7 @@ class Metrics:
     At the start, the rows after the restored step are cut off: the run makes them again.
 
     Attributes:
+      rows: what proves the rows so far, those that a full disk refuses included.
       trackers: those that the config asks for.
       run_id: the W&B run; goes into each checkpoint.
     """
@@ -74,9 +84,10 @@ class Metrics:
         config: Config,
         *,
         run_id: str | None,
-        restored_step: int,
-        owed_eval: bool,
+        restored: tuple[int, Rows],
         new_future: bool,
+        proofs: Proofs = dict,
+        events: Events | None = None,
         say: Callable[[str], None] = print,
     ):
         """Cuts the file back and opens the trackers.
@@ -84,40 +95,32 @@ class Metrics:
         Args:
           config: the run's config.
           run_id: as found in the restored checkpoint, or None for a new run.
-          restored_step: step of the checkpoint, or 0 for a start from scratch.
-          owed_eval: the eval of the restored step will be made again.
+          restored: step and rows of the checkpoint; step 0 without rows for a start from scratch.
           new_future: the rows to come may differ from those cut off.
+          proofs: step -> rows of the checkpoints on disk, asked for where rows are not as written.
+          events: takes what happens to the rows; by default it is not written down.
           say: takes a line for the person who watches the run.
 
         Raises:
           ImportError: a tracker's package is missing. Nothing has been touched then.
-          ValueError: metrics.jsonl is damaged before its last line.
+          ValueError: the run begins anew, and metrics.jsonl is damaged before its last line.
         """
         require(config.tracking)
-        path = Path(config.run_dir) / "metrics.jsonl"
+        self._path = path = Path(config.run_dir) / NAME
+        self._proofs, self._events, self._say = proofs, events or Events(None), say
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = read_metrics(path) if path.exists() else []
-        begins = run_id is None  # also where it branches from another run
-        last = rows[-1]["step"] if rows else 0
-        # Before that, it may have been killed in its first save.
-        if begins and not new_future and last >= 2 * config.checkpoint.save_interval:
-            aside = path.with_name(f"metrics-{datetime.now():%Y%m%d-%H%M%S-%f}.jsonl")
-            path.rename(aside)
-            say(
-                f"Warning: {path} has rows up to step {last}, and {config.checkpoint_dir} has no "
-                f"checkpoint, so the run begins anew; they are kept in {aside.name}. If the disk "
-                "of the checkpoints is not mounted, stop, and bring it back"
-            )
-        kept = [
-            row
-            for row in rows
-            if not begins
-            and row["step"] <= restored_step
-            and not (owed_eval and row["step"] == restored_step and "eval/loss" in row)
-        ]
-        write_file(path, b"".join(map(_line, kept)))
-        self._file = path.open("ab", buffering=0)
+        if run_id is None:  # also where it branches from another run
+            self._make_room(config, new_future)
+        content = read_file(path, MAX_BYTES) if path.exists() else b""
+        self._step, self.rows = restored
+        self._flushed, self._since = restored, b""  # what the last flush proved, and what came then
         self._unwritten = b""  # what the disk would not take so far
+        if self.rows.begin(content):
+            write_file(path, content[: self.rows.num_bytes])
+        else:
+            self._recover(content, "the rows are not as they were written")
+        self._file = path.open("a+b", buffering=0)
+        kept = read_metrics(path) if self.rows.num_bytes else []
         self.trackers = Trackers(config, kept, run_id=run_id, new_future=new_future, say=say)
         self.run_id = self.trackers.run_id
 
@@ -127,28 +130,107 @@ class Metrics:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.trackers.close(failed=kind is not None)
         try:
-            with self._file:
-                self.flush()
+            self.flush()
         except OSError:
             if kind is None:  # else the error of the run itself goes first
                 raise
+        finally:
+            self._file.close()
+        if self.rows.lacking:
+            self._say(f"Warning: {self._path} is not complete: it lacks {self.rows.lacking}")
 
     def log(self, step: int, row: dict[str, float]) -> None:
         """Appends one row, then hands it to the trackers; what a full disk refuses waits."""
-        self._unwritten += _line({"step": step, **row})
+        line = _line({"step": step, **row})
+        self._step, self.rows = step, self.rows.then(line)
+        self._since += line
+        self._unwritten += line
         with contextlib.suppress(OSError):
             self._write()
         self.trackers.log(step, row)
 
-    def flush(self) -> None:
+    def flush(self) -> Rows:
         """Waits until every row so far is on the disk; called before a checkpoint is committed.
+
+        Returns:
+          What proves them. Rows that were lost since the last flush are reported as gaps.
 
         Raises:
           OSError: the disk does not take them; the next call tries again.
         """
         self._write()
         os.fsync(self._file.fileno())
+        self._check()
+        self._flushed, self._since = (self._step, self.rows), b""
+        return self.rows
 
     def _write(self) -> None:
         while self._unwritten:  # an unbuffered write may take in a part only
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    def _check(self) -> None:
+        # Whether the file is there and as written: by inode and size; if it is small, by its bits.
+        opened, there = os.fstat(self._file.fileno()), None
+        with contextlib.suppress(OSError):
+            there = self._path.stat()
+        moved = there is None or not os.path.samestat(opened, there)
+        cheap = self.rows.num_bytes <= _CHEAP_BYTES
+        same = opened.st_size == self.rows.num_bytes and (
+            not (moved or cheap) or self.rows.begin(self._read())
+        )
+        if moved or not same:
+            why = "the file was deleted or replaced" if moved else "the file was changed"
+            self._recover(self._read(), why)
+            self._file.close()
+            self._file = self._path.open("a+b", buffering=0)
+
+    def _read(self) -> bytes:
+        # By its descriptor: the rows can be read though the file has no name any more.
+        return os.pread(self._file.fileno(), self.rows.num_bytes, 0)
+
+    def _recover(self, content: bytes, why: str) -> None:
+        # Writes the file anew with all that is proven, and with what this process has made since.
+        until, flushed = self._flushed
+        proofs = {step: rows for step, rows in self._proofs().items() if step < until}
+        step, rows = longest_proven(content, {**proofs, until: flushed})
+        if step < until:
+            rows = dataclasses.replace(rows, gaps=[*rows.gaps, [step, until]])
+        aside = _put_aside(self._path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        mark(self._path.parent)
+        write_file(self._path, content[: rows.num_bytes] + self._since)
+        self.rows = rows.then(self._since)
+        lost = f"the rows after step {step} up to step {until} are lost" if step < until else ""
+        found = f"{why} ({lost or 'no row is lost'})" + (
+            f"; what was there is in {aside}" * bool(aside)
+        )
+        self._events.add("rows", self._step, found)
+        self._say(f"Warning: {self._path}: {found}")
+
+    def _make_room(self, config: Config, new_future: bool) -> None:
+        # No checkpoint is left of the run that made the rows in the way of one that begins.
+        rows = read_metrics(self._path) if self._path.exists() else []
+        last = rows[-1]["step"] if rows else 0
+        # Before that, it may have been killed in its first save.
+        if not new_future and last >= 2 * config.checkpoint.save_interval:
+            aside = self._path.with_name(f"metrics-{datetime.now():%Y%m%d-%H%M%S-%f}.jsonl")
+            self._path.rename(aside)
+            self._say(
+                f"Warning: {self._path} has rows up to step {last}, and {config.checkpoint_dir} "
+                f"has no checkpoint, so the run begins anew; they are kept in {aside.name}. If the "
+                "disk of the checkpoints is not mounted, stop, and bring it back"
+            )
+
+
+def _put_aside(path: Path) -> str:
+    # The new name of what is there; empty where nothing is, or nothing worth a name.
+    try:
+        if not path.lstat().st_size:
+            return ""
+    except FileNotFoundError:
+        return ""
+    aside, number = path.with_name(f"{path.name}{CORRUPT}"), 2
+    while aside.exists():
+        aside, number = path.with_name(f"{path.name}{CORRUPT}-{number}"), number + 1
+    path.rename(aside)
+    return aside.name

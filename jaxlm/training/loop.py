@@ -21,6 +21,7 @@ from jaxlm.device.step import StepMetrics
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.console import Console
 from jaxlm.tracking.metrics import Metrics, perplexity
+from jaxlm.tracking.rows import Rows
 from jaxlm.tracking.throughput import flops_per_token
 from jaxlm.tracking.trace import traced
 from jaxlm.training.assemble import Parts
@@ -169,10 +170,9 @@ class Loop:
         for callback in self.callbacks:
             callback(step, row)
 
-    def flush(self) -> None:
-        """Brings every row so far to the disk."""
-        if self.metrics:
-            self.metrics.flush()
+    def flush(self) -> Rows:
+        """Brings every row so far to the disk; returns what proves them."""
+        return self.metrics.flush() if self.metrics else Rows()
 
     def evaluate(
         self, step: int, state: TrainState, stops: Callable[[], bool]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +20,18 @@ from jaxlm.config import Config, changes, to_dict
 from jaxlm.device.sharding import make_mesh, same_bits
 from jaxlm.device.state import ModelFactory, TrainState, blueprint_of
 from jaxlm.files.durable import write_file
+from jaxlm.files.lock import HOLDER, locked
 from jaxlm.files.strict import conform
 from jaxlm.tracking.console import Console, format_count
+from jaxlm.tracking.events import NAME as EVENTS
 from jaxlm.tracking.metrics import Metrics
+from jaxlm.tracking.rows import NAME as ROWS
+from jaxlm.tracking.rows import Rows
 from jaxlm.training.assemble import Parts
 from jaxlm.training.environment import compare_environments, describe_environment
 from jaxlm.training.resume import goes_back, is_at_end, tell_changes
+
+CONFIG = "config.json"
 
 
 class Start(NamedTuple):
@@ -44,6 +51,8 @@ class Start(NamedTuple):
     """An eval of this step is due, and its checkpoint holds none."""
     owes_end: bool = False
     """The plan ends at this step, and its checkpoint does not say so."""
+    rows: Rows = Rows()
+    """What proves the rows of metrics.jsonl up to here."""
     tracking_run_id: str | None = None
     """Identity at the trackers; None for a new run."""
     new_future: bool = False
@@ -133,6 +142,7 @@ def _resumed(
             parts.eval_due(metadata.step) and metadata.eval_loss is None and not drops_average
         ),
         owes_end=at_end and not metadata.final and not drops_average,
+        rows=metadata.rows,
         tracking_run_id=metadata.tracking_run_id,
         new_future=bool(recorded) or len(checkpoints.skips) > len(metadata.skips),
         why="; ".join(["resumed", *map(str, recorded)]),
@@ -197,7 +207,7 @@ def _selected(parts: Parts, source: str, console: Console) -> Selected:
 
 
 def open_run_folder(
-    parts: Parts, start: Start, console: Console
+    parts: Parts, checkpoints: Checkpoints, start: Start, console: Console
 ) -> AbstractContextManager[Metrics | None]:
     """Writes what lies beside the checkpoints, and opens the metrics where the run goes on.
 
@@ -209,17 +219,33 @@ def open_run_folder(
     run_dir, checkpoint_dir = Path(config.run_dir), Path(config.checkpoint_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(to_dict(config), indent=2) + "\n"
-    write_file(run_dir / "config.json", text.encode())
+    write_file(run_dir / CONFIG, text.encode())
     if parts.tokenizer_path:
         write_file(checkpoint_dir / TOKENIZER, parts.tokenizer_path.read_bytes())
     return Metrics(
         config,
         run_id=start.tracking_run_id,
-        restored_step=start.step,
-        owed_eval=start.owes_eval,
+        restored=(start.step, start.rows),
         new_future=start.new_future,
+        proofs=lambda: {s: found.rows for s, found in read_steps(checkpoint_dir).sound.items()},
+        events=checkpoints.events,
         say=console.say,
     )
+
+
+def hold_run_folder(config: Config, warn: Callable[[str], None]) -> AbstractContextManager[None]:
+    """Keeps other trainers out of the run folder meanwhile; process 0 alone does so.
+
+    Raises:
+      ValueError: it holds files of another program, under names that the run would write.
+      RuntimeError: another trainer is at work in it, or it cannot be written.
+    """
+    run_dir = Path(config.run_dir)
+    same = run_dir.resolve() == Path(config.checkpoint_dir).resolve()  # which has its own lock
+    if same or jax.process_index() != 0:
+        return contextlib.nullcontext()
+    files = (CONFIG, ROWS, EVENTS, HOLDER)
+    return locked(run_dir, required=config.checkpoint.lock == "required", warn=warn, files=files)
 
 
 def _tell(metadata: Metadata, console: Console) -> None:

@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -16,13 +17,21 @@ from jaxlm.terminal import output
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.console import Console
 from jaxlm.tracking.events import NAME, Events
+from jaxlm.tracking.rows import NAME as ROWS
+from jaxlm.tracking.rows import find_losses
 from jaxlm.training.assemble import Parts, TrainSet, assemble
 from jaxlm.training.divergence import Diverged
 from jaxlm.training.evaluate import EvalSet
 from jaxlm.training.loop import Callback, Loop, Result
 from jaxlm.training.resume import check_folders, plan_resume
 from jaxlm.training.signals import StopRequest, stop_requests
-from jaxlm.training.start import beginning_of, check_beginning, open_run_folder, start_state
+from jaxlm.training.start import (
+    beginning_of,
+    check_beginning,
+    hold_run_folder,
+    open_run_folder,
+    start_state,
+)
 from jaxlm.training.summary import (
     tell_complete,
     tell_end,
@@ -31,6 +40,8 @@ from jaxlm.training.summary import (
     tell_start,
     tell_time,
 )
+
+_training = threading.Lock()
 
 
 def train(
@@ -58,14 +69,17 @@ def train(
     Raises:
       ValueError: the config, the data or the checkpoints do not fit each other.
       CheckpointError: the checkpoints cannot be had or kept.
+      RuntimeError: another trainer is at work in these folders, or in this process.
     """
     clock = Clock()
     primary = jax.process_index() == 0
     console = Console(config.num_steps, stream=None if primary else output(None))
     events = Events(Path(config.run_dir) / NAME if primary else None, console.warn)
-    check_folders(config)
     with contextlib.ExitStack() as stack:
         stack.callback(console.close)
+        stack.enter_context(_alone_in_process())
+        stack.enter_context(hold_run_folder(config, console.warn))
+        check_folders(config)
         checkpoints = stack.enter_context(
             Checkpoints(
                 Path(config.checkpoint_dir),
@@ -78,7 +92,10 @@ def train(
         plan = plan_resume(config, checkpoints)
         tell_resume_best(config, checkpoints.latest, checkpoints.best, console)
         if plan.complete and (latest := checkpoints.latest):
+            checkpoints.retain()
             tell_complete(plan.config, latest, checkpoints.best, plan.changed, console)
+            for lost in find_losses(Path(config.run_dir) / ROWS, latest.rows) if primary else ():
+                console.warn(f"{ROWS}: {lost}; bring back a copy of it, if there is one")
             return Result(latest.step, True, checkpoints.best)
         if checkpoints.latest is None:
             check_beginning(config, model)
@@ -103,6 +120,21 @@ def train(
     return result
 
 
+@contextlib.contextmanager
+def _alone_in_process() -> Iterator[None]:
+    # Orbax counts the operations of a process, not of a manager: a save that begins while another
+    # is under way waits for signals under the number of the other, and fails.
+    if not _training.acquire(blocking=False):
+        raise RuntimeError(
+            "another training is under way in this process, and their saves would break each "
+            "other's; wait for its end, or start this one in a process of its own"
+        )
+    try:
+        yield
+    finally:
+        _training.release()
+
+
 def _train_to_end(
     parts: Parts,
     checkpoints: Checkpoints,
@@ -116,10 +148,11 @@ def _train_to_end(
     while True:  # once, and once more for each rollback: it is a resume, of its own accord
         with clock.spent("restore" if checkpoints.latest else "start"):
             state, start = start_state(parts, checkpoints, console, rolled_back=rolled_back)
-        with open_run_folder(parts, start, console) as metrics:
+        with open_run_folder(parts, checkpoints, start, console) as metrics:
             loop = Loop(parts, checkpoints, metrics, console, callbacks, start, clock)
             if not rolled_back:
                 checkpoints.events.start(start.step, start.why, loop.environment)
+                checkpoints.retain()
             try:
                 with clock.spent("steps"):
                     result = loop.run(state, request)

@@ -30,6 +30,7 @@ from jaxlm.checkpoints.metadata import Metadata  # noqa: E402
 from jaxlm.data import cache, dataset, prepare, tokenizer  # noqa: E402
 from jaxlm.files import lock  # noqa: E402
 from jaxlm.tracking import events, metrics  # noqa: E402
+from jaxlm.tracking.rows import Rows  # noqa: E402
 
 DEEP = 3_000
 HOSTILE = [
@@ -70,8 +71,8 @@ def _checkpoint_readers(home: Path) -> dict[str, Reader]:
     config |= {"optim": {"clip_norm": None}, "data": {"eos_token": "x"}, "num_steps": 1200}
     metadata = Metadata(
         3, 384, 2.5, 2.5, 3, 0, True, config, "abc", 1, {"cores": 2, "versions": {"jax": "0"}},
-        "0a1b2c3d", [{"step": 1, "changed": ["a: was 1, is 2"]}], [skips.Skip(1, 2, "")], "x",
-        prints,
+        "0a1b2c3d", [{"step": 1, "changed": ["a: was 1, is 2"]}], [skips.Skip(1, 2, "")],
+        Rows(9, 7), "x", prints,
     )  # fmt: skip
     for name in ("manifest", "step metadata", "commit", "metadata"):
         step = home / name / "checkpoints" / "3"

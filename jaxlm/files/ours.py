@@ -1,0 +1,65 @@
+"""Folders that jaxlm made. In no other is anything locked, written, renamed or deleted."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import TypedDict
+
+from jaxlm.files.durable import write_file
+from jaxlm.files.strict import read_json, shown
+
+MARKER = "jaxlm.json"
+"""The first file in each folder of ours."""
+_FORMAT = 1
+_OF_THE_SYSTEM = "lost+found"  # in the root of each ext4 disk, which may be mounted here
+
+
+class _Marker(TypedDict):
+    format: int
+
+
+def mark(folder: Path) -> None:
+    """Makes an existing folder one of ours."""
+    if not (folder / MARKER).exists():
+        write_file(folder / MARKER, json.dumps({"format": _FORMAT}).encode())
+
+
+def check_ours(folder: Path, files: Collection[str] | None = None) -> None:
+    """Refuses a folder of somebody else.
+
+    Free to take is a folder that is absent or empty. Hidden entries do not count: they belong to
+    the system (.DS_Store, .nfs…).
+
+    Args:
+      folder: the folder.
+      files: the names that will be written there, where nothing else is ever touched: all other
+        names may be taken.
+
+    Raises:
+      ValueError: it has content, and jaxlm did not make it, or another version did.
+    """
+    if not folder.is_dir():
+        return
+    there = sorted(path.name for path in folder.iterdir())
+    if MARKER in there:
+        return _check_marker(folder / MARKER)
+    foreign = [name for name in there if not name.startswith(".") and name != _OF_THE_SYSTEM]
+    if foreign := [name for name in foreign if files is None or name in files]:
+        raise ValueError(
+            f"{folder}: found {shown(foreign[0])[1:-1]} and no {MARKER}, so this folder is not one "
+            "that jaxlm made, and nothing in it was touched; name another folder, or an empty one "
+            f'(or write {{"format": {_FORMAT}}} into its {MARKER}, if jaxlm did make it)'
+        )
+
+
+def _check_marker(path: Path) -> None:
+    try:
+        found = read_json(path, _Marker)["format"]
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path.parent}: its {MARKER} is not that of a folder of jaxlm ({error}); name another"
+        ) from error
+    if found != _FORMAT:
+        raise ValueError(
+            f"{path}: found format {found}, expected {_FORMAT}; use the jaxlm that wrote it"
+        )
