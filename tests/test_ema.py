@@ -277,7 +277,7 @@ def test_a_rollback_goes_back_with_it(straight, tmp_path):
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with a run of a moving average in it."""
     home = runs.make_home(tmp_path_factory.mktemp("ema") / "home")
-    small = "--model.num_layers 1 --optim.name adamw"
+    small = "--model.num_layers 1 --optim.name adamw --mesh.data 8"
     code, _ = runs.launched(home, f"--optim.ema_decay 0.9 --run_dir runs/ema {small}")
     assert code == 0
     return home
