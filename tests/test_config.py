@@ -254,7 +254,7 @@ def test_whatever_a_config_accepts_comes_back_from_disk():
         accepted.append(config)
 
     comes_back()
-    assert sum(config != Config() for config in accepted) > 12
+    assert sum(config != Config() for config in accepted) >= 8
 
 
 @pytest.mark.parametrize("field", ["learning_rate", "weight_decay", "eps", "beta1", "clip_norm"])

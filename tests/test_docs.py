@@ -314,9 +314,10 @@ def test_every_flag_named_in_the_docs_exists():
         return {name.replace("-", "_") for name in named}
 
     known = flags(reference.launch_help() + reference.commands())
-    known |= {"config", "extra", "group"}
+    known |= {"config", "extra", "group", "version"}
     known |= {"kills", "plan", "signal"}  # of tests/chaos.py
     others = {"model", "output_dir", "outfile", "outtype", "logdir"}
+    others |= {"xla_cpu_max_isa", "xla_dump_to"}
     page = (runs.REPO / "docs/coming-from.md").read_text()  # its first column is of others
     others |= flags("".join(re.findall(r"^\|([^|]*)\|", page, re.M)))
     for page in PAGES:

@@ -113,7 +113,7 @@ def test_a_run_says_it_all_before_its_first_step(own_run: Path, monkeypatch: pyt
     )
     before = said[: said.index("Step     1/3")]
     assert "51.4 k parameters; 256 tokens a step, 768 in all" in before
-    assert re.search(r"memory on each of 2 device\(s\): .* temporaries", before)
+    assert re.search(r"memory on each of 8 device\(s\): .* temporaries", before)
     assert "checkpoints: 543.2 kB each, at most 3.3 MB on disk, every 2 steps" in before
     warnings = re.findall("Warning: (.*)", before)
     assert len(warnings) == 2
