@@ -57,6 +57,7 @@ _KEY_IN_URL = re.compile(
 )
 _MAX_SIZE = 2**31 - 1
 """Of a dim and of the step counter, which are int32 on the device."""
+_MAX_DISK_GB = 10**9
 _MAX_TEXT_BYTES = 1 << 16
 """Of a string: the metadata of a checkpoint, which holds the config, is bounded."""
 _MAX_TIMEOUT_S = 86_400
@@ -101,6 +102,9 @@ class _Part:
                 _check(type(value) is part, name, value, f"a {part.__name__}")
             elif isinstance(number := conform(value, hints[field.name], name), float):
                 _check(math.isfinite(number), name, value, "a finite number")
+            elif type(value) is int and hints[field.name] in (float, float | None):
+                # JAX takes no int of 64 bits as a float32.
+                object.__setattr__(self, field.name, float(value))
             if field.metadata["is_folder"] and value is not None:
                 # Orbax would make a local folder of a URL, or write where nothing can be locked.
                 local = "a local path; mount an object store as a folder"
@@ -266,7 +270,8 @@ class OptimConfig(_Part, prefix="optim."):
         super().__post_init__()
         self._check_above_0("above 0", "learning_rate", "eps", "muon_rms")
         self._check_above_0("above 0, or None", "clip_norm")
-        self._check_at_least(0, "warmup_steps", "weight_decay")
+        self._check_between(0, _MAX_SIZE, "warmup_steps")
+        self._check_at_least(0, "weight_decay")
         for name in ("beta1", "beta2", "muon_beta", "ema_decay"):
             value = getattr(self, name)
             self._check(value is None or 0 <= value < 1, name, "in [0, 1)")
@@ -328,6 +333,7 @@ class CheckpointConfig(_Part, prefix="checkpoint."):
         self._check_at_least(1, "keep_weights_every")
         self._check_between(1, _MAX_TIMEOUT_S, "save_timeout_s")
         self._check_above_0("above 0, or None", "save_interval_min", "disk_budget_gb")
+        self._check_between(0, _MAX_DISK_GB, "disk_budget_gb")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ def parse_config(args: Sequence[str], prog: str) -> Config:
     known, flags = parser.parse_known_args(args)
     path = known.config
     config = load_config(path) if path else Config()
-    if path is None and not {"-h", "--help"} & set(flags):
+    if not path and not {"-h", "--help"} & set(flags):
         there = sorted(str(p) for p in Path("configs").glob("*.py"))
         found = ", ".join(there) or "configs/tiny.py in the folder of jaxlm; here is none"
         raise ValueError(f"--config: found nothing, expected a config file such as {found}")

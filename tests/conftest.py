@@ -10,8 +10,11 @@ import pytest
 
 NUM_DEVICES = 8
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Most of the time of a small run is LLVM's.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={NUM_DEVICES}"
+    os.environ.get("XLA_FLAGS", "")
+    + f" --xla_force_host_platform_device_count={NUM_DEVICES}"
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 # XLA sizes its thread pool by this. With one thread a core, eight devices on two cores wait for
 # each other in a collective for ever.
@@ -21,7 +24,7 @@ os.environ["COLUMNS"] = "80"
 # Without bytecode, each of the processes started below compiles all that it imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
-# Most of the time of a small run is LLVM's. A process that a test starts inherits this.
+# The same for processes that a test starts without XLA_FLAGS; JAX 0.12 has no such setting.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402  (after what it reads at import)

@@ -341,3 +341,21 @@ def test_derived_values():
 def test_intervals_nest(save, evals, nest):
     config = Config(checkpoint=CheckpointConfig(save_interval=save), eval_interval=evals)
     assert config.intervals_nest is nest
+
+
+def test_a_whole_number_in_a_field_of_floats_is_one_of_them():
+    config = OptimConfig(learning_rate=1, clip_norm=2)
+    assert [type(value) for value in (config.learning_rate, config.clip_norm)] == [float, float]
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: OptimConfig(warmup_steps=10**18), "optim.warmup_steps"),
+        (lambda: CheckpointConfig(disk_budget_gb=1e308), "checkpoint.disk_budget_gb"),
+        (lambda: Config(run_dir="/".join(["a"] * 3000)), "run_dir: found a path of 5999 bytes"),
+    ],
+)
+def test_what_no_run_could_take_is_refused(make, field):
+    with pytest.raises(ValueError, match=f"^{field}"):
+        make()

@@ -159,7 +159,7 @@ def test_a_copy_is_one_that_a_trainer_goes_on_from(run: Path) -> None:
     copy_run(str(run), DEST)
     for folder in (Path(DEST), Path(DEST) / "checkpoints"):
         check_ours(folder)
-    assert verify_rows(DEST, Path(DEST) / "checkpoints") == []
+    assert verify_rows(DEST, Path(DEST) / "checkpoints") == ([], "")
 
 
 def test_a_checkpoint_folder_brings_all_that_belongs_to_its_run(run: Path) -> None:

@@ -68,6 +68,8 @@ def test_config_files_that_are_none(home: Path):
         launch.parse_config(["--num_steps", "3"], prog="launch.py")
     with pytest.raises(ValueError, match="--config: found nothing"):
         launch.parse_config(["--config"], prog="launch.py")
+    with pytest.raises(ValueError, match="--config: found nothing"):  # an empty variable
+        launch.parse_config(["--config", ""], prog="launch.py")
 
 
 MISTAKES = {

@@ -582,6 +582,18 @@ def test_a_run_folder_has_one_trainer(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_has_one_part_to_play(straight: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    before = sorted(tmp_path.rglob("*"))
+    for config, message in (
+        (tiny_config(tmp_path / "b", checkpoint={"directory": str(run)}), "the run folder of"),
+        (tiny_config(run / "checkpoints"), "the checkpoint folder of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config, **data())
+        assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "events.jsonl", "holder.json"])
 def test_a_file_of_another_program_in_the_run_folder_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("theirs")
@@ -627,7 +639,8 @@ def test_rows_that_were_changed_between_two_starts_are_told_and_never_taken_for_
     ]
     assert (run / "metrics.jsonl.corrupt").read_bytes() == bytes(changed)
     assert read_metadata(run / "checkpoints", 14).rows.gaps == [[8, 12]]
-    assert verify_rows(str(run), run / "checkpoints") == []
+    lacking = "the rows after step 8 up to step 12"
+    assert verify_rows(str(run), run / "checkpoints") == ([], lacking)
     events, _ = read_events(run / "events.jsonl")
     assert sum(event["event"] == "rows" for event in events) == 1
 
@@ -636,13 +649,13 @@ def test_every_flipped_bit_of_the_rows_is_found_by_verify(straight: Path, tmp_pa
     run = Path(shutil.copytree(straight, tmp_path / "run"))
     path, newest = run / "metrics.jsonl", read_metadata(run / "checkpoints", 12)
     content = path.read_bytes()
-    assert verify_rows(str(run), run / "checkpoints") == []
+    assert verify_rows(str(run), run / "checkpoints") == ([], "")
     assert newest.rows.num_bytes == len(content)
     for bit in range(0, 8 * len(content), 97):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         assert find_damage(path, newest.rows)
-    assert verify_rows(str(run), run / "checkpoints")
+    assert verify_rows(str(run), run / "checkpoints")[0]
     path.unlink()
-    assert "missing" in verify_rows(str(run), run / "checkpoints")[0]
+    assert "missing" in verify_rows(str(run), run / "checkpoints")[0][0]

@@ -86,11 +86,13 @@ def verify(run: Run, *, eval: bool = False, json: bool = False) -> int:
             found[step] = damage = damage or at_a_look.get(step, [])
             if not json:
                 print(f"{step}: {'; '.join(damage) or 'sound'}", flush=True)
-    rows, aside = verify_rows(run, folder), list_corrupt(folder)
+    (rows, lacking), aside = verify_rows(run, folder), list_corrupt(folder)
     sound = not any(found.values()) and not rows
     values = {"folder": str(folder), "steps": found, "set_aside": aside, "rows": rows}
+    values["lost_rows"] = lacking
     if not json:
-        print(f"metrics.jsonl: {'; '.join(rows) or 'sound'}")
+        lost = f", but it lacks {lacking}" if lacking else ""
+        print(f"metrics.jsonl: {'; '.join(rows) or 'sound'}{lost}")
     if aside and not json:
         print(f"damaged, set aside earlier: {', '.join(aside)}")
     if eval:
@@ -106,7 +108,8 @@ def verify(run: Run, *, eval: bool = False, json: bool = False) -> int:
                 f"{best.loss!r}: {equal if best.as_recorded else 'not the same'}"
             )
     num_damaged = sum(map(bool, found.values()))
-    show(values, f"{num_damaged} of {len(found)} steps are damaged", json)
+    of_rows = ", and so is metrics.jsonl" if rows else ""
+    show(values, f"{num_damaged} of {len(found)} steps are damaged{of_rows}", json)
     return 0 if sound else 1
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypedDict
 
 import filelock
 
+from jaxlm.files.durable import expand
 from jaxlm.files.strict import read_json
 
 _ELSEWHERE = "name another place with --data.cache-dir or JAXLM_CACHE"
@@ -59,9 +60,10 @@ def cache_root(cache_dir: str | None) -> Path:
     """What runs share is kept in `cache_dir`, else $JAXLM_CACHE, else ~/.cache/jaxlm.
 
     Raises:
-      ValueError: neither is set, and the user has no home.
+      ValueError: neither is set, and the user has no home; or the path is too long.
     """
     root = cache_dir or os.environ.get("JAXLM_CACHE") or "~/.cache/jaxlm"
+    expand(root, "cache_dir, or JAXLM_CACHE")
     try:
         return Path(root).expanduser().absolute()
     except RuntimeError as error:

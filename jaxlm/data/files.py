@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from io import FileIO
 
 from jaxlm.data.formats import READERS, kind_of, read_text, reader_of
+from jaxlm.files.durable import expand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ def text_files(pattern: str, field: str) -> Source:
 
 
 def _find(pattern: str) -> list[str]:
-    path = os.path.expanduser(pattern)
+    path = expand(pattern, "data.source")
     below = ["**", "*"] if os.path.isdir(path) else []
     found = glob.iglob(os.path.join(_literal(path), *below), recursive=True)
     # Once each: of two `**`, glob finds a file several times.
@@ -114,7 +115,7 @@ def _find(pattern: str) -> list[str]:
 def _check_folder(folder: str, paths: list[str]) -> None:
     # All of it or nothing: a file that is passed over without a word would be missed much later.
     other = [os.path.splitext(path)[1] for path in paths if kind_of(path) not in READERS]
-    if os.path.isdir(os.path.expanduser(folder)) and other:
+    if os.path.isdir(expand(folder, "data.source")) and other:
         ((suffix, _),) = Counter(other).most_common(1)
         raise ValueError(
             f"data.source text:{folder}: a folder may hold {', '.join(READERS)} alone, and this "

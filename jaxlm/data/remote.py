@@ -22,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from jaxlm.data.files import Source, files_revision
 from jaxlm.data.formats import text_of
 from jaxlm.extras import needs
+from jaxlm.files.durable import expand
 
 _PROBE_S = 5.0
 
@@ -33,7 +34,7 @@ def hugging_face(spec: str, split: str, field: str) -> Source:
     """
     name = f"hf:{spec}"
     repo, _, config = spec.partition(":")
-    repo = os.path.expanduser(repo)
+    repo = expand(repo, "data.source")
     local = os.path.isdir(repo)
 
     @functools.cache
@@ -63,7 +64,7 @@ def tfds(kind: str, spec: str, split: str, field: str) -> Source:
       FileNotFoundError: there is no prepared dataset in the folder.
     """
     name = key = f"{kind}:{spec}"
-    folder = os.path.expanduser(spec) if kind == "tfds_dir" else None
+    folder = expand(spec, "data.source") if kind == "tfds_dir" else None
     if folder is not None:
         if not os.path.isfile(os.path.join(folder, "dataset_info.json")):
             raise FileNotFoundError(

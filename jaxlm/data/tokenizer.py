@@ -10,7 +10,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Tokenizer
 
-from jaxlm.files.durable import read_file
+from jaxlm.files.durable import expand, read_file
 
 EOS = "<|endoftext|>"
 _EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>")
@@ -95,7 +95,7 @@ def local_tokenizer(name_or_path: str | Path) -> Path | None:
     Raises:
       FileNotFoundError: it is neither.
     """
-    path = Path(name_or_path).expanduser()
+    path = Path(expand(str(name_or_path), "data.tokenizer"))
     if path.is_dir():
         path = path / "tokenizer.json"
     if path.is_file():

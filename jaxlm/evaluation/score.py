@@ -71,17 +71,17 @@ def verify_step(folder: Path, step: int) -> list[str] | None:
     return when_settled(path, look)
 
 
-def verify_rows(run: str, folder: Path) -> list[str]:
-    """What is wrong with metrics.jsonl, held against the newest checkpoint; empty if nothing is.
+def verify_rows(run: str, folder: Path) -> tuple[list[str], str]:
+    """What was changed or cut off in metrics.jsonl, and the rows known to be lost before.
 
-    Changes nothing on disk; a trainer may be at work.
+    Compared with the newest checkpoint; a trainer may be at work.
     """
     path, found = run_folder(run, folder) / ROWS, read_steps(folder).sound
     if not found:
-        return []
+        return [], ""
     newest = found[max(found)]
     damage = when_settled(folder / str(newest.step), lambda: find_row_damage(path, newest.rows))
-    return damage or []
+    return damage or [], newest.rows.lacking
 
 
 class Score(NamedTuple):

@@ -12,10 +12,10 @@ import google_crc32c
 
 NO_ANSWER = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 """What says nothing about a file but that it cannot be had now."""
-
-
 _MAX_NAME_BYTES = 255
 """Of a file's name: ext4, XFS, APFS and NFS take no more."""
+_MAX_PATH_BYTES = 4096
+"""Of a path: Linux takes one byte less."""
 
 
 class DiskError(RuntimeError):
@@ -126,8 +126,13 @@ def expand(path: str, what: str) -> str:
       what: the setting, flag or argument that it is of, for the message.
 
     Raises:
-      ValueError: a name in it is longer than file systems take.
+      ValueError: it, or a name in it, is longer than file systems take.
     """
+    if (num_bytes := len(os.fsencode(path))) >= _MAX_PATH_BYTES:
+        raise ValueError(
+            f"{what}: found a path of {num_bytes} bytes ({path[:20]}…), expected fewer than "
+            f"{_MAX_PATH_BYTES}; choose a shorter one"
+        )
     for name in path.split("/"):
         if (num_bytes := len(os.fsencode(name))) > _MAX_NAME_BYTES:
             raise ValueError(

@@ -111,7 +111,9 @@ class Console:
         if row.get("train/mfu") is not None:
             parts.append(f"MFU: {row['train/mfu']:.1%}")
         left = "" if seconds_left is None else f"{format_duration(seconds_left)} left"
-        self.say(" | ".join([*parts, left, _now()] if left else [*parts, _now()]))
+        if left and self._bar is None:  # the bar has it, and a line of more than 100 columns wraps
+            parts.append(left)
+        self.say(" | ".join([*parts, _now()]))
         self._update(step, loss=f"Loss {loss:.4f}", left=left)
 
     def evaluation(self, step: int, loss: float, best_loss: float | None, improved: bool) -> None:

@@ -34,7 +34,9 @@ def check_folders(config: Config) -> None:
       ValueError: the folders hold another run, or must not hold any, or the checkpoint to begin
         from is not there.
     """
-    folder = Path(config.checkpoint_dir)
+    run_dir, folder = Path(config.run_dir), Path(config.checkpoint_dir)
+    if run_dir.resolve() != folder.resolve():
+        _check_roles(run_dir, folder)
     steps = list_steps(folder)
     if config.resume == "never" and steps:
         raise ValueError(
@@ -53,6 +55,20 @@ def check_folders(config: Config) -> None:
                 f"branch_from: found step {step}, expected one before num_steps "
                 f"({config.num_steps}); add a larger --num_steps"
             )
+
+
+def _check_roles(run_dir: Path, folder: Path) -> None:
+    # A run in the checkpoint folder of another would hide that run from its own commands.
+    if (folder / "config.json").is_file():
+        raise ValueError(
+            f"checkpoint.directory: found {folder}, the run folder of another run; choose another "
+            "--checkpoint_dir"
+        )
+    if steps := list_steps(run_dir):
+        raise ValueError(
+            f"run_dir: found {run_dir}, the checkpoint folder of another run (steps {steps}); "
+            "choose another --run_dir"
+        )
 
 
 def plan_resume(config: Config, checkpoints: Checkpoints) -> Plan:
