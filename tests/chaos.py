@@ -43,9 +43,11 @@ from jaxlm import launch, train  # noqa: E402, F401 - all that a start imports
 from jaxlm.checkpoints.entries import CORRUPT  # noqa: E402
 from jaxlm.checkpoints.folder import list_steps, read_steps  # noqa: E402
 from jaxlm.checkpoints.manifest import find_damage  # noqa: E402
+from jaxlm.config import Config  # noqa: E402
 from jaxlm.data.batches import TrainBatches  # noqa: E402
 from jaxlm.data.cache import MANIFEST  # noqa: E402
 from jaxlm.proof.attempt import Attempt, Kill, Process, compare_runs  # noqa: E402
+from jaxlm.tracking.rows import Rows  # noqa: E402
 from jaxlm.training import preflight  # noqa: E402, F401 - all that a start imports
 
 NUM_STEPS, EVAL_INTERVAL = 80, 10
@@ -192,7 +194,13 @@ class Forked:
 def sabotage_metrics() -> None:
     """Rows after the restored step are left in."""
     metrics = jaxlm.training.start.Metrics
-    jaxlm.training.start.Metrics = lambda *a, **k: metrics(*a, **k | {"restored_step": NUM_STEPS})
+
+    def keeps_all(config: Config, *, restored: tuple[int, Rows], **rest: Any) -> Any:
+        path = Path(config.run_dir) / "metrics.jsonl"
+        content = path.read_bytes() if path.exists() else b""
+        return metrics(config, restored=(restored[0], Rows().then(content)), **rest)
+
+    jaxlm.training.start.Metrics = keeps_all
 
 
 def sabotage_batches() -> None:

@@ -11,7 +11,7 @@ import pytest
 from jaxlm.config import MeshConfig, OptimConfig
 from jaxlm.device import guard
 from jaxlm.inference import load
-from jaxlm.training import assemble, start
+from jaxlm.training import assemble, start, train
 
 _SCHEDULE = ("learning_rate", "schedule", "warmup_steps", "decay_fraction", "min_lr_ratio")
 
@@ -48,11 +48,18 @@ def share(patch: pytest.MonkeyPatch) -> None:
             kept[key] = make_eval_step(blueprint, loss, mesh), blueprint
         return kept[key][0]
 
-    make_mesh = assemble.make_mesh
+    make_mesh, make_parts, takes_two = assemble.make_mesh, train.assemble, False
+
+    def small_parts(config: Any, **parts: Any) -> Any:
+        # Runs of text take all devices, as their evals from outside do.
+        nonlocal takes_two
+        takes_two = parts["batches"] is not None and config.mesh == MeshConfig()
+        return make_parts(config, **parts)
 
     def small_mesh(config: Any) -> Any:
-        return make_mesh(config, jax.devices()[:2] if config == MeshConfig() else None)
+        return make_mesh(config, jax.devices()[:2] if takes_two else None)
 
+    patch.setattr(train, "assemble", small_parts)
     patch.setattr(assemble, "make_mesh", small_mesh)
     patch.setattr(assemble, "next_token_loss", functools.cache(assemble.next_token_loss))
     for module in (assemble, start, load):  # the eval of a model that is loaded is kept with it

@@ -35,7 +35,7 @@ RUN = "runs/tiny"
 BEST, LATEST = 8, 12
 
 CONFIG = """
-from jaxlm.config import *
+from jaxlm.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig
 
 config = Config(
     model=ModelConfig(
@@ -43,7 +43,6 @@ config = Config(
     ),
     data=DataConfig(source="text:texts/*.txt", eval_tokens=1000),
     optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
-    mesh=MeshConfig(data=8),  # all devices: those that an eval of the run takes
     checkpoint=CheckpointConfig(save_interval=4),
     num_steps=8,
     batch_size=8,

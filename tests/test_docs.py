@@ -42,7 +42,7 @@ NOT_RUN = {
     r"python tests/chaos\.py": "takes 45 minutes: tests/test_chaos.py runs a short one",
     r'python -c "import conversion': "needs llama.cpp: run by tests/parity/test_llama_cpp.py",
 }
-A_COMMAND = re.compile(r"^ *\$? *(\w+=\S+ )*(jaxlm|python|uv|uvx|pip|launch\.py)\b", re.M)
+A_COMMAND = re.compile(r"^ *\$? *(\w+=\S+ )*(jaxlm|python|uv|uvx|pip|launch\.py)(?=\s|$)", re.M)
 # A run of minutes, which the first one that a user starts must not be.
 OF_MINUTES = "benchmarks/5m.py"
 # The names of the folders that a page takes for granted, beside runs/tiny.

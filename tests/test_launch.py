@@ -284,8 +284,7 @@ def test_an_error_on_purpose_is_a_message_and_a_bug_a_traceback(
 def launch_apart(home: Path, *flags: str) -> subprocess.CompletedProcess:
     """A process of its own, with one device."""
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(runs.REPO)}
-    config = ["--config", "configs/tiny.py", "--mesh.data", "1"]
-    command = [sys.executable, "launch.py", *config, *flags]
+    command = [sys.executable, "launch.py", "--config", "configs/tiny.py", *flags]
     return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
 
 

@@ -144,6 +144,8 @@ def test_any_number_of_processes_goes_on_from_any_other(config_file: Path, tmp_p
     def go_on(source: Path, step: int, name: str, count: int) -> Path:
         checkpoint = f"checkpoints/{step}"
         shutil.copytree(source / checkpoint, tmp_path / name / checkpoint)
+        for folder in (source, source / "checkpoints"):  # both are marked as folders of ours
+            shutil.copy(folder / "jaxlm.json", tmp_path / name / folder.relative_to(source))
         run(name, count)
         # The restored state has the fingerprints of the saved one, or this had been said.
         assert list_corrupt(tmp_path / name / "checkpoints") == []
