@@ -54,7 +54,10 @@ def share(patch: pytest.MonkeyPatch) -> None:
         # Runs of text take all devices, as their evals from outside do.
         nonlocal takes_two
         takes_two = parts["batches"] is not None and config.mesh == MeshConfig()
-        return make_parts(config, **parts)
+        try:
+            return make_parts(config, **parts)
+        finally:
+            takes_two = False
 
     def small_mesh(config: Any) -> Any:
         return make_mesh(config, jax.devices()[:2] if takes_two else None)
