@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxlm.checkpoints.entries import DELETING, SUPERSEDED, UNFINISHED, list_named
 from jaxlm.checkpoints.milestones import keep_weights
-from jaxlm.files.durable import DiskError, fsync
+from jaxlm.files.durable import DiskError, free_path, fsync
 
 _CLEAR_ATTEMPTS = 40
 
@@ -17,11 +17,9 @@ def put_aside(folder: Path, steps: Sequence[int], suffix: str) -> list[str]:
     """Renames steps, never onto what is there already; returns their new names."""
     names = []
     for step in steps:
-        name, number = f"{step}{suffix}", 2
-        while (folder / name).exists():
-            name, number = f"{step}{suffix}-{number}", number + 1
-        (folder / str(step)).rename(folder / name)
-        names.append(name)
+        target = free_path(folder / f"{step}{suffix}")
+        (folder / str(step)).rename(target)
+        names.append(target.name)
     fsync(folder)
     return names
 

@@ -110,6 +110,14 @@ def folder_bytes(folder: Path) -> int:
     return num_bytes
 
 
+def free_path(path: Path) -> Path:
+    """The path, or the first of `PATH-2`, `PATH-3`, … that is not there yet."""
+    found, number = path, 2
+    while found.exists():
+        found, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return found
+
+
 def link(source: str, target: str) -> None:
     """A hard link to a file that is never written again; a copy, where there are no links."""
     try:

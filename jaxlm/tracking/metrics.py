@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from jaxlm.config import Config
-from jaxlm.files.durable import read_file, write_file
+from jaxlm.files.durable import free_path, read_file, write_file
 from jaxlm.files.ours import mark
 from jaxlm.files.strict import conform, parse_json, spell
 from jaxlm.tracking.events import Events
@@ -229,8 +229,6 @@ def _put_aside(path: Path) -> str:
             return ""
     except FileNotFoundError:
         return ""
-    aside, number = path.with_name(f"{path.name}{CORRUPT}"), 2
-    while aside.exists():
-        aside, number = path.with_name(f"{path.name}{CORRUPT}-{number}"), number + 1
+    aside = free_path(path.with_name(f"{path.name}{CORRUPT}"))
     path.rename(aside)
     return aside.name
