@@ -105,7 +105,7 @@ class _Part:
             elif type(value) is int and hints[field.name] in (float, float | None):
                 # JAX takes no int of 64 bits as a float32.
                 object.__setattr__(self, field.name, float(value))
-            if field.metadata["is_folder"] and value is not None:
+            if field.metadata["is_folder"] and isinstance(value, str):
                 # Orbax would make a local folder of a URL, or write where nothing can be locked.
                 local = "a local path; mount an object store as a folder"
                 _check("://" not in value, name, value, local)
