@@ -4,18 +4,23 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 NUM_DEVICES = 8
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the time of a small run is LLVM's.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + f" --xla_force_host_platform_device_count={NUM_DEVICES}"
-    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+# Most of the time of a small run is the compiler's: LLVM, and MLIR for fusions, which an older XLA
+# can do without.
+FLAGS = [
+    f"--xla_force_host_platform_device_count={NUM_DEVICES}",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+]
+if version("jaxlib").startswith("0.10."):
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 # XLA sizes its thread pool by this. With one thread a core, eight devices on two cores wait for
 # each other in a collective for ever.
 os.environ["NPROC"] = "32"

@@ -48,10 +48,20 @@ def share(patch: pytest.MonkeyPatch) -> None:
             kept[key] = make_eval_step(blueprint, loss, mesh), blueprint
         return kept[key][0]
 
+    for module in (assemble, start, load):  # the eval of a model that is loaded is kept with it
+        patch.setattr(module, "blueprint_of", shared_blueprint)
+    patch.setattr(assemble, "lower_step", shared_step)
+    patch.setattr(assemble, "make_eval_step", shared_eval_step)
+    for name in ("next_token_loss", "make_schedule", "scheduled"):
+        patch.setattr(assemble, name, functools.cache(getattr(assemble, name)))
+    _take_two_devices(patch)
+
+
+def _take_two_devices(patch: pytest.MonkeyPatch) -> None:
+    """Runs with batches of their own take two devices; those of text all, as their evals do."""
     make_mesh, make_parts, takes_two = assemble.make_mesh, train.assemble, False
 
     def small_parts(config: Any, **parts: Any) -> Any:
-        # Runs of text take all devices, as their evals from outside do.
         nonlocal takes_two
         takes_two = parts["batches"] is not None and config.mesh == MeshConfig()
         try:
@@ -64,11 +74,6 @@ def share(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(train, "assemble", small_parts)
     patch.setattr(assemble, "make_mesh", small_mesh)
-    patch.setattr(assemble, "next_token_loss", functools.cache(assemble.next_token_loss))
-    for module in (assemble, start, load):  # the eval of a model that is loaded is kept with it
-        patch.setattr(module, "blueprint_of", shared_blueprint)
-    patch.setattr(assemble, "lower_step", shared_step)
-    patch.setattr(assemble, "make_eval_step", shared_eval_step)
 
 
 def _without_schedule(config: OptimConfig) -> OptimConfig:

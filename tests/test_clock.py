@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny import data, tiny_config
+from tiny import tiny_config, train_table
 
 from jaxlm.proof.attempt import untimed_rows
 from jaxlm.report.diff import diff_checkpoints
@@ -22,7 +22,6 @@ from jaxlm.tracking.trace import traced
 from jaxlm.training import assemble
 from jaxlm.training.assemble import Parts
 from jaxlm.training.loop import Loop
-from jaxlm.training.train import train
 
 
 @pytest.fixture
@@ -87,7 +86,7 @@ def test_a_run_says_and_logs_where_its_time_went(
         if "train/loss" in row:  # the last save, of whatever length, is in no row
             wall_s = time.perf_counter() - started_s
 
-    train(tiny_config(tmp_path), callbacks=[logged], **data())
+    train_table(tiny_config(tmp_path), callbacks=[logged])
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in row]
     last = {kind: rows[-1][f"time/{kind}"] for kind in KINDS}
     assert [kind for kind in KINDS if not last[kind]] == ["restore"]
@@ -96,7 +95,7 @@ def test_a_run_says_and_logs_where_its_time_went(
     assert sums == sorted(sums)
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("time: ")]
     assert all(kind in line for kind in ("steps", "compile", "start")), line
-    train(tiny_config(tmp_path, num_steps=13), **data())
+    train_table(tiny_config(tmp_path, num_steps=13))
     assert read_metrics(tmp_path / "metrics.jsonl")[-2]["time/restore"] > 0
     assert not [name for row in untimed_rows(tmp_path) for name in row if name.startswith("time/")]
 
@@ -141,7 +140,7 @@ def read_too_soon(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     with monkeypatch.context() as patch:
         patch.setattr(assemble, "lower_step", watched)
-        train(tiny_config(run_dir, eval_interval=4, checkpoint={"save_interval": 6}), **data())
+        train_table(tiny_config(run_dir, eval_interval=4, checkpoint={"save_interval": 6}))
     assert dispatched == [12]
     return sorted(soon)
 
@@ -185,8 +184,8 @@ def test_a_trace_opens_and_holds_the_steps_that_were_asked_for(
 ) -> None:
     plain, run_dir = tmp_path / "plain", tmp_path / "traced"
     few = {"num_steps": 8, "eval_interval": 8, "checkpoint": {"save_interval": 8}}
-    train(tiny_config(plain, **few), **data())
-    train(tiny_config(run_dir, profile=2, **few), **data())
+    train_table(tiny_config(plain, **few))
+    train_table(tiny_config(run_dir, profile=2, **few))
     assert f"trace: {run_dir}/profile; open" in capsys.readouterr().out
     steps, events = traced_steps(run_dir / "profile")
     assert steps == {5, 6}

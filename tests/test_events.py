@@ -13,7 +13,7 @@ import pytest
 import runs
 from launching import finish, launch, write_config
 from test_rollback import SpoiltBatches, _config
-from tiny import TinyEvalSet
+from tiny import train_table
 
 from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.checkpoint import Checkpoints
@@ -24,7 +24,6 @@ from jaxlm.checkpoints.prune import prune
 from jaxlm.config import CheckpointConfig, Config
 from jaxlm.device import guard
 from jaxlm.tracking.events import NAME, Event, Events, checkpoints_left, read_events
-from jaxlm.training.train import train
 
 LINE = {"time": "2026-01-31T23:59:59Z", "event": "save", "step": 4, "why": "", "checkpoint": "4"}
 
@@ -66,7 +65,7 @@ def spoilt(run_dir: Path, **changes: Any) -> Config:
 
 
 def run_once(config: Config) -> None:
-    train(config, batches=SpoiltBatches(13, 14), eval_batches=TinyEvalSet())
+    train_table(config, batches=SpoiltBatches(13, 14))
 
 
 def test_every_commit_is_told_and_what_became_of_it(tmp_path: Path, committed: Counter[int]):
@@ -180,7 +179,7 @@ def test_a_run_that_fails_says_why_and_one_that_never_began_leaves_nothing(tmp_p
 
     config = spoilt(tmp_path / "run")
     with pytest.raises(RuntimeError):
-        train(config, batches=SpoiltBatches(), eval_batches=TinyEvalSet(), callbacks=[fail])
+        train_table(config, batches=SpoiltBatches(), callbacks=[fail])
     (failed,) = events_of(tmp_path / "run", "failed")
     assert failed["why"] == "RuntimeError: at 1: ?\n"
     config = spoilt(tmp_path / "never", branch_from=str(tmp_path / "run"))

@@ -9,17 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import data, tiny_config
+from tiny import tiny_config, train_table
 
 from jaxlm.checkpoints.manifest import NAME, find_damage
 from jaxlm.files.durable import DiskError, write_file
-from jaxlm.training.train import train
 
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("pristine")
-    train(tiny_config(run_dir, num_steps=3), **data())
+    train_table(tiny_config(run_dir, num_steps=3))
     return run_dir / "checkpoints" / "3"
 
 

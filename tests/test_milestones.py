@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from runs import rewrite
-from tiny import data, tiny_config
+from tiny import Table, tiny_config, train_table
 
 from jaxlm.checkpoints import aside, metadata, milestones
 from jaxlm.checkpoints.aside import Purger
@@ -25,7 +25,6 @@ from jaxlm.evaluation.score import verify_step
 from jaxlm.files.durable import DiskError, folder_bytes
 from jaxlm.inference.load import load_model
 from jaxlm.report.table import describe_run, format_table
-from jaxlm.training.train import train
 
 EVERY = {"save_interval": 1, "keep_latest": 1, "keep_weights_every": 2}
 KEPT = [2, 4, 6, 8, 10]
@@ -35,7 +34,7 @@ KEPT = [2, 4, 6, 8, 10]
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that keeps all of its checkpoints."""
     run = tmp_path_factory.mktemp("whole")
-    train(tiny_config(run, checkpoint={"save_interval": 1, "keep_latest": 20}), **data())
+    train_table(tiny_config(run, checkpoint={"save_interval": 1, "keep_latest": 20}))
     return run
 
 
@@ -43,7 +42,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def thinned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, which keeps one checkpoint, and the weights of every second."""
     run = tmp_path_factory.mktemp("thinned")
-    train(tiny_config(run, checkpoint=EVERY), **data())
+    train_table(tiny_config(run, checkpoint=EVERY))
     return run
 
 
@@ -61,7 +60,7 @@ def test_a_run_keeps_the_weights_of_what_goes(tmp_path: Path, whole: Path, thinn
         assert verify_step(folder / WEIGHTS, step) == []
         assert not (path / "opt_state").exists()
         assert folder_bytes(path / "params") > 0.5 * folder_bytes(path)
-        load_model(f"{thinned}@{step}", say=lambda _: None)
+        load_model(f"{thinned}@{step}", model=Table, say=lambda _: None)
     assert not same_params(folder / WEIGHTS / "2", whole / "checkpoints" / "4")
     told = describe_run(str(thinned))
     assert told["weights_only"] == KEPT
@@ -79,8 +78,8 @@ def test_a_run_keeps_the_weights_of_what_goes(tmp_path: Path, whole: Path, thinn
 def test_nobody_goes_on_from_weights_alone(tmp_path: Path, thinned: Path) -> None:
     shutil.copytree(thinned, tmp_path / "run")
     with pytest.raises(ValueError, match=r"weights/4 holds weights only.*--init_from"):
-        train(tiny_config(tmp_path / "new", branch_from=f"{tmp_path / 'run'}@4"), **data())
-    assert train(tiny_config(tmp_path / "run", num_steps=13, checkpoint=EVERY), **data()).complete
+        train_table(tiny_config(tmp_path / "new", branch_from=f"{tmp_path / 'run'}@4"))
+    assert train_table(tiny_config(tmp_path / "run", num_steps=13, checkpoint=EVERY)).complete
     assert list_steps(tmp_path / "run" / "checkpoints" / WEIGHTS) == [*KEPT, 12]
 
 
@@ -216,6 +215,6 @@ def test_a_run_killed_right_after_its_last_commit_ends_as_one_in_one_piece(
     tmp_path: Path, whole: Path
 ) -> None:
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    assert train(tiny_config(tmp_path, checkpoint=EVERY), **data()).complete
+    assert train_table(tiny_config(tmp_path, checkpoint=EVERY)).complete
     folder = tmp_path / "checkpoints"
     assert list_steps(folder) == [12] and list_steps(folder / WEIGHTS) == KEPT

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import rewrite
-from tiny import VOCAB, TinyBatches, TinyEvalSet, tiny_config
+from tiny import VOCAB, TinyBatches, TinyEvalSet, tiny_config, train_table
 
 from jaxlm.checkpoints import aside, checkpoint, skips
 from jaxlm.checkpoints.checkpoint import CheckpointError
@@ -26,7 +26,7 @@ from jaxlm.files import durable
 from jaxlm.proof.attempt import untimed_rows
 from jaxlm.report.diff import diff_checkpoints
 from jaxlm.report.table import describe_run, format_table
-from jaxlm.training.train import Result, train
+from jaxlm.training.train import Result
 
 WINDOW = 4
 
@@ -59,7 +59,7 @@ def _config(run_dir: Path, **changes: Any) -> Config:
 
 
 def _train(config: Config, *spoilt: int) -> Result:
-    return train(config, batches=SpoiltBatches(*spoilt), eval_batches=TinyEvalSet())
+    return train_table(config, batches=SpoiltBatches(*spoilt))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_a_spike_is_passed_over_and_written_down(spoilt_run: Path) -> None:
 def test_the_batches_after_a_rollback_are_those_after_the_spike(tmp_path: Path) -> None:
     batches = SpoiltBatches(13, 14)
     config = _config(tmp_path, num_steps=18)
-    train(config, batches=batches, eval_batches=TinyEvalSet())
+    train_table(config, batches=batches)
     asked = [index for index, _ in itertools.groupby(batches.asked)][1:]
     back = asked.index(15, asked.index(14))  # prefetched before the spike was seen
     after = asked[asked.index(15, back + 1) if 15 in asked[back + 1 :] else back :]
@@ -234,7 +234,7 @@ def test_nonfinite_steps_in_a_row_stop_the_run_or_roll_it_back(tmp_path: Path) -
         config = _config(
             tmp_path / name, num_steps=14, guard=GuardConfig(max_nonfinite=3, **guarded)
         )
-        return train(config, batches=BrokenBatches(9, 10, 11), eval_batches=TinyEvalSet())
+        return train_table(config, batches=BrokenBatches(9, 10, 11))
 
     with pytest.raises(RuntimeError, match="3 steps in a row up to 12 were not finite; lower"):
         run("stopped")
@@ -250,7 +250,7 @@ def test_few_nonfinite_steps_are_counted_and_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = _config(tmp_path, num_steps=12, checkpoint={"save_interval": 12})
-    assert train(config, batches=BrokenBatches(5), eval_batches=TinyEvalSet()).complete
+    assert train_table(config, batches=BrokenBatches(5)).complete
     assert "step 6 was not finite, and left params and optimizer alone" in capsys.readouterr().out
     assert untimed_rows(tmp_path)[-2]["train/nonfinite_steps"] == 1
 
@@ -339,7 +339,7 @@ def test_nothing_is_set_aside_for_a_best_that_cannot_be_had(tmp_path: Path) -> N
     other = SpoiltBatches()
     other.fingerprint = "other"
     with pytest.raises(ValueError, match="data: found fingerprint other"):
-        train(replace(ruined, resume="best"), batches=other, eval_batches=TinyEvalSet())
+        train_table(replace(ruined, resume="best"), batches=other)
     assert _names(folder) == before
     best = select(f"{tmp_path}@best").path
     largest = max((best / "params").rglob("*"), key=lambda path: path.stat().st_size)
@@ -358,7 +358,7 @@ def test_a_run_does_not_begin_again_among_damaged_checkpoints(tmp_path: Path) ->
 
     sets = {"batches": SpoiltBatches(10, 11), "eval_batches": TinyEvalSet()}
     with pytest.raises(CheckpointError, match="no older checkpoint is sound, there is only 6"):
-        train(config, **sets, callbacks=[plant])
+        train_table(config, **sets, callbacks=[plant])
     assert not (tmp_path / "checkpoints" / skips.NAME).exists()
 
 
@@ -375,7 +375,7 @@ def test_a_rollback_sets_aside_what_is_damaged_and_never_begins_anew(
     with pytest.raises(
         CheckpointError, match=r"is sound, there is only \d+\.corrupt, \d+\.corrupt"
     ):
-        train(_config(tmp_path), **sets, callbacks=[damage])
+        train_table(_config(tmp_path), **sets, callbacks=[damage])
     assert "is damaged: manifest.json cannot be read" in capsys.readouterr().out
     assert not (folder / skips.NAME).exists()
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import BATCH, TinyBatches, TinyEvalSet, data, tiny_config
+from tiny import BATCH, TinyBatches, TinyEvalSet, tiny_config, train_table
 
 from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.checkpoint import CheckpointError
@@ -24,7 +24,6 @@ from jaxlm.checkpoints.folder import list_steps, read_metadata, select
 from jaxlm.checkpoints.restore import find_changed_arrays
 from jaxlm.config import Config, MeshConfig, TrackingConfig
 from jaxlm.device.loss import Batch, next_token_loss
-from jaxlm.device.model import model_factory
 from jaxlm.device.sharding import make_mesh
 from jaxlm.evaluation.score import verify_rows
 from jaxlm.inference.load import load_model
@@ -34,7 +33,7 @@ from jaxlm.tracking.events import read_events
 from jaxlm.tracking.rows import find_damage
 from jaxlm.training.signals import StopRequest, stop_requests
 from jaxlm.training.start import hold_run_folder
-from jaxlm.training.train import _alone_in_process, train
+from jaxlm.training.train import _alone_in_process
 
 
 class _StopAtOnce(TinyBatches):
@@ -54,7 +53,7 @@ class _StopAtOnce(TinyBatches):
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("straight")
-    result = train(tiny_config(run_dir), **data())
+    result = train_table(tiny_config(run_dir))
     assert result.complete and result.step == 12
     return run_dir
 
@@ -87,9 +86,9 @@ def test_stopped_after_every_single_step_it_ends_with_the_same_bits(
     for step in range(12):
         batches = _StopAtOnce(step)
         config = tiny_config(tmp_path, tracking=tracking)
-        result = train(config, batches=batches, eval_batches=TinyEvalSet())
+        result = train_table(config, batches=batches)
         assert (result.step, result.complete) == (step + 1, False)
-    result = train(tiny_config(tmp_path, tracking=tracking), **data())  # the eval of the end
+    result = train_table(tiny_config(tmp_path, tracking=tracking))  # the eval of the end
     assert (result.step, result.complete) == (12, True)
     assert diff_checkpoints(f"{tmp_path}@12", f"{straight}@12") == []
     assert untimed_rows(tmp_path) == untimed_rows(straight)
@@ -116,17 +115,17 @@ def _send(*numbers: signal.Signals) -> Callable[[], object]:
 
 def test_a_signal_in_an_eval_costs_that_eval_alone(straight: Path, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, checkpoint={"save_interval": 100})
-    sets = {"batches": TinyBatches(), "eval_batches": _InEval(_send(signal.SIGTERM), 2)}
-    assert train(config, **sets)[:2] == (6, False)
+    sets = {"eval_batches": _InEval(_send(signal.SIGTERM), 2)}
+    assert train_table(config, **sets)[:2] == (6, False)
     assert read_metadata(tmp_path / "checkpoints", 6).eval_loss is None
     assert "eval/loss" not in untimed_rows(tmp_path)[-1]
     # The eval that is owed can be stopped as well, and that of the end.
     sets["eval_batches"] = _InEval(_send(signal.SIGHUP, signal.SIGHUP), 1)
-    assert train(config, **sets)[:2] == (6, False)
+    assert train_table(config, **sets)[:2] == (6, False)
     sets["eval_batches"] = _InEval(_send(signal.SIGTERM, signal.SIGHUP), 3)
-    assert train(config, **sets)[:2] == (12, False)
+    assert train_table(config, **sets)[:2] == (12, False)
     assert not read_metadata(tmp_path / "checkpoints", 12).final
-    assert train(config, **data())[:2] == (12, True)
+    assert train_table(config)[:2] == (12, True)
     assert diff_checkpoints(f"{tmp_path}@12", f"{straight}@12") == []
     assert untimed_rows(tmp_path) == untimed_rows(straight)
     assert select(f"{tmp_path}@best").step == select(f"{straight}@best").step
@@ -134,10 +133,10 @@ def test_a_signal_in_an_eval_costs_that_eval_alone(straight: Path, tmp_path: Pat
 
 def test_a_branch_whose_first_eval_is_stopped_has_begun(straight: Path, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, branch_from=f"{straight}@9")
-    sets = {"batches": TinyBatches(), "eval_batches": _InEval(_send(signal.SIGTERM), 1)}
-    assert train(config, **sets)[:2] == (9, False)
+    sets = {"eval_batches": _InEval(_send(signal.SIGTERM), 1)}
+    assert train_table(config, **sets)[:2] == (9, False)
     assert list_steps(tmp_path / "checkpoints") == [9]
-    assert train(config, **data())[:2] == (12, True)
+    assert train_table(config)[:2] == (12, True)
     assert diff_checkpoints(f"{tmp_path}@12", f"{straight}@12") == []
     assert [row["step"] for row in untimed_rows(tmp_path) if "eval/loss" in row] == [9, 12]
 
@@ -148,14 +147,14 @@ def test_an_eval_that_raises_costs_no_save(straight: Path, tmp_path: Path) -> No
 
     def fails_in(number: int) -> None:
         with pytest.raises(OSError, match="the held-out set is gone"):
-            train(tiny_config(tmp_path), batches=TinyBatches(), eval_batches=_InEval(fail, number))
+            train_table(tiny_config(tmp_path), eval_batches=_InEval(fail, number))
 
     for number, saved in ((1, [3]), (1, [3]), (4, [8, 9, 12])):  # the second is of what is owed
         fails_in(number)
         assert list_steps(tmp_path / "checkpoints") == saved
     metadata = read_metadata(tmp_path / "checkpoints", 12)
     assert metadata.eval_loss is None and not metadata.final
-    assert train(tiny_config(tmp_path), **data()).complete
+    assert train_table(tiny_config(tmp_path)).complete
     assert diff_checkpoints(f"{tmp_path}@12", f"{straight}@12") == []
     assert untimed_rows(tmp_path) == untimed_rows(straight)
 
@@ -201,9 +200,9 @@ def test_the_comparison_sees_a_batch_that_was_skipped(straight: Path, tmp_path: 
         def __call__(self, index: int, rows: slice) -> dict[str, np.ndarray]:
             return super().__call__(index + (index >= 5), rows)
 
-    train(tiny_config(tmp_path), batches=SkipsOne(), eval_batches=TinyEvalSet())
+    train_table(tiny_config(tmp_path), batches=SkipsOne())
     names = [difference.name for difference in diff_checkpoints(f"{tmp_path}", f"{straight}")]
-    assert "params/embedding_VD" in names
+    assert "params/table_VV" in names
     assert untimed_rows(tmp_path) != untimed_rows(straight)
 
 
@@ -216,7 +215,7 @@ def test_a_complete_run_says_so_and_changes_nothing(
     straight: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = _times(straight)
-    result = train(tiny_config(straight, log_interval=5), **data())
+    result = train_table(tiny_config(straight, log_interval=5))
     assert result.complete and result.step == 12 and result.best is not None
     told = capsys.readouterr().out
     assert "is complete at step 12" in told and "--num_steps" in told and "--run_dir" in told
@@ -225,9 +224,9 @@ def test_a_complete_run_says_so_and_changes_nothing(
 
 
 def test_a_longer_plan_goes_on_and_keeps_the_lineage(tmp_path: Path) -> None:
-    train(tiny_config(tmp_path, num_steps=4), **data())
+    train_table(tiny_config(tmp_path, num_steps=4))
     assert select(f"{tmp_path}@final").step == 4
-    result = train(tiny_config(tmp_path, num_steps=8), **data())
+    result = train_table(tiny_config(tmp_path, num_steps=8))
     assert result.step == 8
     metadata = read_metadata(tmp_path / "checkpoints", 8)
     assert metadata.lineage == [{"step": 4, "changed": ["num_steps: was 4, is 8"]}]
@@ -237,13 +236,13 @@ def test_a_longer_plan_goes_on_and_keeps_the_lineage(tmp_path: Path) -> None:
 def test_a_fixed_field_is_refused_by_name_and_nothing_is_touched(straight: Path) -> None:
     before = _times(straight)
     with pytest.raises(ValueError, match=r"seed: was 0, is 1\nadd --run_dir"):
-        train(tiny_config(straight, seed=1, num_steps=20), **data())
+        train_table(tiny_config(straight, seed=1, num_steps=20))
     assert _times(straight) == before
 
 
 def test_resume_never_refuses_a_folder_with_checkpoints(straight: Path) -> None:
     with pytest.raises(ValueError, match="resume: found never"):
-        train(tiny_config(straight, resume="never"), **data())
+        train_table(tiny_config(straight, resume="never"))
 
 
 def test_other_data_is_refused(straight: Path) -> None:
@@ -251,21 +250,21 @@ def test_other_data_is_refused(straight: Path) -> None:
         fingerprint = "other"
 
     with pytest.raises(ValueError, match="found fingerprint other, but step 12"):
-        train(tiny_config(straight, num_steps=13), batches=Other(), eval_batches=TinyEvalSet())
+        train_table(tiny_config(straight, num_steps=13), batches=Other())
 
 
 def test_a_run_branches_from_another_with_full_state(straight: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    train(tiny_config(source, num_steps=8, checkpoint={"keep_latest": 9}), **data())
+    train_table(tiny_config(source, num_steps=8, checkpoint={"keep_latest": 9}))
     branch = tmp_path / "branch"
     config = tiny_config(branch, branch_from=f"{source}@4", num_steps=8)
-    train(config, **data())
+    train_table(config)
     assert diff_checkpoints(f"{branch}@8", f"{source}@8") == []
     metadata = read_metadata(branch / "checkpoints", 8)
     assert metadata.lineage[0]["branched_from"].endswith("checkpoints/4")
     # From a step whose eval is due, the branch makes it before it goes on.
     other = tmp_path / "other"
-    train(tiny_config(other, branch_from=f"{source}@6", num_steps=8), **data())
+    train_table(tiny_config(other, branch_from=f"{source}@6", num_steps=8))
     assert [row["step"] for row in untimed_rows(other)] == [6, 7, 8, 8]
 
 
@@ -305,7 +304,7 @@ def _scripted_loss(model: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def _train_scripted(config: Config, losses: list[float], **kwargs: Any) -> Any:
-    return train(
+    return train_table(
         config, loss=_scripted_loss, batches=TinyBatches(), eval_batches=_Scripted(losses), **kwargs
     )
 
@@ -360,7 +359,7 @@ def test_an_improved_eval_between_saves_is_saved(tmp_path: Path) -> None:
 
 def test_a_due_save_needs_no_eval(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, num_steps=5, eval_interval=100)
-    train(config, batches=TinyBatches())  # no held-out set at all
+    train_table(config, eval_batches=None)  # no held-out set at all
     assert list_steps(tmp_path / "checkpoints") == [4, 5]
     assert not any("eval/loss" in row for row in untimed_rows(tmp_path))
 
@@ -380,7 +379,7 @@ class _Narrow(nnx.Module):
 def _train_narrow(run_dir: Path) -> None:
     config = tiny_config(run_dir, num_steps=4, checkpoint={"save_interval": 2}, z_loss=0.1)
     config = replace(config, optim=replace(config.optim, ema_decay=0.99), mesh=MeshConfig())
-    assert train(config, model=_Narrow, **data()).complete
+    assert train_table(config, model=_Narrow).complete
 
 
 @pytest.fixture(scope="module")
@@ -432,7 +431,7 @@ def test_time_alone_brings_a_save(tmp_path: Path) -> None:
         eval_interval=100,
         checkpoint={"save_interval": 100, "save_interval_min": 1e-9, "keep_latest": 9},
     )
-    train(config, batches=TinyBatches())
+    train_table(config, eval_batches=None)
     assert list_steps(tmp_path / "checkpoints") == [1, 2, 3]
 
 
@@ -440,12 +439,12 @@ def test_an_end_that_could_not_be_saved_again_is_not_told_as_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sets = {"batches": _StopAtOnce(8), "eval_batches": TinyEvalSet()}
-    stopped = train(tiny_config(tmp_path, num_steps=24), **sets)
+    stopped = train_table(tiny_config(tmp_path, num_steps=24), **sets)
     assert not stopped.complete
     monkeypatch.setattr(manifest, "write_manifest", Mock(side_effect=OSError(28, "no space")))
     config = tiny_config(tmp_path, num_steps=stopped.step, checkpoint={"on_save_error": "warn"})
     with pytest.raises(CheckpointError, match="its last save failed"):
-        train(config, **data())
+        train_table(config)
     assert not read_metadata(tmp_path / "checkpoints", stopped.step).final
 
 
@@ -460,7 +459,7 @@ def test_of_several_processes_one_wish_is_one_save(monkeypatch: pytest.MonkeyPat
 
 def test_overfitting_one_batch_does(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, overfit_one_batch=True, num_steps=60, log_interval=60)
-    train(config, batches=TinyBatches())
+    train_table(config, eval_batches=None)
     assert untimed_rows(tmp_path)[-1]["train/loss"] < 1.5 < math.log(64)
 
 
@@ -469,7 +468,7 @@ def test_it_trains_off_the_main_thread(tmp_path: Path) -> None:
 
     results = []
     config = tiny_config(tmp_path, num_steps=3)
-    thread = threading.Thread(target=lambda: results.append(train(config, **data())))
+    thread = threading.Thread(target=lambda: results.append(train_table(config)))
     thread.start()
     thread.join()
     assert results[0].complete
@@ -489,7 +488,7 @@ def test_a_run_that_overfits_ends_where_it_would_have_however_often_it_is_stoppe
     while not complete:
         config = tiny_config(tmp_path, stop_after_worse_evals=2, num_steps=40)
         due = [losses[at] for at in losses if at >= max(step, 3)]
-        step, complete, _ = train(
+        step, complete, _ = train_table(
             config,
             loss=_scripted_loss,
             batches=_StopAtOnce(step),
@@ -503,38 +502,38 @@ def test_a_run_that_overfits_ends_where_it_would_have_however_often_it_is_stoppe
 def test_a_branch_past_the_end_of_its_plan_is_refused(straight: Path, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, branch_from=f"{straight}@12")
     with pytest.raises(ValueError, match="found step 12, expected one before num_steps"):
-        train(config, **data())
+        train_table(config)
 
 
 def test_a_run_folder_goes_with_one_checkpoint_folder(straight: Path, tmp_path: Path) -> None:
     elsewhere = {"directory": str(tmp_path / "elsewhere")}
     before = untimed_rows(straight)
     with pytest.raises(ValueError, match="run_dir .* belongs to its own checkpoints"):
-        train(tiny_config(straight, checkpoint=elsewhere), **data())
+        train_table(tiny_config(straight, checkpoint=elsewhere))
     assert untimed_rows(straight) == before and not (tmp_path / "elsewhere").exists()
     other = {"directory": str(straight / "checkpoints")}
     with pytest.raises(ValueError, match="which holds the run .*another --checkpoint_dir"):
-        train(tiny_config(tmp_path / "other", checkpoint=other), **data())
+        train_table(tiny_config(tmp_path / "other", checkpoint=other))
 
 
 def test_a_plan_that_is_cut_short_ends_with_an_eval_and_a_final(tmp_path: Path) -> None:
-    train(tiny_config(tmp_path), batches=_StopAtOnce(0), eval_batches=TinyEvalSet())
-    result = train(tiny_config(tmp_path, num_steps=3), **data())
+    train_table(tiny_config(tmp_path), batches=_StopAtOnce(0))
+    result = train_table(tiny_config(tmp_path, num_steps=3))
     assert result.step == 3 and result.complete
-    train(tiny_config(tmp_path, num_steps=12), batches=_StopAtOnce(3), eval_batches=TinyEvalSet())
-    result = train(tiny_config(tmp_path, num_steps=4), **data())
+    train_table(tiny_config(tmp_path, num_steps=12), batches=_StopAtOnce(3))
+    result = train_table(tiny_config(tmp_path, num_steps=4))
     assert result == (4, True, result.best)
     selected = select(f"{tmp_path}@final")
     assert selected.step == 4 and selected.metadata.eval_loss is not None
 
 
 def test_a_complete_run_whose_end_is_damaged_is_made_again(tmp_path: Path) -> None:
-    train(tiny_config(tmp_path), **data())
+    train_table(tiny_config(tmp_path))
     before = untimed_rows(tmp_path)
     last = tmp_path / "checkpoints" / "12"
     largest = max(last.rglob("*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(b"x" * largest.stat().st_size)
-    assert train(tiny_config(tmp_path), **data()).complete
+    assert train_table(tiny_config(tmp_path)).complete
     assert untimed_rows(tmp_path) == before
     assert select(f"{tmp_path}@final").step == 12 and last.with_name("12.corrupt").exists()
 
@@ -542,11 +541,11 @@ def test_a_complete_run_whose_end_is_damaged_is_made_again(tmp_path: Path) -> No
 def test_a_run_whose_checkpoints_are_gone_keeps_its_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tiny_config(tmp_path), **data())
+    train_table(tiny_config(tmp_path))
     rows = (tmp_path / "metrics.jsonl").read_bytes()
     shutil.rmtree(tmp_path / "checkpoints")  # or its disk is not mounted
     capsys.readouterr()
-    train(tiny_config(tmp_path), **data())
+    train_table(tiny_config(tmp_path))
     (kept,) = tmp_path.glob("metrics-*.jsonl")
     assert kept.read_bytes() == rows
     told = f"has rows up to step 12, and {tmp_path}/checkpoints has no checkpoint"
@@ -556,15 +555,14 @@ def test_a_run_whose_checkpoints_are_gone_keeps_its_rows(
 
 def test_held_out_batches_of_ones_own_have_a_length(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="eval_batches: found no length, expected `__len__`"):
-        train(tiny_config(tmp_path), batches=TinyBatches(), eval_batches=lambda index, rows: {})
+        train_table(tiny_config(tmp_path), eval_batches=lambda index, rows: {})
     assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_model_of_ones_own_is_not_told_as_that_of_the_config(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tiny_config(tmp_path)
-    train(config, model=model_factory(config.model, "cpu"), **data())
+    train_table(tiny_config(tmp_path))
     out = capsys.readouterr().out
     assert "a model of your own; 12 steps of" in out and "d_model" not in out
 
@@ -577,7 +575,7 @@ def test_a_run_folder_has_one_trainer(tmp_path: Path) -> None:
         with pytest.raises(
             RuntimeError, match=rf"run is in use .*process {os.getpid()} on .* since"
         ):
-            train(second, **data())
+            train_table(second)
         assert sorted(tmp_path.rglob("*")) == before
     assert list(tmp_path.iterdir()) == []
 
@@ -590,7 +588,7 @@ def test_a_folder_has_one_part_to_play(straight: Path, tmp_path: Path) -> None:
         (tiny_config(run / "checkpoints"), "the checkpoint folder of"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(config, **data())
+            train_table(config)
         assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -598,7 +596,7 @@ def test_a_folder_has_one_part_to_play(straight: Path, tmp_path: Path) -> None:
 def test_a_file_of_another_program_in_the_run_folder_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("theirs")
     with pytest.raises(ValueError, match=rf"found {name} and no jaxlm\.json"):
-        train(tiny_config(tmp_path), **data())
+        train_table(tiny_config(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "theirs"
 
@@ -613,7 +611,7 @@ def test_files_that_no_run_writes_are_nobody_s_business(tmp_path: Path) -> None:
 def test_two_trainings_in_one_process_are_refused(tmp_path: Path) -> None:
     with _alone_in_process():
         with pytest.raises(RuntimeError, match="another training is under way in this process"):
-            train(tiny_config(tmp_path / "b"), **data())
+            train_table(tiny_config(tmp_path / "b"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -626,11 +624,11 @@ def test_rows_that_were_changed_between_two_starts_are_told_and_never_taken_for_
     until_8 = len("\n".join(row for row in lines if json.loads(row)["step"] <= 8)) + 1
     changed[until_8 + 30] ^= 1
     path.write_bytes(changed)
-    assert train(tiny_config(run), **data()).complete
+    assert train_table(tiny_config(run)).complete
     assert "metrics.jsonl: content differs" in capsys.readouterr().out.replace("\n", " ")
     lost = "the rows after step 8 up to step 12"
     for num_steps in (13, 14):
-        assert train(tiny_config(run, num_steps=num_steps), **data()).complete
+        assert train_table(tiny_config(run, num_steps=num_steps)).complete
         assert f"not complete: it lacks {lost}" in capsys.readouterr().out.replace("\n", " ")
     assert [row["step"] for row in untimed_rows(run) if "train/loss" in row] == [
         *range(1, 9),

@@ -4,9 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 
 from jaxlm.config import CheckpointConfig, Config, ModelConfig, OptimConfig
+from jaxlm.training.train import Result, train
 
 VOCAB, BATCH, SEQ = 64, 8, 16
 
@@ -65,3 +68,21 @@ class TinyEvalSet:
 def data() -> dict[str, Any]:
     """The `batches` and `eval_batches` of `train`."""
     return {"batches": TinyBatches(), "eval_batches": TinyEvalSet()}
+
+
+class Table(nnx.Module):
+    """The logits of the next token, by the token: a run of it costs half of one of `tiny_config`.
+
+    For tests of what does not depend on the model.
+    """
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.table_VV = nnx.Param(0.01 * jax.random.normal(rngs.params(), (VOCAB, VOCAB)))
+
+    def __call__(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
+        return 30 * self.table_VV[...][tokens_BT]  # it learns within a few steps
+
+
+def train_table(config: Config, **parts: Any) -> Result:
+    """Trains a `Table` on `data()`, but for the parts that are given."""
+    return train(config, **{"model": Table, **data(), **parts})

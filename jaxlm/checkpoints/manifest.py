@@ -75,32 +75,40 @@ def find_damage(
     if manifest["crc32c"] != google_crc32c.value(body.encode()):
         return [f"{NAME}: its own checksum does not match"]
     with reading(folder):
-        if strays := _find_strays(folder):
-            return strays
+        found = _scan(folder)
+    if strays := sorted(name for name, entry in found.items() if _leads_out(entry, folder)):
+        return [f"{name}: leads out of the checkpoint, or is not a file" for name in strays]
     names = sorted(manifest["files"])[share[0] :: share[1]]
     damage, files = [], {name: manifest["files"][name] for name in names}
     much = contents and sum(entry.get("bytes", 0) for entry in files.values()) > _SMALL_BYTES
     with ThreadPoolExecutor() as pool:
         each = pool.map if much else map  # threads pay where there is much to read
-        found = list(each(lambda name: _compare(folder, name, files[name], contents), files))
-    for name, difference in zip(files, found, strict=True):
+        differences = list(each(lambda name: _compare(folder, name, files[name], contents), files))
+    for name, difference in zip(files, differences, strict=True):
         if difference:
             label = name if name.isprintable() and len(name) < 1000 else shown(name)
             damage.append(f"{label}: {difference}")
-    damage += _unlisted(folder, manifest["files"]) + _commit_damage(folder)
+    damage += _unlisted(found, manifest["files"]) + _commit_damage(folder)
     return damage or _step_damage(folder)
 
 
-def _find_strays(folder: Path) -> list[str]:
+def _scan(folder: Path, prefix: str = "") -> dict[str, os.DirEntry]:
+    """Files and folders below `folder` by their names from there, symbolic links not followed."""
+    found = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = prefix + entry.name
+            found[name] = entry
+            if entry.is_dir(follow_symlinks=False):
+                found |= _scan(Path(entry.path), f"{name}/")
+    return found
+
+
+def _leads_out(entry: os.DirEntry, folder: Path) -> bool:
     # Who reads the checkpoint would be led out of it, or would wait for a pipe for ever.
-    root = Path(os.path.realpath(folder))
-    paths = [Path(top, name) for top, *names in os.walk(folder) for name in sum(names, [])]
-    return [
-        f"{path.relative_to(folder)}: leads out of the checkpoint, or is not a file"
-        for path in paths
-        if not Path(os.path.realpath(path)).is_relative_to(root)
-        or not (path.is_file() or path.is_dir())
-    ]
+    if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(folder.resolve()):
+        return True
+    return not (entry.is_file() or entry.is_dir())
 
 
 def _entry(path: Path) -> dict[str, int]:
@@ -133,14 +141,13 @@ def _compare(folder: Path, name: str, entry: dict[str, int], contents: bool) -> 
     return None
 
 
-def _unlisted(folder: Path, files: dict[str, Any]) -> list[str]:
+def _unlisted(found: dict[str, os.DirEntry], files: dict[str, Any]) -> list[str]:
     # Orbax would take them in: an eval loss put into a step without one, say, decides what is kept.
-    listed = {folder / NAME, folder / _COMMIT}
-    for path in (folder / name for name in files):
-        listed |= {path, *path.parents}
+    listed = {NAME, _COMMIT, *files}
+    listed |= {name[:end] for name in files for end, char in enumerate(name) if char == "/"}
     # Hidden files are the system's (.DS_Store, .nfs…), and nothing reads them.
-    found = sorted(p for p in folder.rglob("*") if p not in listed and not p.name.startswith("."))
-    return [f"{path.relative_to(folder).as_posix()}: not a part of it" for path in found]
+    others = sorted(n for n in found.keys() - listed if not found[n].name.startswith("."))
+    return [f"{name}: not a part of it" for name in others]
 
 
 def _step_damage(folder: Path) -> list[str]:
