@@ -74,9 +74,21 @@ def cpu_info() -> str:
     return "\n".join(sorted({line for line in info.splitlines() if line.startswith(wanted)}))
 
 
+def xla_flags() -> str:
+    """`XLA_FLAGS`, or the content of the file that it names."""
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    if not flags or flags.startswith("-"):
+        return flags
+    try:
+        return Path(flags).read_text()
+    except (OSError, UnicodeError) as error:
+        return f"{flags}, which cannot be read ({error})"
+
+
 def _machine() -> str:
-    # A program for one CPU may crash on another, or give other bits on fewer cores.
-    kind = "\n".join([platform.machine(), str(num_cores()), cpu_info()])
+    # A program for one CPU may crash on another, or give other bits on fewer cores. JAX's own keys
+    # hold the name of a file of flags, not its content.
+    kind = "\n".join([platform.machine(), str(num_cores()), cpu_info(), xla_flags()])
     return sha256(kind.encode()).hexdigest()[:12]
 
 

@@ -36,7 +36,7 @@ os.environ |= {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
 
-import runs  # noqa: E402
+import text_run  # noqa: E402
 
 import jaxlm.training.start  # noqa: E402
 from jaxlm import launch, train  # noqa: E402, F401 - all that a start imports
@@ -244,7 +244,7 @@ class Chaos:
             return launch.run_main(lambda: launch.main(args))
 
         def plain() -> subprocess.Popen:
-            command = [sys.executable, str(runs.REPO / "launch.py"), *args]
+            command = [sys.executable, str(text_run.REPO / "launch.py"), *args]
             with log.open("ab") as out:
                 return subprocess.Popen(command, env=os.environ | own, stdout=out, stderr=out)
 
@@ -264,7 +264,9 @@ class Chaos:
         while len(self.kills) < end:
             aim = self._choose(run_dir)
             if aim == "setting aside":
-                runs.damage(run_dir / "checkpoints" / str(list_steps(run_dir / "checkpoints")[-1]))
+                text_run.damage(
+                    run_dir / "checkpoints" / str(list_steps(run_dir / "checkpoints")[-1])
+                )
             owing = aim == "replacing" and not owes_eval(run_dir)
             self.tried[aim] += 1
             with self.start(run_dir) as attempt:

@@ -65,12 +65,12 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(cache_dir: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A home with a finished run in it (see tests/runs.py); only to be read."""
-    import runs
+def shared_home(cache_dir: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home with a finished run in it (see tests/text_run.py); only to be read."""
+    import text_run
 
-    home = runs.make_home(tmp_path_factory.mktemp("tiny") / "home")
-    runs.make_run(home)
+    home = text_run.make_home(tmp_path_factory.mktemp("tiny") / "home")
+    text_run.make_run(home)
     before = sorted(home.rglob("*"))
     yield home
     # One file more, such as evals.jsonl, and tests that copy the run fail far from its writer.
@@ -78,6 +78,6 @@ def tiny_run(cache_dir: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture
-def own_run(tiny_run: Path, tmp_path: Path) -> Path:
+def own_home(shared_home: Path, tmp_path: Path) -> Path:
     """A copy of that home, to be changed at will."""
-    return shutil.copytree(tiny_run, tmp_path / "home")
+    return shutil.copytree(shared_home, tmp_path / "home")

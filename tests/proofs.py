@@ -1,4 +1,4 @@
-"""What a checkpoint would hold of the rows that are there; without JAX."""
+"""What a checkpoint holds of the rows on disk, without JAX."""
 
 import json
 from pathlib import Path

@@ -7,7 +7,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from small import mesh_of
+from tiny_model import mesh_of
 
 from jaxlm.device.attention import (
     blocked_attention,

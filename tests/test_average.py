@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
-import small
+import text_run
+import tiny_model
 
 from jaxlm import __main__ as cli
 from jaxlm import launch, load_model
@@ -23,13 +23,13 @@ STEPS = [4, 8, 12]
 
 
 @pytest.fixture
-def run(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(own_run)
-    return Path(runs.RUN)
+def run(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(own_home)
+    return Path(text_run.RUN)
 
 
 def arrays(run: str) -> dict[str, np.ndarray]:
-    return small.names_and_leaves(restore_numpy(select(run).path, ["params"]))
+    return tiny_model.names_and_leaves(restore_numpy(select(run).path, ["params"]))
 
 
 def listing(folder: Path) -> set[tuple[str, bytes]]:
@@ -47,7 +47,7 @@ def test_the_mean_of_the_weights_and_what_opens_it(run: Path, capsys: pytest.Cap
         mean = np.mean([part[name] for part in parts], axis=0, dtype=np.float64)
         np.testing.assert_array_equal(leaf, mean.astype(np.float32), err_msg=name)
         assert any(not np.array_equal(leaf, part[name]) for part in parts) or not leaf.any()
-    assert found.parts == pytest.approx(runs.eval_losses(run))
+    assert found.parts == pytest.approx(text_run.eval_losses(run))
     # As for any checkpoint: loaded, evaluated to the bit, every file and array proven.
     model, metadata = load_model(str(found.folder), say=str)
     assert metadata.lineage[-1]["averaged"] == STEPS and metadata.eval_loss == found.loss
@@ -58,7 +58,7 @@ def test_the_mean_of_the_weights_and_what_opens_it(run: Path, capsys: pytest.Cap
     assert verify_step(folder, 12) == []
     assert cli.command(["checkpoints", "diff", str(found.folder), f"{run}@12"]) == 1
     assert "opt_state/" in capsys.readouterr().out
-    runs.damage(folder / "12")
+    text_run.damage(folder / "12")
     assert verify_step(folder, 12) != []
 
 
@@ -90,7 +90,7 @@ def test_training_goes_on_from_a_whole_state_only(run: Path, capsys: pytest.Capt
         ({"last": 1}, "--last: found 1, expected at least 2"),
         ({"steps": [8, 9]}, "no such checkpoint"),
         ({"out": "texts"}, "texts: found something there"),
-        ({"out": f"{runs.RUN}/mean"}, "lies within"),
+        ({"out": f"{text_run.RUN}/mean"}, "lies within"),
     ],
 )
 def test_refusals_leave_nothing(run: Path, rules: dict[str, Any], message: str):
@@ -106,7 +106,7 @@ def test_a_part_that_is_damaged_is_never_averaged(run: Path, monkeypatch: pytest
     def flip(path: Path, items: list[str]) -> Any:
         found = restore(path, items)
         if path.name == "8":
-            leaf = next(iter(small.names_and_leaves(found).values()))
+            leaf = next(iter(tiny_model.names_and_leaves(found).values()))
             leaf.reshape(-1).view(np.uint32)[0] ^= 1
         return found
 
@@ -114,7 +114,7 @@ def test_a_part_that_is_damaged_is_never_averaged(run: Path, monkeypatch: pytest
         patch.setattr(averaging, "restore_numpy", flip)
         with pytest.raises(ValueError, match="8: params/.* differs from what was saved"):
             average(str(run), out="mean")
-    runs.damage(find_checkpoints(str(run)) / "8")
+    text_run.damage(find_checkpoints(str(run)) / "8")
     with pytest.raises(ValueError, match="damaged"):
         average(str(run), steps=[4, 8], out="mean")
     assert not Path("mean").exists() and not Path(".mean.partial").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import runs
+import text_run
 from flax import nnx
 
 from jaxlm import __main__ as cli
@@ -20,14 +20,14 @@ SEQ_LEN = 32
 
 
 @pytest.fixture(scope="module")
-def reader(tiny_run: Path) -> Reader:
-    with runs.working_in(tiny_run):
-        return Reader(runs.RUN, say=str)
+def reader(shared_home: Path) -> Reader:
+    with text_run.working_in(shared_home):
+        return Reader(text_run.RUN, say=str)
 
 
 @pytest.fixture(scope="module")
-def model(tiny_run: Path):
-    graphdef, params = nnx.split(load_model(str(tiny_run / runs.RUN), say=str)[0])
+def model(shared_home: Path):
+    graphdef, params = nnx.split(load_model(str(shared_home / text_run.RUN), say=str)[0])
     forward = jax.jit(lambda tokens_BT: nnx.merge(graphdef, params)(tokens_BT))
 
     def logits_TV(tokens: list[int]) -> np.ndarray:
@@ -94,7 +94,7 @@ def test_what_cannot_be_scored_is_refused(reader: Reader) -> None:
     with pytest.raises(ValueError, match="max_gen_toks: found 32, expected 1 to 31"):
         reader.continue_greedily([[1]], 32, lambda _: False)
     with pytest.raises(ValueError, match="batch_size: found 0, expected at least 1"):
-        Reader(runs.RUN, batch_size=0, say=str)
+        Reader(text_run.RUN, batch_size=0, say=str)
 
 
 def test_greedy_tokens_are_those_of_the_model_row_by_row(reader: Reader, model) -> None:
@@ -115,15 +115,15 @@ def test_greedy_text_ends_with_the_document(reader: Reader, monkeypatch) -> None
     assert reader.continue_greedily([[5]], 6, lambda _: False) == [new[: new.index(new[2])]]
 
 
-def test_a_run_on_batches_of_its_own_has_no_text(own_run: Path) -> None:
-    path = own_run / runs.RUN / "checkpoints" / str(runs.BEST)
+def test_a_run_on_batches_of_its_own_has_no_text(own_home: Path) -> None:
+    path = own_home / text_run.RUN / "checkpoints" / str(text_run.BEST)
     (path / "meta/metadata").write_text(
         json.dumps(json.loads((path / "meta/metadata").read_text()) | {"eos_id": None})
     )
-    (path / runs.manifest.NAME).unlink()
-    runs.manifest.write_manifest(path)
+    (path / text_run.manifest.NAME).unlink()
+    text_run.manifest.write_manifest(path)
     with pytest.raises(ValueError, match="found no tokenizer, since the run had batches of its"):
-        Reader(str(own_run / runs.RUN), say=str)
+        Reader(str(own_home / text_run.RUN), say=str)
 
 
 # --- through lm-eval
@@ -155,11 +155,11 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 
 
 @pytest.fixture
-def task_home(own_run: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> Path:
+def task_home(own_home: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> Path:
     pytest.importorskip("lm_eval", reason="no lm-eval")
-    monkeypatch.chdir(own_run)
-    (own_run / "tasks").mkdir()
-    text = (own_run / "texts/00.txt").read_text()
+    monkeypatch.chdir(own_home)
+    (own_home / "tasks").mkdir()
+    text = (own_home / "texts/00.txt").read_text()
     encode, decode = reader.tokenizer.encode, reader.tokenizer.decode
     docs = []
     for number, prompt in enumerate([text[:50].strip(), "tain or", ""]):
@@ -167,18 +167,18 @@ def task_home(own_run: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch) ->
         (new,) = reader.continue_greedily([tokens], 5, lambda _: False)
         docs.append({"text": prompt, "choices": [" en", " or no"], "answer": number % 2})
         docs[-1] |= {"greedy": decode(new), "long": text[: 40 + 400 * number]}
-    (own_run / "tasks/docs.jsonl").write_text("\n".join(map(json.dumps, docs)))
+    (own_home / "tasks/docs.jsonl").write_text("\n".join(map(json.dumps, docs)))
     for name, body in TASKS.items():
         head = f"task: {name}\ndataset_path: json\ntest_split: test\nmetadata: {{version: 1}}\n"
         head += "dataset_kwargs: {data_files: {test: tasks/docs.jsonl}}\n"
-        (own_run / f"tasks/{name}.yaml").write_text(head + body)
-    return own_run
+        (own_home / f"tasks/{name}.yaml").write_text(head + body)
+    return own_home
 
 
 def benchmark(home: Path, names: str, code: int = 0) -> dict | str:
     """In a process of its own, since lm-eval warns, with the Hub off."""
     done = subprocess.run(
-        [sys.executable, "-m", "jaxlm", "benchmark", runs.RUN, "--tasks", names]
+        [sys.executable, "-m", "jaxlm", "benchmark", text_run.RUN, "--tasks", names]
         + ["--include-path", "tasks", "--json"],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HOME": str(home), "HF_HOME": str(home / "hf")},
         capture_output=True,
@@ -193,7 +193,11 @@ def benchmark(home: Path, names: str, code: int = 0) -> dict | str:
 @pytest.mark.slow
 def test_local_tasks_give_what_the_model_gives(task_home: Path, reader: Reader, model) -> None:
     found = benchmark(task_home, "choice,rolling,generate")
-    assert found["step"] == runs.BEST and list(found["tasks"]) == ["choice", "rolling", "generate"]
+    assert found["step"] == text_run.BEST and list(found["tasks"]) == [
+        "choice",
+        "rolling",
+        "generate",
+    ]
     docs = list(map(json.loads, (task_home / "tasks/docs.jsonl").read_text().splitlines()))
 
     def encode(text: str) -> list[int]:
@@ -231,9 +235,9 @@ def test_a_task_that_is_nowhere_is_refused_with_names_like_it(task_home: Path) -
 
 
 def test_without_lm_eval_it_says_what_to_install(
-    tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+    shared_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tiny_run)
+    monkeypatch.chdir(shared_home)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match=r"jaxlm benchmark: needs the extra lm-eval \("):
-        cli.command(["benchmark", runs.RUN, "--tasks", "x"])
+        cli.command(["benchmark", text_run.RUN, "--tasks", "x"])

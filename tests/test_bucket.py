@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
+import text_run
 from gcp_storage_emulator.server import create_server
 from google.cloud import storage
 from google.cloud.storage import Blob
@@ -47,9 +47,9 @@ def store(server: Any) -> Any:
 
 
 @pytest.fixture
-def run(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(own_run)
-    return Path(runs.RUN)
+def run(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(own_home)
+    return Path(text_run.RUN)
 
 
 def names(store: Any) -> set[str]:
@@ -83,7 +83,7 @@ def test_there_and_back(store: Any, run: Path, capsys: pytest.CaptureFixture) ->
 
 
 def test_one_step_without_one_that_is_damaged(store: Any, run: Path) -> None:
-    runs.damage(run / "checkpoints" / "4")
+    text_run.damage(run / "checkpoints" / "4")
     assert upload(f"{run}@best", URL).steps == [8]
     assert download(URL, "back").steps == [8] == list_steps(Path("back/checkpoints"))
     other = upload(str(run), f"{URL}-2")

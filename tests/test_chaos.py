@@ -6,14 +6,14 @@ import subprocess
 import sys
 
 import pytest
-import runs
+import text_run
 
 
 def chaos(*flags: str, code: int = 0) -> str:
     """What tests/chaos.py prints, in a process of its own: it forks, and has one device."""
     found = subprocess.run(
-        [sys.executable, str(runs.REPO / "tests" / "chaos.py"), *flags],
-        env={**os.environ, "PYTHONPATH": f"{runs.REPO}:{runs.REPO / 'tests'}"},
+        [sys.executable, str(text_run.REPO / "tests" / "chaos.py"), *flags],
+        env={**os.environ, "PYTHONPATH": f"{text_run.REPO}:{text_run.REPO / 'tests'}"},
         capture_output=True,
         text=True,
     )

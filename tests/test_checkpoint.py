@@ -23,7 +23,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from small import metadata_of
+from tiny_model import metadata_of
 
 from jaxlm.checkpoints import checkpoint, manager
 from jaxlm.checkpoints.aside import Purger

@@ -19,7 +19,7 @@ from jaxlm.checkpoints.folder import list_corrupt, list_steps
 from jaxlm.proof.attempt import untimed_rows
 from jaxlm.report.diff import diff_checkpoints
 
-MEMBER = Path(__file__).parent / "member.py"
+MEMBER = Path(__file__).parent / "cluster_member.py"
 # Without heartbeats of ours, processes end 90 s after another, and with them after 10 s or more.
 AT_ONCE_S, SOON_S, PATIENCE_S = 8, 60, 900
 

@@ -11,9 +11,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax._src import compilation_cache
-from tiny import tiny_config
+from tiny_run import tiny_config
 
-from jaxlm.compiled import clear_compiled, compiled_bytes, compiled_folder, keep_compiled
+from jaxlm.compiled import (
+    _machine,
+    clear_compiled,
+    compiled_bytes,
+    compiled_folder,
+    keep_compiled,
+)
 from jaxlm.config import OptimConfig
 from jaxlm.plan.ahead import lower_ahead
 
@@ -129,3 +135,15 @@ def test_a_longer_plan_at_another_rate_needs_no_other_program():
 
     assert program() == program(40, learning_rate=0.3, warmup_steps=5, min_lr_ratio=0.5)
     assert program() != program(weight_decay=0.3)
+
+
+def test_other_flags_in_a_file_of_flags_are_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "flags"
+    monkeypatch.setenv("XLA_FLAGS", str(file))
+    folders = set()
+    for flag in ("--xla_cpu_max_isa=AVX", "--xla_cpu_max_isa=AVX2"):
+        file.write_text(flag)
+        folders.add(_machine())
+    assert len(folders) == 2

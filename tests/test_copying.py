@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
+import text_run
 
 from jaxlm import __main__ as cli
 from jaxlm.checkpoints import copying, manifest
@@ -22,9 +22,9 @@ DEST = "backup/tiny"
 
 
 @pytest.fixture
-def run(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(own_run)
-    return Path(runs.RUN)
+def run(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(own_home)
+    return Path(text_run.RUN)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -47,7 +47,7 @@ def test_a_copy_is_its_source_and_resumes_alike(run: Path) -> None:
     assert copied["metrics.jsonl"] == before["metrics.jsonl"]
     flags = "--optim.learning_rate 3 --num_steps 14"
     for folder in (run, DEST):
-        assert runs.launched(Path.cwd(), f"{flags} --run_dir {folder}")[0] == 0
+        assert text_run.launched(Path.cwd(), f"{flags} --run_dir {folder}")[0] == 0
     assert diff_checkpoints(f"{run}@14", f"{DEST}@14") == []
     assert diff_checkpoints(f"{run}@14", f"{DEST}@12") != []
 
@@ -69,7 +69,7 @@ def test_checkpoints_elsewhere_come_along(run: Path) -> None:
 
 
 def test_damage_is_left_out_and_said(run: Path, capsys: pytest.CaptureFixture) -> None:
-    runs.damage(run / "checkpoints" / "8")
+    text_run.damage(run / "checkpoints" / "8")
     os.mkfifo(run / "checkpoints" / "4" / "pipe")
     assert cli.command(["checkpoints", "copy", str(run), DEST]) == 1
     said = capsys.readouterr().out
@@ -86,7 +86,7 @@ def test_bits_that_flip_on_the_way_are_found(run: Path, monkeypatch: pytest.Monk
     def flip(source: Path, target: Path, *nested: Any, **options: Any) -> None:
         copytree(source, target, *nested, **options)
         if source.name == "8":
-            runs.damage(target)
+            text_run.damage(target)
 
     monkeypatch.setattr(manifest, "_SMALL_BYTES", 1000)  # so a quick look does not see it
     monkeypatch.setattr(shutil, "copytree", flip)
@@ -108,7 +108,7 @@ def test_a_trainer_deletes_and_replaces_meanwhile(
             source.rename("gone")
         copytree(source, target)
         if count == [12]:  # half of the old one, and then the new one is there
-            runs.damage(target)
+            text_run.damage(target)
             source.rename("old")
             copytree(Path("old"), source)
 
@@ -135,7 +135,7 @@ def test_a_copy_that_fails_leaves_nothing(
 def test_a_name_that_is_too_long_is_refused_before_anything_is_made(run: Path) -> None:
     before = sorted(Path().rglob("*"))
     with pytest.raises(ValueError, match=r"found a name of 259 bytes .*expected 255 at most"):
-        copy_run(runs.RUN, "x" * 250)  # a name of .NAME.partial is needed for a while
+        copy_run(text_run.RUN, "x" * 250)  # a name of .NAME.partial is needed for a while
     assert sorted(Path().rglob("*")) == before
 
 
@@ -176,10 +176,10 @@ def test_a_checkpoint_folder_brings_all_that_belongs_to_its_run(run: Path) -> No
     ("args", "message"),
     [
         (("runs/none", DEST), "found no checkpoints"),
-        ((runs.RUN, "texts"), "texts: found something there"),
-        ((runs.RUN, f"{runs.RUN}/copy"), "lies within"),
-        ((runs.RUN, "gs://bucket/tiny"), "expected a local path"),
-        ((f"{runs.RUN}@5", DEST), "no such checkpoint"),
+        ((text_run.RUN, "texts"), "texts: found something there"),
+        ((text_run.RUN, f"{text_run.RUN}/copy"), "lies within"),
+        ((text_run.RUN, "gs://bucket/tiny"), "expected a local path"),
+        ((f"{text_run.RUN}@5", DEST), "no such checkpoint"),
     ],
 )
 def test_refusals(run: Path, args: Any, message: str) -> None:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import pytest
 from flax import nnx
-from runs import give_to_another_run
-from tiny import data, tiny_config
+from text_run import give_to_another_run
+from tiny_run import data, tiny_config
 
 from jaxlm.checkpoints.checkpoint import CheckpointError, Checkpoints
 from jaxlm.checkpoints.folder import Best, list_corrupt, list_steps, read_metadata, select

@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 import reference
-import runs
+import text_run
 
 from jaxlm import __main__ as cli
 from jaxlm import launch
@@ -24,7 +24,7 @@ from jaxlm.config import Config, free, leaves
 from jaxlm.data.batches import TrainBatches
 from jaxlm.tracking.throughput import flops_per_token
 
-PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (runs.REPO / "docs").glob("*.md"))]
+PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (text_run.REPO / "docs").glob("*.md"))]
 # Models, programs and runs that no other page needs: most of the time of this file.
 SLOW_PAGES = {f"docs/{name}.md" for name in "checkpoints evals library sample tutorial".split()}
 WITH_LAUNCH = {"README.md", "docs/checkpoints.md", "docs/tutorial.md"}
@@ -84,7 +84,7 @@ def commands(snippet: Snippet) -> Iterator[Command]:
 
 
 def commands_of(page: str) -> list[Command]:
-    found = snippets(page, (runs.REPO / page).read_text())
+    found = snippets(page, (text_run.REPO / page).read_text())
     return [c for snippet in found if snippet.language == "bash" for c in commands(snippet)]
 
 
@@ -152,8 +152,8 @@ def run_page(page: str, text: str) -> int:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_flags_of_a_page_fit_the_real_configs(page: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(runs.REPO)
-    text = (runs.REPO / page).read_text().replace("\\\n", " ")
+    monkeypatch.chdir(text_run.REPO)
+    text = (text_run.REPO / page).read_text().replace("\\\n", " ")
     commands = re.findall(r"launch\.py (--config configs/[^#`\n]*)", text)
     for flags in map(str.split, commands):
         if "--help" in flags:
@@ -165,10 +165,10 @@ def test_the_flags_of_a_page_fit_the_real_configs(page: str, monkeypatch: pytest
 
 
 @pytest.fixture
-def home(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(shared_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home of a user with two runs; config and run are of the plan that diverged."""
-    home = shutil.copytree(tiny_run, tmp_path / "home")
-    shutil.copytree(home / runs.RUN, home / SECOND_RUN)
+    home = shutil.copytree(shared_home, tmp_path / "home")
+    shutil.copytree(home / text_run.RUN, home / SECOND_RUN)
     config = home / "configs" / "tiny.py"
     text = config.read_text().replace("learning_rate=1e-2", "learning_rate=3.0")
     config.write_text(text.replace("num_steps=8", "num_steps=12"))
@@ -185,7 +185,7 @@ def test_the_snippets_of(page: str, home: Path):
     if page == "docs/tutorial.md":
         shutil.rmtree("runs")
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        run_page(page, (runs.REPO / page).read_text())
+        run_page(page, (text_run.REPO / page).read_text())
     said = out.getvalue()
     if page == "docs/tutorial.md":
         assert "is complete at step 12" in said and "0 of 3 steps are damaged" in said
@@ -221,7 +221,7 @@ def test_a_broken_snippet_is_found(home: Path):
     with pytest.raises(AssertionError, match="no test knows"):
         run_page("x", "```bash\ncurl somewhere\n```\n")
     with pytest.raises(AssertionError):
-        run_page("x", f"```bash\njaxlm checkpoints list {runs.RUN}  # exit code 1\n```\n")
+        run_page("x", f"```bash\njaxlm checkpoints list {text_run.RUN}  # exit code 1\n```\n")
     for fence in ("```text", "```"):
         with pytest.raises(AssertionError, match="in no bash"):
             run_page("x", f"{fence}\nsaid\nA=1 jaxlm doctor\n```\n")
@@ -229,14 +229,14 @@ def test_a_broken_snippet_is_found(home: Path):
 
 @pytest.mark.parametrize("page", [*PAGES, "ARCHITECTURE.md", "CONTRIBUTING.md"])
 def test_the_links_of(page: str):
-    path = runs.REPO / page
+    path = text_run.REPO / page
     targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text())
     missing = [t for t in targets if "://" not in t and not (path.parent / t).exists()]
     assert missing == []
 
 
 def test_every_page_is_in_the_site():
-    listed = (runs.REPO / "docs/index.md").read_text()
+    listed = (text_run.REPO / "docs/index.md").read_text()
     pages = {page.removeprefix("docs/").removesuffix(".md") for page in PAGES[1:]} - {"index"}
     assert {page for page in pages if f"\n{page}\n" not in listed} == set()
 
@@ -290,7 +290,7 @@ def test_every_command_is_in_the_reference():
 
 
 def test_the_map_names_every_file_once():
-    tree = (runs.REPO / "ARCHITECTURE.md").read_text().split("```")[1]
+    tree = (text_run.REPO / "ARCHITECTURE.md").read_text().split("```")[1]
     package, named = "", []
     for line in tree.partition("jaxlm/\n")[2].splitlines():
         if folder := re.match(r"  (\w+)/ ", line):
@@ -298,13 +298,13 @@ def test_the_map_names_every_file_once():
         elif file := re.match(r"( {2}| {4})(\w+\.py) +\S", line):
             named.append(f"{package}/{file[2]}" if len(file[1]) == 4 else file[2])
     files = {
-        path.relative_to(runs.REPO / "jaxlm").as_posix()
-        for path in (runs.REPO / "jaxlm").rglob("*.py")
+        path.relative_to(text_run.REPO / "jaxlm").as_posix()
+        for path in (text_run.REPO / "jaxlm").rglob("*.py")
         if path.name != "__init__.py"
     }
     assert len(files) > 30
     assert sorted(named) == sorted(files)
-    configs = {path.name for path in (runs.REPO / "configs").glob("*.py")}
+    configs = {path.name for path in (text_run.REPO / "configs").glob("*.py")}
     assert {name for name in configs if f"configs/{name} " not in tree} == set()
 
 
@@ -318,10 +318,10 @@ def test_every_flag_named_in_the_docs_exists():
     known |= {"kills", "plan", "signal"}  # of tests/chaos.py
     others = {"model", "output_dir", "outfile", "outtype", "logdir"}
     others |= {"xla_cpu_max_isa", "xla_dump_to"}
-    page = (runs.REPO / "docs/coming-from.md").read_text()  # its first column is of others
+    page = (text_run.REPO / "docs/coming-from.md").read_text()  # its first column is of others
     others |= flags("".join(re.findall(r"^\|([^|]*)\|", page, re.M)))
     for page in PAGES:
-        assert flags((runs.REPO / page).read_text()) - known - others == set(), page
+        assert flags((text_run.REPO / page).read_text()) - known - others == set(), page
 
 
 def work(config: Config) -> float:
@@ -334,7 +334,7 @@ def work(config: Config) -> float:
 
 def test_the_first_run_is_short_and_has_something_to_show():
     first, before = (
-        launch.load_config(str(runs.REPO / p)) for p in ("configs/tiny.py", OF_MINUTES)
+        launch.load_config(str(text_run.REPO / p)) for p in ("configs/tiny.py", OF_MINUTES)
     )
     assert work(first) < work(before) / 5
     assert first.num_steps // first.eval_interval >= 4 and first.sample_prompt
@@ -342,4 +342,4 @@ def test_the_first_run_is_short_and_has_something_to_show():
 
 
 def test_the_readme_is_short():
-    assert len((runs.REPO / "README.md").read_text().splitlines()) <= 150
+    assert len((text_run.REPO / "README.md").read_text().splitlines()) <= 150

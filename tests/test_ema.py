@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import runs
+import text_run
 from flax import nnx
 from safetensors.numpy import load_file
-from small import (
+from tiny_model import (
     ONE_DEVICE,
     OPTIM,
     Bigram,
@@ -26,7 +26,7 @@ from small import (
     names_and_leaves,
     put,
 )
-from tiny import TinyBatches, TinyEvalSet, data, tiny_config
+from tiny_run import TinyBatches, TinyEvalSet, data, tiny_config
 
 from jaxlm import __main__ as jaxlm_cli
 from jaxlm.checkpoints.folder import read_metadata, select
@@ -174,7 +174,7 @@ def test_the_run_without_it_has_the_same_params_and_other_evals(straight, tmp_pa
         found.name.split("/")[0] for found in diff_checkpoints(str(tmp_path), str(straight))
     }
     assert difference == {"ema_params"}
-    evals, others = runs.eval_losses(straight), runs.eval_losses(tmp_path)
+    evals, others = text_run.eval_losses(straight), text_run.eval_losses(tmp_path)
     assert evals.keys() == others.keys() and all(evals[step] != others[step] for step in evals)
     item_files = [p.name for p in (tmp_path / "checkpoints" / "6").iterdir()]
     assert "ema_params" not in item_files
@@ -272,9 +272,9 @@ def test_a_rollback_goes_back_with_it(straight, tmp_path):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with a run of a moving average in it."""
-    home = runs.make_home(tmp_path_factory.mktemp("ema") / "home")
+    home = text_run.make_home(tmp_path_factory.mktemp("ema") / "home")
     small = "--model.num_layers 1 --optim.name adamw --mesh.data 8"
-    code, _ = runs.launched(home, f"--optim.ema_decay 0.9 --run_dir runs/ema {small}")
+    code, _ = text_run.launched(home, f"--optim.ema_decay 0.9 --run_dir runs/ema {small}")
     assert code == 0
     return home
 
@@ -293,7 +293,7 @@ def test_all_use_of_a_checkpoint_is_that_of_its_average(home, tmp_path, monkeypa
     model, _ = load_model("runs/ema@8", say=str)
     assert same(names_and_leaves(nnx.to_pure_dict(nnx.state(model))), weights)
     (found,) = score(["runs/ema@8"], say=str)
-    assert found.loss == found.recorded_loss == runs.eval_losses(Path("runs/ema"))[8]
+    assert found.loss == found.recorded_loss == text_run.eval_losses(Path("runs/ema"))[8]
     made = average("runs/ema", steps=[4, 8], out=str(tmp_path / "mean"), warn=print)
     mean = arrays(made.folder / "checkpoints" / "8", "params")
     older = arrays(Path("runs/ema/checkpoints/4"), "ema_params")
@@ -320,14 +320,14 @@ def test_damage_in_it_is_seen(home, tmp_path):
     run = shutil.copytree(home / "runs" / "ema", tmp_path / "run")
     folder = run / "checkpoints"
     assert verify_step(folder, 8) == []
-    runs.damage(folder / "8", "ema_params")
+    text_run.damage(folder / "8", "ema_params")
     (damage,) = verify_step(folder, 8) or []
     assert damage.startswith("ema_params/")
     with pytest.raises(ValueError, match="damaged"):
         load_model(f"{run}@8", say=str)
     # Where the manifest agrees with it, the fingerprints do not.
     (folder / "8" / "manifest.json").unlink()
-    runs.manifest.write_manifest(folder / "8")
+    text_run.manifest.write_manifest(folder / "8")
     with pytest.raises(ValueError, match="ema_params.*(differs from|cannot be read)"):
         load_model(f"{run}@8", say=str)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 from flax import nnx
-from small import ONE_DEVICE, mesh_of
-from tiny import VOCAB, TinyBatches, tiny_config
+from tiny_model import ONE_DEVICE, mesh_of
+from tiny_run import VOCAB, TinyBatches, tiny_config
 
 from jaxlm.compiled import num_cores
 from jaxlm.config import MeshConfig

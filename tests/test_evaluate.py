@@ -1,7 +1,7 @@
 import jax
 import numpy as np
 import pytest
-from small import Bigram, blueprint_of, host_batch, mesh_of, put, trained_params
+from tiny_model import Bigram, blueprint_of, host_batch, mesh_of, put, trained_params
 
 from jaxlm.data.batches import EvalBatches
 from jaxlm.data.shards import TokenShards

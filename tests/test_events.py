@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-from launching import finish, launch, write_config
+import text_run
+from processes import finish, launch, write_config
 from test_rollback import SpoiltBatches, _config
-from tiny import train_table
+from tiny_run import train_table
 
 from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.checkpoint import Checkpoints
@@ -124,12 +124,12 @@ def test_what_a_kill_kept_from_being_told_is_found_at_the_next_start(
     assert Counter(event["step"] for event in events_of(tmp_path, "save")) == committed
 
 
-def test_damage_and_what_is_done_by_hand(own_run: Path):
-    run = own_run / runs.RUN
+def test_damage_and_what_is_done_by_hand(own_home: Path):
+    run = own_home / text_run.RUN
     assert tells_the_disk(run) and "sample" not in {e["event"] for e in events_of(run)}
-    runs.damage(run / "checkpoints" / "12")
-    (run / "checkpoints" / "4").rename(own_run / "gone")
-    assert runs.launched(own_run, "--num_steps 16 --optim.learning_rate 3")[0] == 0
+    text_run.damage(run / "checkpoints" / "12")
+    (run / "checkpoints" / "4").rename(own_home / "gone")
+    assert text_run.launched(own_home, "--num_steps 16 --optim.learning_rate 3")[0] == 0
     assert tells_the_disk(run)
     (gone,), (aside,) = events_of(run, "deletion"), events_of(run, "set aside")
     assert (gone["checkpoint"], gone["why"]) == ("4", "found gone")
@@ -140,8 +140,8 @@ def test_damage_and_what_is_done_by_hand(own_run: Path):
     assert starts[0].get("pid") == os.getpid()
 
 
-def test_pruned_and_copied(own_run: Path, tmp_path: Path):
-    run = own_run / runs.RUN
+def test_pruned_and_copied(own_home: Path, tmp_path: Path):
+    run = own_home / text_run.RUN
     copy_run(str(run), str(tmp_path / "copy"))
     assert (tmp_path / "copy" / NAME).read_bytes() == (run / NAME).read_bytes()
     prune(str(run), warn=print)
@@ -152,23 +152,23 @@ def test_pruned_and_copied(own_run: Path, tmp_path: Path):
     assert not (tmp_path / "copy" / NAME).exists()
 
 
-def test_a_run_from_before_there_were_events_is_found_as_it_is(own_run: Path):
-    run = own_run / runs.RUN
+def test_a_run_from_before_there_were_events_is_found_as_it_is(own_home: Path):
+    run = own_home / text_run.RUN
     (run / NAME).unlink()
     folder, events = run / "checkpoints", Events(run / NAME)
     with Checkpoints(folder, CheckpointConfig(), on_commit=print, warn=print, events=events):
         assert tells_the_disk(run)
-    assert runs.launched(own_run, "--num_steps 16 --optim.learning_rate 3")[0] == 0
+    assert text_run.launched(own_home, "--num_steps 16 --optim.learning_rate 3")[0] == 0
     assert tells_the_disk(run)
     found = {event["step"] for event in events_of(run) if event["why"] == "found on disk"}
     assert found == {4, 8, 12}
 
 
-def test_a_sample_is_an_event(own_run: Path):
+def test_a_sample_is_an_event(own_home: Path):
     flags = "--num_steps 13 --optim.learning_rate 3 --sample_prompt 'an <b>end'"
-    assert runs.launched(own_run, flags)[0] == 0
-    (sample,) = events_of(own_run / runs.RUN, "sample")
-    assert sample["step"] == runs.BEST and sample.get("prompt") == "an <b>end"
+    assert text_run.launched(own_home, flags)[0] == 0
+    (sample,) = events_of(own_home / text_run.RUN, "sample")
+    assert sample["step"] == text_run.BEST and sample.get("prompt") == "an <b>end"
     assert sample.get("text")
 
 

@@ -1,4 +1,4 @@
-"""Runs on disks and clocks that fail; tests/shim.c and tests/faulty.py make the faults."""
+"""Runs on disks and clocks that fail; tests/shim.c and tests/faulty_disk.py make the faults."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT, finish, launch, wait_for_step, write_config
+from processes import ROOT, finish, launch, wait_for_step, write_config
 
 from jaxlm.checkpoints.folder import list_steps, select
 from jaxlm.proof.attempt import untimed_rows
@@ -38,7 +38,14 @@ def test_every_fault_of_the_disk(shim: str) -> None:
     private = ["unshare", "--mount"]
     if subprocess.run([*private, "true"], capture_output=True).returncode:
         private = []  # what needs a mount is skipped there, and says so
-    args = ["-q", "-p", "no:cacheprovider", "-m", "", str(Path(__file__).with_name("faulty.py"))]
+    args = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "",
+        str(Path(__file__).with_name("faulty_disk.py")),
+    ]
     # So many failed saves would hold an ordinary exit for minutes.
     code = f"import pytest; from jaxlm.launch import leave; leave(pytest.main({args}))"
     result = subprocess.run(

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-import runs
+import text_run
 
 from jaxlm import __main__ as cli
 from jaxlm.checkpoints.folder import read_metadata, read_steps
@@ -19,17 +19,17 @@ from jaxlm.evaluation import follow as follow_module
 from jaxlm.evaluation.evals import EvalLog, checkpoint_id, read_evals
 from jaxlm.evaluation.follow import follow
 
-EVALS = f"{runs.RUN}/evals.jsonl"
+EVALS = f"{text_run.RUN}/evals.jsonl"
 
 
 @pytest.fixture
-def home(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(own_run)
-    return own_run
+def home(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(own_home)
+    return own_home
 
 
 def followed(**options) -> list[tuple[int, float]]:
-    follow(runs.RUN, poll_s=0.05, say=str, **options)
+    follow(text_run.RUN, poll_s=0.05, say=str, **options)
     return [(row["step"], row["loss"]) for row in read_evals(Path(EVALS))]
 
 
@@ -38,9 +38,9 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_a_complete_run_gets_the_recorded_losses_once(home: Path) -> None:
-    folder = home / runs.RUN / "checkpoints"
+    folder = home / text_run.RUN / "checkpoints"
     before = snapshot(folder)
-    expected = list(runs.eval_losses(home / runs.RUN).items())
+    expected = list(text_run.eval_losses(home / text_run.RUN).items())
     assert followed() == expected and len(expected) == 3
     assert followed() == expected  # nothing twice
     other = followed(source="text:texts/0*.txt")
@@ -67,7 +67,7 @@ def test_a_file_of_something_else_is_left_alone(home: Path) -> None:
 
 
 def test_a_row_is_of_the_bits_that_were_scored(home: Path, monkeypatch) -> None:
-    folder, score = home / runs.RUN / "checkpoints", follow_module.Scorer.__call__
+    folder, score = home / text_run.RUN / "checkpoints", follow_module.Scorer.__call__
     old = checkpoint_id(read_steps(folder).sound[8])
 
     def replace(self, run: str):
@@ -91,7 +91,7 @@ def test_a_row_is_of_the_bits_that_were_scored(home: Path, monkeypatch) -> None:
 
 def test_a_damaged_final_checkpoint_is_said_while_it_waits(home: Path) -> None:
     for step in ("8", "12"):  # both were the last of a plan
-        files = (home / runs.RUN / "checkpoints" / step / "params").rglob("*")
+        files = (home / text_run.RUN / "checkpoints" / step / "params").rglob("*")
         largest = max(filter(Path.is_file, files), key=lambda path: path.stat().st_size)
         largest.write_bytes(largest.read_bytes()[:-1])
     said: list[str] = []
@@ -105,7 +105,7 @@ def test_a_damaged_final_checkpoint_is_said_while_it_waits(home: Path) -> None:
             raise Enough
 
     with pytest.raises(Enough):
-        follow(runs.RUN, poll_s=0.05, say=say)
+        follow(text_run.RUN, poll_s=0.05, say=say)
 
 
 def test_one_writer(home: Path) -> None:
@@ -116,8 +116,8 @@ def test_one_writer(home: Path) -> None:
 
 
 def test_a_checkpoint_that_vanishes_or_is_damaged_is_passed_over(home: Path, monkeypatch) -> None:
-    folder, said = home / runs.RUN / "checkpoints", []
-    runs.damage(folder / "8")
+    folder, said = home / text_run.RUN / "checkpoints", []
+    text_run.damage(folder / "8")
     score = follow_module.Scorer.__call__
 
     def vanish(self, run: str):
@@ -126,7 +126,7 @@ def test_a_checkpoint_that_vanishes_or_is_damaged_is_passed_over(home: Path, mon
         return score(self, run)
 
     monkeypatch.setattr(follow_module.Scorer, "__call__", vanish)
-    follow(runs.RUN, poll_s=0.05, say=said.append)
+    follow(text_run.RUN, poll_s=0.05, say=said.append)
     assert [row["step"] for row in read_evals(Path(EVALS))] == [12]
     assert "step 4 was deleted or replaced before it could be evaluated" in said
     assert sum("step 8 is damaged, and was passed over" in line for line in said) == 1
@@ -134,17 +134,17 @@ def test_a_checkpoint_that_vanishes_or_is_damaged_is_passed_over(home: Path, mon
 
 def test_the_table_shows_the_figures_of_the_same_bits_only(home: Path, capsys) -> None:
     expected = dict(followed())
-    cli.command(["checkpoints", "list", runs.RUN, "--json"])
+    cli.command(["checkpoints", "list", text_run.RUN, "--json"])
     listed = json.loads(capsys.readouterr().out)["checkpoints"]
     name = "text:texts/*.txt"
     assert {row["step"]: row["followed"] for row in listed} == {
         step: {name: loss} for step, loss in expected.items()
     }
-    cli.command(["checkpoints", "list", runs.RUN])
+    cli.command(["checkpoints", "list", text_run.RUN])
     assert capsys.readouterr().out.splitlines()[0].split(" | ")[4] == name
-    bits = checkpoint_id(read_metadata(home / runs.RUN / "checkpoints", 8))
+    bits = checkpoint_id(read_metadata(home / text_run.RUN / "checkpoints", 8))
     Path(EVALS).write_text(Path(EVALS).read_text().replace(bits, "0" * 16))  # those of another 8
-    cli.command(["checkpoints", "list", runs.RUN, "--json"])
+    cli.command(["checkpoints", "list", text_run.RUN, "--json"])
     listed = json.loads(capsys.readouterr().out)["checkpoints"]
     assert [row["step"] for row in listed if row["followed"]] == [4, 12]
 
@@ -155,12 +155,12 @@ def start(*args: str) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_beside_a_real_trainer_through_kills(home: Path) -> None:
-    shutil.rmtree(runs.RUN)
+    shutil.rmtree(text_run.RUN)
     flags = "--num_steps 60 --eval_interval 4 --checkpoint.keep_latest 100".split()
     trainer = start("launch.py", "--config", "configs/tiny.py", *flags)
-    command = ["-m", "jaxlm", "eval", runs.RUN, "--follow", "--poll-s", "0.1"]
+    command = ["-m", "jaxlm", "eval", text_run.RUN, "--follow", "--poll-s", "0.1"]
     try:
-        while not (home / runs.RUN / "checkpoints/4").exists():
+        while not (home / text_run.RUN / "checkpoints/4").exists():
             assert trainer.poll() is None
             time.sleep(0.1)
         follower = start(*command)
@@ -178,17 +178,17 @@ def test_beside_a_real_trainer_through_kills(home: Path) -> None:
         trainer.kill()
         trainer.communicate()
     found = [(row["step"], row["loss"]) for row in read_evals(Path(EVALS))]
-    assert sorted(found) == sorted(runs.eval_losses(home / runs.RUN).items())
+    assert sorted(found) == sorted(text_run.eval_losses(home / text_run.RUN).items())
     assert len(found) == 15
 
 
 @pytest.mark.slow
 def test_ctrl_c_ends_it_with_130(home: Path) -> None:
-    shutil.rmtree(home / runs.RUN / "checkpoints/12")
-    shutil.rmtree(home / runs.RUN / "checkpoints/8")  # not complete: it waits
+    shutil.rmtree(home / text_run.RUN / "checkpoints/12")
+    shutil.rmtree(home / text_run.RUN / "checkpoints/8")  # not complete: it waits
     # A shell's background jobs ignore Ctrl-C, and so would their children.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    follower = start("-m", "jaxlm", "eval", runs.RUN, "--follow", "--poll-s", "0.1")
+    follower = start("-m", "jaxlm", "eval", text_run.RUN, "--follow", "--poll-s", "0.1")
     signal.signal(signal.SIGINT, before)
     while not read_evals(Path(EVALS)):
         assert follower.poll() is None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import pytest
-import runs
+import text_run
 from fuzz import fuzz_readers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -320,15 +320,15 @@ def alter_metadata(step: Path, change: dict[str, Any]) -> None:
     manifest.write_manifest(step)
 
 
-def test_a_config_larger_than_its_arrays_is_never_built(own_run: Path):
-    run = own_run / runs.RUN
+def test_a_config_larger_than_its_arrays_is_never_built(own_home: Path):
+    run = own_home / text_run.RUN
     alter_metadata(run / "checkpoints" / "4", {"num_layers": 10**9})
     with pytest.raises(ValueError, match="layers, and it holds .* arrays; it was altered"):
         load_model(f"{run}@4")
 
 
-def test_arrays_larger_than_their_files_are_never_made(own_run: Path):
-    run = own_run / runs.RUN
+def test_arrays_larger_than_their_files_are_never_made(own_home: Path):
+    run = own_home / text_run.RUN
     step = run / "checkpoints" / "4"
     path = step / "meta" / "metadata"
     values = json.loads(path.read_bytes())
@@ -341,8 +341,8 @@ def test_arrays_larger_than_their_files_are_never_made(own_run: Path):
 
 
 @pytest.mark.parametrize("text", ["null", "[1, 2]", "[" * 5000, '{"tree_metadata": {"a": 1}}'])
-def test_what_orbax_cannot_read_is_named(own_run: Path, text: str):
-    run = own_run / runs.RUN
+def test_what_orbax_cannot_read_is_named(own_home: Path, text: str):
+    run = own_home / text_run.RUN
     step = run / "checkpoints" / "4"
     (step / "params" / "_METADATA").write_text(text)
     manifest.write_manifest(step)
@@ -411,9 +411,9 @@ class Bomb:
         return exec, ("open('exploded', 'w').close()",)
 
 
-def test_a_restore_executes_nothing(own_run: Path):
+def test_a_restore_executes_nothing(own_home: Path):
     """The control, in the same process: a restore that unpickles is seen."""
-    run, bombs = own_run / runs.RUN, own_run / "bombs"
+    run, bombs = own_home / text_run.RUN, own_home / "bombs"
     shutil.copytree(run, bombs)
     for step in (4, 8, 12):
         folder_of_step = bombs / "checkpoints" / str(step)
@@ -421,8 +421,8 @@ def test_a_restore_executes_nothing(own_run: Path):
         manifest.write_manifest(folder_of_step)
     (bombs / "config.json").unlink()
     command = [sys.executable, "-c", RESTORE, str(run), str(bombs)]
-    environment = {**os.environ, "PYTHONPATH": str(runs.REPO)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=own_run, env=environment)
+    environment = {**os.environ, "PYTHONPATH": str(text_run.REPO)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=own_home, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     clean, careless = json.loads(done.stdout.splitlines()[-1])
     assert clean == []

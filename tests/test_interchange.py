@@ -11,9 +11,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-import runs
+import text_run
 from safetensors.numpy import load_file, save_file
-from small import names_and_leaves
+from tiny_model import names_and_leaves
 from tokenizers import Tokenizer
 
 from jaxlm.checkpoints.folder import select
@@ -67,7 +67,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(kind: str) -> Path:
         if kind not in found:
             found[kind] = tmp_path_factory.mktemp(kind)
-            runs.save_model(found[kind] / "run", MODELS[kind])
+            text_run.save_model(found[kind] / "run", MODELS[kind])
             export(str(found[kind] / "run"), str(found[kind] / "out"), say=quiet)
         return found[kind]
 

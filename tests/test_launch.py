@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
+import text_run
 from test_config import INVALID
 
 from jaxlm import __main__ as cli
@@ -24,7 +24,7 @@ from jaxlm.training import start
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No run yet."""
-    home = runs.make_home(tmp_path / "home")
+    home = text_run.make_home(tmp_path / "home")
     monkeypatch.chdir(home)
     return home
 
@@ -53,7 +53,7 @@ def test_the_config_file_gives_the_defaults(home: Path):
 
 
 def test_a_run_folder_that_the_config_names_is_kept(home: Path):
-    text = runs.CONFIG.replace("    num_steps", '    run_dir="named",\n    num_steps')
+    text = text_run.CONFIG.replace("    num_steps", '    run_dir="named",\n    num_steps')
     Path("configs/other.py").write_text(text)
     assert launch.load_config("configs/other.py").run_dir == "named"
 
@@ -98,14 +98,14 @@ def test_a_mistake_in_a_config_file_is_one_line(
     assert said.count("\n") == 1
 
 
-def test_the_config_of_a_run_goes_on_with_it(tiny_run: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tiny_run)
-    config = launch.load_config(runs.RUN)
-    assert config == launch.load_config(f"{runs.RUN}/config.json")
-    assert (config.run_dir, config.num_steps, config.optim.learning_rate) == (runs.RUN, 12, 3)
-    said = launch.parse_config(["--config", runs.RUN, "--num_steps", "20"], prog="launch.py")
+def test_the_config_of_a_run_goes_on_with_it(shared_home: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(shared_home)
+    config = launch.load_config(text_run.RUN)
+    assert config == launch.load_config(f"{text_run.RUN}/config.json")
+    assert (config.run_dir, config.num_steps, config.optim.learning_rate) == (text_run.RUN, 12, 3)
+    said = launch.parse_config(["--config", text_run.RUN, "--num_steps", "20"], prog="launch.py")
     assert said == dataclasses.replace(config, num_steps=20)
-    monkeypatch.chdir(tiny_run / "runs")
+    monkeypatch.chdir(shared_home / "runs")
     assert launch.load_config("tiny").run_dir == "tiny"  # from where it is looked at now
 
 
@@ -125,8 +125,8 @@ def test_both_commands_name_the_version(capsys: pytest.CaptureFixture):
     assert capsys.readouterr().out == f"jaxlm {version()}\n" * 2
 
 
-def test_a_checkpoint_names_the_version_that_wrote_it(tiny_run: Path):
-    metadata = select(f"{tiny_run / runs.RUN}@4").metadata
+def test_a_checkpoint_names_the_version_that_wrote_it(shared_home: Path):
+    metadata = select(f"{shared_home / text_run.RUN}@4").metadata
     assert metadata.environment["versions"]["jaxlm"] == version()
 
 
@@ -235,10 +235,10 @@ def test_what_does_not_fit_is_one_message(home: Path, capfd: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("begin", ["--init_from", "--branch_from"])
 def test_another_model_is_refused_before_any_data_is_prepared(
-    own_run: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, begin: str
+    own_home: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, begin: str
 ):
-    monkeypatch.chdir(own_run)
-    flags = [begin, f"{runs.RUN}@4", "--run_dir", "runs/b", "--data.source", "text:none/*.txt"]
+    monkeypatch.chdir(own_home)
+    flags = [begin, f"{text_run.RUN}@4", "--run_dir", "runs/b", "--data.source", "text:none/*.txt"]
     args = ["--config", "configs/tiny.py", *flags]
     assert launch.run_main(lambda: launch.main([*args, "--model.d_ff", "96"])) == 1
     assert "mlp/w_down_FD holds float32 [64, 32], but this model has" in capfd.readouterr().err
@@ -283,78 +283,80 @@ def test_an_error_on_purpose_is_a_message_and_a_bug_a_traceback(
 
 def launch_apart(home: Path, *flags: str) -> subprocess.CompletedProcess:
     """A process of its own, with one device."""
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(runs.REPO)}
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(text_run.REPO)}
     command = [sys.executable, "launch.py", "--config", "configs/tiny.py", *flags]
     return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
-def test_a_real_process(own_run: Path):
-    done = launch_apart(own_run, "--num_steps", "14", "--optim.learning_rate", "3")
+def test_a_real_process(own_home: Path):
+    done = launch_apart(own_home, "--num_steps", "14", "--optim.learning_rate", "3")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "Resuming from step 12" in done.stdout and "done: 14 steps" in done.stdout
     assert "mesh.data: was 8, is 1" in done.stdout  # bits may differ
 
 
-def test_the_run_folder(tiny_run: Path):
-    run = tiny_run / runs.RUN
+def test_the_run_folder(shared_home: Path):
+    run = shared_home / text_run.RUN
     assert {"config.json", "metrics.jsonl", "checkpoints"} <= {path.name for path in run.iterdir()}
     config = json.loads((run / "config.json").read_bytes())
     assert config["num_steps"] == 12 and config["optim"]["learning_rate"] == 3.0
     assert set(config) == {field.name for field in dataclasses.fields(Config)}
-    trained = [row["step"] for row in runs.rows(run) if "train/loss" in row]
+    trained = [row["step"] for row in text_run.rows(run) if "train/loss" in row]
     assert trained == [1, 2, 4, 6, 8, 10, 12]
-    assert list(runs.eval_losses(run)) == [4, 8, 12]
+    assert list(text_run.eval_losses(run)) == [4, 8, 12]
 
 
-def test_a_complete_run_says_how_to_go_on(own_run: Path):
+def test_a_complete_run_says_how_to_go_on(own_home: Path):
     flags = "--num_steps 12 --optim.learning_rate 3"
-    code, said = runs.launched(own_run, flags)
+    code, said = text_run.launched(own_home, flags)
     assert code == 0
     assert "is complete at step 12" in said and "a larger --num_steps" in said
     assert "this command differs" not in said
-    _, said = runs.launched(own_run, f"{flags} --log_interval 5")
+    _, said = text_run.launched(own_home, f"{flags} --log_interval 5")
     assert "this command differs in log_interval: was 2, is 5" in said
 
 
-def test_a_complete_run_does_not_pass_for_one_with_other_settings(own_run: Path):
+def test_a_complete_run_does_not_pass_for_one_with_other_settings(own_home: Path):
     flags = "--num_steps 12 --optim.lr 4"
     with pytest.raises(
         ValueError, match=r"nothing was trained .*\n.*rate: was 3.0, is 4.0\n.*--run"
     ):
-        runs.launched(own_run, flags)
+        text_run.launched(own_home, flags)
 
 
-def test_a_run_goes_on_from_its_folder_alone(own_run: Path):
-    with runs.working_in(own_run):
-        assert launch.main(["--config", runs.RUN]) == 0  # it is complete
-        assert launch.main(["--config", runs.RUN, "--num_steps", "13"]) == 0
-    assert select(f"{own_run / runs.RUN}@latest").metadata.config["optim"]["learning_rate"] == 3
+def test_a_run_goes_on_from_its_folder_alone(own_home: Path):
+    with text_run.working_in(own_home):
+        assert launch.main(["--config", text_run.RUN]) == 0  # it is complete
+        assert launch.main(["--config", text_run.RUN, "--num_steps", "13"]) == 0
+    assert (
+        select(f"{own_home / text_run.RUN}@latest").metadata.config["optim"]["learning_rate"] == 3
+    )
 
 
-def test_a_prompt_that_is_too_long_is_found_before_the_first_step(own_run: Path):
+def test_a_prompt_that_is_too_long_is_found_before_the_first_step(own_home: Path):
     with pytest.raises(ValueError, match="^sample_prompt: a prompt of .* tokens and 16 new ones"):
-        runs.launched(own_run, f"--run_dir runs/b --sample_prompt '{'aeinorst ' * 40}'")
-    assert list_steps(own_run / "runs/b/checkpoints") == []
+        text_run.launched(own_home, f"--run_dir runs/b --sample_prompt '{'aeinorst ' * 40}'")
+    assert list_steps(own_home / "runs/b/checkpoints") == []
 
 
-def test_a_gpu_without_deterministic_kernels_is_told_at_a_resume(own_run: Path, monkeypatch):
+def test_a_gpu_without_deterministic_kernels_is_told_at_a_resume(own_home: Path, monkeypatch):
     monkeypatch.setattr(start, "same_bits", lambda mesh: {"of_a_gpu": True})
     told = "bits may differ from a run in one piece: deterministic is off"
     flags = "--optim.learning_rate 3 --num_steps"
-    assert told in runs.launched(own_run, f"{flags} 13 --no-deterministic")[1]
-    said = runs.launched(own_run, f"{flags} 14")[1]
+    assert told in text_run.launched(own_home, f"{flags} 13 --no-deterministic")[1]
+    said = text_run.launched(own_home, f"{flags} 14")[1]
     assert told not in said and "deterministic: was False, is True" in said
 
 
-def test_a_fixed_field_takes_a_new_run_and_checkpoint_dir_is_its_folder(own_run: Path):
+def test_a_fixed_field_takes_a_new_run_and_checkpoint_dir_is_its_folder(own_home: Path):
     with pytest.raises(ValueError, match=r"seed: was 0, is 1\n.*add --run_dir for a new run"):
-        runs.launched(own_run, "--seed 1 --num_steps 20 --optim.learning_rate 3")
+        text_run.launched(own_home, "--seed 1 --num_steps 20 --optim.learning_rate 3")
     flags = "--seed 1 --num_steps 3 --run_dir runs/b --checkpoint_dir kept --save_interval 2"
-    code, said = runs.launched(own_run, flags)
+    code, said = text_run.launched(own_home, flags)
     assert code == 0 and "done: 3 steps" in said
-    assert list_steps(own_run / "kept") == [2, 3]
-    assert not (own_run / "runs/b/checkpoints").exists()
+    assert list_steps(own_home / "kept") == [2, 3]
+    assert not (own_home / "runs/b/checkpoints").exists()
 
 
 def test_out_of_memory_ends_with_advice(home: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
+import text_run
 from flax import nnx
-from small import names_and_leaves
+from tiny_model import names_and_leaves
 
 from jaxlm.checkpoints import restore
 from jaxlm.checkpoints.folder import run_folder, select
@@ -45,18 +45,18 @@ def mean_loss(logits_BTV: np.ndarray) -> float:
 @pytest.mark.parametrize(
     ("which", "step"),
     [
-        ("", runs.BEST),
-        ("@best", runs.BEST),
-        ("@latest", runs.LATEST),
-        ("@final", runs.LATEST),
+        ("", text_run.BEST),
+        ("@best", text_run.BEST),
+        ("@latest", text_run.LATEST),
+        ("@final", text_run.LATEST),
         ("@4", 4),
     ],
 )
-def test_which_checkpoint(tiny_run: Path, which: str, step: int):
+def test_which_checkpoint(shared_home: Path, which: str, step: int):
     said: list[str] = []
-    run = tiny_run / runs.RUN
+    run = shared_home / text_run.RUN
     model, metadata = load_model(f"{run}{which}", say=said.append)
-    losses = runs.eval_losses(run)
+    losses = text_run.eval_losses(run)
     best = min(loss for at, loss in losses.items() if at <= step)
     assert (metadata.step, metadata.tokens_seen) == (step, step * 256)
     assert metadata.eval_loss == losses[step] and metadata.best_eval_loss == best
@@ -72,42 +72,42 @@ def test_which_checkpoint(tiny_run: Path, which: str, step: int):
     assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
 
 
-def test_final_is_the_end_of_the_last_completed_plan(own_run: Path):
+def test_final_is_the_end_of_the_last_completed_plan(own_home: Path):
     # Twelve steps are behind, and a plan of twenty is stopped by a save that is too late for it.
-    checkpoints = own_run / runs.RUN / "checkpoints"
+    checkpoints = own_home / text_run.RUN / "checkpoints"
     shutil.rmtree(checkpoints / "12")
-    assert load_model(f"{own_run / runs.RUN}@final", say=str)[1].step == 8
+    assert load_model(f"{own_home / text_run.RUN}@final", say=str)[1].step == 8
     with pytest.raises(ValueError, match=r"@final: there is no such checkpoint.*holds steps: 4$"):
         shutil.rmtree(checkpoints / "8")
-        load_model(f"{own_run / runs.RUN}@final")
+        load_model(f"{own_home / text_run.RUN}@final")
 
 
 def test_the_same_model_on_eight_devices_and_on_one(
-    tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+    shared_home: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.chdir(tiny_run)  # and by a relative path
+    monkeypatch.chdir(shared_home)  # and by a relative path
     one_device = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     split = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with pytest.raises(ValueError, match="kv_heads"):  # one key/value head is not for two devices
-        load_model(runs.RUN, mesh=split, say=str)
+        load_model(text_run.RUN, mesh=split, say=str)
     meshes = [make_mesh(MeshConfig(data=4, fsdp=2)), one_device]
-    models = [load_model(f"{runs.RUN}@8", mesh=mesh, say=str)[0] for mesh in meshes]
+    models = [load_model(f"{text_run.RUN}@8", mesh=mesh, say=str)[0] for mesh in meshes]
     devices = [len(nnx.state(m)["embedding_VD"][...].sharding.device_set) for m in models]
     assert devices == [8, 1]
     eight, one = map(logits_of, models)
     np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-5)
-    other = logits_of(load_model(f"{runs.RUN}@4", mesh=one_device, say=str)[0])
+    other = logits_of(load_model(f"{text_run.RUN}@4", mesh=one_device, say=str)[0])
     assert np.abs(other - one).max() > 0.01
 
 
-def test_the_best_is_better_than_the_latest(tiny_run: Path):
-    run = tiny_run / runs.RUN
+def test_the_best_is_better_than_the_latest(shared_home: Path):
+    run = shared_home / text_run.RUN
     best, latest = (logits_of(load_model(f"{run}@{w}", say=str)[0]) for w in ("best", "latest"))
     assert best.dtype == np.float32 and best.shape == (8, 32, 512)
     assert mean_loss(best) < mean_loss(latest)  # even of random tokens it is less sure
 
 
-def test_only_weights_are_read(tiny_run: Path, monkeypatch: pytest.MonkeyPatch):
+def test_only_weights_are_read(shared_home: Path, monkeypatch: pytest.MonkeyPatch):
     asked: list[set[str]] = []
 
     def spy(path: Path, metadata: Any, abstract: dict[str, Any]) -> dict[str, Any]:
@@ -116,78 +116,78 @@ def test_only_weights_are_read(tiny_run: Path, monkeypatch: pytest.MonkeyPatch):
 
     whole = restore.restore_items
     monkeypatch.setattr(restore, "restore_items", spy)
-    load_model(str(tiny_run / runs.RUN), say=str)
+    load_model(str(shared_home / text_run.RUN), say=str)
     assert asked == [{"params"}]
 
 
-def test_a_damaged_best_is_said_and_passed_over(own_run: Path):
-    run, said = own_run / runs.RUN, []
-    runs.damage(run / "checkpoints/8")
+def test_a_damaged_best_is_said_and_passed_over(own_home: Path):
+    run, said = own_home / text_run.RUN, []
+    text_run.damage(run / "checkpoints/8")
     _, metadata = load_model(str(run), say=said.append)
     assert metadata.step == 4  # the next best, not the latest
     assert said[0].startswith("Warning: step 8 is damaged (params/") and "checksum" in said[0]
     assert said[1] == f"Loaded step 4 of {run}/checkpoints"
     assert (run / "checkpoints/8").is_dir()  # whoever only reads moves nothing
-    runs.damage(run / "checkpoints/12")
+    text_run.damage(run / "checkpoints/12")
     assert load_model(f"{run}@latest", say=str)[1].step == 4
-    runs.damage(run / "checkpoints/4")
+    text_run.damage(run / "checkpoints/4")
     with pytest.raises(
         ValueError, match=r"@best: damaged \(step 4: params/.*; step 8: .*; step 12: "
     ):
         load_model(str(run))
 
 
-def test_a_damaged_number_is_refused(own_run: Path):
-    run = own_run / runs.RUN
-    name = runs.damage(run / "checkpoints/8").relative_to(run / "checkpoints/8")
+def test_a_damaged_number_is_refused(own_home: Path):
+    run = own_home / text_run.RUN
+    name = text_run.damage(run / "checkpoints/8").relative_to(run / "checkpoints/8")
     message = rf"@8: damaged \(step 8: {name}: content differs.*holds steps: 4, 8, 12$"
     with pytest.raises(ValueError, match=message):
         load_model(f"{run}@8")
     assert load_model(f"{run}@12", say=str)[1].step == 12
 
 
-def test_a_checkpoint_is_sound_as_a_whole_or_not(own_run: Path):
+def test_a_checkpoint_is_sound_as_a_whole_or_not(own_home: Path):
     # Its weights alone would still load, but nothing can tell a tidy-up from a disk that fails.
-    run = own_run / runs.RUN
+    run = own_home / text_run.RUN
     shutil.rmtree(run / "checkpoints/8/opt_state")
     with pytest.raises(ValueError, match=r"@8: damaged \(step 8: opt_state/.*: missing"):
         load_model(f"{run}@8")
     assert load_model(f"{run}@best", say=str)[1].step == 4
 
 
-def test_a_run_or_step_that_is_not_there(tiny_run: Path, tmp_path: Path):
+def test_a_run_or_step_that_is_not_there(shared_home: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="nowhere: found no checkpoints"):
         load_model(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"@7: there is no such .*holds steps: 4, 8, 12$"):
-        load_model(f"{tiny_run / runs.RUN}@7")
+        load_model(f"{shared_home / text_run.RUN}@7")
     with pytest.raises(ValueError, match=r"@bset: expected @best, @latest, @final or @ and"):
-        load_model(f"{tiny_run / runs.RUN}@bset")
+        load_model(f"{shared_home / text_run.RUN}@bset")
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="@best: there is no such .*holds steps: none"):
         load_model(str(tmp_path))
 
 
-def test_the_checkpoint_folder_is_enough(tiny_run: Path, tmp_path: Path):
-    moved = shutil.copytree(tiny_run / runs.RUN / "checkpoints", tmp_path / "moved")
+def test_the_checkpoint_folder_is_enough(shared_home: Path, tmp_path: Path):
+    moved = shutil.copytree(shared_home / text_run.RUN / "checkpoints", tmp_path / "moved")
     model, metadata = load_model(str(moved), say=str)
     assert metadata.run_config().model == ModelConfig(
         vocab_size=512, num_layers=2, d_model=32, d_ff=64, num_heads=2, num_kv_heads=1, head_dim=16
     )
-    original, _ = load_model(str(tiny_run / runs.RUN), say=str)
+    original, _ = load_model(str(shared_home / text_run.RUN), say=str)
     np.testing.assert_array_equal(logits_of(model), logits_of(original))
     assert (moved / "tokenizer.json").is_file()
 
 
-def test_another_model_is_refused(tiny_run: Path):
+def test_another_model_is_refused(shared_home: Path):
     def wrong(rngs: nnx.Rngs) -> nnx.Module:
         return nnx.Linear(4, 4, rngs=rngs)
 
     with pytest.raises(ValueError, match="params/bias holds nothing, but this model has"):
-        load_model(str(tiny_run / runs.RUN), model=wrong)
+        load_model(str(shared_home / text_run.RUN), model=wrong)
 
 
-def test_the_metadata_holds_what_a_script_needs(tiny_run: Path):
-    _, metadata = load_model(f"{tiny_run / runs.RUN}@latest", say=str)
+def test_the_metadata_holds_what_a_script_needs(shared_home: Path):
+    _, metadata = load_model(f"{shared_home / text_run.RUN}@latest", say=str)
     config = metadata.run_config()
     assert isinstance(config, Config) and config.num_steps == 12
     assert metadata.best_step == 8 and metadata.final and metadata.num_worse_evals == 1
@@ -199,27 +199,29 @@ def test_the_metadata_holds_what_a_script_needs(tiny_run: Path):
     assert math.isfinite(metadata.best_eval_loss)
 
 
-def test_an_at_sign_in_the_path_or_the_name_is_no_step(own_run: Path):
-    run = own_run / "me@host" / "exp@lr1"
+def test_an_at_sign_in_the_path_or_the_name_is_no_step(own_home: Path):
+    run = own_home / "me@host" / "exp@lr1"
     run.parent.mkdir()
-    (own_run / runs.RUN).rename(run)
+    (own_home / text_run.RUN).rename(run)
     said: list[str] = []
-    for name, step in {"": runs.BEST, "@4": 4, "@latest": runs.LATEST}.items():
+    for name, step in {"": text_run.BEST, "@4": 4, "@latest": text_run.LATEST}.items():
         assert load_model(f"{run}{name}", say=said.append)[1].step == step
-    assert select(f"{run}/checkpoints").step == runs.BEST
+    assert select(f"{run}/checkpoints").step == text_run.BEST
     assert split_step(f"{run}@best") == (str(run), "best")
     with pytest.raises(ValueError, match=r"exp@lr1@bst: expected @best, @latest, @final or @ and"):
         select(f"{run}@bst")
     with pytest.raises(ValueError, match=r"found no checkpoints, .* without a @STEP"):
         select(f"{run}-2@bst")
-    run.rename(own_run / "exp@4")  # a folder of that name is what is meant
-    assert select(f"{own_run}/exp@4", "latest").step == runs.LATEST
+    run.rename(own_home / "exp@4")  # a folder of that name is what is meant
+    assert select(f"{own_home}/exp@4", "latest").step == text_run.LATEST
 
 
-def test_a_tilde_is_the_home_folder(tiny_run: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HOME", str(tiny_run))
-    found = select(f"~/{runs.RUN}@4")
-    assert found.path == tiny_run / runs.RUN / "checkpoints/4"
-    assert run_folder(f"~/{runs.RUN}", found.folder) == tiny_run / runs.RUN
-    assert read_history(f"~/{runs.RUN}").checkpoints
-    assert check_free("~/new") == tiny_run / "new" and check_out(Path("~/x")) == tiny_run / "x"
+def test_a_tilde_is_the_home_folder(shared_home: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(shared_home))
+    found = select(f"~/{text_run.RUN}@4")
+    assert found.path == shared_home / text_run.RUN / "checkpoints/4"
+    assert run_folder(f"~/{text_run.RUN}", found.folder) == shared_home / text_run.RUN
+    assert read_history(f"~/{text_run.RUN}").checkpoints
+    assert (
+        check_free("~/new") == shared_home / "new" and check_out(Path("~/x")) == shared_home / "x"
+    )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import tiny_config, train_table
+from tiny_run import tiny_config, train_table
 
 from jaxlm.checkpoints.manifest import NAME, find_damage
 from jaxlm.files.durable import DiskError, write_file

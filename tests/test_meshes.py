@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from small import (
+from tiny_model import (
     NUM_STEPS,
     ONE_DEVICE,
     OPTIM,

@@ -8,8 +8,8 @@ from unittest.mock import Mock
 import jax
 import numpy as np
 import pytest
-from runs import rewrite
-from tiny import Table, tiny_config, train_table
+from text_run import rewrite
+from tiny_run import Table, tiny_config, train_table
 
 from jaxlm.checkpoints import aside, metadata, milestones
 from jaxlm.checkpoints.aside import Purger

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small import MODEL, blueprint_of, host_batch, initial_params, names_and_leaves, transformer
+from tiny_model import (
+    MODEL,
+    blueprint_of,
+    host_batch,
+    initial_params,
+    names_and_leaves,
+    transformer,
+)
 
 from jaxlm.device.attention import blocked_attention
 from jaxlm.device.loss import next_token_loss, objective

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import runs
+import text_run
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from jaxlm import launch
 from jaxlm.plan.plan import parse_topology
 
-PATH = runs.REPO / "notebooks" / "colab_tpu.ipynb"
+PATH = text_run.REPO / "notebooks" / "colab_tpu.ipynb"
 FLAGS = "--num_steps 200 --eval_interval 10 --save_interval 10 --checkpoint.lock if_possible"
 
 
@@ -30,7 +30,7 @@ def executed(
     """Cell -> what it printed; small settings come in behind the cell of parameters."""
     small = {
         "WORK": str(home),
-        "CODE": str(runs.REPO),
+        "CODE": str(text_run.REPO),
         "INSTALL": "python -c 'import jaxlm'",  # this environment stays as it is
         "RUN": str(home / "runs" / "small"),
         "CONFIG": str(home / "configs" / "tiny.py"),
@@ -76,12 +76,12 @@ def test_the_notebook_is_as_it_should_be_committed(notebook):
 def test_its_settings_fit_the_real_config(notebook):
     names: dict[str, str] = {}
     exec(cell_of(notebook, "parameters").source, names)
-    path = runs.REPO / Path(names["CONFIG"]).relative_to(names["CODE"])
+    path = text_run.REPO / Path(names["CONFIG"]).relative_to(names["CODE"])
     flags = ["--config", str(path), *names["FLAGS"].split()]
     config = launch.parse_config(flags, prog="launch.py")
     assert config.num_microbatches == 8 and config.intervals_nest
     assert parse_topology(names["TOPOLOGY"]) == ("tpu", "v5e:1x1")
-    project = tomllib.loads((runs.REPO / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((text_run.REPO / "pyproject.toml").read_text())["project"]
     extras = re.search(r"\[(.*)\]", names["INSTALL"])
     assert extras and set(extras[1].split(",")) <= set(project["optional-dependencies"])
 
@@ -99,7 +99,7 @@ def test_a_command_that_fails_fails_the_notebook(notebook, tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_the_notebook_runs_from_its_beginning_to_its_end(notebook, tmp_path, monkeypatch):
-    home = runs.make_home(tmp_path / "home")
+    home = text_run.make_home(tmp_path / "home")
     said = executed(notebook, home, monkeypatch)
     assert "devices: 1 x cpu" in said["doctor"]
     assert "Resuming from step" in said["resume"] and "done: 200 steps" in said["resume"]

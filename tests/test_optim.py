@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from small import MODEL, Bigram, blueprint_of, names_and_leaves
+from tiny_model import MODEL, Bigram, blueprint_of, names_and_leaves
 
 from jaxlm.config import OptimConfig
 from jaxlm.device.model import Transformer

@@ -9,7 +9,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-import small
+import tiny_model
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -32,7 +32,12 @@ from jaxlm.plan.plan import plan as make_plan
 from jaxlm.training.assemble import assemble
 
 CONFIG = Config(
-    model=small.MODEL, optim=small.OPTIM, num_steps=10, batch_size=16, seq_len=8, eval_interval=5
+    model=tiny_model.MODEL,
+    optim=tiny_model.OPTIM,
+    num_steps=10,
+    batch_size=16,
+    seq_len=8,
+    eval_interval=5,
 )
 
 # --- HLO, compiled here for eight devices
@@ -199,13 +204,13 @@ def test_group_size(groups: str, size: int):
 def test_it_is_the_step_of_the_trainer(mesh: tuple[int, ...], num_microbatches: int):
     config = dataclasses.replace(
         CONFIG,
-        model=dataclasses.replace(small.MODEL, num_layers=1),
-        optim=dataclasses.replace(small.OPTIM, name="adamw"),
+        model=dataclasses.replace(tiny_model.MODEL, num_layers=1),
+        optim=dataclasses.replace(tiny_model.OPTIM, name="adamw"),
         mesh=MeshConfig(*mesh),
         num_microbatches=num_microbatches,
         batch_size=32,
     )
-    batch = small.host_batch(0, 32, 8)
+    batch = tiny_model.host_batch(0, 32, 8)
     parts = assemble(
         config, batches=lambda index, rows: {k: v[rows] for k, v in batch.items()}, say=print
     )
@@ -406,7 +411,7 @@ def test_the_save_interval_costs_least():
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(planning, "examine", lambda config, *_: made_up(config))
-    monkeypatch.chdir(small.__file__.rsplit("/", 2)[0])
+    monkeypatch.chdir(tiny_model.__file__.rsplit("/", 2)[0])
 
 
 ARGS = ["plan", "--config", "configs/tiny.py", "--topology", "v5e-4"]
@@ -465,7 +470,7 @@ def no_jax_plugin(monkeypatch: pytest.MonkeyPatch, tmp_path):
     for name, _ in NEEDS.values():
         (tmp_path / f"{name}.py").write_text("raise ImportError('not here')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    repo = small.__file__.rsplit("/", 2)[0]
+    repo = tiny_model.__file__.rsplit("/", 2)[0]
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{repo}")
     monkeypatch.chdir(repo)
 
@@ -502,7 +507,7 @@ def test_fsdp_never_gathers_the_params_of_all_blocks():
         head_dim=128,
         remat="full",
     )
-    mesh, optim = MeshConfig(data=1, fsdp=8), dataclasses.replace(small.OPTIM, name="adamw")
+    mesh, optim = MeshConfig(data=1, fsdp=8), dataclasses.replace(tiny_model.OPTIM, name="adamw")
     config = dataclasses.replace(
         CONFIG, model=model, mesh=mesh, optim=optim, batch_size=8, seq_len=128
     )
@@ -515,7 +520,9 @@ def test_fsdp_never_gathers_the_params_of_all_blocks():
 @needs("cuda-plan")
 def test_a_plan_for_gpus():
     # Its compiler finds no tiling for products as narrow as those of the other tests.
-    model = dataclasses.replace(small.MODEL, d_model=256, d_ff=512, head_dim=64, vocab_size=512)
+    model = dataclasses.replace(
+        tiny_model.MODEL, d_model=256, d_ff=512, head_dim=64, vocab_size=512
+    )
     config = dataclasses.replace(CONFIG, model=model, seq_len=64)
     found = examine(config, "cuda", "1x1x8")
     assert "H100" in found["device_kind"] and found["mesh"]["data"] == 8

@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 import pytest
-import runs
-from small import MODEL, blueprint_of, names_and_leaves
+import text_run
+from tiny_model import MODEL, blueprint_of, names_and_leaves
 
 from jaxlm.config import CheckpointConfig, Config
 from jaxlm.device.guard import LOSS_WINDOW
@@ -83,8 +83,8 @@ def test_what_the_run_holds_already_is_not_needed_again(
     assert preflight.disk_shortage(config, ABSTRACT) is None
 
 
-def test_the_plan_holds_for_a_real_run(tiny_run: Path):
-    checkpoints = tiny_run / runs.RUN / "checkpoints"
+def test_the_plan_holds_for_a_real_run(shared_home: Path):
+    checkpoints = shared_home / text_run.RUN / "checkpoints"
     sizes = [
         sum(path.stat().st_size for path in (checkpoints / step).rglob("*") if path.is_file())
         for step in ("4", "8", "12")
@@ -106,10 +106,10 @@ def test_describe():
     )
 
 
-def test_a_run_says_it_all_before_its_first_step(own_run: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_says_it_all_before_its_first_step(own_home: Path, monkeypatch: pytest.MonkeyPatch):
     set_free(monkeypatch, 1000)
-    _, said = runs.launched(
-        own_run, "--num_steps 3 --run_dir runs/b --save_interval 2 --eval_interval 3"
+    _, said = text_run.launched(
+        own_home, "--num_steps 3 --run_dir runs/b --save_interval 2 --eval_interval 3"
     )
     before = said[: said.index("Step     1/3")]
     assert "51.4 k parameters; 256 tokens a step, 768 in all" in before
@@ -123,16 +123,16 @@ def test_a_run_says_it_all_before_its_first_step(own_run: Path, monkeypatch: pyt
 
 
 def test_a_low_disk_and_a_small_budget_are_refused_before_the_first_step(
-    own_run: Path, monkeypatch: pytest.MonkeyPatch
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
 ):
     set_free(monkeypatch, 1000)
     flags = "--run_dir runs/b --checkpoint.on_low_disk refuse"
     with pytest.raises(ValueError, match=r"need up to 3.3 MB in runs/b.*the disk has 1.0 kB"):
-        runs.launched(own_run, flags)
+        text_run.launched(own_home, flags)
     set_free(monkeypatch, 10**9)
     with pytest.raises(ValueError, match=r"found 0.001, expected at least 0.00326: 4 checkpoints"):
-        runs.launched(own_run, f"{flags} --checkpoint.disk_budget_gb 0.001")
-    assert not (own_run / "runs/b").exists()
+        text_run.launched(own_home, f"{flags} --checkpoint.disk_budget_gb 0.001")
+    assert not (own_home / "runs/b").exists()
 
 
 @pytest.mark.parametrize("sign", ["RESOURCE_EXHAUSTED: x", "Out of memory allocating 9 bytes"])

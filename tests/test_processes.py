@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import PATIENCE_S, finish, launch, wait_for_step, write_config
+from processes import PATIENCE_S, finish, launch, wait_for_step, write_config
 
 from jaxlm.checkpoints.folder import list_corrupt, list_steps, read_metadata
 from jaxlm.proof.attempt import untimed_rows

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import runs
+import text_run
 
 from jaxlm import __main__ as cli
 from jaxlm.checkpoints import manifest
@@ -36,10 +36,10 @@ TrainBatches.__call__ = wrong
 
 
 @pytest.fixture
-def pair(tiny_run: Path, tmp_path: Path) -> tuple[Path, Path]:
+def pair(shared_home: Path, tmp_path: Path) -> tuple[Path, Path]:
     """A run and its copy, with hashes for their batches."""
     for name in ("whole", "broken"):
-        shutil.copytree(tiny_run / runs.RUN, tmp_path / name)
+        shutil.copytree(shared_home / text_run.RUN, tmp_path / name)
         rows = [{"batch": n, "rows": [0, 8], "sha256": f"hash {n}"} for n in range(12)]
         write_batches(tmp_path / name, rows)
     # A resumed run makes some batches again.
@@ -52,7 +52,7 @@ def write_batches(run: Path, rows: list[dict]) -> None:
 
 
 def edit_rows(run: Path, edit: Callable[[list[dict]], None]) -> None:
-    rows = runs.rows(run)
+    rows = text_run.rows(run)
     edit(rows)
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -117,13 +117,13 @@ def test_every_kind_of_difference_is_found(pair: tuple[Path, Path]):
     ],
 )
 def test_bad_input(
-    tiny_run: Path,
+    shared_home: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
     flags: list[str],
     told: str,
 ):
-    monkeypatch.chdir(tiny_run)
+    monkeypatch.chdir(shared_home)
     config = [] if "--config" in flags else ["--config", "configs/tiny.py"]
     with pytest.raises(SystemExit):
         sys.exit(run_main(lambda: cli.command(["prove-resume", *config, *flags])))
@@ -132,9 +132,9 @@ def test_bad_input(
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    home = runs.make_home(tmp_path / "home")
+    home = text_run.make_home(tmp_path / "home")
     monkeypatch.chdir(home)
-    monkeypatch.setenv("PYTHONPATH", str(runs.REPO))
+    monkeypatch.setenv("PYTHONPATH", str(text_run.REPO))
     # One device for the children; what they compile once, they find again.
     monkeypatch.delenv("XLA_FLAGS")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))

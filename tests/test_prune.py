@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import runs
+import text_run
 
 from jaxlm import __main__ as cli
 from jaxlm.checkpoints import manifest
@@ -20,10 +20,10 @@ STEPS = [4, 8, 12, 16, 20, 24]
 
 
 @pytest.fixture
-def folder(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Six checkpoints; the best is 8."""
-    monkeypatch.chdir(own_run)
-    folder = own_run / runs.RUN / "checkpoints"
+    monkeypatch.chdir(own_home)
+    folder = own_home / text_run.RUN / "checkpoints"
     for step in STEPS[3:]:
         path = Path(shutil.copytree(folder / "12", folder / str(step)))
         metadata = replace(read_metadata(folder, 12), step=step)
@@ -47,19 +47,19 @@ def folder(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_the_rules(folder: Path, monkeypatch: pytest.MonkeyPatch, rules: dict, kept: list[int]):
     monkeypatch.setattr(pruning, "folder_bytes", lambda path: 10**9)
-    found = plan_pruning(runs.RUN, **rules)
+    found = plan_pruning(text_run.RUN, **rules)
     assert list(found.kept) == kept and list(found.dropped) == [s for s in STEPS if s not in kept]
     assert list_steps(folder) == STEPS, "a plan changes nothing"
-    assert prune(runs.RUN, warn=print, **rules) == found
+    assert prune(text_run.RUN, warn=print, **rules) == found
     assert list(read_steps(folder).sound) == kept and not list((folder / "deleting").iterdir())
     assert not (folder / lock.HOLDER).exists()
 
 
 def test_damaged_ones_stay_and_do_not_count(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(manifest, "_SMALL_BYTES", 1000)  # so a quick look does not see it
-    runs.damage(folder / "8")
-    runs.damage(folder / "24")
-    kept = plan_pruning(runs.RUN).kept
+    text_run.damage(folder / "8")
+    text_run.damage(folder / "24")
+    kept = plan_pruning(text_run.RUN).kept
     assert (kept[8], kept[24], kept[20]) == ("damaged", "damaged", "latest")
     assert "best" in kept.values()
 
@@ -68,8 +68,8 @@ def test_a_trainer_at_work_is_left_alone(folder: Path, capsys: pytest.CaptureFix
     held = lock.lock(folder, required=True, warn=print)
     try:
         with pytest.raises(RuntimeError, match=f"in use by another trainer .process {os.getpid()}"):
-            prune(runs.RUN, warn=print)
-        assert plan_pruning(runs.RUN).dropped, "looking is free"
+            prune(text_run.RUN, warn=print)
+        assert plan_pruning(text_run.RUN).dropped, "looking is free"
     finally:
         lock.unlock(held)
     assert list_steps(folder) == STEPS
@@ -87,22 +87,22 @@ def test_stopped_at_any_instant(folder: Path, monkeypatch: pytest.MonkeyPatch, i
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", stop_at)
         with pytest.raises(KeyboardInterrupt):
-            prune(runs.RUN, warn=print)
+            prune(text_run.RUN, warn=print)
     found = read_steps(folder)
     assert not found.damaged and {8, 24} <= found.sound.keys()
     assert len(found.sound) == len(STEPS) - instant
-    prune(runs.RUN, warn=print)
+    prune(text_run.RUN, warn=print)
     assert list_steps(folder) == [8, 24]
 
 
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture):
-    assert cli.command(["checkpoints", "prune", runs.RUN]) == 0
+    assert cli.command(["checkpoints", "prune", text_run.RUN]) == 0
     text = capsys.readouterr().out
     assert "8: kept (best)" in text and "4: would be deleted" in text
     assert "4 of 6 would be deleted" in text and text.endswith("add --delete to do it\n")
     assert list_steps(folder) == STEPS
-    assert cli.command(["checkpoints", "prune", runs.RUN, "--delete", "--json"]) == 0
+    assert cli.command(["checkpoints", "prune", text_run.RUN, "--delete", "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)["dropped"]) == ["4", "12", "16", "20"]
     assert list_steps(folder) == [8, 24]
     with pytest.raises(ValueError, match="keep_latest"):
-        cli.command(["checkpoints", "prune", runs.RUN, "--keep_latest", "0"])
+        cli.command(["checkpoints", "prune", text_run.RUN, "--keep_latest", "0"])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import runs
+import text_run
 
 from jaxlm.checkpoints import folder as folders
 from jaxlm.checkpoints import manifest
@@ -20,13 +20,13 @@ from jaxlm.interchange.export import export
 from jaxlm.report import diff
 from jaxlm.report.diff import diff_checkpoints
 
-BEST, NEXT = runs.BEST, 4
+BEST, NEXT = text_run.BEST, 4
 
 
 @pytest.fixture
-def folder(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(own_run)
-    return own_run / runs.RUN / "checkpoints"
+def folder(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(own_home)
+    return own_home / text_run.RUN / "checkpoints"
 
 
 def deleting(path: Path, real: Callable) -> Callable:
@@ -55,7 +55,7 @@ def test_a_reader_by_name_takes_the_next(
 ) -> None:
     gone = deleting(folder / str(BEST), load.restore_weights)
     monkeypatch.setattr(load, "restore_weights", gone)
-    assert READERS[name](f"{runs.RUN}@best") == NEXT and not (folder / str(BEST)).exists()
+    assert READERS[name](f"{text_run.RUN}@best") == NEXT and not (folder / str(BEST)).exists()
 
 
 def test_a_reader_by_number_says_in_a_line_that_it_is_gone(
@@ -63,14 +63,14 @@ def test_a_reader_by_number_says_in_a_line_that_it_is_gone(
 ) -> None:
     monkeypatch.setattr(load, "restore_weights", deleting(folder / str(BEST), load.restore_weights))
     with pytest.raises(ValueError, match=rf"@{BEST}: there is no such checkpoint; .* 4, 12$"):
-        load_model(f"{runs.RUN}@{BEST}")
+        load_model(f"{text_run.RUN}@{BEST}")
 
 
 def test_a_difference_is_that_of_what_is_there(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(diff, "restore_numpy", deleting(folder / "12", diff.restore_numpy))
-    assert diff_checkpoints(f"{runs.RUN}@latest", f"{runs.RUN}@{BEST}") == []
+    assert diff_checkpoints(f"{text_run.RUN}@latest", f"{text_run.RUN}@{BEST}") == []
 
 
 @pytest.mark.parametrize("owner", [manifest, folders])
@@ -86,7 +86,7 @@ def test_what_goes_while_it_is_chosen_is_not_damaged(
         return real(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, called)
-    selected = select(f"{runs.RUN}@best")
+    selected = select(f"{text_run.RUN}@best")
     assert (selected.step, selected.passed_over) == (NEXT, {})
 
 
@@ -99,14 +99,14 @@ def test_the_choices_are_bounded_and_an_error_of_the_reader_is_its_own(folder: P
         raise FileNotFoundError
 
     with pytest.raises(ValueError, match=rf"chosen {MAX_CHOICES} times, and deleted"):
-        read(runs.RUN, late)
+        read(text_run.RUN, late)
     assert seen == [BEST] * MAX_CHOICES
 
     def fails(selected: Selected) -> None:
         raise ValueError("of another model")
 
     with pytest.raises(ValueError, match="of another model"):
-        read(runs.RUN, fails)
+        read(text_run.RUN, fails)
 
 
 def test_a_step_that_goes_while_it_is_verified_is_passed_over(

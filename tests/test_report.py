@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-import runs
+import text_run
 
 from jaxlm import __main__ as cli
 from jaxlm.checkpoints import folder
@@ -42,24 +42,24 @@ def timed(step: int, **seconds: float) -> dict:
     return {"step": step} | {f"time/{kind}": seconds.get(kind, 0.0) for kind in clock.KINDS}
 
 
-def test_the_page_of_a_run(tiny_run: Path, tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.chdir(tiny_run)
+def test_the_page_of_a_run(shared_home: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(shared_home)
     out = tmp_path / "report.html"
-    assert cli.command(["report", runs.RUN, "--out", str(out), "--json"]) == 0
+    assert cli.command(["report", text_run.RUN, "--out", str(out), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said == {"out": str(out), "bytes": out.stat().st_size, "missing": {runs.RUN: []}}
+    assert said == {"out": str(out), "bytes": out.stat().st_size, "missing": {text_run.RUN: []}}
     page = out.read_text()
     assert len(page) < 2_000_000 and "http-equiv" in page
     found = specs(page)
     assert len(found) == 7 and "eval/loss" in visible(page)
     drawn = {row["x"]: row["y"] for row in found[1]["data"]["values"]}
-    losses = runs.eval_losses(Path(runs.RUN))
+    losses = text_run.eval_losses(Path(text_run.RUN))
     assert drawn == pytest.approx(losses, rel=1e-5) and len(drawn) == 3
     assert "best" in visible(page) and "optim.learning_rate" in visible(page)
 
 
-def test_what_happened_to_a_run(tiny_run: Path):
-    history = read_history(str(tiny_run / runs.RUN))
+def test_what_happened_to_a_run(shared_home: Path):
+    history = read_history(str(shared_home / text_run.RUN))
     kinds = [(event["step"], event["event"]) for event in history.events]
     saved = [(4, "save"), (4, "best"), (8, "save"), (8, "best")]
     assert kinds[:6] == [(0, "start"), *saved, (8, "end")]
@@ -70,10 +70,10 @@ def test_what_happened_to_a_run(tiny_run: Path):
     assert "the latest 5 events of checkpoints" in page
 
 
-def test_a_step_is_read_once(tiny_run: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_step_is_read_once(shared_home: Path, monkeypatch: pytest.MonkeyPatch):
     asked, real = [], folder.read_metadata
     monkeypatch.setattr(folder, "read_metadata", lambda *a: asked.append(a[1]) or real(*a))
-    read_history(str(tiny_run / runs.RUN))
+    read_history(str(shared_home / text_run.RUN))
     assert asked == [4, 8, 12]
 
 
@@ -107,8 +107,8 @@ def test_deletions_rollbacks_and_samples_are_shown(tmp_path: Path):
     )
 
 
-def test_what_eval_follow_found_is_drawn_and_in_the_table(own_run: Path):
-    run = own_run / runs.RUN
+def test_what_eval_follow_found_is_drawn_and_in_the_table(own_home: Path):
+    run = own_home / text_run.RUN
     steps = folder.read_steps(run / "checkpoints").sound
     rows = [
         {"step": step, "checkpoint": checkpoint_id(found), "source": "text:<b>", "loss": step / 4}
@@ -179,11 +179,11 @@ def test_what_is_missing_is_said(tmp_path: Path):
     assert page.count("⚠") == 11 and "line 1" in page
 
 
-def test_a_damaged_run_still_has_its_page(own_run: Path):
-    runs.damage(own_run / runs.RUN / "checkpoints" / "8")
-    (own_run / runs.RUN / "checkpoints" / "12" / "meta" / "metadata").write_text("{")
-    (own_run / runs.RUN / "config.json").write_text("[]")
-    history = read_history(str(own_run / runs.RUN))
+def test_a_damaged_run_still_has_its_page(own_home: Path):
+    text_run.damage(own_home / text_run.RUN / "checkpoints" / "8")
+    (own_home / text_run.RUN / "checkpoints" / "12" / "meta" / "metadata").write_text("{")
+    (own_home / text_run.RUN / "config.json").write_text("[]")
+    history = read_history(str(own_home / text_run.RUN))
     assert any(line.startswith("checkpoint 12 is damaged: ") for line in history.missing)
     assert any(line.startswith("no config from config.json: ") for line in history.missing)
     assert "damaged" in visible(make_report([history]))

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import rewrite
-from tiny import VOCAB, TinyBatches, TinyEvalSet, tiny_config, train_table
+from text_run import rewrite
+from tiny_run import VOCAB, TinyBatches, TinyEvalSet, tiny_config, train_table
 
 from jaxlm.checkpoints import aside, checkpoint, skips
 from jaxlm.checkpoints.checkpoint import CheckpointError

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small import MODEL, blueprint_of, transformer
+from tiny_model import MODEL, blueprint_of, transformer
 
 from jaxlm.config import ModelConfig
 from jaxlm.device.decode import Knobs, Rule, candidates, choose, make_programs

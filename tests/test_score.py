@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import runs
+import text_run
 from scipy import stats
 
 from jaxlm.checkpoints import restore
@@ -84,10 +84,10 @@ def test_the_verdict() -> None:
         paired_difference(a[:1], b[:1])
 
 
-def test_the_recorded_loss_to_the_bit(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tiny_run)
-    losses = runs.eval_losses(Path(runs.RUN))
-    found = score([f"{runs.RUN}@{step}" for step in losses], say=str)
+def test_the_recorded_loss_to_the_bit(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shared_home)
+    losses = text_run.eval_losses(Path(text_run.RUN))
+    found = score([f"{text_run.RUN}@{step}" for step in losses], say=str)
     assert [one.loss for one in found] == list(losses.values())
     assert all(one.as_recorded and not one.differences for one in found)
     near = found[0]._replace(recorded_loss=found[0].loss * (1 + 1e-12))
@@ -96,21 +96,23 @@ def test_the_recorded_loss_to_the_bit(tiny_run: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_any_number_of_devices(tiny_run: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.chdir(tiny_run)
+def test_any_number_of_devices(
+    shared_home: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.chdir(shared_home)
     devices = jax.devices()[:count]
     monkeypatch.setattr(jax, "device_count", lambda: count)
     monkeypatch.setattr(jax, "devices", lambda: devices)
-    (found,) = score([runs.RUN], say=str)
-    assert found.loss == pytest.approx(runs.eval_losses(Path(runs.RUN))[8], rel=1e-5)
+    (found,) = score([text_run.RUN], say=str)
+    assert found.loss == pytest.approx(text_run.eval_losses(Path(text_run.RUN))[8], rel=1e-5)
     assert found.as_recorded and any("mesh.data: was 8, is" in what for what in found.differences)
 
 
 def like_tiny(name: str, **config: Any) -> str:
     """A run that says of its best checkpoint that it was made with another config."""
-    run = Path(shutil.copytree(runs.RUN, f"runs/{name}"))
-    path = run / "checkpoints" / str(runs.BEST)
-    metadata = read_metadata(path.parent, runs.BEST)
+    run = Path(shutil.copytree(text_run.RUN, f"runs/{name}"))
+    path = run / "checkpoints" / str(text_run.BEST)
+    metadata = read_metadata(path.parent, text_run.BEST)
     data = {**metadata.config["data"], **config.pop("data", {})}
     metadata = replace(metadata, config={**metadata.config, **config, "data": data})
     _, dataset = prepare_data(metadata.run_config(), str)
@@ -121,36 +123,36 @@ def like_tiny(name: str, **config: Any) -> str:
 
 
 def test_pairs_without_common_batches_are_refused(
-    own_run: Path, monkeypatch: pytest.MonkeyPatch
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(own_run)
+    monkeypatch.chdir(own_home)
     said = "runs/tiny@best and runs/{}@best differ in {}, so they have no batches in common"
     short = like_tiny("short", seq_len=16)
     with pytest.raises(ValueError, match=said.format("short", "seq_len")):
-        score([runs.RUN, short], paired=True, say=str)
+        score([text_run.RUN, short], paired=True, say=str)
     fewer = like_tiny("fewer", data={"eval_tokens": 600})
     with pytest.raises(ValueError, match=said.format("fewer", ".*held-out set")):
-        score([runs.RUN, fewer], paired=True, say=str)
+        score([text_run.RUN, fewer], paired=True, say=str)
     # Batches of another size are no hindrance.
     small = like_tiny("small", batch_size=4)
-    sums = [one.sums for one in score([runs.RUN, small], paired=True, say=str)]
+    sums = [one.sums for one in score([text_run.RUN, small], paired=True, say=str)]
     assert np.array_equal(*sums) and len(score([small], say=str)[0].sums) == 2 * len(sums[0])
 
 
 def test_other_data_than_that_of_the_run_is_refused(
-    own_run: Path, monkeypatch: pytest.MonkeyPatch
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(own_run)
-    (own_run / "texts" / "01.txt").write_text("other words in what is held out " * 99)
+    monkeypatch.chdir(own_home)
+    (own_home / "texts" / "01.txt").write_text("other words in what is held out " * 99)
     with pytest.raises(ValueError, match="found data .*, expected that of the run, .*--source"):
-        score([runs.RUN], say=str)
+        score([text_run.RUN], say=str)
 
 
 # --- verification, while a trainer is at work
 
 
 def test_a_changed_array_is_found_behind_a_sound_manifest(
-    tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+    shared_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def altered(path: Path, items: tuple[str, ...]) -> dict[str, Any]:
         arrays = whole(path, items)
@@ -160,17 +162,17 @@ def test_a_changed_array_is_found_behind_a_sound_manifest(
         return arrays
 
     whole = restore.restore_numpy
-    folder = tiny_run / runs.RUN / "checkpoints"
+    folder = shared_home / text_run.RUN / "checkpoints"
     assert verify_step(folder, 8) == []
     monkeypatch.setattr(restore, "restore_numpy", altered)
     assert verify_step(folder, 8) == ["params/embedding_VD differs from what was saved"]
 
 
 def test_a_step_deleted_or_replaced_meanwhile_is_no_damage(
-    own_run: Path, monkeypatch: pytest.MonkeyPatch
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = own_run / runs.RUN / "checkpoints"
-    find_damage, whole = score_module.find_damage, own_run / "whole"
+    folder = own_home / text_run.RUN / "checkpoints"
+    find_damage, whole = score_module.find_damage, own_home / "whole"
     shutil.copytree(folder / "8", whole)
     looks: list[Path] = []
 

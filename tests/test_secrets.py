@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
+import text_run
 
 from jaxlm.config import CheckpointConfig, Config, DataConfig, TrackingConfig
 
@@ -33,7 +33,7 @@ module.describe_environment = lambda mesh: described(mesh) | {"environ": dict(os
 
 def train(home: Path, leak: str = "") -> str:
     """A run with every tracker that is installed; returns all that it printed."""
-    runs.make_home(home)
+    text_run.make_home(home)
     remote = f"https://me:{CANARY}8@127.0.0.1/x.git"
     for command in (["init", "-q"], ["remote", "add", "origin", remote]):
         subprocess.run(["git", *command], cwd=home, check=True)
@@ -107,7 +107,7 @@ def test_a_url_without_a_key_and_a_glob_are_taken():
 
 
 def test_a_flag_with_a_key_is_not_shown_again(tmp_path: Path):
-    home = runs.make_home(tmp_path / "home")
+    home = text_run.make_home(tmp_path / "home")
     flag = ["--checkpoint_dir", f"s3://key:{CANARY}@bucket/x"]
     command = [sys.executable, "launch.py", "--config", "configs/tiny.py", *flag]
     done = subprocess.run(command, cwd=home, capture_output=True, text=True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from small import mesh_of
+from tiny_model import mesh_of
 
 from jaxlm.config import MeshConfig
 from jaxlm.device.sharding import (

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from small import MODEL, Bigram, blueprint_of, mesh_of, names_and_leaves
+from tiny_model import MODEL, Bigram, blueprint_of, mesh_of, names_and_leaves
 
 from jaxlm.config import OptimConfig
 from jaxlm.device import state as state_module

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small import (
+from tiny_model import (
     MODEL,
     NUM_STEPS,
     ONE_DEVICE,

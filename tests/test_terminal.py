@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
+import text_run
 
 from jaxlm import __main__ as cli
 from jaxlm import launch, terminal
@@ -49,9 +49,9 @@ def streams(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def at_home(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tiny_run)
-    return tiny_run
+def at_home(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(shared_home)
+    return shared_home
 
 
 def run(*args: str) -> int:
@@ -60,7 +60,7 @@ def run(*args: str) -> int:
 
 # --- colours
 
-TOLD = (["--help"], ["nonsense"], ["checkpoints", "list", runs.RUN, "--jsn"], ["checkpoints"])
+TOLD = (["--help"], ["nonsense"], ["checkpoints", "list", text_run.RUN, "--jsn"], ["checkpoints"])
 
 
 @pytest.mark.parametrize("args", TOLD, ids=" ".join)
@@ -92,7 +92,7 @@ def in_terminal(home: Path, *args: str, **env: str) -> tuple[int, str]:
         cwd=home,
         stdout=theirs,
         stderr=theirs,
-        env={**base, "PYTHONPATH": str(runs.REPO), "TERM": "xterm-256color", **env},
+        env={**base, "PYTHONPATH": str(text_run.REPO), "TERM": "xterm-256color", **env},
     )
     os.close(theirs)
     said = b""
@@ -105,16 +105,16 @@ def in_terminal(home: Path, *args: str, **env: str) -> tuple[int, str]:
     return process.wait(), said.decode()
 
 
-def test_a_real_terminal(tiny_run: Path):
-    code, said = in_terminal(tiny_run, "checkpoints", "verify", runs.RUN)
+def test_a_real_terminal(shared_home: Path):
+    code, said = in_terminal(shared_home, "checkpoints", "verify", text_run.RUN)
     assert code == 0 and "Verifying" in said and COLOR.search(said.replace("\x1b[0m", ""))
     assert "12: sound" in said and "0 of 3 steps are damaged" in said
     assert said.rfind("\x1b[?25h") > said.rfind("\x1b[?25l")  # the cursor is back
 
 
 @pytest.mark.slow
-def test_a_real_terminal_without_colours(tiny_run: Path):
-    code, said = in_terminal(tiny_run, "checkpoints", "verify", runs.RUN, NO_COLOR="1")
+def test_a_real_terminal_without_colours(shared_home: Path):
+    code, said = in_terminal(shared_home, "checkpoints", "verify", text_run.RUN, NO_COLOR="1")
     assert code == 0 and "Verifying" in said and "12: sound" in said
     assert not re.search(r"\x1b\[[0-9;]*(3|4|9)[0-9]", said)
 
@@ -172,11 +172,11 @@ LONG = {
 
 
 @pytest.mark.slow
-def test_all_long_work_says_so(own_run: Path, streams, monkeypatch):
-    monkeypatch.chdir(own_run)
+def test_all_long_work_says_so(own_home: Path, streams, monkeypatch):
+    monkeypatch.chdir(own_home)
     for command, what in LONG.items():
         out, err = streams(out=io.StringIO())
-        assert run(*command.replace("RUN", runs.RUN).split()) == 0, command
+        assert run(*command.replace("RUN", text_run.RUN).split()) == 0, command
         assert what in err.getvalue(), command
         assert "\x1b" not in out.getvalue(), command
 
@@ -229,7 +229,7 @@ def test_the_help_of_launch_ends_with_examples(capsys: pytest.CaptureFixture):
     assert 1 <= len(examples) <= 3 and max(map(len, examples)) <= 80
     for line in examples:
         with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(runs.REPO)
+            patch.chdir(text_run.REPO)
             assert launch.parse_config(shlex.split(line, comments=True)[2:], prog="launch.py")
 
 
@@ -325,12 +325,12 @@ CODES = {
 }
 
 
-def test_exit_codes(own_run: Path, monkeypatch, capsys: pytest.CaptureFixture):
-    monkeypatch.chdir(own_run)
-    shutil.copytree(runs.RUN, "damaged")
-    runs.damage(Path("damaged/checkpoints/8"))
+def test_exit_codes(own_home: Path, monkeypatch, capsys: pytest.CaptureFixture):
+    monkeypatch.chdir(own_home)
+    shutil.copytree(text_run.RUN, "damaged")
+    text_run.damage(Path("damaged/checkpoints/8"))
     for line, code in CODES.items():
-        args = line.replace("RUN", runs.RUN).replace("DAMAGED", "damaged").split()
+        args = line.replace("RUN", text_run.RUN).replace("DAMAGED", "damaged").split()
         assert run(*args) == code, line
         said = capsys.readouterr()
         assert "Traceback" not in said.err and said.out + said.err, line
@@ -338,14 +338,14 @@ def test_exit_codes(own_run: Path, monkeypatch, capsys: pytest.CaptureFixture):
             assert said.out == "", line
     assert launch.run_main(interrupted) == 130
     assert capsys.readouterr().err.count("\n") == 1
-    page = (runs.REPO / "docs/commands.md").read_text()
+    page = (text_run.REPO / "docs/commands.md").read_text()
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.M)}
     assert codes == {*CODES.values(), terminal.STOPPED, 130, 141}
 
 
 # As in a shell: what is written at the end is what may fail.
 BUFFERED = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-BUFFERED["PYTHONPATH"] = str(runs.REPO)
+BUFFERED["PYTHONPATH"] = str(text_run.REPO)
 
 
 def with_closed_pipe(*command: str, cwd: Path) -> tuple[int, str]:
@@ -358,11 +358,11 @@ def with_closed_pipe(*command: str, cwd: Path) -> tuple[int, str]:
     return done.returncode, done.stderr.decode()
 
 
-def test_a_reader_that_goes_away_is_no_error(tiny_run: Path):
-    assert with_closed_pipe("-m", "jaxlm", "--help", cwd=tiny_run) == (141, "")
-    found = with_closed_pipe("-m", "jaxlm", "checkpoints", "list", runs.RUN, cwd=tiny_run)
+def test_a_reader_that_goes_away_is_no_error(shared_home: Path):
+    assert with_closed_pipe("-m", "jaxlm", "--help", cwd=shared_home) == (141, "")
+    found = with_closed_pipe("-m", "jaxlm", "checkpoints", "list", text_run.RUN, cwd=shared_home)
     assert found == (141, "")
-    code, said = with_closed_pipe("-c", "print(1)", cwd=tiny_run)  # the control
+    code, said = with_closed_pipe("-c", "print(1)", cwd=shared_home)  # the control
     assert code != 141 and "BrokenPipeError" in said
 
 
@@ -383,7 +383,7 @@ INTERRUPTED_IMPORTS = {
 def test_ctrl_c_in_an_import_is_one_line_at_most(which: str, tmp_path: Path):
     module, text, code, lines = INTERRUPTED_IMPORTS[which]
     (tmp_path / f"{module}.py").write_text(text)
-    env = {**BUFFERED, "PYTHONPATH": f"{tmp_path}{os.pathsep}{runs.REPO}"}
+    env = {**BUFFERED, "PYTHONPATH": f"{tmp_path}{os.pathsep}{text_run.REPO}"}
     # A shell's background job ignores Ctrl-C, and so would this child of one.
     code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True)
@@ -413,7 +413,7 @@ class Gone(Terminal):
 
 def test_a_terminal_that_goes_away_ends_no_command(at_home: Path, streams):
     streams(Gone(), Gone())
-    assert run("checkpoints", "verify", runs.RUN) == 0  # with progress
+    assert run("checkpoints", "verify", text_run.RUN) == 0  # with progress
     assert run("--help") == 0 and run("nonsense") == 2 and run("checkpoints", "list", "none") == 1
 
 
@@ -423,9 +423,9 @@ def test_what_a_file_does_not_take_is_an_error(at_home: Path, streams):
             return False
 
     _, err = streams(Full(), Full())
-    assert run("checkpoints", "list", runs.RUN) == 1
+    assert run("checkpoints", "list", text_run.RUN) == 1
     _, err = streams(Full())
-    assert run("checkpoints", "list", runs.RUN) == 1 and "Input/output error" in err.getvalue()
+    assert run("checkpoints", "list", text_run.RUN) == 1 and "Input/output error" in err.getvalue()
 
 
 @pytest.mark.parametrize("none", [["stdout"], ["stderr"], ["stdout", "stderr"]], ids=str)
@@ -433,7 +433,7 @@ def test_streams_that_were_closed_end_no_command(at_home: Path, streams, monkeyp
     both = streams()
     for name in none:
         monkeypatch.setattr(sys, name, None)
-    assert run("checkpoints", "verify", runs.RUN) == 0
+    assert run("checkpoints", "verify", text_run.RUN) == 0
     assert run("--help") == 0 and run("checkpoints", "list", "none") == 1
     said = both[0].getvalue()
     assert ("usage:" in said) == ("stdout" not in none) and "found no checkpoints" not in said
@@ -482,10 +482,10 @@ def test_a_hangup_before_the_first_step_stops_a_run_at_once(
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_full_disk_is_no_success(tiny_run: Path):
+def test_a_full_disk_is_no_success(shared_home: Path):
     command = [sys.executable, "-m", "jaxlm", "completion", "bash"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            command, stdout=full, stderr=subprocess.PIPE, cwd=tiny_run, env=BUFFERED
+            command, stdout=full, stderr=subprocess.PIPE, cwd=shared_home, env=BUFFERED
         )
     assert done.returncode == 1 and b"No space left" in done.stderr

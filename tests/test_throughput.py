@@ -1,5 +1,5 @@
 import pytest
-from small import MODEL
+from tiny_model import MODEL
 
 from jaxlm.config import ModelConfig
 from jaxlm.tracking.throughput import DEVICES, flops_per_token, peak_flops

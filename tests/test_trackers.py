@@ -14,7 +14,7 @@ from pathlib import Path
 
 import proofs
 import pytest
-import runs
+import text_run
 
 from jaxlm import launch
 from jaxlm.config import Config, OptimConfig, TrackingConfig, to_dict
@@ -418,11 +418,11 @@ SHOWN = "--run_dir runs/shown --sample_prompt 'the <b>' --tracking.wandb online"
 
 
 @needs_tensorboard
-def test_the_sample_and_the_report_of_a_finished_run_are_shown(own_run, monkeypatch):
+def test_the_sample_and_the_report_of_a_finished_run_are_shown(own_home, monkeypatch):
     server = Server(monkeypatch)
-    code, said = runs.launched(own_run, f"{SHOWN} --tracking.tensorboard")
+    code, said = text_run.launched(own_home, f"{SHOWN} --tracking.tensorboard")
     assert code == 0 and "failed" not in said
-    shown = read_tensorboard(own_run / "runs/shown/tensorboard")[-1]
+    shown = read_tensorboard(own_home / "runs/shown/tensorboard")[-1]
     assert shown["step"] == 8 and f"sample: {shown['sample/text_summary']}\n" in said
     assert list(shown) == ["step", "sample/text_summary"]  # TensorBoard has no place for a page
     ((run_id, rows),) = server.runs.items()
@@ -430,9 +430,9 @@ def test_the_sample_and_the_report_of_a_finished_run_are_shown(own_run, monkeypa
     assert page.startswith("<!doctype html>") and "runs/shown" in page
     escaped = html.escape(shown["sample/text_summary"])
     assert rows[8].pop("sample") == f'<pre style="white-space: pre-wrap">{escaped}</pre>'
-    assert rows == as_server(own_run / "runs/shown")
+    assert rows == as_server(own_home / "runs/shown")
     monkeypatch.setattr(launch, "_report", lambda run: {}["a bug"])
-    code, said = runs.launched(own_run, f"{SHOWN} --num_steps 12")
+    code, said = text_run.launched(own_home, f"{SHOWN} --num_steps 12")
     assert code == 0 and "report failed; the run goes on without it (KeyError: 'a bug')" in said
     longer = max(server.runs.values(), key=len)
     assert 12 in longer and "eval/loss" in longer[12] and "sample" in longer[12]
@@ -479,7 +479,7 @@ def killed_at(home: Path, step: int, saved: int) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(step), str(saved), *shlex.split(FLAGS)],
         cwd=home,
-        env=clean | {"PYTHONPATH": str(runs.REPO)},
+        env=clean | {"PYTHONPATH": str(text_run.REPO)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -492,8 +492,8 @@ def killed_at(home: Path, step: int, saved: int) -> tuple[int, str]:
 @pytest.mark.slow
 @needs_wandb
 @needs_tensorboard
-def test_a_real_run_is_one_curve_in_both_after_kills_resumes_and_a_rollback(own_run):
-    run_dir = own_run / "runs" / "curve"
+def test_a_real_run_is_one_curve_in_both_after_kills_resumes_and_a_rollback(own_home):
+    run_dir = own_home / "runs" / "curve"
     newest, folder = run_dir / "wandb" / "latest-run", run_dir / "tensorboard"
 
     def whole() -> list[bool]:
@@ -503,11 +503,11 @@ def test_a_real_run_is_one_curve_in_both_after_kills_resumes_and_a_rollback(own_
 
     # Among the spoilt batches, and after the rollback that they make.
     for step, saved, told in ((14, 12, "run runs"), (18, 16, "Resuming from step 12")):
-        code, said = killed_at(own_run, step, saved)
+        code, said = killed_at(own_home, step, saved)
         assert code == -signal.SIGKILL and told in said, said
         assert whole() == [False, True]  # the row of a step goes to W&B with the next one
     assert said.count("Resuming from step 12") == 2, said
-    code, said = killed_at(own_run, -1, 0)
+    code, said = killed_at(own_home, -1, 0)
     assert code == 0, said
     assert whole() == [True, True]
     rows = read_metrics(run_dir / "metrics.jsonl")

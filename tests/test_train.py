@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import BATCH, TinyBatches, TinyEvalSet, tiny_config, train_table
+from tiny_run import BATCH, TinyBatches, TinyEvalSet, tiny_config, train_table
 
 from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.checkpoint import CheckpointError

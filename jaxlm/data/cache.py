@@ -60,16 +60,19 @@ def cache_root(cache_dir: str | None) -> Path:
     """What runs share is kept in `cache_dir`, else $JAXLM_CACHE, else ~/.cache/jaxlm.
 
     Raises:
-      ValueError: neither is set, and the user has no home; or the path is too long.
+      ValueError: neither is set, and the user has no home; the path is too long, or a file.
     """
     root = cache_dir or os.environ.get("JAXLM_CACHE") or "~/.cache/jaxlm"
     expand(root, "cache_dir, or JAXLM_CACHE")
     try:
-        return Path(root).expanduser().absolute()
+        path = Path(root).expanduser().absolute()
     except RuntimeError as error:
         raise ValueError(
             f"cache: found no home folder for {root} ({error}); {_ELSEWHERE}"
         ) from error
+    if path.is_file():
+        raise ValueError(f"cache: found the file {path}, expected a folder; {_ELSEWHERE}")
+    return path
 
 
 def data_folder(cache_dir: str | None) -> Path:

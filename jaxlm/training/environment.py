@@ -3,14 +3,13 @@
 import os
 import platform
 import re
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from jaxlm.checkpoints.metadata import flat
-from jaxlm.compiled import cpu_info, num_cores
+from jaxlm.compiled import cpu_info, num_cores, xla_flags
 from jaxlm.extras import versions
 
 # JAX's settings of precision, dtypes, random numbers and optimisation, and their defaults. They are
@@ -75,13 +74,7 @@ def _processor() -> str:
 
 
 def _flags_that_matter(variable: str) -> str:
-    flags = os.environ.get(variable, "").strip()
-    # XLA takes a value that is no flag as the name of a file of flags.
-    if variable == "XLA_FLAGS" and flags and not flags.startswith("-"):
-        try:
-            flags = Path(flags).read_text()
-        except (OSError, UnicodeError) as error:
-            return f"{flags}, which cannot be read ({error})"
+    flags = xla_flags() if variable == "XLA_FLAGS" else os.environ.get(variable, "")
     # Of two settings of a flag the last holds, and their order among others means nothing.
     by_name = {flag.lstrip("-").partition("=")[0]: flag for flag in flags.split()}
     return " ".join(sorted(f for name, f in by_name.items() if not name.startswith(_HARMLESS)))

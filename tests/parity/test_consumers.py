@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
+import text_run
 from safetensors.numpy import load_file, save_file
 from test_interchange import LLAMA, MODELS, quiet
 
@@ -52,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(kind: str, dtype: str = "float32") -> Path:
         if (kind, dtype) not in found:
             folder = found[kind, dtype] = tmp_path_factory.mktemp(f"{kind}-{dtype}")
-            runs.save_model(folder / "run", MODELS[kind])
+            text_run.save_model(folder / "run", MODELS[kind])
             export(str(folder / "run"), str(folder / "out"), dtype=dtype, say=quiet)
         return found[kind, dtype]
 
@@ -152,7 +152,7 @@ def test_ctranslate2_computes_the_same(kind: str, tmp_path: Path):
     ctranslate2 = pytest.importorskip("ctranslate2", reason="needs the dependency group parity")
     # Of Llama, it takes only heads that are as wide together as the model.
     model = MODELS[kind] if MODELS[kind].qk_norm else replace(MODELS[kind], head_dim=4)
-    runs.save_model(tmp_path / "run", model)
+    text_run.save_model(tmp_path / "run", model)
     export(f"{tmp_path}/run", str(tmp_path / "out"), say=quiet)
     convert = ctranslate2.converters.TransformersConverter(str(tmp_path / "out"))
     convert.convert(str(tmp_path / "converted"))

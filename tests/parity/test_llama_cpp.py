@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
+import text_run
 from test_interchange import MODELS, quiet
 
 from jaxlm.inference.load import load_model
@@ -48,7 +48,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def convert(source: Path, exported: Path, gguf: Path) -> None:
     """As docs/interchange.md says."""
-    page = (runs.REPO / "docs/interchange.md").read_text()
+    page = (text_run.REPO / "docs/interchange.md").read_text()
     (command,) = re.findall(r'^python -c "import conversion[^`]+', page, re.M)
     command = command.replace("exported/tiny", str(exported)).replace("tiny.gguf", str(gguf))
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -59,7 +59,7 @@ def convert(source: Path, exported: Path, gguf: Path) -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_same_greedy_tokens(source: Path, kind: str, tmp_path: Path):
-    runs.save_model(tmp_path / "run", MODELS[kind])
+    text_run.save_model(tmp_path / "run", MODELS[kind])
     export(str(tmp_path / "run"), str(tmp_path / "out"), say=quiet)
     model, _ = load_model(str(tmp_path / "run"), say=quiet)
     tokens = list(PROMPT)

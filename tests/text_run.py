@@ -1,4 +1,4 @@
-"""A real run of a second on text files, made once a session (fixture `tiny_run`), and its like.
+"""A real run of a second on text files, made once a session (fixture `shared_home`), and its like.
 
 Eight steps that learn, then four at a learning rate that ruins it: best and latest differ, two
 plans have ended, and something was changed on the way.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from small import transformer
+from tiny_model import transformer
 
 from jaxlm import launch
 from jaxlm.checkpoints import manifest

@@ -1,4 +1,4 @@
-"""One of several processes, started by tests/test_cluster.py: `member.py WHAT WHO [FOLDER]`.
+"""One of several processes of tests/test_cluster.py: `cluster_member.py WHAT WHO [FOLDER]`.
 
 WHO is the process that something happens to; each prints `ready` before that.
 """
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from tiny import TinyBatches, TinyEvalSet, data, tiny_config
+from tiny_run import TinyBatches, TinyEvalSet, data, tiny_config
 
 from jaxlm import cluster
 from jaxlm.checkpoints import folder, manifest, together

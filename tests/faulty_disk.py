@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import data, tiny_config
+from tiny_run import data, tiny_config
 
 from jaxlm.checkpoints import checkpoint
 from jaxlm.checkpoints.checkpoint import CheckpointError

@@ -41,7 +41,7 @@ def write_config(folder: Path) -> Path:
     for number in range(40):
         words = [f"{'abcdefgh'[(number + k * k) % 8]}{k % 7}" for k in range(300)]
         (folder / f"{number}.txt").write_text(" ".join(words))
-    path = folder / "small.py"
+    path = folder / "launched.py"
     path.write_text(_CONFIG.format(texts=folder))
     return path
 
