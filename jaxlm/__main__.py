@@ -101,7 +101,6 @@ def command(args: Sequence[str]) -> int:
       jaxlm checkpoints list runs/tiny
       jaxlm sample runs/tiny@best --prompt "My fellow citizens"
       jaxlm checkpoints prune --help
-      jaxlm --version
     """
     first, second = (*args, "", "")[:2]
     if first == "--version":

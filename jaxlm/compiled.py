@@ -80,7 +80,7 @@ def xla_flags() -> str:
     if not flags or flags.startswith("-"):
         return flags
     try:
-        return Path(flags).read_text()
+        return Path(flags).read_text().strip()
     except (OSError, UnicodeError) as error:
         return f"{flags}, which cannot be read ({error})"
 

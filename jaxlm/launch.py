@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import importlib.util
 import inspect
 import os
 import runpy
@@ -18,7 +17,7 @@ from typing import NoReturn
 import tyro
 
 from jaxlm.config import Config, leaves
-from jaxlm.extras import MODULES, version
+from jaxlm.extras import version
 from jaxlm.files.durable import expand
 from jaxlm.files.strict import read_json
 from jaxlm.terminal import STOPPED, catch, guard_streams, wants_color, write_error
@@ -140,20 +139,12 @@ def _train(config: Config) -> int:
     from jaxlm.training.train import train
 
     check_alike("settings", {name: value for name, (value, _) in leaves(config).items()})
-    shown = config.tracking.wandb != "off" and importlib.util.find_spec(MODULES["report"])
     try:
-        return 0 if train(config, report=_report if shown else None).complete else STOPPED
+        return 0 if train(config).complete else STOPPED
     except jax.errors.JaxRuntimeError as error:
         if advice := device_advice(error, config):
             raise SystemExit(f"error: {str(error).splitlines()[0]}\n{advice}") from error
         raise
-
-
-def _report(run: str) -> str:
-    from jaxlm.report.history import read_history
-    from jaxlm.report.page import make_report
-
-    return make_report([read_history(run)])
 
 
 def _stop_now(number: int, frame: FrameType | None) -> None:

@@ -1,7 +1,9 @@
 """What every test sees: eight CPU devices, strict shapes, a cache and a terminal of its own."""
 
+import gc
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -24,6 +26,8 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 # XLA sizes its thread pool by this. With one thread a core, eight devices on two cores wait for
 # each other in a collective for ever.
 os.environ["NPROC"] = "32"
+# Under nohup, SIGHUP is ignored, here and in each process that a test starts.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Help is laid out by the width of the terminal that the tests are run in.
 os.environ["COLUMNS"] = "80"
 # Without bytecode, each of the processes started below compiles all that it imports.
@@ -32,6 +36,7 @@ sys.dont_write_bytecode = False
 # The same for processes that a test starts without XLA_FLAGS; JAX 0.12 has no such setting.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+import filelock  # noqa: E402
 import jax  # noqa: E402  (after what it reads at import)
 import programs  # noqa: E402
 
@@ -51,15 +56,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_finish() -> None:
+    """Takes the modules out of the sight of the garbage collector, which looks at all of them."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 50, 1000)
+
+
+def _of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the user's own cache; a child process inherits the setting."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        of_all_workers = tmp_path_factory.getbasetemp()
-        if "PYTEST_XDIST_WORKER" in os.environ:
-            of_all_workers = of_all_workers.parent
-        jax.config.update("jax_compilation_cache_dir", str(of_all_workers / "compiled"))
+        compiled = _of_all_workers(tmp_path_factory) / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(compiled))
         programs.share(patch)
         yield
 
@@ -69,8 +84,12 @@ def shared_home(cache_dir: None, tmp_path_factory: pytest.TempPathFactory) -> It
     """A home with a finished run in it (see tests/text_run.py); only to be read."""
     import text_run
 
-    home = text_run.make_home(tmp_path_factory.mktemp("tiny") / "home")
-    text_run.make_run(home)
+    home = _of_all_workers(tmp_path_factory) / "home"
+    with filelock.FileLock(home.with_suffix(".lock")):
+        if not home.exists():
+            made = text_run.make_home(tmp_path_factory.mktemp("made") / "home")
+            text_run.make_run(made)
+            made.rename(home)
     before = sorted(home.rglob("*"))
     yield home
     # One file more, such as evals.jsonl, and tests that copy the run fail far from its writer.

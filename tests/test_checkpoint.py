@@ -1,6 +1,7 @@
 """Best and latest are always on disk, and only what is sound is restored."""
 
 import contextlib
+import dataclasses
 import errno
 import math
 import os
@@ -45,7 +46,7 @@ class _Matrix(nnx.Module):
 
 
 BLUEPRINT = make_blueprint(
-    _Matrix, lambda _: optax.adam(1e-3), make_mesh(MeshConfig(data=1, fsdp=8))
+    _Matrix, lambda _: optax.adam(1e-3), make_mesh(MeshConfig(1, 2), jax.devices()[:2])
 )
 
 
@@ -165,16 +166,26 @@ STATE_BYTES = num_bytes(items_of(BLUEPRINT.abstract))
     [(14, [2, 4, 6, 8, 10, 12]), (9, [4, 8, 12]), (7, [8]), (5, []), (4, [])],
 )
 def test_a_disk_budget_thins_the_milestones_and_never_best_or_latest(
-    tmp_path: Path, room: int, milestones: list[int]
+    room: int, milestones: list[int]
 ) -> None:
     # Of the room, two are for what is being written and deleted.
-    losses = {step: float(step) for step in range(1, 15)}  # the first stays the best
-    budget = room * STATE_BYTES / 1e9
-    keep = {"keep_latest": 2, "keep_every": 2, "disk_budget_gb": budget}
-    _save_all(tmp_path, dict(losses), **keep)
-    kept = list_steps(tmp_path)
-    assert kept == sorted({1, 13, 14, *milestones})
+    retention = Retention(_budget_of(room))
+    retention.state_bytes = STATE_BYTES
+    kept: set[int] = set()
+    for step in range(1, 15):  # the first stays the best
+        kept = retention.kept({found: float(found) for found in sorted({*kept, step})})
+    assert kept == {1, 13, 14, *milestones}
     assert len(kept) <= max(room - 2, 3)
+
+
+def _budget_of(room: int) -> CheckpointConfig:
+    return CheckpointConfig(keep_latest=2, keep_every=2, disk_budget_gb=room * STATE_BYTES / 1e9)
+
+
+def test_a_disk_budget_thins_the_milestones_on_disk(tmp_path: Path) -> None:
+    losses = {step: float(step) for step in range(1, 10)}
+    _save_all(tmp_path, dict(losses), **dataclasses.asdict(_budget_of(6)))
+    assert list_steps(tmp_path) == [1, 4, 8, 9]
 
 
 def test_the_first_step_stays_under_any_budget() -> None:

@@ -22,7 +22,6 @@ from jaxlm.inference.sample import printable, sample_run
 from jaxlm.launch import run_main
 from jaxlm.report.diff import diff_checkpoints
 from jaxlm.tracking.console import format_bytes
-from jaxlm.training import summary
 
 
 @pytest.fixture
@@ -384,7 +383,9 @@ def test_a_run_ends_with_a_sample_that_changes_nothing_else(own_home: Path):
 
 
 def test_a_sample_that_cannot_be_had_costs_the_run_nothing(own_home: Path, monkeypatch):
-    monkeypatch.setattr(summary, "sample_run", Mock(side_effect=RuntimeError("out of memory")))
+    monkeypatch.setattr(
+        "jaxlm.inference.sample.sample_run", Mock(side_effect=RuntimeError("out of memory"))
+    )
     flags = "--num_steps 4 --run_dir runs/a --sample_prompt 'the rain'"
     code, said = text_run.launched(own_home, flags)
     assert code == 0 and re.search(r"no sample: out of memory\n(.*\n)*done: 4 steps", said)

@@ -200,13 +200,13 @@ def count_flips(
 
 
 def test_no_flipped_bit_is_silent(folder: Path, pristine: Path) -> None:
-    per_file = {LATEST: 32, BEST: 16, 6: 8}
+    per_file = {LATEST: 24, BEST: 10, 6: 5}
     kinds, restored, silent = count_flips(folder, pristine, per_file, seed=0, look_first=True)
-    assert sum(kinds.values()) >= 2000 and min(kinds.values()) >= 50, kinds
+    assert sum(kinds.values()) >= 1500 and min(kinds.values()) >= 39, kinds
     assert silent == []
     # Those in what Orbax writes after the manifest, and that mean the same: the time of the commit,
     # and the path of the folder as it then was.
-    assert 10 < restored < 50
+    assert 8 < restored < 40
     assert not is_silent(folder, pristine)
 
 

@@ -26,14 +26,13 @@ from tiny_model import (
     names_and_leaves,
     put,
 )
-from tiny_run import TinyBatches, TinyEvalSet, data, tiny_config
+from tiny_run import Table, TinyBatches, tiny_config, train_table
 
 from jaxlm import __main__ as jaxlm_cli
 from jaxlm.checkpoints.folder import read_metadata, select
 from jaxlm.checkpoints.restore import items_of, restore_numpy, restore_state
 from jaxlm.config import Config, OptimConfig
 from jaxlm.device.loss import next_token_loss
-from jaxlm.device.model import model_factory
 from jaxlm.device.optim import make_optimizer, make_schedule
 from jaxlm.device.state import fingerprint, make_blueprint, num_bytes
 from jaxlm.device.step import make_train_step, scheduled
@@ -43,7 +42,6 @@ from jaxlm.inference.load import load_model
 from jaxlm.plan.ahead import examine_step
 from jaxlm.proof.attempt import untimed_rows
 from jaxlm.report.diff import diff_checkpoints
-from jaxlm.training.train import train
 
 DECAY = 0.7
 
@@ -143,7 +141,7 @@ class _StopAtOnce(TinyBatches):
 
 
 def one_step(config: Config) -> int:
-    return train(config, batches=_StopAtOnce(), eval_batches=TinyEvalSet()).step
+    return train_table(config, batches=_StopAtOnce()).step
 
 
 def stop_at(config: Config, step: int) -> None:
@@ -153,14 +151,14 @@ def stop_at(config: Config, step: int) -> None:
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("straight")
-    assert train(config_of(run_dir), **data()).complete
+    assert train_table(config_of(run_dir)).complete
     return run_dir
 
 
 def test_stopped_after_every_step_it_ends_with_the_same_bits(straight, tmp_path):
     steps = [one_step(config_of(tmp_path)) for _ in range(6)]
     assert steps == [1, 2, 3, 4, 5, 6]
-    assert train(config_of(tmp_path), **data()).complete  # the eval of the end
+    assert train_table(config_of(tmp_path)).complete  # the eval of the end
     assert diff_checkpoints(f"{tmp_path}@6", f"{straight}@6") == []
     assert untimed_rows(tmp_path) == untimed_rows(straight)
     path = straight / "checkpoints" / "6"
@@ -169,7 +167,7 @@ def test_stopped_after_every_step_it_ends_with_the_same_bits(straight, tmp_path)
 
 @pytest.mark.slow
 def test_the_run_without_it_has_the_same_params_and_other_evals(straight, tmp_path):
-    train(config_of(tmp_path, None), **data())
+    train_table(config_of(tmp_path, None))
     difference = {
         found.name.split("/")[0] for found in diff_checkpoints(str(tmp_path), str(straight))
     }
@@ -186,10 +184,9 @@ def test_another_mesh_goes_on_with_the_same_average(straight):
     metadata = read_metadata(straight / "checkpoints", 6)
     expected = {n: f for n, f in metadata.fingerprints.items() if n.startswith("ema_params/")}
     config = metadata.run_config()
-    factory = model_factory(config.model, "cpu")
     for shape in (ONE_DEVICE, (2, 4, 1)):
         optimizer = functools.partial(make_optimizer, config.optim)
-        abstract = make_blueprint(factory, optimizer, mesh_of(*shape), ema=True).abstract
+        abstract = make_blueprint(Table, optimizer, mesh_of(*shape), ema=True).abstract
         found = fingerprint(items_of(restore_state(path, metadata, abstract)))
         assert {n: f for n, f in found.items() if n.startswith("ema_params/")} == expected
 
@@ -214,7 +211,7 @@ def test_a_resume_begins_it_with_the_params_and_another_drops_it(straight, tmp_p
     assert not (folder / "5" / "ema_params").exists()
     lineage = read_metadata(folder, 5).lineage
     assert [entry["step"] for entry in lineage] == [3, 4]
-    train(config_of(tmp_path, None), **data())
+    train_table(config_of(tmp_path, None))
     differing = diff_checkpoints(f"{tmp_path}@6", f"{straight}@6")
     assert {found.name.split("/")[0] for found in differing} == {"ema_params"}
 
@@ -228,7 +225,7 @@ def test_dropped_where_the_plan_ends_it_stays_with_its_loss(straight, tmp_path):
         shutil.rmtree(run / "checkpoints" / str(step), ignore_errors=True)
     before = read_metadata(run / "checkpoints", 4)
     assert before.eval_loss is not None and not before.final
-    assert train(shorter, **data()).complete
+    assert train_table(shorter).complete
     assert read_metadata(run / "checkpoints", 4) == before
 
 
@@ -237,13 +234,13 @@ def test_a_branch_takes_the_average_and_weights_alone_are_the_average(straight, 
     average_of = arrays(straight / "checkpoints" / "4", "ema_params")
     source = f"{straight}@4"
     branch = config_of(tmp_path / "branch", branch_from=source)
-    train(branch, **data())
+    train_table(branch)
     assert diff_checkpoints(f"{tmp_path / 'branch'}@6", f"{straight}@6") == []
     # With a rate of nothing a step shows what it began with.
     for name, decay in (("plain", None), ("averaged", DECAY)):
         config = config_of(tmp_path / name, decay, init_from=source, num_steps=1)
         optim = replace(config.optim, learning_rate=1e-30, warmup_steps=0)
-        train(replace(config, optim=optim), **data())
+        train_table(replace(config, optim=optim))
         path = tmp_path / name / "checkpoints" / "1"
         assert same(arrays(path, "params"), average_of)
         assert (path / "ema_params").exists() == (decay is not None)
@@ -251,7 +248,7 @@ def test_a_branch_takes_the_average_and_weights_alone_are_the_average(straight, 
         np.testing.assert_allclose(a, b, rtol=1e-6)
     # And without an average of its own, a branch goes on with the params.
     plain = config_of(tmp_path / "plain_branch", None, branch_from=source)
-    train(plain, **data())
+    train_table(plain)
     differing = diff_checkpoints(f"{tmp_path / 'plain_branch'}@6", f"{straight}@6")
     assert {found.name.split("/")[0] for found in differing} == {"ema_params"}
 
@@ -262,7 +259,7 @@ def test_a_rollback_goes_back_with_it(straight, tmp_path):
     best = select(f"{tmp_path}@best").step
     assert best < 5
     going_back = config_of(tmp_path, resume="best")
-    train(going_back, **data())
+    train_table(going_back)
     assert diff_checkpoints(f"{tmp_path}@6", f"{straight}@6") == []
 
 

@@ -335,7 +335,7 @@ def test_a_run_goes_on_from_its_folder_alone(own_home: Path):
 
 
 def test_a_prompt_that_is_too_long_is_found_before_the_first_step(own_home: Path):
-    with pytest.raises(ValueError, match="^sample_prompt: a prompt of .* tokens and 16 new ones"):
+    with pytest.raises(ValueError, match="^sample_prompt: found .* tokens, expected at most 16"):
         text_run.launched(own_home, f"--run_dir runs/b --sample_prompt '{'aeinorst ' * 40}'")
     assert list_steps(own_home / "runs/b/checkpoints") == []
 
@@ -365,7 +365,7 @@ def test_out_of_memory_ends_with_advice(home: Path, monkeypatch: pytest.MonkeyPa
     import jaxlm.training.train  # noqa: F401  (now in sys.modules)
 
     def fail(text: str) -> None:
-        def train_(config: Config, report: object) -> None:
+        def train_(config: Config) -> None:
             raise jax.errors.JaxRuntimeError(text)
 
         monkeypatch.setattr(sys.modules["jaxlm.training.train"], "train", train_)

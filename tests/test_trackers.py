@@ -16,8 +16,8 @@ import proofs
 import pytest
 import text_run
 
-from jaxlm import launch
 from jaxlm.config import Config, OptimConfig, TrackingConfig, to_dict
+from jaxlm.report import page as report_page
 from jaxlm.tracking.metrics import Metrics, read_metrics
 from jaxlm.tracking.rows import Rows
 from jaxlm.tracking.trackers import Trackers
@@ -140,6 +140,7 @@ def is_whole(folder: Path, run_dir: Path) -> bool:
     )
 
 
+@pytest.mark.slow
 @needs_wandb
 def test_the_newest_offline_folder_is_whole_after_kill_9_and_other_starts(tmp_path):
     run_dir = tmp_path / "run"
@@ -431,7 +432,7 @@ def test_the_sample_and_the_report_of_a_finished_run_are_shown(own_home, monkeyp
     escaped = html.escape(shown["sample/text_summary"])
     assert rows[8].pop("sample") == f'<pre style="white-space: pre-wrap">{escaped}</pre>'
     assert rows == as_server(own_home / "runs/shown")
-    monkeypatch.setattr(launch, "_report", lambda run: {}["a bug"])
+    monkeypatch.setattr(report_page, "read_history", lambda run: {}["a bug"])
     code, said = text_run.launched(own_home, f"{SHOWN} --num_steps 12")
     assert code == 0 and "report failed; the run goes on without it (KeyError: 'a bug')" in said
     longer = max(server.runs.values(), key=len)

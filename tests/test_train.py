@@ -78,7 +78,7 @@ def test_a_checkpoint_holds_what_the_note_asks_for(straight: Path) -> None:
     assert read_metadata(straight / "checkpoints", 8).eval_loss is None
 
 
-@pytest.mark.parametrize("wandb", ["off", "offline"])
+@pytest.mark.parametrize("wandb", ["off", pytest.param("offline", marks=pytest.mark.slow)])
 def test_stopped_after_every_single_step_it_ends_with_the_same_bits(
     straight: Path, tmp_path: Path, wandb: Any
 ) -> None:

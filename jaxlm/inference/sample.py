@@ -18,6 +18,8 @@ from jaxlm.device.decode import Knobs, Rule, make_programs, narrow
 from jaxlm.device.sharding import AXES_OF
 from jaxlm.files.strict import shown
 from jaxlm.inference.load import load_selected, tell_selected
+from jaxlm.training.at_end import Complete
+from jaxlm.training.preflight import sample_tokens
 
 _MAX_TOKENS = 256
 _CHUNK = 8  # new tokens a call of the device, and so at a time on the screen
@@ -256,3 +258,23 @@ def sample_run(
     if write:
         write(samples[0].text.removeprefix(written))  # a character that was cut at the end
     return samples
+
+
+def sample_at_end(run: Complete) -> None:
+    """What the best model writes after the prompt, for the console, the events and the trackers."""
+    config = run.config
+    # Several processes would each have to load the model.
+    if config.sample_prompt is None or jax.process_count() > 1:
+        return
+    step = run.best.step if run.best else run.step
+    sampling = Sampling(sample_tokens(config), temperature=0.8, top_k=50)
+    source, prompts = f"{config.checkpoint_dir}@{step}", [config.sample_prompt]
+    try:
+        (found,) = sample_run(source, prompts, sampling, say=lambda _: None)
+    except (ValueError, RuntimeError, OSError) as error:  # the run is complete, whatever this does
+        run.console.warn(f"no sample: {error}")
+        return
+    text = printable(found.prompt + found.text)
+    run.console.say(f"sample: {text}")
+    run.events.add("sample", step, "at the end", prompt=found.prompt, text=found.text)
+    run.show("sample", lambda: text)

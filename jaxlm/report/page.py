@@ -8,17 +8,19 @@ import base64
 import datetime
 import functools
 import hashlib
+import importlib.util
 import json
 from collections.abc import Sequence
 from typing import Any
 
-from jaxlm.extras import needs
+from jaxlm.extras import MODULES, needs
 from jaxlm.report.charts import COLOURS, THEME, Curve, draw_curves, draw_timeline
-from jaxlm.report.history import History, goodput, times
+from jaxlm.report.history import History, goodput, read_history, times
 from jaxlm.report.markup import MAX_CHARS, STYLE, Html, as_table, as_text
 from jaxlm.tracking.clock import KINDS
 from jaxlm.tracking.console import format_bytes, format_count, format_duration
 from jaxlm.tracking.events import CHECKPOINT_KINDS, RUN_KINDS, Event
+from jaxlm.training.at_end import Complete
 
 CHARTS: dict[str, dict[str, Any]] = {
     "train/loss": {"unit": "nats per token", "smoothed": True},
@@ -273,3 +275,10 @@ def _settings(title: str, values: Sequence[dict[str, Any]], runs: list[str]) -> 
     return (
         f"<h2>{title}</h2><details><summary>{len(names)} settings{said}</summary>{table}</details>"
     )
+
+
+def report_at_end(run: Complete) -> None:
+    """The page of a complete run, for W&B; none without the extra `report`."""
+    config = run.config
+    if config.tracking.wandb != "off" and importlib.util.find_spec(MODULES["report"]):
+        run.show("report", lambda: make_report([read_history(config.run_dir)]), is_html=True)

@@ -75,6 +75,8 @@ def _processor() -> str:
 
 def _flags_that_matter(variable: str) -> str:
     flags = xla_flags() if variable == "XLA_FLAGS" else os.environ.get(variable, "")
+    if not flags.startswith("-"):  # a number, or why a file cannot be read
+        return flags
     # Of two settings of a flag the last holds, and their order among others means nothing.
     by_name = {flag.lstrip("-").partition("=")[0]: flag for flag in flags.split()}
     return " ".join(sorted(f for name, f in by_name.items() if not name.startswith(_HARMLESS)))

@@ -11,7 +11,6 @@ from jaxlm.config import Config
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.device.state import TrainState, num_bytes
 from jaxlm.files.durable import folder_bytes
-from jaxlm.inference.sample import Sampling, check_room
 from jaxlm.tracking.console import format_bytes, format_count
 
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "OUT_OF_MEMORY")
@@ -88,9 +87,9 @@ def disk_shortage(config: Config, abstract: TrainState) -> str | None:
     )
 
 
-def sampling_at_end(config: Config) -> Sampling:
-    """How the text after `sample_prompt` is made."""
-    return Sampling(min(64, config.seq_len // 2 or 1), temperature=0.8, top_k=50)
+def sample_tokens(config: Config) -> int:
+    """New tokens after `sample_prompt`."""
+    return min(64, config.seq_len // 2 or 1)
 
 
 def check_prompt(config: Config, tokenizer_path: Path) -> None:
@@ -98,10 +97,12 @@ def check_prompt(config: Config, tokenizer_path: Path) -> None:
     if not config.sample_prompt:
         return
     tokens = load_tokenizer(tokenizer_path).encode(config.sample_prompt, add_special_tokens=False)
-    try:
-        check_room(len(tokens.ids), sampling_at_end(config).max_tokens, config.seq_len)
-    except ValueError as error:
-        raise ValueError(f"sample_prompt: {error}") from error
+    most = config.seq_len - sample_tokens(config)
+    if len(tokens.ids) > most:
+        raise ValueError(
+            f"sample_prompt: found {len(tokens.ids)} tokens, expected at most {most}, so that "
+            f"{sample_tokens(config)} new ones fit into a seq_len of {config.seq_len}; shorten it"
+        )
 
 
 def device_advice(error: BaseException, config: Config) -> str | None:

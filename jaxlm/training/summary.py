@@ -6,10 +6,8 @@ from jaxlm.checkpoints.folder import Best
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.config import Change, Config
 from jaxlm.device.state import num_bytes
-from jaxlm.inference.sample import printable, sample_run
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.console import Console, format_bytes, format_duration
-from jaxlm.tracking.events import Events
 from jaxlm.training import preflight
 from jaxlm.training.assemble import Parts
 from jaxlm.training.resume import goes_back
@@ -102,24 +100,6 @@ def tell_time(clock: Clock, console: Console) -> None:
     total_s = sum(s for _, s in seconds)
     shares = ", ".join(f"{kind} {s / total_s:.1%}" for kind, s in seconds if s > 0.0005 * total_s)
     console.say(f"time: {format_duration(total_s)}, of it {shares}")
-
-
-def tell_sample(config: Config, best: Best | None, console: Console, events: Events) -> str | None:
-    """What the best model makes of the config's prompt, which is returned too."""
-    if config.sample_prompt is None:
-        return None
-    step = best.step if best else config.num_steps
-    run = f"{config.checkpoint_dir}@{step}"
-    sampling = preflight.sampling_at_end(config)
-    try:
-        (found,) = sample_run(run, [config.sample_prompt], sampling, say=lambda _: None)
-    except (ValueError, RuntimeError, OSError) as error:  # the run is complete, whatever this does
-        console.warn(f"no sample: {error}")
-        return None
-    text = printable(found.prompt + found.text)
-    console.say(f"sample: {text}")
-    events.add("sample", step, "at the end", prompt=found.prompt, text=found.text)
-    return text
 
 
 def tell_end(

@@ -20,6 +20,7 @@ from jaxlm.tracking.events import NAME, Events
 from jaxlm.tracking.rows import NAME as ROWS
 from jaxlm.tracking.rows import find_losses
 from jaxlm.training.assemble import Parts, TrainSet, assemble
+from jaxlm.training.at_end import AtEnd, Complete, find_tools
 from jaxlm.training.divergence import Diverged
 from jaxlm.training.evaluate import EvalSet
 from jaxlm.training.loop import Callback, Loop, Result
@@ -36,7 +37,6 @@ from jaxlm.training.summary import (
     tell_complete,
     tell_end,
     tell_resume_best,
-    tell_sample,
     tell_start,
     tell_time,
 )
@@ -52,7 +52,7 @@ def train(
     batches: TrainSet | None = None,
     eval_batches: EvalSet | None = None,
     callbacks: Sequence[Callback] = (),
-    report: Callable[[str], str] | None = None,
+    at_end: Sequence[AtEnd] | None = None,
 ) -> Result:
     """Trains to the end of the plan, from the latest sound checkpoint if there is one.
 
@@ -64,7 +64,8 @@ def train(
       batches: `(index, rows) -> host arrays` of training batch `index`; by default `config.data`.
       eval_batches: the held-out set; by default that of `config.data`, and none with own `batches`.
       callbacks: each called with (step, row) for every row of metrics.jsonl.
-      report: makes an HTML page of a run folder; that of a complete run goes to Weights & Biases.
+      at_end: each called once with the complete run; by default the sample and the report, where
+        model and data are those of `config`.
 
     Raises:
       ValueError: the config, the data or the checkpoints do not fit each other.
@@ -113,8 +114,9 @@ def train(
         request = stack.enter_context(stop_requests(parts.mesh))
 
         stack.push(events.failed)
-        sample = not (model or batches)
-        finish = functools.partial(_finish, request=request, report=report, sample=sample)
+        if at_end is None:
+            at_end = () if model or batches else find_tools()
+        finish = functools.partial(_finish, request=request, at_end=at_end)
         result = _train_to_end(parts, checkpoints, console, callbacks, request, clock, finish)
     tell_end(parts.config, result.step, result.complete, result.best, console)
     return result
@@ -169,24 +171,13 @@ def _train_to_end(
                 rolled_back = True
 
 
-def _finish(
-    loop: Loop,
-    result: Result,
-    request: StopRequest,
-    report: Callable[[str], str] | None,
-    sample: bool,
-) -> None:
-    config, metrics, events = loop.config, loop.metrics, loop.checkpoints.events
+def _finish(loop: Loop, result: Result, request: StopRequest, at_end: Sequence[AtEnd]) -> None:
+    config, events = loop.config, loop.checkpoints.events
     stopped_by = request.received or "another process"
     why = f"of {config.num_steps} steps" if result.complete else stopped_by
     events.add("end" if result.complete else "stop", result.step, why)
     tell_time(loop.clock, loop.console)
-    if not result.complete:
-        return
-    if sample and jax.process_count() == 1:
-        text = tell_sample(config, result.best, loop.console, events)
-        if text and metrics:
-            metrics.trackers.show(result.step, "sample", lambda: text)
-    if report and metrics:
-        page = functools.partial(report, config.run_dir)
-        metrics.trackers.show(result.step, "report", page, is_html=True)
+    if result.complete:
+        run = Complete(config, result.step, result.best, loop.console, events, loop.metrics)
+        for act in at_end:
+            act(run)

@@ -1,0 +1,45 @@
+"""What is done with a complete run, by functions that training does not import."""
+
+import pkgutil
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxlm.checkpoints.folder import Best
+from jaxlm.config import Config
+from jaxlm.tracking.console import Console
+from jaxlm.tracking.events import Events
+from jaxlm.tracking.metrics import Metrics
+
+_TOOLS = ("jaxlm.inference.sample:sample_at_end", "jaxlm.report.page:report_at_end")
+
+
+class Complete(NamedTuple):
+    """A run at the end of its plan, with its trackers still open."""
+
+    config: Config
+    step: int
+    best: Best | None
+    console: Console
+    events: Events
+    metrics: Metrics | None
+    """None in all processes but one."""
+
+    def show(self, name: str, make: Callable[[], str], *, is_html: bool = False) -> None:
+        """Sends a text to the trackers, as `Trackers.show` does."""
+        if self.metrics:
+            self.metrics.trackers.show(self.step, name, make, is_html=is_html)
+
+
+AtEnd = Callable[[Complete], None]
+
+
+def find_tools() -> list[AtEnd]:
+    """The tools that act on a complete run, without those whose module was deleted."""
+    found = []
+    for name in _TOOLS:
+        try:
+            found.append(pkgutil.resolve_name(name))
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith("jaxlm"):
+                raise
+    return found
