@@ -137,7 +137,7 @@ def test_damage_and_what_is_done_by_hand(own_home: Path):
     starts = events_of(run, "start")
     assert [event["step"] for event in starts] == [0, 8, 8]
     assert "optim.learning_rate: was 0.01, is 3" in starts[1]["why"]
-    assert starts[0].get("pid") == os.getpid()
+    assert starts[-1].get("pid") == os.getpid()
 
 
 def test_pruned_and_copied(own_home: Path, tmp_path: Path):
