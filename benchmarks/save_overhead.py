@@ -18,8 +18,9 @@ from save_time import describe_step, open_checkpoints
 
 from jaxlm.checkpoints.restore import items_of
 from jaxlm.config import Config, MeshConfig
+from jaxlm.device.fingerprint import survey
 from jaxlm.device.sharding import make_mesh
-from jaxlm.device.state import TrainState, blueprint_of, survey
+from jaxlm.device.state import TrainState, blueprint_of
 from jaxlm.launch import load_config
 
 

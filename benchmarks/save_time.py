@@ -23,14 +23,9 @@ from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import items_of
 from jaxlm.config import CheckpointConfig, Config, MeshConfig, to_dict
+from jaxlm.device.fingerprint import survey
 from jaxlm.device.sharding import make_mesh
-from jaxlm.device.state import (
-    Blueprint,
-    TrainState,
-    blueprint_of,
-    num_bytes,
-    survey,
-)
+from jaxlm.device.state import Blueprint, TrainState, blueprint_of, num_bytes
 from jaxlm.launch import load_config
 
 TURNS = 5

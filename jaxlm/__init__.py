@@ -7,16 +7,22 @@ from jaxlm.extras import VERSION as __version__
 
 if TYPE_CHECKING:
     from jaxlm.config import Config as Config
+    from jaxlm.device.state import model_of as model_of
     from jaxlm.inference.load import load_model as load_model
+    from jaxlm.inference.sample import sample as sample
+    from jaxlm.training.loop import Hook as Hook
     from jaxlm.training.train import train as train
 
 # Loaded on first use: `jaxlm --help` needs none of them, and JAX takes a second to import.
 _HOMES = {
     "Config": "jaxlm.config",
+    "Hook": "jaxlm.training.loop",
     "load_model": "jaxlm.inference.load",
+    "model_of": "jaxlm.device.state",
+    "sample": "jaxlm.inference.sample",
     "train": "jaxlm.training.train",
 }
-__all__ = ["Config", "__version__", "load_model", "train"]
+__all__ = ["Config", "Hook", "__version__", "load_model", "model_of", "sample", "train"]
 
 
 def __getattr__(name: str) -> Any:

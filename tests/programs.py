@@ -10,6 +10,8 @@ import pytest
 
 from jaxlm.config import MeshConfig, OptimConfig
 from jaxlm.device import guard
+from jaxlm.device.state import AS_CONFIGURED, Own
+from jaxlm.evaluation import score
 from jaxlm.inference import load
 from jaxlm.training import assemble, start, train
 
@@ -25,11 +27,11 @@ def share(patch: pytest.MonkeyPatch) -> None:
     make_eval_step = assemble.make_eval_step
     kept: dict[Any, Any] = {}
 
-    def shared_blueprint(config: Any, mesh: Any, model: Any = None) -> Any:
+    def shared_blueprint(config: Any, mesh: Any, own: Own = AS_CONFIGURED) -> Any:
         optim = _without_schedule(config.optim)
-        key = config.model, optim, config.deterministic, mesh, model, guard.LOSS_WINDOW
+        key = config.model, optim, config.deterministic, mesh, own, guard.LOSS_WINDOW
         if key not in kept:
-            kept[key] = blueprint_of(config, mesh, model)
+            kept[key] = blueprint_of(config, mesh, own)
         return kept[key]
 
     def shared_step(config: Any, blueprint: Any, loss: Any, mesh: Any, example: Any) -> Any:
@@ -51,7 +53,8 @@ def share(patch: pytest.MonkeyPatch) -> None:
     for module in (assemble, start, load):  # the eval of a model that is loaded is kept with it
         patch.setattr(module, "blueprint_of", shared_blueprint)
     patch.setattr(assemble, "lower_step", shared_step)
-    patch.setattr(assemble, "make_eval_step", shared_eval_step)
+    for module in (assemble, score):
+        patch.setattr(module, "make_eval_step", shared_eval_step)
     for name in ("next_token_loss", "make_schedule", "scheduled"):
         patch.setattr(assemble, name, functools.cache(getattr(assemble, name)))
     _take_two_devices(patch)

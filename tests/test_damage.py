@@ -24,10 +24,11 @@ from jaxlm.checkpoints.manifest import NAME, find_damage
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import items_of
 from jaxlm.config import CheckpointConfig, Config, MeshConfig, OptimConfig
+from jaxlm.device.fingerprint import fingerprint
 from jaxlm.device.model import model_factory
 from jaxlm.device.optim import make_optimizer
 from jaxlm.device.sharding import make_mesh
-from jaxlm.device.state import fingerprint, make_blueprint
+from jaxlm.device.state import make_blueprint
 from jaxlm.inference.load import load_model
 from jaxlm.training.train import train
 

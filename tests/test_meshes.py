@@ -23,9 +23,10 @@ from tiny_model import (
 from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.restore import items_of
 from jaxlm.config import CheckpointConfig
+from jaxlm.device.fingerprint import fingerprint
 from jaxlm.device.loss import next_token_loss
 from jaxlm.device.optim import make_schedule
-from jaxlm.device.state import TrainState, fingerprint
+from jaxlm.device.state import TrainState
 from jaxlm.device.step import make_train_step, scheduled
 
 pytestmark = pytest.mark.slow  # a compilation for each mesh

@@ -18,7 +18,7 @@ from tiny_model import (
 )
 
 from jaxlm.device.attention import blocked_attention
-from jaxlm.device.loss import next_token_loss, objective
+from jaxlm.device.loss import next_token_loss, total
 from jaxlm.device.model import RMSNorm, Transformer, compute_dtype, rope, silu
 from jaxlm.launch import load_config
 
@@ -155,7 +155,8 @@ def loss_and_grads(config=ONE_LAYER, **options: Any):
     batch = host_batch(0)
 
     def loss(params):
-        return objective(next_token_loss(**options)(nnx.merge(graphdef, params), batch)[0])
+        model = nnx.merge(graphdef, params)
+        return total(next_token_loss(**options), model, batch, None).objective()
 
     lowered = jax.jit(jax.value_and_grad(loss)).lower(params)
     value, grads = lowered.compile()(params)

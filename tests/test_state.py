@@ -13,10 +13,11 @@ from jax.sharding import PartitionSpec as P
 from tiny_model import MODEL, Bigram, blueprint_of, mesh_of, names_and_leaves
 
 from jaxlm.config import OptimConfig
-from jaxlm.device import state as state_module
+from jaxlm.device import fingerprint as fingerprint_module
+from jaxlm.device.fingerprint import _survey, fingerprint, survey
 from jaxlm.device.guard import Guard
 from jaxlm.device.optim import make_optimizer
-from jaxlm.device.state import _survey, fingerprint, make_blueprint, survey
+from jaxlm.device.state import make_blueprint
 
 # --- the state
 
@@ -312,8 +313,10 @@ def test_the_fingerprint_of_a_large_leaf_takes_no_memory(dtype):
 
 
 def test_a_fingerprint_has_one_array_in_each_program(monkeypatch):
-    given, real = [], state_module._survey_all
-    monkeypatch.setattr(state_module, "_survey_all", lambda x: given.append(len(x)) or real(x))
+    given, real = [], fingerprint_module._survey_all
+    monkeypatch.setattr(
+        fingerprint_module, "_survey_all", lambda x: given.append(len(x)) or real(x)
+    )
     tree = {"w": np.ones((2, 3)), "layers": {0: {"a": np.ones(2), "b": np.ones(2)}}}
     assert fingerprint(tree) == survey(tree)()[0]
     assert given[:3] == [1, 1, 1] and sorted(given[3:]) == [1, 2]

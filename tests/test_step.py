@@ -23,12 +23,13 @@ from tiny_model import (
 
 from jaxlm.config import OptimConfig
 from jaxlm.device import sharding
+from jaxlm.device.fingerprint import fingerprint
 from jaxlm.device.guard import make_guard
 from jaxlm.device.loss import next_token_loss
 from jaxlm.device.model import Transformer
 from jaxlm.device.optim import make_optimizer, make_schedule
 from jaxlm.device.sharding import compiler_options, put_batch, same_bits
-from jaxlm.device.state import ModelFactory, TrainState, fingerprint, make_blueprint
+from jaxlm.device.state import ModelFactory, TrainState, make_blueprint
 from jaxlm.device.step import make_eval_step, make_train_step, scheduled
 
 ONE_LAYER = dataclasses.replace(MODEL, num_layers=1)
@@ -333,7 +334,7 @@ def step_of_scalars(dtype: str, gradients: list[float], **optim: Any) -> Any:
     for gradient in gradients:
         host = np.full((1, 4), gradient, np.float32)
         batch = put_batch(lambda rows, host=host: {"g": host[rows]}, mesh, 1)
-        state, metrics = update(state, batch, jnp.float32(1e-2))
+        state, metrics = update(state, batch, jnp.float32(1e-2), jax.random.key(0))
         norms.append(float(metrics["grad_norm"]))
     return blueprint, state, norms
 
@@ -372,7 +373,7 @@ def test_the_compiler_is_told_to_give_the_same_bits(deterministic, monkeypatch):
     train_step = make_train_step(blueprint, next_token_loss(), mesh)
     eval_step: Any = make_eval_step(blueprint, next_token_loss(), mesh)
     for lowered in (
-        train_step.lower(blueprint.abstract, batch, jnp.float32(1e-3)),
+        train_step.lower(blueprint.abstract, batch, jnp.float32(1e-3), jax.random.key(0)),
         eval_step.lower(blueprint.abstract.params, batch),
     ):
         if deterministic:

@@ -39,7 +39,8 @@ from jaxlm.checkpoints.skips import Skip, held_by, read_skips, skipped, write_sk
 from jaxlm.checkpoints.together import find_damage_together, read_steps_alike, rows_alike
 from jaxlm.cluster import agree
 from jaxlm.config import CheckpointConfig
-from jaxlm.device.state import Survey, TrainState, num_bytes, survey
+from jaxlm.device.fingerprint import Survey, survey
+from jaxlm.device.state import TrainState, num_bytes
 from jaxlm.files.durable import fsync
 from jaxlm.files.lock import lock, unlock
 from jaxlm.tracking.events import Events

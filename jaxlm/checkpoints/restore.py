@@ -12,8 +12,9 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.device.fingerprint import fingerprint
 from jaxlm.device.guard import Guard
-from jaxlm.device.state import Params, TrainState, cast_like, fingerprint, path_name
+from jaxlm.device.state import Params, TrainState, cast_like, path_name
 from jaxlm.files.durable import NO_ANSWER, no_answer, reading
 
 ITEMS = ("params", "ema_params", "opt_state", "state")

@@ -1,31 +1,54 @@
-"""Losses: `(model, batch) -> (sum over tokens, number of tokens)`, so that parts add up.
+"""Losses: sums over the tokens of a batch, so that the parts of a batch add up.
 
-Instead of one sum there may be a dict of them, which has `loss` and terms that the gradient takes
-in besides. Evals leave the terms out, so that losses compare whatever a term weighs.
+A loss is a function `(model, batch) -> (sum, number of tokens)`. In place of the sum, a dict adds
+terms of the objective to `loss`. A dict as a third value holds metrics, which no gradient sees.
 """
 
-import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 Batch = dict[str, jax.Array]
 Sums = jax.Array | dict[str, jax.Array]
-Loss = Callable[[Any, Batch], tuple[Sums, jax.Array]]
+Loss = Callable[..., tuple[Sums, jax.Array] | tuple[Sums, jax.Array, dict[str, jax.Array]]]
+"""Called as `loss(model, batch)`, or `loss(model, batch, key=…)` where it has such a parameter."""
 
 
-def loss_and_terms(sums: Sums) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The sum of the loss itself, and those of the terms besides."""
-    if not isinstance(sums, dict):
-        return sums, {}
-    return sums["loss"], {name: value for name, value in sums.items() if name != "loss"}
+class Totals(NamedTuple):
+    """What a loss returns, with a place for each of its kinds. All but `weight` are named sums."""
+
+    loss: jax.Array
+    terms: dict[str, jax.Array]
+    """Parts of the objective that are no part of the loss."""
+    metrics: dict[str, jax.Array]
+    weight: jax.Array
+    """Number of tokens."""
+
+    def objective(self) -> jax.Array:
+        """The sum whose gradient is taken: the loss and its terms."""
+        return sum(self.terms.values(), self.loss)
+
+    def means(self) -> "Totals":
+        """Each sum by the number of tokens."""
+        loss, terms, metrics = jax.tree.map(lambda x: x / self.weight, self[:3])
+        return Totals(loss, terms, metrics, self.weight)
 
 
-def objective(sums: Sums) -> jax.Array:
-    """What the gradient is of: the loss and its terms."""
-    return functools.reduce(jnp.add, jax.tree.leaves(sums))
+def total(loss: Loss, model: Any, batch: Batch, key: jax.Array | None) -> Totals:
+    """The sums of a batch; `key` is the randomness of this batch, None in evals."""
+    given = {"key": key} if takes(loss, "key") else {}
+    sums, weight, *metrics = loss(model, batch, **given)
+    terms = dict(sums) if isinstance(sums, dict) else {"loss": sums}
+    return Totals(terms.pop("loss"), terms, metrics[0] if metrics else {}, weight)
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has a parameter of this name."""
+    return name in inspect.signature(function).parameters
 
 
 def next_token_loss(*, z_loss: float = 0.0, eos_id: int | None = None, num_chunks: int = 1) -> Loss:
@@ -41,14 +64,16 @@ def next_token_loss(*, z_loss: float = 0.0, eos_id: int | None = None, num_chunk
 
     Returns:
       A loss of a model `(tokens_BT, segment_ids_BT or None) -> logits_BTV` and a batch of
-      `inputs` and `targets`, int32 [B, T], and optionally `loss_mask`, float32 [B, T].
+      `inputs` and `targets`, int32 [B, T], and optionally `loss_mask`, float32 [B, T]. A model with
+      a parameter `rngs` is given `nnx.Rngs` of this batch for it, and None in evals.
     """
 
-    def loss(model: Any, batch: Batch) -> tuple[Sums, jax.Array]:
+    def loss(model: Any, batch: Batch, key: jax.Array | None = None) -> tuple[Sums, jax.Array]:
         inputs_BT = batch["inputs"]
         segment_ids_BT = None if eos_id is None else segments(inputs_BT, eos_id)
         if num_chunks == 1:
-            logits_BTV = model(inputs_BT, segment_ids_BT)
+            given = {"rngs": None if key is None else nnx.Rngs(key)} if takes(model, "rngs") else {}
+            logits_BTV = model(inputs_BT, segment_ids_BT, **given)
             losses_BT, log_normalizer_BT = _token_losses(logits_BTV, batch["targets"])
         else:
             x_BTD, _ = model.hidden(inputs_BT, segment_ids_BT)

@@ -1,9 +1,6 @@
 """The train state: what it holds, how it is made on a mesh, and its fingerprint."""
 
-import itertools
-import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx, traverse_util
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.config import Config
 from jaxlm.device.guard import Guard, make_guard
@@ -24,6 +21,10 @@ ModelFactory = Callable[[nnx.Rngs], nnx.Module]
 Optimizer = Callable[[Mapping[Path, Dims | None]], optax.GradientTransformation]
 """From the names of each param's dims, where it has any."""
 
+_OUTSIDE = (
+    "a checkpoint holds params, so keep other state out of the model (dropout takes the `rngs` of "
+    "__call__)"
+)
 _PARAM_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -125,7 +126,12 @@ def make_blueprint(
     Raises:
       ValueError: the model holds other than `nnx.Param` of floats, or the mesh does not divide it.
     """
-    graphdef, variables = nnx.split(nnx.eval_shape(lambda: model(nnx.Rngs(params=0))))
+    try:
+        graphdef, variables = nnx.split(nnx.eval_shape(lambda: model(nnx.Rngs(params=0))))
+    except (AttributeError, KeyError) as error:
+        if "RngStream" not in str(error):
+            raise
+        raise ValueError(f"model: found more randomness than for params; {_OUTSIDE}") from error
     of_params: dict[Path, Any] = {}
     dims: dict[Path, Dims | None] = {}
     for path, variable in nnx.to_flat_state(variables):
@@ -144,11 +150,19 @@ def make_blueprint(
 
     whole: Any = replicated(mesh)
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
+    shapes = jax.eval_shape(build, seed)
+
+    def sharding_of(leaf: Any, sharding: NamedSharding, param: Any) -> Any:
+        if isinstance(leaf, optax.MaskedNode):
+            return leaf
+        return sharding if leaf.shape == param.shape else whole  # as Adafactor's factors are
+
     opt_state_shardings = optax.tree_utils.tree_map_params(
         tx,
-        lambda leaf, sharding: leaf if isinstance(leaf, optax.MaskedNode) else sharding,
-        jax.eval_shape(build, seed).opt_state,
+        sharding_of,
+        shapes.opt_state,
         param_shardings,
+        shapes.params,
         transform_non_params=lambda _: whole,
         is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),  # a param of another optimizer
     )
@@ -164,10 +178,7 @@ def _check_variable(name: str, variable: Any) -> None:
     if not isinstance(variable, nnx.Param):
         is_array = isinstance(variable, jax.ShapeDtypeStruct)
         kind = "an array" if is_array else f"a {type(variable).__name__}"
-        raise ValueError(
-            f"model: {name} is {kind}, expected only nnx.Param; "
-            "a checkpoint holds params, so keep other state out of the model"
-        )
+        raise ValueError(f"model: {name} is {kind}, expected only nnx.Param; {_OUTSIDE}")
     if str(variable.dtype) not in _PARAM_DTYPES:
         raise ValueError(
             f"model: {name} is an nnx.Param of {variable.dtype}, expected one of "
@@ -176,118 +187,66 @@ def _check_variable(name: str, variable: Any) -> None:
         )
 
 
-def blueprint_of(config: Config, mesh: Mesh, model: ModelFactory | None = None) -> Blueprint:
-    """That of a run, whose model is the decoder unless another is given.
+class Own(NamedTuple):
+    """What a caller has put in the place of the config's."""
+
+    model: ModelFactory | None = None
+    optimizer: optax.GradientTransformation | None = None
+    """Whose updates are added to the params as they are, learning rate included."""
+    frozen: Callable[[str], bool] | None = None
+    """Name of a param, such as `layers/0/mlp/w_up_DF` -> whether training leaves it as it is."""
+
+
+AS_CONFIGURED = Own()
+
+
+def blueprint_of(config: Config, mesh: Mesh, own: Own = AS_CONFIGURED) -> Blueprint:
+    """The blueprint of a run.
 
     Raises:
       ValueError: as in `make_blueprint`.
     """
+
+    def optimizer(dims: Mapping[Path, Dims | None]) -> optax.GradientTransformation:
+        if own.optimizer is None and own.frozen is None:
+            return make_optimizer(config.optim, dims)
+        return _in_place_of(make_optimizer(config.optim, dims), own)
+
     return make_blueprint(
-        model or model_factory(config.model, mesh.devices.flat[0].platform),
-        partial(make_optimizer, config.optim),
+        own.model or model_factory(config.model, mesh.devices.flat[0].platform),
+        optimizer,
         mesh,
         ema=config.optim.ema_decay is not None,
         deterministic=config.deterministic,
     )
 
 
-def fingerprint(tree: Any) -> dict[str, list[Any]]:
-    """Leaf name -> [dtype, shape, lane, lane]: what tells one array from another.
+def _in_place_of(tx: optax.GradientTransformation, own: Own) -> optax.GradientTransformation:
+    tx = own.optimizer or tx
 
-    A lane is the sum, modulo 2^32, of the leaf's 32-bit words, each mixed with its place in the
-    *global* array. Integers add up to the same whatever the sharding; a single changed word changes
-    both lanes for certain, any other damage goes unseen with odds of 2^-64.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    # One after the other: of arrays of numpy, all at once may not fit on the device.
-    of_each = (survey({path_name(path): leaf})()[0] for path, leaf in leaves)
-    return {name: entry for entries in of_each for name, entry in entries.items()}
+    def hold(tree: Any) -> Any:
+        if own.frozen is None:
+            return tree
+        frozen = own.frozen
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: jnp.zeros_like(x) if frozen(path_name(path)) else x, tree
+        )
 
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        # Before, so that the norm is that of what is trained; after, because of weight decay.
+        updates, state = tx.update(hold(updates), state, params)
+        if own.optimizer is not None:  # the step subtracts updates
+            updates = jax.tree.map(jnp.negative, updates)
+        return hold(updates), state
 
-Survey = Callable[[], tuple[dict[str, list[Any]], list[str]]]
-"""Waits for the fingerprint, and the names of leaves with a NaN or an infinity."""
-
-
-def survey(tree: Any) -> Survey:
-    """Begins one pass over the memory of all leaves, which may be donated from then on."""
-    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    about = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in leaves.items()}
-    # A program for each layer: they are alike, and few enough that the host need not wait for room.
-    names = sorted(leaves, key=_layer_of)
-    groups = itertools.groupby(names, _layer_of)
-    on_device = [_survey_all([leaves[name] for name in group]) for _, group in groups]
-
-    def finish() -> tuple[dict[str, list[Any]], list[str]]:
-        found = dict(zip(names, np.concatenate(on_device).tolist(), strict=True))
-        fingerprints = {name: [*about[name], *found[name][:2]] for name in about}
-        return fingerprints, [name for name in about if found[name][2]]
-
-    return finish
+    return optax.GradientTransformation(tx.init, update)
 
 
-def _layer_of(name: str) -> str:
-    # `layers/3` in all trees of the state.
-    return (re.findall(r"\w+/\d+(?=/)", name) or [""])[-1]
-
-
-def _words(x: jax.Array) -> jax.Array:
-    """The bits of `x` as uint32 [n, …]: narrow types widened, 64-bit ones as two words."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        x = jnp.stack([x.real, x.imag], axis=-1)
-    x = x.reshape(x.shape or (1,))
-    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    # The finalizer of MurmurHash3 (public domain): one to one, and every bit decides half of them.
-    # Words that were only weighted would not do: two flipped signs cancel, whatever the weights.
-    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
-def _spread(place: jax.Array, odd: int) -> jax.Array:
-    # A high power of two apart, products alone differ by one bit: its flip in both would cancel.
-    place = place * np.uint32(odd)
-    return place ^ (place >> 15)
-
-
-@jax.jit
-def _survey_all(leaves: list[jax.Array]) -> jax.Array:
-    # uint32 [n, 3], whole on each device.
-    found = jnp.stack([_survey(leaf) for leaf in leaves])
-    mesh: Any = jax.typeof(leaves[0]).sharding.mesh  # an abstract one
-    return found if mesh.empty else jax.lax.with_sharding_constraint(found, replicated(mesh))
-
-
-@jax.jit  # traced once for all leaves of a shape
-def _survey(x: jax.Array) -> jax.Array:
-    # uint32 [3]: two lanes, and whether anything is not finite.
-    words = _words(x)
-    place = jnp.zeros(words.shape, jnp.uint32)
-    for dim, size in enumerate(words.shape):
-        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim)
-    is_float = jnp.issubdtype(x.dtype, jnp.inexact)
-    bad = ~jnp.isfinite(x) if is_float else jnp.zeros(x.shape, bool)
-    bad = bad.reshape(*x.shape, *[1] * (words.ndim - x.ndim))
-    # One reduce of three operands: as sums of their own they take 25 times as long, and temporaries
-    # of the size of the leaf.
-    found = jax.lax.reduce(
-        (
-            _mix(words ^ _spread(place, 0x9E3779B1)),
-            _mix(words ^ _spread(place, 0x85EBCA77)),
-            jnp.broadcast_to(bad, words.shape).astype(jnp.uint32),
-        ),
-        (np.uint32(0), np.uint32(0), np.uint32(0)),
-        lambda a, b: (a[0] + b[0], a[1] + b[1], a[2] | b[2]),
-        tuple(range(words.ndim)),
-    )
-    return jnp.stack(found)
+def model_of(config: Config, state: TrainState, model: ModelFactory | None = None) -> nnx.Module:
+    """The model with the weights of a state, which the next step of a run consumes."""
+    factory = model or model_factory(config.model, jax.default_backend())
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: factory(nnx.Rngs(params=0))))
+    return nnx.merge(graphdef, state.weights)
 
 
 def num_bytes(tree: Any) -> int:

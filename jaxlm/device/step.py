@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxlm.device.guard import observe
-from jaxlm.device.loss import Batch, Loss, Sums, loss_and_terms, objective
+from jaxlm.device.loss import Batch, Loss, Totals, total
 from jaxlm.device.sharding import batch_sharding, replicated, split_at_once
 from jaxlm.device.state import Blueprint, Params, TrainState, cast_like, in_float32, jit_with_model
 
@@ -34,34 +34,33 @@ def make_train_step(
     `ema_params` (kept with `ema_decay`) stay as they were.
 
     Returns:
-      `(state, batch, learning_rate) -> (state, metrics)`, metrics being float32 [] `loss` (mean
-      over tokens), the terms of the loss by their names, `grad_norm` (before clipping) and
-      `learning_rate`, and the counts of `Guard`.
+      `(state, batch, learning_rate, key) -> (state, metrics)`, metrics being float32 [] `loss`
+      (mean over tokens), the terms and metrics of the loss by their names, `grad_norm` (before
+      clipping) and `learning_rate`, and the counts of `Guard`. `key` is the randomness of the step.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.abstract)
 
-    def means_and_grads(params: Params, batch: Batch) -> tuple[Sums, Params]:
-        def total(params: Params, part: Batch) -> tuple[jax.Array, tuple[Sums, jax.Array]]:
-            sums, weight = loss(nnx.merge(blueprint.graphdef, params), part)
-            return objective(sums), (sums, weight)
+    def means_and_grads(params: Params, batch: Batch, key: jax.Array) -> tuple[Totals, Params]:
+        def objective(params: Params, part: Batch, key: jax.Array) -> tuple[jax.Array, Totals]:
+            totals = total(loss, nnx.merge(blueprint.graphdef, params), part, key)
+            return totals.objective(), totals
 
-        def sums_and_grads(params: Params, part: Batch) -> tuple[tuple[Sums, jax.Array], Params]:
-            (_, sums), grads = jax.value_and_grad(total, has_aux=True)(params, part)
+        def sums_and_grads(params: Params, part: Batch, key: jax.Array) -> tuple[Totals, Params]:
+            (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params, part, key)
             return in_float32((sums, grads))
 
         if num_microbatches == 1:
-            (sums, weight), grads = sums_and_grads(params, batch)
+            sums, grads = sums_and_grads(params, batch, key)
         else:
-            (sums, weight), grads = _accumulate(sums_and_grads, params, batch, num_microbatches)
+            sums, grads = _accumulate(sums_and_grads, params, batch, key, num_microbatches)
         grads = split_at_once(grads, shardings.params)
-        return jax.tree.map(lambda x: x / weight, (sums, grads))
+        return sums.means(), jax.tree.map(lambda x: x / sums.weight, grads)
 
     def train_step(
-        state: TrainState, batch: Batch, learning_rate: jax.Array
+        state: TrainState, batch: Batch, learning_rate: jax.Array, key: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            means, grads = means_and_grads(state.params, batch)
-        loss_value, terms = loss_and_terms(means)
+            means, grads = means_and_grads(state.params, batch, key)
         grad_norm = optax.tree_utils.tree_norm(grads)
         before = in_float32(state.params)
         updates, opt_state = blueprint.tx.update(grads, state.opt_state, before)
@@ -70,17 +69,18 @@ def make_train_step(
         ema_params = _average(state, params, ema_decay)
 
         finite = functools.reduce(
-            jnp.logical_and, map(jnp.isfinite, (loss_value, *terms.values(), grad_norm))
+            jnp.logical_and, map(jnp.isfinite, (means.loss, *means.terms.values(), grad_norm))
         )
         params, opt_state, ema_params = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, opt_state, ema_params),
             (state.params, state.opt_state, state.ema_params),
         )
-        guard = observe(state.guard, loss_value, finite, spike_zscore)
+        guard = observe(state.guard, means.loss, finite, spike_zscore)
         metrics = {
-            **terms,
-            "loss": loss_value,
+            **means.metrics,
+            **means.terms,
+            "loss": means.loss,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "nonfinite_steps": guard.nonfinite_steps,
@@ -91,24 +91,27 @@ def make_train_step(
 
     return jax.jit(
         train_step,
-        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh), replicated(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
         compiler_options=blueprint.compiler_options,
     )
 
 
-def scheduled(update: Callable[..., Any], schedule: optax.Schedule, mesh: Mesh) -> TrainStep:
-    """What `make_train_step` gives, at the learning rate of each step.
+def scheduled(
+    update: Callable[..., Any], schedule: optax.Schedule, mesh: Mesh, seed: int = 0
+) -> TrainStep:
+    """What `make_train_step` gives, with the learning rate and the randomness of each step.
 
-    The rate is no constant of the update, which is compiled once for plans of any length and rate.
+    Neither is a constant of the update, which is compiled once for any plan, rate and seed.
     """
 
-    def rate(step: jax.Array) -> jax.Array:
-        return jnp.asarray(schedule(step), jnp.float32)
+    def rate_and_key(step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        return jnp.asarray(schedule(step), jnp.float32), key
 
-    rate_of = jax.jit(rate, out_shardings=replicated(mesh))
-    return lambda state, batch: update(state, batch, rate_of(state.step))
+    of_step = jax.jit(rate_and_key, out_shardings=replicated(mesh))
+    return lambda state, batch: update(state, batch, *of_step(state.step))
 
 
 def _average(state: TrainState, params: Params, ema_decay: float | None) -> Params | None:
@@ -121,29 +124,35 @@ def _average(state: TrainState, params: Params, ema_decay: float | None) -> Para
 
 
 def _accumulate(
-    sums_and_grads: Callable[..., Any], params: Params, batch: Batch, num_microbatches: int
-) -> tuple[tuple[Sums, jax.Array], Params]:
+    sums_and_grads: Callable[..., Any],
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+    num_microbatches: int,
+) -> tuple[Totals, Params]:
     # Part m takes rows m, m + M, …: each device goes on with its own rows, and none is moved.
     parts = jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(-1, num_microbatches, *x.shape[1:]), 0, 1), batch
     )
 
-    def add_part(sums: Any, part: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, sums_and_grads(params, part)), None
+    keys = jax.random.split(key, num_microbatches)
 
-    first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(sums_and_grads, params, first)
+    def add_part(sums: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, sums_and_grads(params, *part)), None
+
+    first = jax.tree.map(lambda x: x[0], (parts, keys))
+    shapes = jax.eval_shape(sums_and_grads, params, *first)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.scan(add_part, zeros, parts)[0]
+    return jax.lax.scan(add_part, zeros, (parts, keys))[0]
 
 
 def make_eval_step(
     blueprint: Blueprint, loss: Loss, mesh: Mesh
-) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """The compiled `(params, batch) -> (loss sum, number of tokens)`, float32 []."""
+) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+    """The compiled `(params, batch) -> sums`, float32 []: `loss`, `tokens` and the metrics' own."""
 
-    def without_terms(model: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        sums, weight = loss(model, batch)
-        return loss_and_terms(sums)[0], weight
+    def sums(model: Any, batch: Batch) -> dict[str, jax.Array]:
+        totals = total(loss, model, batch, None)
+        return {**totals.metrics, "loss": totals.loss, "tokens": totals.weight}
 
-    return jit_with_model(without_terms, blueprint, mesh)
+    return jit_with_model(sums, blueprint, mesh)

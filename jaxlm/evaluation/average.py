@@ -17,7 +17,7 @@ from jaxlm.checkpoints.manifest import write_manifest
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.reading import read
 from jaxlm.checkpoints.restore import DamagedArrays, restore_numpy
-from jaxlm.device.state import fingerprint
+from jaxlm.device.fingerprint import fingerprint
 from jaxlm.evaluation.score import score
 from jaxlm.files.durable import write_file
 from jaxlm.files.ours import mark

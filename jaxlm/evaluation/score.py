@@ -31,20 +31,20 @@ from jaxlm.data.prepare import Dataset
 from jaxlm.device.loss import Batch, next_token_loss
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import Params
+from jaxlm.device.step import make_eval_step
 from jaxlm.evaluation.evals import checkpoint_id
 from jaxlm.inference.load import restore_params, tell_selected
 from jaxlm.terminal import progress
 from jaxlm.tracking.metrics import perplexity
 from jaxlm.tracking.rows import NAME as ROWS
 from jaxlm.tracking.rows import find_damage as find_row_damage
-from jaxlm.training.assemble import assemble_eval, held_out_batches, mask_id, prepare_data
+from jaxlm.training.assemble import held_out_batches, hold_out, mask_id, prepare_data
 from jaxlm.training.environment import compare_environments, describe_environment
-from jaxlm.training.evaluate import batch_sums, mean_loss
+from jaxlm.training.evaluate import batch_sums, means
 
 Say = Callable[[str], None]
 TOLERANCE = 1e-3
-"""Relative difference of two losses of the same params on different machines; float32 on the one
-and bfloat16 on the other give about this much."""
+"""Relative difference of the losses of equal params in float32 and in bfloat16."""
 
 
 def verify_step(folder: Path, step: int) -> list[str] | None:
@@ -210,14 +210,13 @@ def _score(candidate: _Candidate, source: str | None, say: Say) -> Score:
     mesh = _choose_mesh(first.metadata.environment["mesh"], config.micro_batch_size)
     selected, (blueprint, params) = read(run, lambda s: (s, restore_params(s, mesh)), first=first)
     tell_selected(selected, say)
-    metadata = selected.metadata
-    batches = held_out_batches(config, dataset)
-    loss = next_token_loss(eos_id=mask_id(config, dataset), num_chunks=config.loss_chunks)
-    eval_step, put = assemble_eval(config, blueprint, mesh, batches, loss)
-    with progress(f"Evaluating step {selected.step}", len(batches)) as advance:
+    held_out = hold_out(config, mesh, held_out_batches(config, dataset))
+    next_token = next_token_loss(eos_id=mask_id(config, dataset), num_chunks=config.loss_chunks)
+    eval_step = make_eval_step(blueprint, next_token, mesh)
+    with progress(f"Evaluating step {selected.step}", held_out.num_batches) as advance:
         before = None
 
-        def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        def step(params: Params, batch: Batch) -> dict[str, jax.Array]:
             nonlocal before
             now = eval_step(params, batch)
             if before is not None:  # told one batch late: the device has the next one already
@@ -226,20 +225,21 @@ def _score(candidate: _Candidate, source: str | None, say: Say) -> Score:
             before = now
             return now
 
-        sums = batch_sums(step, params, put, len(batches))
-    environment = describe_environment(mesh)
+        sums = batch_sums(step, params, *held_out)
+    loss, environment = means(sums)["loss"], describe_environment(mesh)
+    metadata = selected.metadata
     return Score(
         run=run,
         step=selected.step,
         checkpoint=checkpoint_id(metadata),
         source=config.data.source,
-        loss=mean_loss(sums),
-        perplexity=perplexity(mean_loss(sums)),
-        num_tokens=int(sums[:, 1].sum()),
+        loss=loss,
+        perplexity=perplexity(loss),
+        num_tokens=int(sums["tokens"].sum()),
         recorded_loss=None if source else metadata.eval_loss,
         differences=compare_environments(metadata.environment, environment),
         environment=environment,
-        sums=sums,
+        sums=np.stack([sums["loss"], sums["tokens"]], axis=1),
     )
 
 

@@ -13,7 +13,7 @@ from jaxlm.checkpoints.restore import restore_weights
 from jaxlm.compiled import keep_compiled
 from jaxlm.config import MeshConfig
 from jaxlm.device.sharding import make_mesh
-from jaxlm.device.state import Blueprint, ModelFactory, Params, blueprint_of
+from jaxlm.device.state import Blueprint, ModelFactory, Own, Params, blueprint_of
 from jaxlm.terminal import progress
 from jaxlm.tracking.console import format_count
 
@@ -78,7 +78,7 @@ def restore_params(
             f"{selected.path}: its config has {config.model.num_layers:,} layers, and it holds "
             f"{len(metadata.fingerprints)} arrays; it was altered, so take a copy from before"
         )
-    blueprint = blueprint_of(config, mesh, model)
+    blueprint = blueprint_of(config, mesh, Own(model))
     with progress("Loading the weights"):
         return blueprint, restore_weights(selected.path, metadata, blueprint.abstract.params)
 

@@ -104,7 +104,7 @@ class Console:
             f"Step {step:>{width}}/{self._num_steps}",
             f"Loss: {loss:.4f}",
             f"PPL: {_number(perplexity(loss)):>7}",
-            f"LR: {row['train/learning_rate']:.2e}",
+            *([f"LR: {row['train/learning_rate']:.2e}"] if "train/learning_rate" in row else []),
             f"Grad: {_number(row['train/grad_norm'])}",
             f"Tok/s: {row['train/tokens_per_s']:,.0f}",
         ]

@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from jaxlm.compiled import keep_compiled
@@ -18,11 +19,12 @@ from jaxlm.data.prepare import Dataset, default_max_tokens, prepare
 from jaxlm.device.loss import Batch, Loss, next_token_loss
 from jaxlm.device.optim import make_schedule
 from jaxlm.device.sharding import AXES_OF, make_mesh, put_batch, replicated
-from jaxlm.device.state import Blueprint, ModelFactory, blueprint_of
+from jaxlm.device.state import AS_CONFIGURED, Blueprint, Own, blueprint_of
 from jaxlm.device.step import TrainStep, make_eval_step, make_train_step, scheduled
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.throughput import peak_flops
 from jaxlm.training.evaluate import EvalSet, EvalStep
+from jaxlm.training.first_look import check_given, look_at
 from jaxlm.training.preflight import check_prompt
 
 
@@ -38,6 +40,14 @@ class TrainSet(Protocol):
         ...
 
 
+class HeldOut(NamedTuple):
+    """One held-out set."""
+
+    put: Callable[[int], Batch]
+    """Index -> that batch on the mesh."""
+    num_batches: int
+
+
 class Parts(NamedTuple):
     """What the loop works with."""
 
@@ -48,16 +58,15 @@ class Parts(NamedTuple):
     train_step: TrainStep
     compiled: jax.stages.Compiled
     """The update that it makes."""
-    own_model: bool
-    """Whether the model is the caller's, and not that of `config.model`."""
+    own: Own
+    """What is the caller's, and not that of the config."""
     peak_flops: float | None
     """Of all devices together (FLOP/s), where it is known, as is the work of a step."""
     eval_step: EvalStep
     put: Callable[[int], Batch]
     """Index -> that batch on the mesh."""
-    put_eval: Callable[[int], Batch]
-    num_eval_batches: int
-    """0 where there is no held-out set."""
+    held_out: dict[str, HeldOut]
+    """The first part of its metrics' names -> a held-out set; that of `eval` decides on best."""
     data_fingerprint: str
     eos_id: int | None
     tokenizer_path: Path | None
@@ -65,16 +74,17 @@ class Parts(NamedTuple):
     def eval_due(self, step: int) -> bool:
         """Whether a checkpoint of this step holds an eval."""
         due = step % self.config.eval_interval == 0 or step == self.config.num_steps
-        return due and step > 0 and self.num_eval_batches > 0
+        return due and step > 0 and any(of.num_batches for of in self.held_out.values())
 
 
 def assemble(
     config: Config,
     *,
-    model: ModelFactory | None = None,
+    own: Own = AS_CONFIGURED,
     loss: Loss | None = None,
+    eval_loss: Loss | None = None,
     batches: TrainSet | None = None,
-    eval_batches: EvalSet | None = None,
+    eval_batches: EvalSet | Mapping[str, EvalSet] | None = None,
     say: Callable[[str], None] = print,
     clock: Clock | None = None,
 ) -> Parts:
@@ -84,10 +94,12 @@ def assemble(
       ValueError: the mesh does not divide the batch or the model, or the data does not fit.
       OSError, ImportError: the data is not there.
     """
+    check_given(own.model, batches, eval_batches)
+    sets = name_sets(eval_batches)
     keep_compiled(config.data.cache_dir)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
-    blueprint = blueprint_of(config, mesh, model)  # refuses a model before any data is prepared
+    blueprint = blueprint_of(config, mesh, own)  # refuses a model before any data is prepared
     dataset = None
     if batches is None:
         config, dataset = prepare_data(config, say)
@@ -98,42 +110,50 @@ def assemble(
             seed=config.seed,
             fingerprint=dataset.fingerprint,
         )
-        if model is None:  # a caller's own model makes no sample
+        if own.model is None:  # a caller's own model makes no sample
             check_prompt(config, dataset.tokenizer_path)
         _tell_epochs(config, dataset, batches.windows_per_epoch, say)
-        eval_batches = held_out_batches(config, dataset) if eval_batches is None else eval_batches
-    if eval_batches is not None and not isinstance(eval_batches, Sized):
-        raise ValueError("eval_batches: found no length, expected `__len__`: how many there are")
+        sets = sets or name_sets(held_out_batches(config, dataset))
     rows_of = recorded(batches, os.environ.get("JAXLM_RECORD_BATCHES"))
-    mask = mask_id(config, dataset)
-    next_token = partial(next_token_loss, eos_id=mask, num_chunks=config.loss_chunks)
-    train_loss = loss or next_token(z_loss=config.z_loss)
+    train_loss, eval_of = _losses(config, dataset, loss, eval_loss)
 
     def put(index: int) -> Batch:
         index = 0 if config.overfit_one_batch else index
         return put_batch(partial(rows_of, index), mesh, config.batch_size)
 
+    first = put(0)
+    look_at(blueprint, first, own, loss, eval_loss)
     with (clock or Clock()).spent("compile"):
-        compiled = lower_step(config, blueprint, train_loss, mesh, put(0)).compile()
+        compiled = lower_step(config, blueprint, train_loss, mesh, first).compile()
     peak = peak_flops(mesh.devices.flat[0].device_kind)
-    eval_loss = loss or next_token()
-    eval_step, put_eval = assemble_eval(config, blueprint, mesh, eval_batches, eval_loss)
+    schedule = make_schedule(config.optim, config.num_steps)
+    if own.optimizer is not None:
+        schedule = optax.constant_schedule(1.0)
     return Parts(
         config=config,
         mesh=mesh,
         blueprint=blueprint,
-        train_step=scheduled(compiled, make_schedule(config.optim, config.num_steps), mesh),
+        train_step=scheduled(compiled, schedule, mesh, config.seed),
         compiled=compiled,
-        own_model=model is not None,
-        peak_flops=peak * mesh.size if peak and model is None else None,
-        eval_step=eval_step,
+        own=own,
+        peak_flops=peak * mesh.size if peak and own.model is None else None,
+        eval_step=make_eval_step(blueprint, eval_of, mesh),
         put=put,
-        put_eval=put_eval,
-        num_eval_batches=0 if eval_batches is None else len(eval_batches),
+        held_out={name: hold_out(config, mesh, batches) for name, batches in sets.items()},
         data_fingerprint=str(getattr(batches, "fingerprint", "")),
         eos_id=dataset.eos_id if dataset else None,
         tokenizer_path=dataset.tokenizer_path if dataset else None,
     )
+
+
+def _losses(
+    config: Config, dataset: Dataset | None, loss: Loss | None, eval_loss: Loss | None
+) -> tuple[Loss, Loss]:
+    # Those of training and of evals, which leave out the z-loss.
+    next_token = partial(
+        next_token_loss, eos_id=mask_id(config, dataset), num_chunks=config.loss_chunks
+    )
+    return loss or next_token(z_loss=config.z_loss), eval_loss or loss or next_token()
 
 
 def lower_step(
@@ -151,20 +171,26 @@ def lower_step(
         config.guard.spike_zscore,
         config.optim.ema_decay,
     )
-    rate = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(mesh))
-    return train_step.lower(blueprint.abstract, example, rate)
+    dtypes = np.dtype(np.float32), jax.eval_shape(partial(jax.random.key, 0)).dtype
+    rate, key = (jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh)) for dtype in dtypes)
+    return train_step.lower(blueprint.abstract, example, rate, key)
 
 
-def assemble_eval(
-    config: Config, blueprint: Blueprint, mesh: Mesh, batches: EvalSet | None, loss: Loss
-) -> tuple[EvalStep, Callable[[int], Batch]]:
-    """The eval step of a run, and what puts a held-out batch on the mesh for it."""
+def name_sets(given: EvalSet | Mapping[str, EvalSet] | None) -> dict[str, EvalSet]:
+    """Held-out sets by the beginning of the names of their metrics; the first is `eval`."""
+    if not isinstance(given, Mapping):
+        return {} if given is None else {"eval": given}
+    names = [f"eval/{name}" if number else "eval" for number, name in enumerate(given)]
+    return dict(zip(names, given.values(), strict=True))
+
+
+def hold_out(config: Config, mesh: Mesh, batches: EvalSet) -> HeldOut:
+    """A held-out set on a mesh."""
 
     def put(index: int) -> Batch:
-        assert batches is not None
         return put_batch(partial(batches, index), mesh, config.micro_batch_size)
 
-    return make_eval_step(blueprint, loss, mesh), put
+    return HeldOut(put, len(batches))
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:

@@ -11,7 +11,10 @@ from jaxlm.data.batches import prefetch
 from jaxlm.device.loss import Batch
 from jaxlm.device.state import Params
 
-EvalStep = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
+EvalStep = Callable[[Params, Batch], dict[str, jax.Array]]
+"""The sums of a batch by name, `loss` (nats) and `tokens` among them."""
+Sums = dict[str, np.ndarray]
+"""Name -> float64 [count], that sum of each batch."""
 
 
 class EvalSet(Protocol):
@@ -34,13 +37,13 @@ def batch_sums(
     put: Callable[[int], Batch],
     count: int,
     stops: Callable[[], bool] = lambda: False,
-) -> np.ndarray:
-    """Loss sum (nats) and number of tokens of each batch of the set: float64 [count, 2].
+) -> Sums:
+    """The sums of each batch of the set.
 
     The order is fixed, so the same state on the same mesh gives the same bits.
 
     Args:
-      eval_step: the compiled `(params, batch) -> (loss sum, number of tokens)`.
+      eval_step: the compiled `(params, batch) -> sums`.
       params: the params.
       put: index -> that batch on the device.
       count: number of batches.
@@ -57,7 +60,8 @@ def batch_sums(
             sums.append(eval_step(params, batch))
             # Else the host would queue the whole set, and have nothing left to stop.
             jax.block_until_ready(sums[-2:-1])
-    return np.asarray(jax.device_get(sums), np.float64)
+    fetched = jax.device_get(sums)
+    return {name: np.array([of[name] for of in fetched], np.float64) for name in fetched[0]}
 
 
 def evaluate(
@@ -66,15 +70,16 @@ def evaluate(
     put: Callable[[int], Batch],
     count: int,
     stops: Callable[[], bool] = lambda: False,
-) -> float:
-    """The mean loss per token (nats) over the whole set; arguments are those of `batch_sums`.
+) -> dict[str, float]:
+    """The means per token over the whole set, `loss` (nats) first; arguments as in `batch_sums`.
 
     Every token weighs the same, whatever batch it is in.
     """
-    return mean_loss(batch_sums(eval_step, params, put, count, stops))
+    return means(batch_sums(eval_step, params, put, count, stops))
 
 
-def mean_loss(sums: np.ndarray) -> float:
-    """The mean loss per token (nats) of `batch_sums`."""
-    losses, tokens = sums.sum(axis=0)
-    return float(losses / tokens)
+def means(sums: Sums) -> dict[str, float]:
+    """Each sum of `batch_sums` by the number of tokens, `loss` first."""
+    names = ["tokens", "loss", *sorted(sums.keys() - {"loss", "tokens"})]
+    num_tokens, *totals = np.stack([sums[name] for name in names], axis=1).sum(axis=0)
+    return {name: float(x / num_tokens) for name, x in zip(names[1:], totals, strict=True)}

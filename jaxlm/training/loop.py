@@ -35,6 +35,15 @@ from jaxlm.training.start import Start
 Callback = Callable[[int, dict[str, float]], None]
 
 
+class Hook(NamedTuple):
+    """A function of the state between two steps."""
+
+    call: Callable[[int, TrainState, dict[str, float]], None]
+    """Called with the step, the state after it, and the row of this step, empty if none is due."""
+    every: int = 1
+    """After each step that is a multiple of it. Reading the row waits for the step."""
+
+
 class Result(NamedTuple):
     """How a call of `train` ended."""
 
@@ -55,6 +64,7 @@ class Loop:
     metrics: Metrics | None
     console: Console
     callbacks: Sequence[Callback]
+    hooks: Sequence[Hook]
     start: Start
     clock: Clock
 
@@ -62,6 +72,7 @@ class Loop:
         self.config = self.parts.config
         self.num_worse_evals = self.start.num_worse_evals
         self.unread: tuple[int, StepMetrics] | None = None
+        self.row: tuple[int, dict[str, float]] = (0, {})
         self.nonfinite_steps = self.start.nonfinite_steps
         self.environment = describe_environment(self.parts.mesh)
 
@@ -92,6 +103,7 @@ class Loop:
             reasons = {"interval": save_due, "best": improved, "final": ended, "stop": stopping}
             if why := [reason for reason, applies in reasons.items() if applies]:
                 self.save(step, state, eval_loss, why)
+            self.run_hooks(step, state)
             self.checkpoints.poll()
             self.console.progress(step)
             if ended or stopping:
@@ -107,6 +119,14 @@ class Loop:
                 f"{self.checkpoints.folder}; the same command makes the lost steps again"
             )
         return Result(step, ended, self.checkpoints.best)
+
+    def run_hooks(self, step: int, state: TrainState) -> None:
+        """Calls the hooks that are due at this step."""
+        due = [hook for hook in self.hooks if step % hook.every == 0]
+        if due:
+            self.read_metrics()
+        for hook in due:
+            hook.call(step, state, self.row[1] if self.row[0] == step else {})
 
     def put(self, step: int) -> Batch:
         """The batch that the state of this step takes in."""
@@ -148,18 +168,20 @@ class Loop:
         row = {
             "train/loss": values["loss"],
             "train/perplexity": perplexity(values["loss"]),
-            "train/learning_rate": values["learning_rate"],
             "train/grad_norm": values["grad_norm"],
             "train/nonfinite_steps": self.nonfinite_steps,
             "train/tokens_seen": self.tokens_seen(step),
             "train/tokens_per_s": tokens_per_s,
         }
+        if self.parts.own.optimizer is None:
+            row["train/learning_rate"] = values["learning_rate"]
         terms = values.keys() - {"loss", "learning_rate", "grad_norm", *Guard._fields}
         row |= {f"train/{name}": values[name] for name in sorted(terms)}
         if self.parts.peak_flops:
             flops = flops_per_token(self.config.model, self.config.seq_len)
             row["train/mfu"] = tokens_per_s * flops / self.parts.peak_flops
         row |= {f"time/{kind}": round(s, 3) for kind, s in self.clock.seconds().items()}
+        self.row = step, row
         self.log(step, row)
         self.console.step(step, row, (self.config.num_steps - step) / steps_per_s)
 
@@ -183,11 +205,12 @@ class Loop:
         """
         self.read_metrics()
         with self.clock.spent("eval"):
-            parts, loss, failure = self.parts, math.nan, None
+            eval_step, means, failure = self.parts.eval_step, {}, None
             try:
-                loss = evaluate(
-                    parts.eval_step, state.weights, parts.put_eval, parts.num_eval_batches, stops
-                )
+                for name, of in self.parts.held_out.items():
+                    found = evaluate(eval_step, state.weights, of.put, of.num_batches, stops)
+                    means |= {f"{name}/{metric}": mean for metric, mean in found.items()}
+                    means[f"{name}/perplexity"] = perplexity(found["loss"])
             except Stopped:
                 self.console.say(f"the eval of step {step} was cut short; the next start makes it")
                 return None, False
@@ -201,11 +224,11 @@ class Loop:
                 raise failure
             self.checkpoints.wait()  # only what is on disk counts as best
             before = self.checkpoints.best
+            loss = means["eval/loss"]
             best = self.checkpoints.best_with(step, loss)
             improved = best is not None and best.step == step
             self.num_worse_evals = 0 if improved else self.num_worse_evals + 1
-            row = {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
-            self.log(step, {**row, "eval/best_loss": best.loss if best else math.inf})
+            self.log(step, {**means, "eval/best_loss": best.loss if best else math.inf})
             self.console.evaluation(step, loss, before.loss if before else None, improved)
         return loss, improved
 

@@ -18,7 +18,7 @@ from jaxlm.checkpoints.skips import Skip, to_json
 from jaxlm.cluster import agree
 from jaxlm.config import Config, changes, to_dict
 from jaxlm.device.sharding import make_mesh, same_bits
-from jaxlm.device.state import ModelFactory, TrainState, blueprint_of
+from jaxlm.device.state import Own, TrainState, blueprint_of
 from jaxlm.files.durable import write_file
 from jaxlm.files.lock import HOLDER, locked
 from jaxlm.files.strict import conform
@@ -63,7 +63,7 @@ class Start(NamedTuple):
     """What was changed on the way here."""
 
 
-def check_beginning(config: Config, model: ModelFactory | None) -> None:
+def check_beginning(config: Config, own: Own) -> None:
     """Refuses to begin with a checkpoint of another model, before any data is prepared.
 
     Raises:
@@ -72,7 +72,7 @@ def check_beginning(config: Config, model: ModelFactory | None) -> None:
     if not (source := config.branch_from or config.init_from):
         return
     selected, mesh = select(source, contents=False), make_mesh(config.mesh)
-    items = items_of(blueprint_of(config, mesh, model).abstract)
+    items = items_of(blueprint_of(config, mesh, own).abstract)
     items.pop("ema_params", None)  # which may begin here
     wanted = items if config.branch_from else {"params": items["params"]}
     check_layout(selected.metadata.fingerprints, wanted, selected.path)

@@ -27,7 +27,7 @@ def tell_start(parts: Parts, console: Console) -> None:
         f"{model.vocab_size}"
     )
     console.say(
-        f"run {config.run_dir}: {'a model of your own' if parts.own_model else shape}; "
+        f"run {config.run_dir}: {'a model of your own' if parts.own.model else shape}; "
         f"{config.num_steps} steps of {config.batch_size} x {config.seq_len} tokens; "
         f"{optim.schedule} schedule, learning rate {optim.learning_rate:g}"
     )

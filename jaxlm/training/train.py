@@ -3,16 +3,18 @@
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
+import optax
 
 from jaxlm.checkpoints.checkpoint import Checkpoints
+from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.cluster import check_alike
 from jaxlm.config import Config
 from jaxlm.device.loss import Loss
-from jaxlm.device.state import ModelFactory
+from jaxlm.device.state import ModelFactory, Own
 from jaxlm.terminal import output
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.console import Console
@@ -23,8 +25,8 @@ from jaxlm.training.assemble import Parts, TrainSet, assemble
 from jaxlm.training.at_end import AtEnd, Complete, find_tools
 from jaxlm.training.divergence import Diverged
 from jaxlm.training.evaluate import EvalSet
-from jaxlm.training.loop import Callback, Loop, Result
-from jaxlm.training.resume import check_folders, plan_resume
+from jaxlm.training.loop import Callback, Hook, Loop, Result
+from jaxlm.training.resume import Plan, check_folders, plan_resume
 from jaxlm.training.signals import StopRequest, stop_requests
 from jaxlm.training.start import (
     beginning_of,
@@ -49,9 +51,13 @@ def train(
     *,
     model: ModelFactory | None = None,
     loss: Loss | None = None,
+    eval_loss: Loss | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    frozen: Callable[[str], bool] | None = None,
     batches: TrainSet | None = None,
-    eval_batches: EvalSet | None = None,
+    eval_batches: EvalSet | Mapping[str, EvalSet] | None = None,
     callbacks: Sequence[Callback] = (),
+    hooks: Sequence[Hook] = (),
     at_end: Sequence[AtEnd] | None = None,
 ) -> Result:
     """Trains to the end of the plan, from the latest sound checkpoint if there is one.
@@ -60,10 +66,15 @@ def train(
       config: the run.
       model: `nnx.Rngs -> nnx.Module` of `nnx.Param` alone; by default that of `config.model`.
       loss: `(model, batch) -> (sum over tokens, number of tokens)`; by default next-token
-        cross-entropy.
+        cross-entropy. See `jaxlm.device.loss`.
+      eval_loss: that of evals; by default `loss`.
+      optimizer: of Optax, with its own learning rate; by default that of `config.optim`.
+      frozen: name of a param, such as `layers/0/mlp/w_up_DF` -> whether it stays as it is.
       batches: `(index, rows) -> host arrays` of training batch `index`; by default `config.data`.
       eval_batches: the held-out set; by default that of `config.data`, and none with own `batches`.
+        Of several by name, the first decides what is best.
       callbacks: each called with (step, row) for every row of metrics.jsonl.
+      hooks: each called with (step, state, row) between two steps.
       at_end: each called once with the complete run; by default the sample and the report, where
         model and data are those of `config`.
 
@@ -72,7 +83,7 @@ def train(
       CheckpointError: the checkpoints cannot be had or kept.
       RuntimeError: another trainer is at work in these folders, or in this process.
     """
-    clock = Clock()
+    clock, own = Clock(), Own(model, optimizer, frozen)
     primary = jax.process_index() == 0
     console = Console(config.num_steps, stream=None if primary else output(None))
     events = Events(Path(config.run_dir) / NAME if primary else None, console.warn)
@@ -93,17 +104,14 @@ def train(
         plan = plan_resume(config, checkpoints)
         tell_resume_best(config, checkpoints.latest, checkpoints.best, console)
         if plan.complete and (latest := checkpoints.latest):
-            checkpoints.retain()
-            tell_complete(plan.config, latest, checkpoints.best, plan.changed, console)
-            for lost in find_losses(Path(config.run_dir) / ROWS, latest.rows) if primary else ():
-                console.warn(f"{ROWS}: {lost}; bring back a copy of it, if there is one")
-            return Result(latest.step, True, checkpoints.best)
+            return _leave_complete(plan, latest, checkpoints, console)
         if checkpoints.latest is None:
-            check_beginning(config, model)
+            check_beginning(config, own)
         parts = assemble(
             plan.config,
-            model=model,
+            own=own,
             loss=loss,
+            eval_loss=eval_loss,
             batches=batches,
             eval_batches=eval_batches,
             say=console.say,
@@ -114,12 +122,23 @@ def train(
         request = stack.enter_context(stop_requests(parts.mesh))
 
         stack.push(events.failed)
-        if at_end is None:
-            at_end = () if model or batches else find_tools()
-        finish = functools.partial(_finish, request=request, at_end=at_end)
-        result = _train_to_end(parts, checkpoints, console, callbacks, request, clock, finish)
+        make_loop = functools.partial(Loop, callbacks=callbacks, hooks=hooks, clock=clock)
+        acts = find_tools() if at_end is None and not (model or batches) else at_end or ()
+        finish = functools.partial(_finish, request=request, at_end=acts)
+        result = _train_to_end(parts, checkpoints, console, make_loop, request, clock, finish)
     tell_end(parts.config, result.step, result.complete, result.best, console)
     return result
+
+
+def _leave_complete(
+    plan: Plan, latest: Metadata, checkpoints: Checkpoints, console: Console
+) -> Result:
+    checkpoints.retain()
+    tell_complete(plan.config, latest, checkpoints.best, plan.changed, console)
+    if jax.process_index() == 0:
+        for lost in find_losses(Path(plan.config.run_dir) / ROWS, latest.rows):
+            console.warn(f"{ROWS}: {lost}; bring back a copy of it, if there is one")
+    return Result(latest.step, True, checkpoints.best)
 
 
 @contextlib.contextmanager
@@ -141,7 +160,7 @@ def _train_to_end(
     parts: Parts,
     checkpoints: Checkpoints,
     console: Console,
-    callbacks: Sequence[Callback],
+    make_loop: Callable[..., Loop],
     request: StopRequest,
     clock: Clock,
     finish: Callable[[Loop, Result], None],
@@ -151,7 +170,7 @@ def _train_to_end(
         with clock.spent("restore" if checkpoints.latest else "start"):
             state, start = start_state(parts, checkpoints, console, rolled_back=rolled_back)
         with open_run_folder(parts, checkpoints, start, console) as metrics:
-            loop = Loop(parts, checkpoints, metrics, console, callbacks, start, clock)
+            loop = make_loop(parts, checkpoints, metrics, console, start=start)
             if not rolled_back:
                 checkpoints.events.start(start.step, start.why, loop.environment)
                 checkpoints.retain()

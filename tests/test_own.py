@@ -1,0 +1,284 @@
+"""What a caller puts in place of a config's parts works, resumes to the bit, or is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from test_train import _StopAtOnce
+from tiny_run import BATCH, SEQ, VOCAB, Table, TinyBatches, TinyEvalSet, tiny_config, train_table
+
+from jaxlm import Hook, load_model
+from jaxlm.checkpoints.restore import restore_numpy
+from jaxlm.device.loss import cross_entropy
+from jaxlm.device.state import TrainState
+from jaxlm.proof.attempt import untimed_rows
+from jaxlm.report.diff import diff_checkpoints
+
+SHORT: dict[str, Any] = {"num_steps": 4, "eval_interval": 2}
+
+
+def with_accuracy(model: Any, batch: Any) -> Any:
+    logits = model(batch["inputs"])
+    right = jnp.sum(logits.argmax(-1) == batch["targets"]).astype(jnp.float32)
+    losses = cross_entropy(logits, batch["targets"])
+    return losses.sum(), jnp.float32(losses.size), {"accuracy": right}
+
+
+class Two(Table):
+    """A table, and a vector beside it."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        super().__init__(rngs)
+        self.bias_V = nnx.Param(jnp.ones((VOCAB,)))
+
+    def __call__(self, tokens_BT: Any, segment_ids_BT: Any = None) -> jax.Array:
+        return super().__call__(tokens_BT) + self.bias_V[...][None, None]
+
+
+class Dropping(Table):
+    """A table whose logits drop out."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        super().__init__(rngs)
+        self.dropout = nnx.Dropout(0.5)
+
+    def __call__(self, tokens_BT: Any, segment_ids_BT: Any = None, rngs: Any = None) -> jax.Array:
+        logits = super().__call__(tokens_BT)
+        return self.dropout(logits, rngs=rngs, deterministic=rngs is None)
+
+
+def params_of(run: Path, step: int = 4) -> dict[str, np.ndarray]:
+    return restore_numpy(run / "checkpoints" / str(step), ["params"])["params"]
+
+
+def stop_at_each_step(run: Path, **parts: Any) -> None:
+    for step in range(4):
+        batches = _StopAtOnce(step)
+        assert train_table(tiny_config(run, **SHORT), batches=batches, **parts).step == step + 1
+    assert train_table(tiny_config(run, **SHORT), **parts).complete
+
+
+def test_metrics_of_a_loss_have_rows_and_change_no_bit(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "measured", **SHORT, num_microbatches=2)
+    train_table(config, loss=with_accuracy)
+    rows = untimed_rows(tmp_path / "measured")
+    for kind in ("train", "eval"):
+        found = [row[f"{kind}/accuracy"] for row in rows if f"{kind}/loss" in row]
+        assert all(0 <= accuracy < 1 for accuracy in found) and found[-1] > 0.1
+
+    def without(model: Any, batch: Any) -> Any:
+        return with_accuracy(model, batch)[:2]
+
+    train_table(tiny_config(tmp_path / "plain", **SHORT, num_microbatches=2), loss=without)
+    assert diff_checkpoints(str(tmp_path / "plain"), str(tmp_path / "measured")) == []
+
+
+def test_an_optimizer_of_ones_own_makes_its_updates_and_resumes(tmp_path: Path) -> None:
+    tx = optax.adamw(optax.linear_schedule(0.1, 0.01, 4), weight_decay=0.5)
+    train_table(tiny_config(tmp_path / "a", **SHORT), optimizer=tx)
+    assert all("train/learning_rate" not in row for row in untimed_rows(tmp_path / "a"))
+
+    params = jax.tree.map(jnp.asarray, nnx.to_pure_dict(nnx.state(Table(nnx.Rngs(params=key())))))
+    opt_state, batches = tx.init(params), TinyBatches()
+    for step in range(4):
+        batch = batches(step, slice(None))
+
+        def loss(params: Any, batch: Any = batch) -> jax.Array:
+            logits = 30 * params["table_VV"][batch["inputs"]]
+            return cross_entropy(logits, batch["targets"]).mean()
+
+        updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
+        params: Any = optax.apply_updates(params, updates)
+    found = params_of(tmp_path / "a")["table_VV"]
+    np.testing.assert_allclose(found, params["table_VV"], rtol=1e-4, atol=1e-6)
+
+    stop_at_each_step(tmp_path / "b", optimizer=tx)
+    assert diff_checkpoints(f"{tmp_path / 'a'}@4", f"{tmp_path / 'b'}@4") == []
+
+
+def key() -> jax.Array:
+    return jax.random.key(np.uint32(tiny_config("unused").seed))
+
+
+@pytest.mark.parametrize("optimizer", [None, optax.adamw(0.1, weight_decay=0.5)])
+def test_frozen_params_keep_their_bits(tmp_path: Path, optimizer: Any) -> None:
+    parts: dict[str, Any] = {"model": Two, "optimizer": optimizer}
+    train_table(tiny_config(tmp_path, **SHORT), frozen=lambda name: name == "table_VV", **parts)
+    initial = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Two(nnx.Rngs(params=key())))))()
+    found = params_of(tmp_path)
+    np.testing.assert_array_equal(found["table_VV"], initial["table_VV"])
+    assert not np.array_equal(found["bias_V"], initial["bias_V"])
+
+
+def test_dropout_resumes_to_the_bit_and_evals_drop_nothing(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "a", **SHORT)
+    train_table(config, model=Dropping)
+    stop_at_each_step(tmp_path / "b", model=Dropping)
+    assert diff_checkpoints(f"{tmp_path / 'a'}@4", f"{tmp_path / 'b'}@4") == []
+    assert untimed_rows(tmp_path / "a") == untimed_rows(tmp_path / "b")
+    # The controls: it drops, and by the seed.
+    train_table(tiny_config(tmp_path / "whole", **SHORT))
+    assert diff_checkpoints(str(tmp_path / "a"), str(tmp_path / "whole")) != []
+    batch = TinyEvalSet()(0, slice(None))
+    model, _ = load_model(str(tmp_path / "a"), model=Dropping, say=str)
+    twice = [np.asarray(model(batch["inputs"])) for _ in range(2)]
+    np.testing.assert_array_equal(*twice)
+
+
+def test_each_microbatch_draws_its_own(tmp_path: Path) -> None:
+    drawn: dict[int, float] = {}
+
+    def noisy(model: Any, batch: Any, key: Any) -> Any:
+        losses = cross_entropy(model(batch["inputs"]), batch["targets"])
+        drawn_now = 0.0 if key is None else jax.random.uniform(key)
+        return losses.sum(), jnp.float32(losses.size), {"drawn": jnp.float32(drawn_now)}
+
+    for parts in (1, 2):
+        config = tiny_config(tmp_path / str(parts), **SHORT, num_microbatches=parts)
+        train_table(config, loss=noisy)
+        rows = [row for row in untimed_rows(tmp_path / str(parts)) if "train/drawn" in row]
+        drawn |= {parts: rows[0]["train/drawn"] * BATCH * SEQ}
+        assert len({row["train/drawn"] for row in rows}) == len(rows)
+    keys = jax.random.split(jax.random.fold_in(key(), 0), 2)
+    assert drawn[1] == pytest.approx(float(jax.random.uniform(jax.random.fold_in(key(), 0))), 1e-5)
+    assert drawn[2] == pytest.approx(float(sum(map(jax.random.uniform, keys))), 1e-5)
+
+
+def test_of_several_held_out_sets_the_first_decides(tmp_path: Path) -> None:
+    class Far(TinyEvalSet):
+        def __call__(self, index: int, rows: slice) -> dict[str, np.ndarray]:
+            batch = super().__call__(index, rows)
+            return {**batch, "targets": (batch["targets"] + 7) % VOCAB}
+
+    sets = {"near": TinyEvalSet(), "far": Far()}
+    result = train_table(tiny_config(tmp_path / "two", **SHORT), eval_batches=sets)
+    train_table(tiny_config(tmp_path / "one", **SHORT))
+    rows = [row for row in untimed_rows(tmp_path / "two") if "eval/loss" in row]
+    assert [row["eval/far/loss"] > row["eval/loss"] for row in rows] == [True, True]
+    others = [
+        {name: value for name, value in row.items() if "far" not in name}
+        for row in untimed_rows(tmp_path / "two")
+    ]
+    assert others == untimed_rows(tmp_path / "one")
+    assert result.best is not None and result.best.loss == rows[-1]["eval/loss"]
+
+
+def test_evals_may_have_a_loss_of_their_own(tmp_path: Path) -> None:
+    def doubled(model: Any, batch: Any) -> Any:
+        total, count, _ = with_accuracy(model, batch)
+        return 2 * total, count
+
+    train_table(tiny_config(tmp_path / "a", **SHORT), eval_loss=doubled)
+    train_table(tiny_config(tmp_path / "b", **SHORT))
+    losses = [
+        [row["eval/loss"] for row in untimed_rows(tmp_path / run) if "eval/loss" in row]
+        for run in ("a", "b")
+    ]
+    np.testing.assert_allclose(losses[0], 2 * np.array(losses[1]), rtol=1e-6)
+
+
+def test_a_hook_has_the_state_after_its_step_and_its_row(tmp_path: Path) -> None:
+    seen: dict[int, tuple[int, np.ndarray, dict[str, float]]] = {}
+
+    def look(step: int, state: TrainState, row: dict[str, float]) -> None:
+        seen[step] = int(state.step), np.asarray(state.params["table_VV"]), row
+
+    config = tiny_config(tmp_path, **SHORT, checkpoint={"save_interval": 2}, log_interval=4)
+    train_table(config, hooks=[Hook(look, every=2)])
+    assert {step: at for step, (at, _, _) in seen.items()} == {2: 2, 4: 4}
+    for step, (_, table, _) in seen.items():
+        np.testing.assert_array_equal(table, params_of(tmp_path, step)["table_VV"])
+    assert seen[2][2] == {} and seen[4][2]["train/loss"] > 0
+
+
+def mean_loss(model: Any, batch: Any) -> Any:
+    return cross_entropy(model(batch["inputs"]), batch["targets"]).mean()
+
+
+def shaped(model: Any, batch: Any) -> Any:
+    losses = cross_entropy(model(batch["inputs"]), batch["targets"])
+    return losses, jnp.float32(losses.size)
+
+
+class Narrow(Table):
+    def __call__(self, tokens_BT: Any, segment_ids_BT: Any = None) -> jax.Array:
+        return super().__call__(tokens_BT)[..., :7]
+
+
+class OneArgument(Table):
+    def __call__(self, tokens_BT: Any) -> jax.Array:  # pyright: ignore
+        return super().__call__(tokens_BT)
+
+
+class Stateful(Table):
+    def __init__(self, rngs: nnx.Rngs):
+        super().__init__(rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "a loss that is a mean": (
+        {"loss": mean_loss},
+        "^loss: found a ShapeDtypeStruct, expected .*sum",
+    ),
+    "four values": ({"loss": lambda m, b: (1.0, 2, {}, {})}, "^loss: found a tuple of 4, expected"),
+    "a loss of each token": ({"loss": shaped}, r"^loss: found a sum float32 \[8, 16\], expected"),
+    "a dict without the loss": (
+        {"loss": lambda m, b: ({"a": 1.0}, 2)},
+        "^loss: found sums of a, e",
+    ),
+    "metrics in no dict": ({"loss": lambda m, b: (1.0, 2, 3.0)}, "^loss: found a third value that"),
+    "a loss of the batch alone": (
+        {"loss": lambda b: 0},
+        r"^loss: expected to be called as loss\(m",
+    ),
+    "an eval loss that is a mean": (
+        {"eval_loss": mean_loss},
+        "^eval_loss: found a ShapeDtypeStruct",
+    ),
+    "an instance": ({"model": Table(nnx.Rngs(0))}, "^model: found an instance of Table, expected"),
+    "a model of tokens alone": (
+        {"model": OneArgument},
+        r"^model: expected to be called as model\(",
+    ),
+    "a stateful dropout": (
+        {"model": Stateful},
+        "^model: found more randomness than for params; .* `rngs` of __c",
+    ),
+    "too few logits": (
+        {"model": Narrow},
+        r"^model: found logits for 7 tokens, expected at least \d",
+    ),
+    "a generator": (
+        {"batches": (x for x in ())},
+        "^batches: found a generator, expected a function",
+    ),
+    "a dict of arrays": ({"batches": {"inputs": 1}}, "^batches: found a dict, expected a function"),
+    "a list of evals": ({"eval_batches": [1]}, "^eval_batches: found a list, expected a function"),
+    "no inputs": (
+        {"batches": lambda i, rows: {"x": np.ones((8, 2))[rows]}},
+        "^batches: found x, exp",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_first_mistake_is_one_line_that_names_it(tmp_path: Path, mistake: str) -> None:
+    parts, line = MISTAKES[mistake]
+    with pytest.raises(ValueError, match=line):
+        train_table(tiny_config(tmp_path / "run", **SHORT), **parts)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_optimizer_may_hold_less_than_a_param_for_each(tmp_path: Path) -> None:
+    tx = optax.adafactor(0.1, min_dim_size_to_factor=8)
+    train_table(tiny_config(tmp_path / "a", **SHORT), optimizer=tx)
+    stop_at_each_step(tmp_path / "b", optimizer=tx)
+    assert diff_checkpoints(f"{tmp_path / 'a'}@4", f"{tmp_path / 'b'}@4") == []
+    state = restore_numpy(tmp_path / "a/checkpoints/4", ["opt_state"])["opt_state"]
+    assert (VOCAB,) in {leaf.shape for leaf in jax.tree.leaves(state)}
