@@ -58,8 +58,8 @@ class Cluster:
             process_id=int(index) if index else None,
             heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_S,
         )
-        # Who misses another is aborted by JAX, in a thread of its own and without a word to
-        # Python, whose own handlers would come too late.
+        # When the heartbeat of a peer is lost, JAX calls abort() in a C++ thread, where no Python
+        # handler runs.
         ctypes.pythonapi.PyOS_setsig(signal.SIGABRT, _aborted)
         self._watcher.start()
 

@@ -93,8 +93,8 @@ def _machine() -> str:
 
 
 def _remove_partial(folder: Path) -> None:
-    # JAX writes an entry in place and its time stamp after it, so a kill leaves one without the
-    # stamp, which it would stumble over for ever.
+    # JAX writes an entry in place, then its time stamp. A kill in between leaves an entry without a
+    # stamp, at which every later start would fail.
     with filelock.FileLock(folder / _LOCK, timeout=10):
         for path in folder.glob("*-cache"):
             if not path.with_name(path.name.removesuffix("-cache") + "-atime").exists():

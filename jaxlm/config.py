@@ -183,9 +183,9 @@ class ModelConfig(_Part, prefix="model."):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = recorded("auto")
     """Dtype of activations; auto is bfloat16 on TPU and GPU, float32 on CPU. Params are float32."""
     remat: Literal["none", "products", "full"] = free("none")
-    """What of a block the backward pass finds in memory, and does not compute again: all, the
-    results of its matrix products, or none but its input. Each needs less memory than the one
-    before, and more time."""
+    """Which activations of a block are kept for the backward pass: all, the results of its matrix
+    products, or its input alone. Each choice needs less memory than the one before, and more
+    time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -309,7 +309,7 @@ class CheckpointConfig(_Part, prefix="checkpoint."):
     save_interval_min: float | None = free(None)
     """Save also when this much time has passed since the last save (minutes)."""
     keep_latest: int = free(3)
-    """Newest checkpoints to keep; the best is kept besides."""
+    """Newest checkpoints to keep, in addition to the best."""
     keep_every: int | None = free(None)
     """Keep for good each checkpoint whose step is a multiple of this (steps)."""
     keep_weights_every: int | None = free(None)
@@ -360,7 +360,7 @@ class GuardConfig(_Part, prefix="guard."):
 
 @dataclasses.dataclass(frozen=True)
 class TrackingConfig(_Part, prefix="tracking."):
-    """Where metrics go besides the console and metrics.jsonl."""
+    """Trackers that receive the metrics, in addition to the console and metrics.jsonl."""
 
     wandb: Literal["off", "online", "offline"] = free("off")
     """Weights & Biases."""

@@ -164,7 +164,7 @@ def with_examples(function: Callable[..., object]) -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    # In an import, a library would make an error of its own of it.
+    # During an import, libraries turn KeyboardInterrupt into ImportError: exit at once.
     if any(f.filename.startswith("<frozen importlib") for f in traceback.extract_stack(frame)):
         write_error(_INTERRUPTED)
         os._exit(130)

@@ -3,7 +3,7 @@
 A step is committed by one rename; it carries the manifest of its files and the fingerprint of its
 arrays. What turns out to be damaged is renamed aside and said, never deleted, and the next sound
 one is taken. Orbax's `CheckpointManager` writes and commits; this module decides when, deletes,
-proves what came back, and tells only what is true on disk.
+verifies what came back, and reports only what is true on disk.
 """
 
 import contextlib
@@ -160,7 +160,8 @@ class Checkpoints:
                 raise
             self._warn(str(own))
         finally:
-            # If interrupted, its threads still write: the next start clears, the lock goes with us.
+            # After an interrupt, Orbax's threads may still be writing: the next start cleans up.
+            # The end of the process releases the lock.
             if not self._manager.is_saving_in_progress():
                 self._clear_partial()
                 self._purger.join()
@@ -355,7 +356,7 @@ class Checkpoints:
         self._manager.reload()
 
     def poll(self) -> None:
-        """Tells of a save that has ended since; costs nothing while it runs."""
+        """Reports a save that has ended; costs nothing while the save runs."""
         if self._saving and not self._manager.is_saving_in_progress():
             self.wait()
 

@@ -229,7 +229,7 @@ def _choose(name: str, folder: Path, which: str, contents: bool) -> Selected | N
         selected = select(f"{folder / WEIGHTS}@{which}", contents=contents)
         if selected.metadata.skips == held_by(found.skips, selected.step):
             return selected
-    # Of a damaged step, no one can tell whether it was the best or a final one.
+    # A damaged step may have been the best or a final one; its metadata is not to be trusted.
     passed_over = found.damaged if which in ("best", "final") else {}
     for step in _candidates(found, which):
         path = folder / str(step)

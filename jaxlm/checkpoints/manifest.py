@@ -1,4 +1,4 @@
-"""What proves that the files of a checkpoint are those that were written.
+"""The manifest: proof that the files of a checkpoint are those that were written.
 
 The manifest is written into the step folder just before the atomic commit: the size and the CRC32C
 of every file. Orbax goes on to write two things after it, which are checked by their content: the
@@ -105,7 +105,7 @@ def _scan(folder: Path, prefix: str = "") -> dict[str, os.DirEntry]:
 
 
 def _leads_out(entry: os.DirEntry, folder: Path) -> bool:
-    # Who reads the checkpoint would be led out of it, or would wait for a pipe for ever.
+    # Reject symlinks that leave the checkpoint, and FIFOs, which would block the reader.
     if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(folder.resolve()):
         return True
     return not (entry.is_file() or entry.is_dir())
@@ -142,16 +142,16 @@ def _compare(folder: Path, name: str, entry: dict[str, int], contents: bool) -> 
 
 
 def _unlisted(found: dict[str, os.DirEntry], files: dict[str, Any]) -> list[str]:
-    # Orbax would take them in: an eval loss put into a step without one, say, decides what is kept.
+    # Orbax reads unlisted files: an eval loss added to a step would decide what is kept.
     listed = {NAME, _COMMIT, *files}
     listed |= {name[:end] for name in files for end, char in enumerate(name) if char == "/"}
-    # Hidden files are the system's (.DS_Store, .nfs…), and nothing reads them.
+    # Nothing reads hidden files, which file systems add (.DS_Store, .nfs…).
     others = sorted(n for n in found.keys() - listed if not found[n].name.startswith("."))
     return [f"{name}: not a part of it" for name in others]
 
 
 def _step_damage(folder: Path) -> list[str]:
-    # All files of another step, with their manifest, agree with each other.
+    # A step copied over another one, manifest included, is consistent in itself.
     named = re.match(r"\d+", folder.name)
     try:
         step = read_json(folder / _METADATA, dict[str, Any])["step"]
@@ -163,7 +163,7 @@ def _step_damage(folder: Path) -> list[str]:
 
 
 def _commit_damage(folder: Path) -> list[str]:
-    # The text names the folder as it was at the commit: a run may have moved since, but not a step.
+    # The text holds the folder's path at the commit. A run may move; a step keeps its name.
     step = re.match(r"\d+", folder.name)
     try:
         text = read_file(folder / _COMMIT, _SMALL_BYTES).decode()

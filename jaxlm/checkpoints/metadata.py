@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, besides its arrays."""
+"""The metadata of a checkpoint: all that it holds in addition to its arrays."""
 
 import dataclasses
 import json

@@ -23,7 +23,7 @@ ITEMS = ("params", "ema_params", "opt_state", "state")
 # What Orbax and TensorStore raise of files that they did not write.
 _UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
-# Orbax warns of what is as it should be, and logs an error that it raises too: we tell it once.
+# Orbax warns about normal conditions, and logs errors that it also raises.
 absl_logging.set_verbosity(absl_logging.FATAL)
 
 
@@ -163,16 +163,15 @@ def _reading(path: Path) -> Iterator[ocp.Checkpointer]:
             yield checkpointer
     except _UNREADABLE as error:
         reason = str(error).partition("\n")[0]
-        # TensorStore tells of a disk without an answer in words, as of damage.
+        # TensorStore reports an unreachable disk by text alone, as it reports damage.
         if any(f"OS error {code}:" in str(error) for code in NO_ANSWER):
             raise no_answer(path, reason) from error
         raise DamagedArrays(f"{path}: cannot be read ({type(error).__name__}: {reason})") from error
 
 
 def _check_bytes(path: Path, tree: Any) -> None:
-    # Saved as they are, arrays take no more memory than disk: what claims to be larger is not. But
-    # OCDBT keeps parts of up to 1 KiB in its tree, compressed, where zeros take next to nothing:
-    # what these may come to is memory that any machine can spare.
+    # Arrays are stored uncompressed, so metadata that claims more bytes than the files hold is
+    # corrupt. Parts of up to 1 KiB are the exception: OCDBT compresses them into its tree.
     wanted = sum(
         math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
     )

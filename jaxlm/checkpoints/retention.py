@@ -4,7 +4,7 @@ from jaxlm.checkpoints.folder import find_best
 from jaxlm.config import CheckpointConfig
 
 IN_TRANSIT = 2
-"""Checkpoints on the disk besides those kept: one being written, one being deleted."""
+"""Checkpoints on disk in addition to those kept: one being written, one being deleted."""
 
 
 class Retention:

@@ -2,7 +2,7 @@
 
 `skips.json` in the checkpoint folder is an append-only list. An entry is on disk before anything
 else of a rollback happens, so a kill at any instant leaves either the run before it or the run
-after it. Each checkpoint holds the list as it was, which tells what a rollback has superseded.
+after it. Each checkpoint holds the list as of its step, which identifies superseded checkpoints.
 """
 
 import dataclasses

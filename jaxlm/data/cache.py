@@ -33,7 +33,7 @@ class Shard(Record):
 
 
 class Progress(TypedDict):
-    """How far a preparation has come: what PROGRESS holds, and MANIFEST besides its own."""
+    """Progress of a preparation, as in the file PROGRESS; MANIFEST has these fields too."""
 
     source: str
     revision: str

@@ -22,7 +22,7 @@ class Source:
     name: str
     """What the user asked for."""
     key: str
-    """Tells corpora apart without a network; for what is on this machine, it is the revision."""
+    """Identifies a corpus without a network; for local files, the revision."""
     documents: Callable[[int], Iterator[str]]
     """The documents from a number on."""
     look_up: Callable[[], str] | None = None

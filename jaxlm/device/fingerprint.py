@@ -14,7 +14,7 @@ from jaxlm.device.state import path_name
 
 
 def fingerprint(tree: Any) -> dict[str, list[Any]]:
-    """Leaf name -> [dtype, shape, lane, lane]: what tells one array from another.
+    """The fingerprint of each array: leaf name -> [dtype, shape, lane, lane].
 
     A lane is the sum, modulo 2^32, of the leaf's 32-bit words, each mixed with its place in the
     *global* array. Integers add up to the same whatever the sharding; a single changed word changes
@@ -67,14 +67,15 @@ def _words(x: jax.Array) -> jax.Array:
 
 def _mix(x: jax.Array) -> jax.Array:
     # The finalizer of MurmurHash3 (public domain): one to one, and every bit decides half of them.
-    # Words that were only weighted would not do: two flipped signs cancel, whatever the weights.
+    # Weighted words are not enough: two flipped signs cancel under any weights.
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def _spread(place: jax.Array, odd: int) -> jax.Array:
-    # A high power of two apart, products alone differ by one bit: its flip in both would cancel.
+    # Positions that differ by a high power of two give products that differ in one bit, and two
+    # flips would cancel: mix the position too.
     place = place * np.uint32(odd)
     return place ^ (place >> 15)
 

@@ -1,4 +1,4 @@
-"""What a run remembers of its recent losses, to tell a spike from noise. Arrays in, arrays out."""
+"""The recent losses of a run, by which a spike is detected. Arrays in, arrays out."""
 
 from typing import NamedTuple
 

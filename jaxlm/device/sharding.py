@@ -187,7 +187,7 @@ def same_bits(mesh: Mesh) -> dict[str, Any]:
 
 
 def compiler_options(mesh: Mesh, deterministic: bool) -> dict[str, Any]:
-    """What XLA is told where it compiles a step on these devices.
+    """Compiler options of XLA for a step on these devices.
 
     XLA for TPUs would make a product with a param that `fsdp` splits of each part as it comes, and
     read and write the activations anew for each: it shall gather the param first. With `tensor` the

@@ -36,7 +36,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     """int32 []: batches taken in."""
     guard: Guard
-    """What was out of the ordinary of late."""
+    """Counters of non-finite and outlier steps, and the recent losses."""
     ema_params: Params | None = None
     """The moving average of the params, float32 at least, where the run keeps one."""
 
@@ -74,7 +74,7 @@ class Blueprint(NamedTuple):
     abstract: TrainState
     """The state as `jax.ShapeDtypeStruct` leaves with their shardings."""
     compiler_options: dict[str, Any]
-    """What XLA is told where it compiles a step of this model."""
+    """Compiler options of XLA for a step of this model."""
 
 
 def jit_with_model(

@@ -219,7 +219,7 @@ def _score(candidate: _Candidate, source: str | None, say: Say) -> Score:
         def step(params: Params, batch: Batch) -> dict[str, jax.Array]:
             nonlocal before
             now = eval_step(params, batch)
-            if before is not None:  # told one batch late: the device has the next one already
+            if before is not None:  # reported one batch late: the device has the next one already
                 jax.block_until_ready(before)
                 advance(1)
             before = now
@@ -264,7 +264,7 @@ class PairedDifference(NamedTuple):
 
     @property
     def better(self) -> int | None:
-        """0 if the first is better, 1 if the second; None if that cannot be told."""
+        """0 if the first is better, 1 if the second; None if that is not certain."""
         if self.high < 0:
             return 0
         return 1 if self.low > 0 else None

@@ -34,7 +34,7 @@ def load_model(
         number may follow.
       mesh: where to put it; by default all devices, data-parallel. Any will do.
       model: the factory that was given to `train`, if one was.
-      say: takes the lines that tell what was loaded.
+      say: prints which checkpoint was loaded.
 
     Returns:
       An `nnx.Module` (`jaxlm.device.model.Transformer`, from int32 tokens [B, T] to float32 logits

@@ -83,7 +83,7 @@ class Reader:
 
         Args:
           pairs: neither of the two may be empty.
-          done: told after each batch how many of the pairs it had.
+          done: called after each batch with its number of pairs.
 
         Raises:
           ValueError: a context or a continuation is empty, or a continuation is too long.
@@ -126,7 +126,7 @@ class Reader:
         Args:
           prompts: at least one token each.
           max_tokens: new tokens at most.
-          stop: told the new tokens of a prompt after each; whether they are enough.
+          stop: called with the new tokens of a prompt after each one; returns whether to stop.
 
         Returns:
           The new tokens, without the one that ends the document.

@@ -219,7 +219,7 @@ def sample_run(
       run: as in `load_model`.
       prompts: texts; an empty one is the beginning of a document.
       sampling: how tokens are chosen.
-      say: takes the lines that tell what was loaded.
+      say: prints which checkpoint was loaded.
       write: takes the first prompt and its text as it comes, in whole characters.
 
     Raises:

@@ -55,7 +55,7 @@ class Costs(NamedTuple):
     """Read from and written to the main memory, each operand and result of an operation once."""
     collectives: dict[str, Collectives]
     num_unknown_loops: int
-    """Loops whose length the text does not tell; their bodies are counted once."""
+    """Loops whose length is not in the text; their bodies are counted once."""
 
 
 def read_costs(text: str) -> Costs:
@@ -118,7 +118,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 def trip_count(
     loop: Instruction, inside: Computation, program: dict[str, Computation]
 ) -> int | None:
-    """How often the body of a `while` runs, or None where the text does not tell.
+    """How often the body of a `while` runs, or None where the text has no number.
 
     XLA writes the number down on CPU and GPU. Its TPU compiler does not: there the counter starts
     at a constant, grows by one, and is compared with another.

@@ -37,7 +37,7 @@ class Settings:
     prove_steps: int = 12
     """Steps of the run (steps)."""
     prove_kills: int = 3
-    """Kills at random instants; there is one in a save and a SIGTERM besides."""
+    """Kills at random instants, in addition to one in a save and a SIGTERM."""
     prove_seed: int = 0
     """Seed of the instants."""
     out: Path | None = None

@@ -1,4 +1,4 @@
-"""What disk tells of a run, as far as it can be read: rows, events, checkpoints, time, settings.
+"""The history of a run on disk, as far as it can be read: rows, events, checkpoints, settings.
 
 Reading only; the run may be training, stopped, damaged or not even begun.
 """

@@ -1,1 +1,1 @@
-"""What a run tells while it goes: metrics, trackers, console, times."""
+"""Reports of a run in progress: metrics, trackers, console, times."""

@@ -208,10 +208,10 @@ class Metrics:
         self._say(f"Warning: {self._path}: {found}")
 
     def _make_room(self, config: Config, new_future: bool) -> None:
-        # No checkpoint is left of the run that made the rows in the way of one that begins.
+        # Rows without a checkpoint belong to an earlier run, and would precede those of a new one.
         rows = read_metrics(self._path) if self._path.exists() else []
         last = rows[-1]["step"] if rows else 0
-        # Before that, it may have been killed in its first save.
+        # With rows of less than two save intervals, a run may have died before a checkpoint.
         if not new_future and last >= 2 * config.checkpoint.save_interval:
             aside = self._path.with_name(f"metrics-{datetime.now():%Y%m%d-%H%M%S-%f}.jsonl")
             self._path.rename(aside)

@@ -20,7 +20,7 @@ def traced(
       batches: what to give.
       folder: where the trace goes, made when it begins.
       num_steps: how many steps to trace; with 0, none.
-      say: told where the trace is, once it is there.
+      say: prints where the trace is, once it is written.
     """
     with contextlib.ExitStack() as trace:
         for count, (step, batch) in enumerate(batches):

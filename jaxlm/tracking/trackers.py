@@ -54,7 +54,7 @@ class Trackers:
     def _wandb(self, config: Config, history: Sequence[Row], earlier: str | None) -> "_Wandb":
         run = None
         if earlier and earlier != self.run_id and config.tracking.wandb == "online":
-            # It goes on, unless it has rows that will not be made again: it takes none back.
+            # Continue the same W&B run unless it has steps past ours: W&B deletes no rows.
             run = _init_wandb(config, earlier)
             if run.step > (history[-1]["step"] + 1 if history else 0):
                 run.finish()

@@ -1,4 +1,4 @@
-"""What the bits of a run depend on besides its config and its data."""
+"""The environment of a run: what its bits depend on in addition to config and data."""
 
 import os
 import platform

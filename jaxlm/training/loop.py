@@ -57,7 +57,7 @@ class Result(NamedTuple):
 
 @dataclass
 class Loop:
-    """A run under way: what the loop keeps besides the state."""
+    """A run in progress: what the loop holds in addition to the state."""
 
     parts: Parts
     checkpoints: Checkpoints

@@ -141,7 +141,7 @@ def _check_owner(restored: Metadata, config: Config) -> None:
 
 
 def _check_run_folder(config: Config) -> None:
-    # Its metrics.jsonl goes with one checkpoint folder; another's rows would replace them.
+    # metrics.jsonl belongs to one checkpoint folder: another's resume would truncate its rows.
     if not (Path(config.run_dir) / "config.json").is_file():
         return
     there = recorded_directory(Path(config.run_dir))

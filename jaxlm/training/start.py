@@ -1,4 +1,4 @@
-"""Where a run begins: at a new state, at its own latest checkpoint, or at another run's."""
+"""Where a run begins: a new state, its own latest checkpoint, or another run's checkpoint."""
 
 import contextlib
 import json
@@ -35,32 +35,32 @@ CONFIG = "config.json"
 
 
 class Start(NamedTuple):
-    """What the first step goes on from, besides the state."""
+    """Where training starts: the counters and records beside the state."""
 
     step: int = 0
     """Batches taken in."""
     tokens_seen: int = 0
     """Tokens trained on."""
     nonfinite_steps: int = 0
-    """Those of the steps that were not finite."""
+    """Steps so far whose loss or gradient was not finite."""
     num_worse_evals: int = 0
     """Evals since the best one."""
     eval_loss: float | None = None
-    """The eval loss that the checkpoint of this step holds."""
+    """Eval loss in the checkpoint of this step; None without an eval."""
     owes_eval: bool = False
-    """An eval of this step is due, and its checkpoint holds none."""
+    """Whether an eval is due at this step, and the checkpoint holds no eval loss."""
     owes_end: bool = False
-    """The plan ends at this step, and its checkpoint does not say so."""
+    """Whether the plan ends at this step, and the checkpoint is not marked final."""
     rows: Rows = Rows()
-    """What proves the rows of metrics.jsonl up to here."""
+    """Size and checksum of the rows of metrics.jsonl up to this step."""
     tracking_run_id: str | None = None
     """Identity at the trackers; None for a new run."""
     new_future: bool = False
-    """Steps made before may be made otherwise now, by other settings or other batches."""
+    """Whether later steps may differ from those in metrics.jsonl, by settings or batches."""
     why: str = "new"
-    """How it came here, for people."""
+    """Human-readable reason for this start."""
     lineage: list[dict[str, Any]] = []  # never changed in place
-    """What was changed on the way here."""
+    """Changes of settings, branches and initializations so far, oldest first."""
 
 
 def check_beginning(config: Config, own: Own) -> None:
@@ -86,7 +86,7 @@ def start_state(
     Args:
       parts: the parts of the run.
       checkpoints: its folder.
-      console: told where it goes on.
+      console: prints where training starts.
       rolled_back: the run has just gone back by itself, so `--resume best` is not asked again.
 
     Raises:
@@ -118,7 +118,7 @@ def _resumed(
     _check_data(parts, metadata)
     if (config.branch_from or config.init_from) and not _beginnings(lineage):
         console.warn("branch_from and init_from begin a new run; this one has begun, and goes on")
-    # Against what was restored, which is not the plan's latest if that turned out to be damaged.
+    # Compare with the checkpoint that was restored: after damage, it is older than the latest.
     recorded = [c for c in changes(metadata.run_config(), config) if c.policy == "recorded"]
     tell_changes(metadata, config, recorded, console.say)
     if recorded:
@@ -130,7 +130,7 @@ def _resumed(
     for difference in compare_environments(metadata.environment, now) + off:
         console.warn(f"bits may differ from a run in one piece: {difference}")
     at_end = is_at_end(config, metadata.step, metadata.num_worse_evals)
-    # An average that is dropped stays in its checkpoint, which is not made again.
+    # A run that drops its moving average keeps the checkpoint that still holds one.
     drops_average = state.ema_params is None and metadata.weights_item == "ema_params"
     return Start(
         step=metadata.step,
@@ -257,11 +257,11 @@ def _tell(metadata: Metadata, console: Console) -> None:
 
 
 def beginning_of(lineage: list[dict[str, Any]]) -> int:
-    """The step of a run's first state."""
+    """The step at which a run began; above 0 for a branch."""
     begun = _beginnings(lineage)
     return begun[-1] if begun else 0
 
 
 def _beginnings(lineage: list[dict[str, Any]]) -> list[int]:
-    # The steps at which it, and what it came from, began with the state or weights of another run.
+    # Steps at which this run or an ancestor was branched or initialized from another run.
     return [e["step"] for e in lineage if e.keys() & {"branched_from", "initialized_from"}]

@@ -1,4 +1,4 @@
-"""A run from its config to its end: the folders, the resume, rollbacks, and what is told of it."""
+"""A run from its config to its end: folders, resume, rollbacks and messages."""
 
 import contextlib
 import functools
@@ -166,7 +166,7 @@ def _train_to_end(
     finish: Callable[[Loop, Result], None],
 ) -> Result:
     rolled_back = False
-    while True:  # once, and once more for each rollback: it is a resume, of its own accord
+    while True:  # once, and once more for each rollback, which is an automatic resume
         with clock.spent("restore" if checkpoints.latest else "start"):
             state, start = start_state(parts, checkpoints, console, rolled_back=rolled_back)
         with open_run_folder(parts, checkpoints, start, console) as metrics:
