@@ -18,7 +18,7 @@ from save_time import describe_step, open_checkpoints
 
 from jaxlm.checkpoints.restore import items_of
 from jaxlm.config import Config, MeshConfig
-from jaxlm.device.fingerprint import survey
+from jaxlm.device.fingerprint import fingerprint_async
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import TrainState, blueprint_of
 from jaxlm.launch import load_config
@@ -49,7 +49,7 @@ def main() -> None:
     config = load_config(str(Path(__file__).parent.parent / "configs" / "180m.py"))
     blueprint = blueprint_of(config, make_mesh(MeshConfig()))
     state: Any = jax.block_until_ready(blueprint.make(0))
-    survey(items_of(state))()  # compiles
+    fingerprint_async(items_of(state))()  # compiles
     for turn in range(args.turns):
         seconds = [run_s(state, config, args.num_steps, n, args.step_s) for n in args.every]
         print(f"turn {turn}:", ", ".join(f"{s:.2f}" for s in seconds), "s")

@@ -23,7 +23,7 @@ from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.restore import items_of
 from jaxlm.config import CheckpointConfig, Config, MeshConfig, to_dict
-from jaxlm.device.fingerprint import survey
+from jaxlm.device.fingerprint import fingerprint_async
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import Blueprint, TrainState, blueprint_of, num_bytes
 from jaxlm.launch import load_config
@@ -100,11 +100,11 @@ def main(folder: Path) -> None:
     blueprint = blueprint_of(config, make_mesh(MeshConfig()))
     state = jax.block_until_ready(blueprint.make(0))
     items = items_of(state)
-    survey(items)()  # compiles
+    fingerprint_async(items)()  # compiles
     times: dict[str, list[float]] = defaultdict(list)
     plain, num_arrays = folder / "numpy", len(jax.tree.leaves(state))
     for step in range(1, TURNS + 1):
-        times["fingerprint, and all is finite"].append(timed(lambda: survey(items)()))
+        times["fingerprint, and all is finite"].append(timed(lambda: fingerprint_async(items)()))
         times[COPY].append(timed(lambda: [np.array(leaf) for leaf in jax.tree.leaves(state)]))
         time_save(folder, state, describe_step(step, config), times)
         manifest_s = timed(lambda n=step: manifest.write_manifest(folder / str(n)))

@@ -23,7 +23,7 @@ from jaxlm.config import Config
 from jaxlm.data.batches import EvalBatches, TrainBatches
 from jaxlm.device.optim import make_schedule
 from jaxlm.launch import parse_config
-from jaxlm.training.assemble import prepare_data
+from jaxlm.training.setup import prepare_data
 
 # A peer's model, and its optimizers, each with what its learning rate is of the run's.
 Peer = tuple[Any, list[tuple[Any, float]]]

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast
 import tyro
 
 from jaxlm.files.durable import expand
-from jaxlm.files.strict import conform, hints_of
+from jaxlm.files.strict import hints_of, validate
 
 T = TypeVar("T")
 Policy = Literal["free", "recorded", "fixed"]
@@ -100,7 +100,7 @@ class _Part:
             if isinstance(field.default, _Part):
                 part = type(field.default)
                 _check(type(value) is part, name, value, f"a {part.__name__}")
-            elif isinstance(number := conform(value, hints[field.name], name), float):
+            elif isinstance(number := validate(value, hints[field.name], name), float):
                 _check(math.isfinite(number), name, value, "a finite number")
             elif type(value) is int and hints[field.name] in (float, float | None):
                 # JAX takes no int of 64 bits as a float32.
@@ -485,7 +485,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     Raises:
       ValueError: an unknown field, or a value of another type or that its rule refuses.
     """
-    return conform(values, Config)
+    return validate(values, Config)
 
 
 @dataclasses.dataclass(frozen=True)

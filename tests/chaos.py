@@ -41,7 +41,7 @@ import text_run  # noqa: E402
 import jaxlm.training.start  # noqa: E402
 from jaxlm import launch, train  # noqa: E402, F401 - all that a start imports
 from jaxlm.checkpoints.entries import CORRUPT  # noqa: E402
-from jaxlm.checkpoints.folder import list_steps, read_steps  # noqa: E402
+from jaxlm.checkpoints.folder import list_steps, scan_folder  # noqa: E402
 from jaxlm.checkpoints.manifest import find_damage  # noqa: E402
 from jaxlm.config import Config  # noqa: E402
 from jaxlm.data.batches import TrainBatches  # noqa: E402
@@ -74,7 +74,7 @@ MOST_KILLS = 25
 
 
 def eval_due(step: int) -> bool:
-    return step > 0 and step % EVAL_INTERVAL == 0  # of this config, as in `Parts.eval_due`
+    return step > 0 and step % EVAL_INTERVAL == 0  # of this config, as in `TrainSetup.eval_due`
 
 
 class Watched(Attempt):
@@ -370,7 +370,7 @@ class Chaos:
 
 
 def owes_eval(run_dir: Path) -> bool:
-    found = read_steps(run_dir / "checkpoints").sound
+    found = scan_folder(run_dir / "checkpoints").sound
     return bool(found) and eval_due(max(found)) and found[max(found)].eval_loss is None
 
 

@@ -13,18 +13,18 @@ from jaxlm.device import guard
 from jaxlm.device.state import AS_CONFIGURED, Own
 from jaxlm.evaluation import score
 from jaxlm.inference import load
-from jaxlm.training import assemble, start, train
+from jaxlm.training import setup, start, train
 
 _SCHEDULE = ("learning_rate", "schedule", "warmup_steps", "decay_fraction", "min_lr_ratio")
 
 
 def share(patch: pytest.MonkeyPatch) -> None:
-    """Makes `assemble` reuse programs for as long as the patch lasts.
+    """Makes `training.setup` reuse programs for as long as the patch lasts.
 
     Each start of a run would trace its step, eval and initial state anew: most of its time.
     """
-    blueprint_of, lower_step = assemble.blueprint_of, assemble.lower_step
-    make_eval_step = assemble.make_eval_step
+    blueprint_of, lower_step = setup.blueprint_of, setup.lower_step
+    make_eval_step = setup.make_eval_step
     kept: dict[Any, Any] = {}
 
     def shared_blueprint(config: Any, mesh: Any, own: Own = AS_CONFIGURED) -> Any:
@@ -50,19 +50,19 @@ def share(patch: pytest.MonkeyPatch) -> None:
             kept[key] = make_eval_step(blueprint, loss, mesh), blueprint
         return kept[key][0]
 
-    for module in (assemble, start, load):  # the eval of a model that is loaded is kept with it
+    for module in (setup, start, load):  # the eval of a model that is loaded is kept with it
         patch.setattr(module, "blueprint_of", shared_blueprint)
-    patch.setattr(assemble, "lower_step", shared_step)
-    for module in (assemble, score):
+    patch.setattr(setup, "lower_step", shared_step)
+    for module in (setup, score):
         patch.setattr(module, "make_eval_step", shared_eval_step)
     for name in ("next_token_loss", "make_schedule", "scheduled"):
-        patch.setattr(assemble, name, functools.cache(getattr(assemble, name)))
+        patch.setattr(setup, name, functools.cache(getattr(setup, name)))
     _take_two_devices(patch)
 
 
 def _take_two_devices(patch: pytest.MonkeyPatch) -> None:
     """Runs with batches of their own take two devices; those of text all, as their evals do."""
-    make_mesh, make_parts, takes_two = assemble.make_mesh, train.assemble, False
+    make_mesh, make_parts, takes_two = setup.make_mesh, train.set_up, False
 
     def small_parts(config: Any, **parts: Any) -> Any:
         nonlocal takes_two
@@ -75,8 +75,8 @@ def _take_two_devices(patch: pytest.MonkeyPatch) -> None:
     def small_mesh(config: Any) -> Any:
         return make_mesh(config, jax.devices()[:2] if takes_two else None)
 
-    patch.setattr(train, "assemble", small_parts)
-    patch.setattr(assemble, "make_mesh", small_mesh)
+    patch.setattr(train, "set_up", small_parts)
+    patch.setattr(setup, "make_mesh", small_mesh)
 
 
 def _without_schedule(config: OptimConfig) -> OptimConfig:

@@ -14,15 +14,15 @@ from flax import nnx
 
 from jaxlm import __main__ as cli
 from jaxlm import load_model
-from jaxlm.inference.reader import Likelihood, Reader
+from jaxlm.inference.reader import Likelihood, ScoringModel
 
 SEQ_LEN = 32
 
 
 @pytest.fixture(scope="module")
-def reader(shared_home: Path) -> Reader:
+def reader(shared_home: Path) -> ScoringModel:
     with text_run.working_in(shared_home):
-        return Reader(text_run.RUN, say=str)
+        return ScoringModel(text_run.RUN, say=str)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def same(found: list[Likelihood], expected: list[tuple[float, bool]]) -> bool:
     return close and [x.is_greedy for x in found] == [x[1] for x in expected]
 
 
-def test_likelihoods_are_those_of_the_logits(reader: Reader, model) -> None:
+def test_likelihoods_are_those_of_the_logits(reader: ScoringModel, model) -> None:
     pairs = some_pairs()
     for context in ([7], list(range(20))):  # and some whose continuation is the greedy one
         (new,) = reader.continue_greedily([context], 3, lambda _: False)
@@ -81,23 +81,23 @@ def test_likelihoods_are_those_of_the_logits(reader: Reader, model) -> None:
     assert not same(found[::-1], expected)
 
 
-def test_few_programs_are_compiled(reader: Reader) -> None:
+def test_few_programs_are_compiled(reader: ScoringModel) -> None:
     pairs = [([1] * n, [2]) for n in range(1, 33)]
     reader.likelihoods(pairs)
     assert reader._token_scores._cache_size() <= 2  # padded to 16 and 32
 
 
-def test_what_cannot_be_scored_is_refused(reader: Reader) -> None:
+def test_what_cannot_be_scored_is_refused(reader: ScoringModel) -> None:
     for pair in (([], [1]), ([1], []), ([1], [1] * 33)):
         with pytest.raises(ValueError, match="expected 1 to 32"):
             reader.likelihoods([pair])
     with pytest.raises(ValueError, match="max_gen_toks: found 32, expected 1 to 31"):
         reader.continue_greedily([[1]], 32, lambda _: False)
     with pytest.raises(ValueError, match="batch_size: found 0, expected at least 1"):
-        Reader(text_run.RUN, batch_size=0, say=str)
+        ScoringModel(text_run.RUN, batch_size=0, say=str)
 
 
-def test_greedy_tokens_are_those_of_the_model_row_by_row(reader: Reader, model) -> None:
+def test_greedy_tokens_are_those_of_the_model_row_by_row(reader: ScoringModel, model) -> None:
     prompts = [[5], list(range(25)), list(range(100, 160))]
     found = reader.continue_greedily(prompts, 6, lambda new: len(new) == 4)
     for prompt, new in zip(prompts, found, strict=True):
@@ -109,7 +109,7 @@ def test_greedy_tokens_are_those_of_the_model_row_by_row(reader: Reader, model) 
     assert found != reader.continue_greedily([p[:-1] or [6] for p in prompts], 6, lambda _: False)
 
 
-def test_greedy_text_ends_with_the_document(reader: Reader, monkeypatch) -> None:
+def test_greedy_text_ends_with_the_document(reader: ScoringModel, monkeypatch) -> None:
     (new,) = reader.continue_greedily([[5]], 6, lambda _: False)
     monkeypatch.setattr(reader, "eos_id", new[2])
     assert reader.continue_greedily([[5]], 6, lambda _: False) == [new[: new.index(new[2])]]
@@ -123,7 +123,7 @@ def test_a_run_on_batches_of_its_own_has_no_text(own_home: Path) -> None:
     (path / text_run.manifest.NAME).unlink()
     text_run.manifest.write_manifest(path)
     with pytest.raises(ValueError, match="found no tokenizer, since the run had batches of its"):
-        Reader(str(own_home / text_run.RUN), say=str)
+        ScoringModel(str(own_home / text_run.RUN), say=str)
 
 
 # --- through lm-eval
@@ -155,7 +155,7 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 
 
 @pytest.fixture
-def task_home(own_home: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> Path:
+def task_home(own_home: Path, reader: ScoringModel, monkeypatch: pytest.MonkeyPatch) -> Path:
     pytest.importorskip("lm_eval", reason="no lm-eval")
     monkeypatch.chdir(own_home)
     (own_home / "tasks").mkdir()
@@ -191,7 +191,9 @@ def benchmark(home: Path, names: str, code: int = 0) -> dict | str:
 
 
 @pytest.mark.slow
-def test_local_tasks_give_what_the_model_gives(task_home: Path, reader: Reader, model) -> None:
+def test_local_tasks_give_what_the_model_gives(
+    task_home: Path, reader: ScoringModel, model
+) -> None:
     found = benchmark(task_home, "choice,rolling,generate")
     assert found["step"] == text_run.BEST and list(found["tasks"]) == [
         "choice",

@@ -27,10 +27,10 @@ from flax import nnx
 from tiny_model import metadata_of
 
 from jaxlm.checkpoints import checkpoint, manager
-from jaxlm.checkpoints.aside import Purger
 from jaxlm.checkpoints.checkpoint import CheckpointError, Checkpoints
 from jaxlm.checkpoints.folder import list_steps, select
 from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.checkpoints.quarantine import Purger
 from jaxlm.checkpoints.restore import items_of
 from jaxlm.checkpoints.retention import Retention
 from jaxlm.checkpoints.skips import Skip

@@ -19,9 +19,9 @@ from jaxlm.report.diff import diff_checkpoints
 from jaxlm.tracking.clock import KINDS, Clock
 from jaxlm.tracking.metrics import read_metrics
 from jaxlm.tracking.trace import traced
-from jaxlm.training import assemble
-from jaxlm.training.assemble import Parts
+from jaxlm.training import setup
 from jaxlm.training.loop import Loop
+from jaxlm.training.setup import TrainSetup
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ class Watched:
 
 def read_too_soon(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps of a run whose metrics were read before the next step was dispatched."""
-    dispatched, soon, lower_step = [0], set(), assemble.lower_step
+    dispatched, soon, lower_step = [0], set(), setup.lower_step
 
     def watched(*args: Any) -> Any:
         compiled = lower_step(*args).compile()
@@ -139,7 +139,7 @@ def read_too_soon(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return SimpleNamespace(compile=lambda: call)
 
     with monkeypatch.context() as patch:
-        patch.setattr(assemble, "lower_step", watched)
+        patch.setattr(setup, "lower_step", watched)
         train_table(tiny_config(run_dir, eval_interval=4, checkpoint={"save_interval": 6}))
     assert dispatched == [12]
     return sorted(soon)
@@ -152,20 +152,20 @@ def test_the_host_waits_for_a_step_only_at_an_eval_or_a_save(
 
 
 def test_a_loop_that_waits_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    eval_due, init = Parts.eval_due, Loop.__init__
+    eval_due, init = TrainSetup.eval_due, Loop.__init__
     loops: list[Loop] = []
 
     def keep(loop: Loop, *args: Any) -> None:
         loops.append(loop)
         init(loop, *args)
 
-    def reads_every_step(parts: Parts, step: int) -> bool:
+    def reads_every_step(parts: TrainSetup, step: int) -> bool:
         assert loops[0].unread is not None
         float(loops[0].unread[1]["loss"])
         return eval_due(parts, step)
 
     monkeypatch.setattr(Loop, "__init__", keep)
-    monkeypatch.setattr(Parts, "eval_due", reads_every_step)
+    monkeypatch.setattr(TrainSetup, "eval_due", reads_every_step)
     assert read_too_soon(tmp_path, monkeypatch) == list(range(1, 13))
 
 

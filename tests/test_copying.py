@@ -12,7 +12,7 @@ import text_run
 from jaxlm import __main__ as cli
 from jaxlm.checkpoints import copying, manifest
 from jaxlm.checkpoints.copying import copy_run
-from jaxlm.checkpoints.folder import list_steps, read_steps, recorded_directory
+from jaxlm.checkpoints.folder import list_steps, recorded_directory, scan_folder
 from jaxlm.evaluation.score import verify_rows
 from jaxlm.files.ours import MARKER, check_ours
 from jaxlm.report.diff import diff_checkpoints
@@ -92,7 +92,7 @@ def test_bits_that_flip_on_the_way_are_found(run: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(shutil, "copytree", flip)
     found = copy_run(str(run), DEST)
     assert found.steps == [4, 12] and list(found.damaged) == [8]
-    assert read_steps(Path(DEST) / "checkpoints").damaged == {}
+    assert scan_folder(Path(DEST) / "checkpoints").damaged == {}
 
 
 def test_a_trainer_deletes_and_replaces_meanwhile(

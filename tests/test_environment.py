@@ -10,7 +10,7 @@ from flax import nnx
 from tiny_model import ONE_DEVICE, mesh_of
 from tiny_run import VOCAB, TinyBatches, tiny_config
 
-from jaxlm.compiled import num_cores
+from jaxlm.compilation_cache import num_cores
 from jaxlm.config import MeshConfig
 from jaxlm.training import environment
 from jaxlm.training.environment import compare_environments, describe_environment

@@ -13,7 +13,7 @@ import pytest
 import text_run
 
 from jaxlm import __main__ as cli
-from jaxlm.checkpoints.folder import read_metadata, read_steps
+from jaxlm.checkpoints.folder import read_metadata, scan_folder
 from jaxlm.checkpoints.manifest import write_manifest
 from jaxlm.evaluation import follow as follow_module
 from jaxlm.evaluation.evals import EvalLog, checkpoint_id, read_evals
@@ -68,7 +68,7 @@ def test_a_file_of_something_else_is_left_alone(home: Path) -> None:
 
 def test_a_row_is_of_the_bits_that_were_scored(home: Path, monkeypatch) -> None:
     folder, score = home / text_run.RUN / "checkpoints", follow_module.Scorer.__call__
-    old = checkpoint_id(read_steps(folder).sound[8])
+    old = checkpoint_id(scan_folder(folder).sound[8])
 
     def replace(self, run: str):
         if run.endswith("@8") and not (home / "old").exists():  # by what a rollback would make

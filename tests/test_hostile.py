@@ -28,7 +28,7 @@ from jaxlm.checkpoints.restore import DamagedArrays
 from jaxlm.config import Config, OptimConfig, from_dict, to_dict
 from jaxlm.data import tokenizer
 from jaxlm.data.dataset import open_dataset
-from jaxlm.files.strict import conform, parse_json, read_json
+from jaxlm.files.strict import parse_json, read_json, validate
 from jaxlm.inference.load import load_model
 from jaxlm.report.diff import diff_checkpoints
 from jaxlm.tracking import metrics
@@ -108,13 +108,13 @@ def test_only_files_of_a_sane_size_are_read(tmp_path: Path):
 )
 def test_a_value_of_another_kind_is_refused(value: Any, kind: Any, message: str):
     with pytest.raises(ValueError, match=message):
-        conform(value, kind)
+        validate(value, kind)
 
 
 def test_a_value_of_its_kind_is_taken_as_it_is():
-    assert conform(1, float) == 1 and conform(None, int | None) is None
-    assert conform({"name": "x", "size": 1, "more": 2}, Shard)["more"] == 2
-    assert conform([{"step": 1, "loss": "-Infinity"}], list[Skip]) == [Skip(1, loss=-math.inf)]
+    assert validate(1, float) == 1 and validate(None, int | None) is None
+    assert validate({"name": "x", "size": 1, "more": 2}, Shard)["more"] == 2
+    assert validate([{"step": 1, "loss": "-Infinity"}], list[Skip]) == [Skip(1, loss=-math.inf)]
     assert parse_json('"\\ud83d\\ude00é"'.encode(), str) == "😀é"
 
 
@@ -157,7 +157,7 @@ def test_any_json_is_taken_whole_or_refused(value: Any):
     assert taken == value
     for kind in (int, float, dict[str, float], list[Skip], Shard, Metadata, Config):
         try:
-            conform(taken, kind)
+            validate(taken, kind)
         except ValueError as error:
             assert str(error).isprintable()
 

@@ -26,7 +26,7 @@ LAYERS = [
     {"inference"},
     {"training"},
     {"checkpoints"},
-    {"compiled", "tracking"},
+    {"compilation_cache", "tracking"},
     {"data", "device"},
     {"config"},
     {"cluster", "extras", "files"},
@@ -278,7 +278,7 @@ def test_the_kernel_and_the_whole_are_small():
     kernel = closure("launch", MODULES)
     assert {"training.loop", "data.sources"} <= kernel
     assert not kernel & {"report.page", "inference.sample", "cli.runs"}
-    assert sum(map(sizes.__getitem__, kernel)) <= 6260
-    assert sum(sizes.values()) + sum(code_lines(path.read_text()) for path in others) <= 10250
+    assert sum(map(sizes.__getitem__, kernel)) <= 6275
+    assert sum(sizes.values()) + sum(code_lines(path.read_text()) for path in others) <= 10265
     assert sizes["checkpoints.checkpoint"] <= 354
     assert code_lines('"""Doc."""\n\n# why\nx = 1  # here\ndef f():\n    """Doc."""\n') == 2

@@ -11,14 +11,14 @@ import pytest
 from text_run import rewrite
 from tiny_run import Table, tiny_config, train_table
 
-from jaxlm.checkpoints import aside, metadata, milestones
-from jaxlm.checkpoints.aside import Purger
+from jaxlm.checkpoints import metadata, milestones, quarantine
 from jaxlm.checkpoints.copying import copy_run
 from jaxlm.checkpoints.entries import DELETING
-from jaxlm.checkpoints.folder import WEIGHTS, list_steps, read_metadata, read_steps, select
+from jaxlm.checkpoints.folder import WEIGHTS, list_steps, read_metadata, scan_folder, select
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.milestones import keep_weights
 from jaxlm.checkpoints.prune import prune
+from jaxlm.checkpoints.quarantine import Purger
 from jaxlm.checkpoints.restore import restore_numpy
 from jaxlm.checkpoints.skips import Skip, write_skips
 from jaxlm.evaluation.score import verify_step
@@ -166,7 +166,7 @@ def test_what_cannot_be_kept_holds_up_no_other_deletion(
     doomed: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     folder = doomed.parent.parent
-    monkeypatch.setattr(aside, "keep_weights", Mock(side_effect=error))
+    monkeypatch.setattr(quarantine, "keep_weights", Mock(side_effect=error))
     purger = Purger(folder, keep_weights_every=4)
     purger.purge(*(folder / str(step) for step in (3, 5, 6)))
     purger.join()
@@ -187,7 +187,7 @@ def test_pruning_stops_before_it_would_delete_what_cannot_be_kept(
     folder = doomed.parent.parent
     promise(folder)
     before = list_steps(folder)
-    monkeypatch.setattr(aside, "keep_weights", Mock(side_effect=OSError(28, "No space left")))
+    monkeypatch.setattr(quarantine, "keep_weights", Mock(side_effect=OSError(28, "No space left")))
     with pytest.raises(RuntimeError, match=r"\['4'\] cannot be deleted; look at its disk"):
         prune(str(folder), warn=print)
     assert find_damage(doomed) == [] and list_steps(folder) == before
@@ -198,7 +198,7 @@ def test_weights_of_a_future_that_was_given_up_are_not_taken_for_the_step(doomed
     keep_weights(doomed, folder)
     assert select(f"{folder}@4").path == folder / WEIGHTS / "4"
     write_skips(folder, [Skip(2, 1, "a spike")])
-    assert 3 not in read_steps(folder).sound
+    assert 3 not in scan_folder(folder).sound
     with pytest.raises(ValueError, match="no such checkpoint"):
         select(f"{folder}@4")
 

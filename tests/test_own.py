@@ -233,6 +233,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "^loss: found sums of a, e",
     ),
     "metrics in no dict": ({"loss": lambda m, b: (1.0, 2, 3.0)}, "^loss: found a third value that"),
+    "a metric named as another": (
+        {"loss": lambda m, b: (jnp.float32(1), 2, {"grad_norm": jnp.float32(1)})},
+        "^loss: found the name grad_norm, which is taken",
+    ),
+    "a metric named loss": (
+        {"loss": lambda m, b: (jnp.float32(1), 2, {"loss": jnp.float32(1)})},
+        "^loss: found the name loss, which is taken",
+    ),
     "a loss of the batch alone": (
         {"loss": lambda b: 0},
         r"^loss: expected to be called as loss\(m",
@@ -282,3 +290,12 @@ def test_an_optimizer_may_hold_less_than_a_param_for_each(tmp_path: Path) -> Non
     assert diff_checkpoints(f"{tmp_path / 'a'}@4", f"{tmp_path / 'b'}@4") == []
     state = restore_numpy(tmp_path / "a/checkpoints/4", ["opt_state"])["opt_state"]
     assert (VOCAB,) in {leaf.shape for leaf in jax.tree.leaves(state)}
+
+
+def test_what_was_own_must_be_given_again(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, **SHORT)
+    train_table(config, optimizer=optax.sgd(0.1, momentum=0.9))
+    with pytest.raises(ValueError, match="one of your own: pass it again, as `model` or `optimize"):
+        train_table(tiny_config(tmp_path, **SHORT | {"num_steps": 5}))
+    with pytest.raises(ValueError, match="one of your own: pass it again, as `model` or `optimize"):
+        load_model(str(tmp_path), say=str)

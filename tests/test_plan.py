@@ -29,7 +29,7 @@ from jaxlm.plan.plan import (
     save_interval,
 )
 from jaxlm.plan.plan import plan as make_plan
-from jaxlm.training.assemble import assemble
+from jaxlm.training.setup import set_up
 
 CONFIG = Config(
     model=tiny_model.MODEL,
@@ -211,7 +211,7 @@ def test_it_is_the_step_of_the_trainer(mesh: tuple[int, ...], num_microbatches: 
         batch_size=32,
     )
     batch = tiny_model.host_batch(0, 32, 8)
-    parts = assemble(
+    parts = set_up(
         config, batches=lambda index, rows: {k: v[rows] for k, v in batch.items()}, say=print
     )
     trained = read_costs(parts.compiled.as_text())

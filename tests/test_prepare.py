@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from jaxlm.compiled import keep_compiled
+from jaxlm.compilation_cache import keep_compiled
 from jaxlm.config import DataConfig
 from jaxlm.data import cache, formats, prepare
 from jaxlm.data.cache import clear_caches, list_caches

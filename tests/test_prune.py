@@ -12,7 +12,7 @@ import text_run
 from jaxlm import __main__ as cli
 from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints import prune as pruning
-from jaxlm.checkpoints.folder import list_steps, read_metadata, read_steps
+from jaxlm.checkpoints.folder import list_steps, read_metadata, scan_folder
 from jaxlm.checkpoints.prune import plan_pruning, prune
 from jaxlm.files import lock
 
@@ -31,7 +31,7 @@ def folder(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         commit = path / "commit_success.txt"
         commit.write_text(commit.read_text().replace("12", str(step)))
         manifest.write_manifest(path)
-    assert list(read_steps(folder).sound) == STEPS
+    assert list(scan_folder(folder).sound) == STEPS
     return folder
 
 
@@ -51,7 +51,7 @@ def test_the_rules(folder: Path, monkeypatch: pytest.MonkeyPatch, rules: dict, k
     assert list(found.kept) == kept and list(found.dropped) == [s for s in STEPS if s not in kept]
     assert list_steps(folder) == STEPS, "a plan changes nothing"
     assert prune(text_run.RUN, warn=print, **rules) == found
-    assert list(read_steps(folder).sound) == kept and not list((folder / "deleting").iterdir())
+    assert list(scan_folder(folder).sound) == kept and not list((folder / "deleting").iterdir())
     assert not (folder / lock.HOLDER).exists()
 
 
@@ -88,7 +88,7 @@ def test_stopped_at_any_instant(folder: Path, monkeypatch: pytest.MonkeyPatch, i
         patch.setattr(Path, "rename", stop_at)
         with pytest.raises(KeyboardInterrupt):
             prune(text_run.RUN, warn=print)
-    found = read_steps(folder)
+    found = scan_folder(folder)
     assert not found.damaged and {8, 24} <= found.sound.keys()
     assert len(found.sound) == len(STEPS) - instant
     prune(text_run.RUN, warn=print)

@@ -14,7 +14,7 @@ from jaxlm.checkpoints.reading import read
 from jaxlm.evaluation.score import score, verify_step
 from jaxlm.inference import load
 from jaxlm.inference.load import load_model
-from jaxlm.inference.reader import Reader
+from jaxlm.inference.reader import ScoringModel
 from jaxlm.inference.sample import Sampling, sample_run
 from jaxlm.interchange.export import export
 from jaxlm.report import diff
@@ -44,7 +44,7 @@ READERS = {
     "load_model": lambda run: load_model(run)[1].step,
     "sample": lambda run: len(sample_run(run, ["a"], Sampling(1, temperature=0))) and NEXT,
     "eval": lambda run: score([run])[0].step,
-    "Reader": lambda run: Reader(run).step,
+    "ScoringModel": lambda run: ScoringModel(run).step,
     "export": lambda run: export(run, "out").step,
 }
 

@@ -109,7 +109,7 @@ def test_deletions_rollbacks_and_samples_are_shown(tmp_path: Path):
 
 def test_what_eval_follow_found_is_drawn_and_in_the_table(own_home: Path):
     run = own_home / text_run.RUN
-    steps = folder.read_steps(run / "checkpoints").sound
+    steps = folder.scan_folder(run / "checkpoints").sound
     rows = [
         {"step": step, "checkpoint": checkpoint_id(found), "source": "text:<b>", "loss": step / 4}
         | {"perplexity": 1.0, "num_tokens": 9}

@@ -16,9 +16,9 @@ import pytest
 from text_run import rewrite
 from tiny_run import VOCAB, TinyBatches, TinyEvalSet, tiny_config, train_table
 
-from jaxlm.checkpoints import aside, checkpoint, skips
+from jaxlm.checkpoints import checkpoint, quarantine, skips
 from jaxlm.checkpoints.checkpoint import CheckpointError
-from jaxlm.checkpoints.folder import list_steps, read_metadata, read_steps, select
+from jaxlm.checkpoints.folder import list_steps, read_metadata, scan_folder, select
 from jaxlm.checkpoints.skips import Skip, held_by, skipped
 from jaxlm.config import Config, GuardConfig, OptimConfig
 from jaxlm.device import guard
@@ -171,7 +171,7 @@ def test_superseded_checkpoints_are_no_ones_best_or_latest(tmp_path: Path) -> No
     folder = tmp_path / "checkpoints"
     assert max(list_steps(folder)) == 14
     skips.write_skips(folder, [Skip(12, 3, "test")])  # killed before anything was renamed
-    assert read_steps(folder).superseded == [13, 14]
+    assert scan_folder(folder).superseded == [13, 14]
     assert select(f"{tmp_path}@latest").step == 12
     with pytest.raises(ValueError, match="no such checkpoint"):
         select(f"{tmp_path}@13")
@@ -190,9 +190,9 @@ def test_superseded_checkpoints_follow_retention(tmp_path: Path) -> None:
 def test_the_superseded_that_stay_are_the_last_set_aside(tmp_path: Path) -> None:
     for step in (800, 900, 1000, 600):  # the second rollback was from another, shorter way
         (tmp_path / str(step)).mkdir()
-        aside.put_aside(tmp_path, [step], ".superseded")
+        quarantine.put_aside(tmp_path, [step], ".superseded")
         time.sleep(0.02)
-    old = aside.list_old_superseded(tmp_path, 3)
+    old = quarantine.list_old_superseded(tmp_path, 3)
     assert [path.name for path in old] == ["800.superseded"]
 
 
@@ -205,7 +205,7 @@ def test_a_lost_or_damaged_list_of_skips_is_had_from_the_checkpoints(
     for damaged in (None, b"", whole[:-3], whole.replace(b'"num_batches": 3', b'"num_batches": 4')):
         path.unlink() if damaged is None else path.write_bytes(damaged)
         assert damaged != whole
-        found = read_steps(path.parent)
+        found = scan_folder(path.parent)
         assert found.skips and found.skips[0].num_batches == 3
         assert 24 in found.sound and found.superseded == []
 
@@ -298,7 +298,7 @@ def test_init_from_takes_the_weights_alone(tmp_path: Path) -> None:
 
 
 def _names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name != aside.DELETING)
+    return sorted(path.name for path in folder.iterdir() if path.name != quarantine.DELETING)
 
 
 def test_a_second_rollback_past_the_first_passes_over_all_of_both(tmp_path: Path) -> None:

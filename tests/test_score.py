@@ -17,7 +17,7 @@ from jaxlm.checkpoints.folder import read_metadata
 from jaxlm.checkpoints.manifest import write_manifest
 from jaxlm.evaluation import score as score_module
 from jaxlm.evaluation.score import paired_difference, score, verify_step
-from jaxlm.training.assemble import prepare_data
+from jaxlm.training.setup import prepare_data
 
 NUM_TRIALS = 4000
 

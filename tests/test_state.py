@@ -14,7 +14,7 @@ from tiny_model import MODEL, Bigram, blueprint_of, mesh_of, names_and_leaves
 
 from jaxlm.config import OptimConfig
 from jaxlm.device import fingerprint as fingerprint_module
-from jaxlm.device.fingerprint import _survey, fingerprint, survey
+from jaxlm.device.fingerprint import _fingerprint_leaf, fingerprint, fingerprint_async
 from jaxlm.device.guard import Guard
 from jaxlm.device.optim import make_optimizer
 from jaxlm.device.state import make_blueprint
@@ -135,7 +135,7 @@ def test_a_plain_array_in_a_model_is_called_an_array():
 
 def test_the_fingerprint_of_no_elements_has_its_dtype_and_shape():
     assert fingerprint({"x": jnp.zeros((3, 0))}) == {"x": ["float32", [3, 0], 0, 0]}
-    assert survey({"x": jnp.zeros((0,), jnp.bfloat16)})()[1] == []
+    assert fingerprint_async({"x": jnp.zeros((0,), jnp.bfloat16)})()[1] == []
 
 
 def test_a_mesh_that_does_not_divide_the_model_names_the_leaf_and_the_axis():
@@ -205,7 +205,7 @@ def every_swap(array: np.ndarray) -> np.ndarray:
     return swaps.reshape(-1, *array.shape)
 
 
-lanes_of_each = jax.jit(jax.vmap(lambda x: _survey(x)[:2]))
+lanes_of_each = jax.jit(jax.vmap(lambda x: _fingerprint_leaf(x)[:2]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -308,17 +308,17 @@ def temporaries(function, leaf) -> float:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool"])
 def test_the_fingerprint_of_a_large_leaf_takes_no_memory(dtype):
     leaf = jax.ShapeDtypeStruct((4096, 1024), jnp.dtype(dtype))
-    assert temporaries(_survey, leaf) < 0.01
+    assert temporaries(_fingerprint_leaf, leaf) < 0.01
     assert temporaries(lambda x: jnp.sort(x, axis=0).sum(), leaf) > 0.01  # so it would show
 
 
 def test_a_fingerprint_has_one_array_in_each_program(monkeypatch):
-    given, real = [], fingerprint_module._survey_all
+    given, real = [], fingerprint_module._fingerprint_group
     monkeypatch.setattr(
-        fingerprint_module, "_survey_all", lambda x: given.append(len(x)) or real(x)
+        fingerprint_module, "_fingerprint_group", lambda x: given.append(len(x)) or real(x)
     )
     tree = {"w": np.ones((2, 3)), "layers": {0: {"a": np.ones(2), "b": np.ones(2)}}}
-    assert fingerprint(tree) == survey(tree)()[0]
+    assert fingerprint(tree) == fingerprint_async(tree)()[0]
     assert given[:3] == [1, 1, 1] and sorted(given[3:]) == [1, 2]
 
 
@@ -327,7 +327,7 @@ def test_what_is_surveyed_may_be_donated_at_once():
     expected = fingerprint(tree)
     change = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     jax.block_until_ready(change(jax.tree.map(jnp.copy, tree)))  # compiled: it would begin at once
-    finish = survey(tree)
+    finish = fingerprint_async(tree)
     changed = change(tree)
     assert all(leaf.is_deleted() for leaf in tree.values())
     assert finish()[0] == expected != fingerprint(changed)
@@ -342,8 +342,8 @@ def test_what_is_not_finite_is_named(bad):
         "n": jnp.int32(-1),  # the bits of a NaN
         "key": jax.random.key(0),
     }
-    assert survey(tree)()[1] == []
+    assert fingerprint_async(tree)()[1] == []
     for name in ("w", "scalar", "narrow"):
         leaf = tree[name]
         spoilt = leaf.at[(1,) * leaf.ndim].set(bad)
-        assert survey(tree | {name: spoilt})()[1] == [name]
+        assert fingerprint_async(tree | {name: spoilt})()[1] == [name]

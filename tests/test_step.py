@@ -28,7 +28,7 @@ from jaxlm.device.guard import make_guard
 from jaxlm.device.loss import next_token_loss
 from jaxlm.device.model import Transformer
 from jaxlm.device.optim import make_optimizer, make_schedule
-from jaxlm.device.sharding import compiler_options, put_batch, same_bits
+from jaxlm.device.sharding import compiler_options, deterministic_options, put_batch
 from jaxlm.device.state import ModelFactory, TrainState, make_blueprint
 from jaxlm.device.step import make_eval_step, make_train_step, scheduled
 
@@ -365,7 +365,9 @@ def test_a_float16_gradient_that_overflows_changes_nothing():
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_the_compiler_is_told_to_give_the_same_bits(deterministic, monkeypatch):
     # An option that no compiler knows shows that all of them get there.
-    monkeypatch.setattr(sharding, "same_bits", lambda mesh: {"xla_no_such_option": True})
+    monkeypatch.setattr(
+        sharding, "deterministic_options", lambda mesh: {"xla_no_such_option": True}
+    )
     mesh = mesh_of(*ONE_DEVICE)
     optimizer = functools.partial(make_optimizer, OPTIM)
     blueprint = make_blueprint(Bigram, optimizer, mesh, deterministic=deterministic)
@@ -389,8 +391,10 @@ def mesh_on(platform: str, **axes: int) -> Any:
 
 
 def test_only_a_gpu_needs_to_be_told():
-    assert same_bits(mesh_of(*ONE_DEVICE)) == same_bits(mesh_on("tpu")) == {}
-    assert same_bits(mesh_on("gpu"))["xla_gpu_deterministic_ops"] is True
+    assert (
+        deterministic_options(mesh_of(*ONE_DEVICE)) == deterministic_options(mesh_on("tpu")) == {}
+    )
+    assert deterministic_options(mesh_on("gpu"))["xla_gpu_deterministic_ops"] is True
 
 
 def test_params_are_gathered_whole_where_they_alone_are_split():

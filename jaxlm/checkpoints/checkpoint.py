@@ -19,7 +19,6 @@ from typing import Any
 import jax
 
 from jaxlm.checkpoints import manifest
-from jaxlm.checkpoints.aside import Purger, clear_partial, list_old_superseded, put_aside
 from jaxlm.checkpoints.entries import (
     CORRUPT,
     REPLACED,
@@ -30,16 +29,17 @@ from jaxlm.checkpoints.entries import (
     list_names,
     list_steps,
 )
-from jaxlm.checkpoints.folder import Best, find_best, read_steps
+from jaxlm.checkpoints.folder import Best, find_best, scan_folder
 from jaxlm.checkpoints.manager import args_of, open_manager
 from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.checkpoints.multihost import find_damage_together, rows_alike, scan_folder_alike
+from jaxlm.checkpoints.quarantine import Purger, clear_partial, list_old_superseded, put_aside
 from jaxlm.checkpoints.restore import DamagedArrays, items_of, restore_state
 from jaxlm.checkpoints.retention import Retention
 from jaxlm.checkpoints.skips import Skip, held_by, read_skips, skipped, write_skips
-from jaxlm.checkpoints.together import find_damage_together, read_steps_alike, rows_alike
 from jaxlm.cluster import agree
 from jaxlm.config import CheckpointConfig
-from jaxlm.device.fingerprint import Survey, survey
+from jaxlm.device.fingerprint import PendingFingerprint, fingerprint_async
 from jaxlm.device.state import TrainState, num_bytes
 from jaxlm.files.durable import fsync
 from jaxlm.files.lock import lock, unlock
@@ -65,11 +65,11 @@ class _Save:
 
     metadata: Metadata
     why: str
-    survey: Survey
+    fingerprint_async: PendingFingerprint
 
     def proven(self) -> Metadata:
         """The metadata with the fingerprints, for which it waits; raises CheckpointError."""
-        fingerprints, nonfinite = self.survey()
+        fingerprints, nonfinite = self.fingerprint_async()
         if spoilt := next((name for name in nonfinite if name.startswith("params/")), None):
             raise CheckpointError(f"{spoilt} holds values that are not finite")
         return replace(self.metadata, fingerprints=fingerprints)
@@ -139,7 +139,7 @@ class Checkpoints:
             for path in list_named(self.folder, REPLACED):
                 self._finish_replacing(path)
         # The others wait in this one until process 0 has done all of that.
-        found = read_steps_alike(self.folder, check=self._config.verify != "off")
+        found = scan_folder_alike(self.folder, check=self._config.verify != "off")
         self._opened = self.folder.stat()
         self._steps, self.skips = found.sound, found.skips
         self._run_id = agree(found.run_id or secrets.token_hex(8))
@@ -323,7 +323,7 @@ class Checkpoints:
         metadata = replace(metadata, skips=held_by(self.skips, metadata.step), run_id=self._run_id)
         loss = metadata.eval_loss
         metrics = None if loss is None or not math.isfinite(loss) else {"eval_loss": loss}
-        self._saving = _Save(metadata, why, survey(items))
+        self._saving = _Save(metadata, why, fingerprint_async(items))
         self._last_save_s = time.monotonic()
         try:
             if jax.process_count() > 1:  # all refuse alike; in its saving thread, one alone would
@@ -440,7 +440,7 @@ class Checkpoints:
         self._check_folder()
         self._clear_partial()
         self._manager.reload()
-        self._steps |= read_steps(self.folder, check=self._config.verify != "off").sound
+        self._steps |= scan_folder(self.folder, check=self._config.verify != "off").sound
         kept = ", ".join(map(str, list_steps(self.folder))) or "none"
         text = f"saving step {step} failed: {error}; on disk and untouched: {kept}"
         if isinstance(error, CheckpointError):

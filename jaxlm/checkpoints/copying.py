@@ -11,8 +11,8 @@ from jaxlm.checkpoints.folder import (
     TOKENIZER,
     WEIGHTS,
     find_checkpoints,
-    read_steps,
     run_folder,
+    scan_folder,
     select,
 )
 from jaxlm.checkpoints.manifest import find_damage
@@ -96,7 +96,7 @@ def copy_run(
                 f"{dest}: the copy failed, and nothing is left of it ({error}); "
                 "look at the disks, then start again"
             ) from error
-        found = read_steps(folder)
+        found = scan_folder(folder)
         for step, damage in found.damaged.items():  # of another run than the others
             shutil.rmtree(folder / str(step))
             damaged[step] = damage[0]

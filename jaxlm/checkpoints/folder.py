@@ -51,7 +51,7 @@ def read_metadata(folder: Path, step: int) -> Metadata:
         ) from error
 
 
-class Steps(NamedTuple):
+class FolderScan(NamedTuple):
     """What a quick look at a checkpoint folder finds."""
 
     sound: dict[int, Metadata]
@@ -66,7 +66,7 @@ class Steps(NamedTuple):
     """The run that they are of; empty where there is none."""
 
 
-def read_steps(folder: Path, *, check: bool = True) -> Steps:
+def scan_folder(folder: Path, *, check: bool = True) -> FolderScan:
     """Looks at every step; nothing is changed on disk, and a trainer may be at work there.
 
     Args:
@@ -88,7 +88,7 @@ def read_steps(folder: Path, *, check: bool = True) -> Steps:
         except (OSError, ValueError):
             if not check or (folder / str(step)).exists():
                 raise  # whole, but of another version; else it was deleted between the two looks
-    run_id, foreign = _tell_runs_apart(folder, {s: m.run_id for s, m in found.items()})
+    run_id, foreign = _run_and_others(folder, {s: m.run_id for s, m in found.items()})
     for step in foreign:
         other = found.pop(step).run_id
         damaged[step] = [f"it is of another run ({other}) than the others ({run_id})"]
@@ -97,10 +97,10 @@ def read_steps(folder: Path, *, check: bool = True) -> Steps:
     skips = max([read_skips(folder) or [], *lists], key=len)
     superseded = [s for s, m in found.items() if m.skips != held_by(skips, s)]
     sound = {step: found[step] for step in found if step not in superseded}
-    return Steps(sound, damaged, superseded, skips, run_id)
+    return FolderScan(sound, damaged, superseded, skips, run_id)
 
 
-def _tell_runs_apart(folder: Path, run_ids: dict[int, str]) -> tuple[str, list[int]]:
+def _run_and_others(folder: Path, run_ids: dict[int, str]) -> tuple[str, list[int]]:
     # The run that most checkpoints are of, and the steps that are of others.
     ranked = Counter(run_ids.values()).most_common(2)
     if len(ranked) == 2 and ranked[0][1] == ranked[1][1]:
@@ -224,7 +224,7 @@ def deleted_each_time(run: str) -> ValueError:
 
 def _choose(name: str, folder: Path, which: str, contents: bool) -> Selected | None:
     # None where a trainer has deleted or replaced the step meanwhile.
-    found = read_steps(folder)
+    found = scan_folder(folder)
     if which.isdigit() and not (folder / which).exists() and (folder / WEIGHTS / which).exists():
         selected = select(f"{folder / WEIGHTS}@{which}", contents=contents)
         if selected.metadata.skips == held_by(found.skips, selected.step):
@@ -255,7 +255,7 @@ def _choose(name: str, folder: Path, which: str, contents: bool) -> Selected | N
     )
 
 
-def _candidates(found: Steps, which: str) -> list[int]:
+def _candidates(found: FolderScan, which: str) -> list[int]:
     steps = sorted(found.sound.keys() | found.damaged.keys(), reverse=True)
     if which.isdigit():
         return [step for step in steps if step == int(which)]

@@ -9,7 +9,7 @@ from typing import Any
 from jaxlm.checkpoints.skips import Skip, to_json
 from jaxlm.config import Config, from_dict
 from jaxlm.files.durable import write_file
-from jaxlm.files.strict import conform, shown, spell
+from jaxlm.files.strict import shown, spell, validate
 from jaxlm.tracking.rows import Rows
 
 FORMAT = 2
@@ -104,7 +104,7 @@ class Metadata:
             )
         if values.get("best_eval_loss", 0) is None:
             values = {**values, "best_eval_loss": math.inf}
-        return conform(values, cls)
+        return validate(values, cls)
 
 
 def _writer(environment: object) -> str:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm.checkpoints.aside import Purger
 from jaxlm.checkpoints.entries import DELETING, list_named, list_names
-from jaxlm.checkpoints.folder import find_best, find_checkpoints, read_steps, run_folder
+from jaxlm.checkpoints.folder import find_best, find_checkpoints, run_folder, scan_folder
 from jaxlm.checkpoints.manifest import find_damage
+from jaxlm.checkpoints.quarantine import Purger
 from jaxlm.checkpoints.retention import Retention
 from jaxlm.config import CheckpointConfig
 from jaxlm.files.durable import folder_bytes
@@ -54,7 +54,7 @@ def plan_pruning(
     if disk_budget_gb is not None and not math.isfinite(disk_budget_gb):
         raise ValueError(f"--disk_budget_gb: found {disk_budget_gb}, expected a finite number")
     folder = find_checkpoints(run)
-    found = read_steps(folder)
+    found = scan_folder(folder)
     losses = {step: metadata.eval_loss for step, metadata in found.sound.items()}
     kept = dict.fromkeys(found.damaged, "damaged") | dict.fromkeys(found.superseded, "superseded")
     while losses:

@@ -171,7 +171,7 @@ def _reading(path: Path) -> Iterator[ocp.Checkpointer]:
 
 def _check_bytes(path: Path, tree: Any) -> None:
     # Arrays are stored uncompressed, so metadata that claims more bytes than the files hold is
-    # corrupt. Parts of up to 1 KiB are the exception: OCDBT compresses them into its tree.
+    # corrupt. TrainSetup of up to 1 KiB are the exception: OCDBT compresses them into its tree.
     wanted = sum(
         math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
     )
@@ -202,5 +202,6 @@ def check_layout(saved: dict[str, list[Any]], abstract: dict[str, Any], path: Pa
             )
             raise ValueError(
                 f"{path}: {name} holds {there}, but this model has {here}; "
-                "restore it with the model that it was saved from"
+                "restore it with the model and optimizer that it was saved from (one of your own: "
+                "pass it again, as `model` or `optimizer`)"
             )

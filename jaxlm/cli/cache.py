@@ -17,7 +17,7 @@ def list_all(*, cache_dir: str | None = None, json: bool = False) -> int:
     Examples:
       jaxlm cache list
     """
-    from jaxlm.compiled import PROGRAMS, compiled_bytes
+    from jaxlm.compilation_cache import PROGRAMS, compiled_bytes
     from jaxlm.data.cache import cache_root, list_caches
     from jaxlm.tracking.console import format_bytes, format_count
 
@@ -50,7 +50,7 @@ def clear(
       jaxlm cache clear embedded-eb4bcf8e9a60 --delete
       jaxlm cache clear data programs --delete
     """
-    from jaxlm.compiled import PROGRAMS, clear_compiled, compiled_bytes
+    from jaxlm.compilation_cache import PROGRAMS, clear_compiled, compiled_bytes
     from jaxlm.data.cache import DATA, cache_root, clear_caches, find_caches, list_caches
     from jaxlm.tracking.console import format_bytes
 

@@ -72,7 +72,7 @@ def verify(run: Run, *, eval: bool = False, json: bool = False) -> int:
       jaxlm checkpoints verify runs/tiny
       jaxlm checkpoints verify runs/tiny --eval
     """
-    from jaxlm.checkpoints.folder import find_checkpoints, list_corrupt, list_steps, read_steps
+    from jaxlm.checkpoints.folder import find_checkpoints, list_corrupt, list_steps, scan_folder
     from jaxlm.evaluation.score import score, verify_rows, verify_step
     from jaxlm.terminal import track
 
@@ -80,7 +80,7 @@ def verify(run: Run, *, eval: bool = False, json: bool = False) -> int:
     steps = list_steps(folder)
     if not steps:
         raise ValueError(f"{folder}: found no checkpoint to verify; name a folder that has some")
-    at_a_look = read_steps(folder).damaged  # among them sound ones of another run
+    at_a_look = scan_folder(folder).damaged  # among them sound ones of another run
     for step in track(steps, "Verifying"):
         if (damage := verify_step(folder, step)) is not None:  # not deleted by a trainer
             found[step] = damage = damage or at_a_look.get(step, [])

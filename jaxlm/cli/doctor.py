@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from jaxlm.compiled import compiled_bytes
+from jaxlm.compilation_cache import compiled_bytes
 from jaxlm.data.cache import cache_root, list_caches
 from jaxlm.extras import MODULES, versions
 from jaxlm.tracking.console import format_bytes

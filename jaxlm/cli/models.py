@@ -108,9 +108,9 @@ def benchmark(
     needs(MODULES["lm-eval"], "jaxlm benchmark")
     from jaxlm.evaluation.harness import run_tasks
     from jaxlm.files.durable import expand
-    from jaxlm.inference.reader import Reader
+    from jaxlm.inference.reader import ScoringModel
 
-    reader = Reader(run, batch_size=batch_size, say=note(json))
+    reader = ScoringModel(run, batch_size=batch_size, say=note(json))
     names = [name for name in tasks.split(",") if name]
     found = run_tasks(
         reader,

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxlm.extras import needs
 
-Reader = Callable[[FileIO, str], Iterator[str]]
+ScoringModel = Callable[[FileIO, str], Iterator[str]]
 """An open file and the field that holds the text -> documents."""
 
 SECTION_CHARS = 20_000
@@ -36,7 +36,7 @@ def kind_of(path: str) -> str:
     return os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix
 
 
-def reader_of(path: str) -> Reader:
+def reader_of(path: str) -> ScoringModel:
     """What reads a file: rows where its name says so, else plain text.
 
     Raises:
@@ -124,7 +124,7 @@ def _read_parquet(file: FileIO, field: str) -> Iterator[str]:
         raise _damaged(path, error) from error
 
 
-READERS: dict[str, Reader] = {
+READERS: dict[str, ScoringModel] = {
     ".txt": _read_sections,
     ".md": _read_sections,
     ".jsonl": _read_jsonl,

@@ -22,22 +22,22 @@ def fingerprint(tree: Any) -> dict[str, list[Any]]:
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     # One after the other: of arrays of numpy, all at once may not fit on the device.
-    of_each = (survey({path_name(path): leaf})()[0] for path, leaf in leaves)
+    of_each = (fingerprint_async({path_name(path): leaf})()[0] for path, leaf in leaves)
     return {name: entry for entries in of_each for name, entry in entries.items()}
 
 
-Survey = Callable[[], tuple[dict[str, list[Any]], list[str]]]
+PendingFingerprint = Callable[[], tuple[dict[str, list[Any]], list[str]]]
 """Waits for the fingerprint, and the names of leaves with a NaN or an infinity."""
 
 
-def survey(tree: Any) -> Survey:
+def fingerprint_async(tree: Any) -> PendingFingerprint:
     """Begins one pass over the memory of all leaves, which may be donated from then on."""
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     about = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in leaves.items()}
     # A program for each layer: they are alike, and few enough that the host need not wait for room.
     names = sorted(leaves, key=_layer_of)
     groups = itertools.groupby(names, _layer_of)
-    on_device = [_survey_all([leaves[name] for name in group]) for _, group in groups]
+    on_device = [_fingerprint_group([leaves[name] for name in group]) for _, group in groups]
 
     def finish() -> tuple[dict[str, list[Any]], list[str]]:
         found = dict(zip(names, np.concatenate(on_device).tolist(), strict=True))
@@ -81,15 +81,15 @@ def _spread(place: jax.Array, odd: int) -> jax.Array:
 
 
 @jax.jit
-def _survey_all(leaves: list[jax.Array]) -> jax.Array:
+def _fingerprint_group(leaves: list[jax.Array]) -> jax.Array:
     # uint32 [n, 3], whole on each device.
-    found = jnp.stack([_survey(leaf) for leaf in leaves])
+    found = jnp.stack([_fingerprint_leaf(leaf) for leaf in leaves])
     mesh: Any = jax.typeof(leaves[0]).sharding.mesh  # an abstract one
     return found if mesh.empty else jax.lax.with_sharding_constraint(found, replicated(mesh))
 
 
 @jax.jit  # traced once for all leaves of a shape
-def _survey(x: jax.Array) -> jax.Array:
+def _fingerprint_leaf(x: jax.Array) -> jax.Array:
     # uint32 [3]: two lanes, and whether anything is not finite.
     words = _words(x)
     place = jnp.zeros(words.shape, jnp.uint32)

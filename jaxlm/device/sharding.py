@@ -174,7 +174,7 @@ def put_batch(
     }
 
 
-def same_bits(mesh: Mesh) -> dict[str, Any]:
+def deterministic_options(mesh: Mesh) -> dict[str, Any]:
     """Compiler options with which a program gives the same bits each time, on these devices.
 
     Left alone, XLA for GPUs takes kernels that add in any order, and of several whichever was the
@@ -193,7 +193,7 @@ def compiler_options(mesh: Mesh, deterministic: bool) -> dict[str, Any]:
     read and write the activations anew for each: it shall gather the param first. With `tensor` the
     activations are in parts themselves, so there it is left alone.
     """
-    options = same_bits(mesh) if deterministic else {}
+    options = deterministic_options(mesh) if deterministic else {}
     if mesh.devices.flat[0].platform == "tpu" and mesh.shape["fsdp"] > 1 == mesh.shape["tensor"]:
         options["xla_jf_spmd_threshold_for_windowed_einsum_mib"] = 1 << 20
     return options

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxlm.checkpoints.copying import check_outside
-from jaxlm.checkpoints.folder import TOKENIZER, Selected, find_checkpoints, read_steps, run_folder
+from jaxlm.checkpoints.folder import TOKENIZER, Selected, find_checkpoints, run_folder, scan_folder
 from jaxlm.checkpoints.manager import args_of
 from jaxlm.checkpoints.manifest import write_manifest
 from jaxlm.checkpoints.metadata import Metadata
@@ -66,7 +66,7 @@ def average(
     if last < 2:
         raise ValueError(f"--last: found {last}, expected at least 2 checkpoints to average")
     folder = find_checkpoints(run)
-    chosen = sorted(set(steps)) or list(read_steps(folder).sound)[-last:]
+    chosen = sorted(set(steps)) or list(scan_folder(folder).sound)[-last:]
     if len(chosen) < 2:
         raise ValueError(
             f"{run}: found {len(chosen)} checkpoint(s) to average, expected at least 2; "

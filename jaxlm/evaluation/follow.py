@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxlm.checkpoints.entries import identity
-from jaxlm.checkpoints.folder import find_checkpoints, read_steps, run_folder
+from jaxlm.checkpoints.folder import find_checkpoints, run_folder, scan_folder
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.restore import DamagedArrays
 from jaxlm.evaluation.evals import NAME, Eval, EvalLog, checkpoint_id
@@ -50,7 +50,7 @@ def follow(
         damaged: set[tuple[int, str, str]] = set()
         looked_at: set[int] = set()
         while True:
-            steps, missed = read_steps(folder).sound, False
+            steps, missed = scan_folder(folder).sound, False
             done = {(row["step"], row["checkpoint"], row["source"]) for row in log.rows}
             for step, metadata in steps.items():
                 key = (step, checkpoint_id(metadata), source or metadata.config["data"]["source"])
@@ -68,7 +68,7 @@ def follow(
                 else:
                     log.append(row)
                     found(row)
-            now = read_steps(folder)
+            now = scan_folder(folder)
             if not missed and now.sound.keys() == steps.keys():
                 final = bool(steps) and steps[max(steps)].final
                 for step in now.damaged if final else now.damaged.keys() & looked_at:

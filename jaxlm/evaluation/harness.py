@@ -15,7 +15,7 @@ from lm_eval.models.utils import (
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from jaxlm.inference.reader import Pair, Reader
+from jaxlm.inference.reader import Pair, ScoringModel
 from jaxlm.terminal import progress
 
 _MAX_NEW_TOKENS = 256  # where a task names no number, as lm-eval's own adapters
@@ -24,7 +24,7 @@ _MAX_NEW_TOKENS = 256  # where a task names no number, as lm-eval's own adapters
 class Harnessed(TemplateLM):
     """What lm-eval asks of a model; the base class turns text into pairs of token lists."""
 
-    def __init__(self, reader: Reader):
+    def __init__(self, reader: ScoringModel):
         super().__init__()
         self._reader = reader
 
@@ -104,13 +104,13 @@ class Harnessed(TemplateLM):
         return [postprocess_generated_text(decode(tokens), until, None) for tokens in found]
 
 
-def _with_progress(reader: Reader, pairs: Sequence[Pair]) -> list[Any]:
+def _with_progress(reader: ScoringModel, pairs: Sequence[Pair]) -> list[Any]:
     with progress("Reading", len(pairs)) as advance:
         return reader.likelihoods(pairs, advance)
 
 
 def run_tasks(
-    reader: Reader,
+    reader: ScoringModel,
     tasks: Sequence[str],
     *,
     include_path: str | None = None,

@@ -17,15 +17,15 @@ from jaxlm.checkpoints.folder import (
     TOKENIZER,
     Selected,
     read_metadata,
-    read_steps,
     run_folder,
+    scan_folder,
     select,
 )
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.names import split_step
 from jaxlm.checkpoints.reading import read
 from jaxlm.checkpoints.restore import find_changed_arrays
-from jaxlm.compiled import keep_compiled
+from jaxlm.compilation_cache import keep_compiled
 from jaxlm.config import Config, MeshConfig
 from jaxlm.data.prepare import Dataset
 from jaxlm.device.loss import Batch, next_token_loss
@@ -33,14 +33,14 @@ from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import Params
 from jaxlm.device.step import make_eval_step
 from jaxlm.evaluation.evals import checkpoint_id
-from jaxlm.inference.load import restore_params, tell_selected
+from jaxlm.inference.load import log_selected, restore_params
 from jaxlm.terminal import progress
 from jaxlm.tracking.metrics import perplexity
 from jaxlm.tracking.rows import NAME as ROWS
 from jaxlm.tracking.rows import find_damage as find_row_damage
-from jaxlm.training.assemble import held_out_batches, hold_out, mask_id, prepare_data
 from jaxlm.training.environment import compare_environments, describe_environment
 from jaxlm.training.evaluate import batch_sums, means
+from jaxlm.training.setup import held_out_batches, hold_out, mask_id, prepare_data
 
 Say = Callable[[str], None]
 TOLERANCE = 1e-3
@@ -76,7 +76,7 @@ def verify_rows(run: str, folder: Path) -> tuple[list[str], str]:
 
     Compared with the newest checkpoint; a trainer may be at work.
     """
-    path, found = run_folder(run, folder) / ROWS, read_steps(folder).sound
+    path, found = run_folder(run, folder) / ROWS, scan_folder(folder).sound
     if not found:
         return [], ""
     newest = found[max(found)]
@@ -209,7 +209,7 @@ def _score(candidate: _Candidate, source: str | None, say: Say) -> Score:
     run, first, config, dataset = candidate
     mesh = _choose_mesh(first.metadata.environment["mesh"], config.micro_batch_size)
     selected, (blueprint, params) = read(run, lambda s: (s, restore_params(s, mesh)), first=first)
-    tell_selected(selected, say)
+    log_selected(selected, say)
     held_out = hold_out(config, mesh, held_out_batches(config, dataset))
     next_token = next_token_loss(eos_id=mask_id(config, dataset), num_chunks=config.loss_chunks)
     eval_step = make_eval_step(blueprint, next_token, mesh)

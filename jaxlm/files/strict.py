@@ -32,7 +32,7 @@ def spell(value: T) -> T | str:
 
 
 def read_json(path: Path, kind: type[T]) -> T:
-    """The content of a JSON file, as `conform` gives it.
+    """The content of a JSON file, as `validate` gives it.
 
     Raises:
       OSError: it cannot be read.
@@ -46,7 +46,7 @@ def read_json(path: Path, kind: type[T]) -> T:
 
 
 def parse_json(data: bytes, kind: type[T]) -> T:
-    """JSON in UTF-8, as `conform` gives it.
+    """JSON in UTF-8, as `validate` gives it.
 
     Raises:
       ValueError: it is not JSON (which has no NaN, no 1e999 and no key twice), too deep, holds an
@@ -70,10 +70,10 @@ def parse_json(data: bytes, kind: type[T]) -> T:
         raise ValueError(f"nested more than {_MAX_DEPTH} deep")
     if "\\ud" in text.lower():  # half of a pair could be neither printed nor written
         json.dumps(value, ensure_ascii=False).encode()
-    return conform(value, kind)
+    return validate(value, kind)
 
 
-def conform(value: Any, kind: Any, name: str = "") -> Any:
+def validate(value: Any, kind: Any, name: str = "") -> Any:
     """A JSON value of the kind that an annotation names; nothing is converted.
 
     But for these: of a dataclass, an instance is made, and "NaN", "Infinity" and "-Infinity" are
@@ -92,13 +92,13 @@ def conform(value: Any, kind: Any, name: str = "") -> Any:
     if origin in (Union, types.UnionType):
         kind, none = args
         assert none is type(None), "of unions, only X | None is needed"
-        return None if value is None else conform(value, kind, name)
+        return None if value is None else validate(value, kind, name)
     if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
         return _record(value, kind, name)
     if origin is list and type(value) is list:
-        return [conform(item, args[0], f"{name}[{i}]") for i, item in enumerate(value)]
+        return [validate(item, args[0], f"{name}[{i}]") for i, item in enumerate(value)]
     if origin is dict and type(value) is dict:
-        return {k: conform(item, args[1], f"{name}[{shown(k)}]") for k, item in value.items()}
+        return {k: validate(item, args[1], f"{name}[{shown(k)}]") for k, item in value.items()}
     if kind is float and type(value) is str and value in _NOT_FINITE:
         return _NOT_FINITE[value]
     expected = getattr(kind, "__name__", kind) if origin is None else kind
@@ -122,7 +122,7 @@ def shown(value: Any) -> str:
 
 def _record(value: Any, kind: Any, name: str) -> Any:
     hints = hints_of(kind)
-    value = conform(value, dict[str, Any], name)
+    value = validate(value, dict[str, Any], name)
     prefix = f"{name}." if name else ""
     if typing.is_typeddict(kind):
         required = kind.__required_keys__
@@ -135,7 +135,7 @@ def _record(value: Any, kind: Any, name: str) -> Any:
             )
     for key in sorted(required - value.keys()):
         raise ValueError(f"{prefix}{key}: missing")
-    known = {key: conform(value[key], hints[key], prefix + key) for key in hints if key in value}
+    known = {key: validate(value[key], hints[key], prefix + key) for key in hints if key in value}
     return {**value, **known} if typing.is_typeddict(kind) else kind(**known)
 
 

@@ -10,7 +10,7 @@ from jaxlm.checkpoints.folder import Selected
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.reading import read
 from jaxlm.checkpoints.restore import restore_weights
-from jaxlm.compiled import keep_compiled
+from jaxlm.compilation_cache import keep_compiled
 from jaxlm.config import MeshConfig
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import Blueprint, ModelFactory, Own, Params, blueprint_of
@@ -45,7 +45,7 @@ def load_model(
     """
     mesh = mesh or make_mesh(MeshConfig())
     selected, (blueprint, params) = read(run, lambda s: (s, restore_params(s, mesh, model)))
-    tell_selected(selected, say)
+    log_selected(selected, say)
     return nnx.merge(blueprint.graphdef, params), selected.metadata
 
 
@@ -83,7 +83,7 @@ def restore_params(
         return blueprint, restore_weights(selected.path, metadata, blueprint.abstract.params)
 
 
-def tell_selected(selected: Selected, say: Callable[[str], None]) -> None:
+def log_selected(selected: Selected, say: Callable[[str], None]) -> None:
     """Which checkpoint it is, and what it was passed over for."""
     metadata = selected.metadata
     for step, damage in selected.passed_over.items():

@@ -17,7 +17,7 @@ from jaxlm.config import MeshConfig
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.device.likelihood import make_token_scores
 from jaxlm.device.sharding import batch_sharding, make_mesh
-from jaxlm.inference.load import load_selected, tell_selected
+from jaxlm.inference.load import load_selected, log_selected
 from jaxlm.inference.sample import Sampling, bucket, stream
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -33,7 +33,7 @@ class Likelihood(NamedTuple):
     """Whether each of its tokens is the likeliest at its place."""
 
 
-class Reader:
+class ScoringModel:
     """A checkpoint and its tokenizer.
 
     Attributes:
@@ -60,7 +60,7 @@ class Reader:
             raise ValueError(f"batch_size: found {batch_size}, expected at least 1")
         self._mesh = make_mesh(MeshConfig())
         selected, blueprint, self._params = load_selected(run, self._mesh)
-        tell_selected(selected, say)
+        log_selected(selected, say)
         config, eos_id = selected.metadata.run_config(), selected.metadata.eos_id
         if eos_id is None:
             raise ValueError(

@@ -17,7 +17,7 @@ from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.device.decode import Knobs, Rule, make_programs, narrow
 from jaxlm.device.sharding import AXES_OF
 from jaxlm.files.strict import shown
-from jaxlm.inference.load import load_selected, tell_selected
+from jaxlm.inference.load import load_selected, log_selected
 from jaxlm.training.at_end import Complete
 from jaxlm.training.preflight import sample_tokens
 
@@ -239,7 +239,7 @@ def sample_run(
     tokenizer = load_tokenizer(path)
     ids = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
     ids = [row or ([] if eos_id is None else [eos_id]) for row in ids]
-    tell_selected(selected, say)
+    log_selected(selected, say)
     model = nnx.merge(blueprint.graphdef, params)
     steps, decoder, written = [], DecodeStream(skip_special_tokens=True), ""
     coming = stream(model, ids, sampling, eos_id=eos_id, seq_len=config.seq_len)

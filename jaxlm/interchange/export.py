@@ -20,7 +20,7 @@ from jaxlm.data.tokenizer import find_eos, load_tokenizer
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import path_name
 from jaxlm.files.publish import check_free, published
-from jaxlm.inference.load import restore_params, tell_selected
+from jaxlm.inference.load import log_selected, restore_params
 from jaxlm.interchange.mapping import (
     CONFIG,
     GENERATION,
@@ -83,7 +83,7 @@ def export(
     check_outside(target, selected.folder)
     mesh = make_mesh(MeshConfig())
     selected, (_, params) = read(run, lambda s: (s, restore_params(s, mesh)))
-    tell_selected(selected, say)
+    log_selected(selected, say)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     with published(target, say) as partial:
         _write_weights(partial, params, dtype, max_shard_bytes)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_type_hints
 import numpy as np
 
 from jaxlm.config import ModelConfig
-from jaxlm.files.strict import conform, shown
+from jaxlm.files.strict import shown, validate
 
 CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -135,7 +135,7 @@ def from_hf_config(values: dict[str, Any], folder: object) -> tuple[ModelConfig,
         missing or of another type.
     """
     where = f"{folder}/{CONFIG}"
-    kind = conform(values.get("model_type"), str | None, "model_type")
+    kind = validate(values.get("model_type"), str | None, "model_type")
     names = values.get("architectures") or [_ARCHITECTURES.get(kind or "")]
     if kind not in _ARCHITECTURES or names != [_ARCHITECTURES[kind]]:
         found = f"{shown(kind)} with architectures {shown(values.get('architectures'))}"
@@ -143,13 +143,13 @@ def from_hf_config(values: dict[str, Any], folder: object) -> tuple[ModelConfig,
             f"{where}: model_type: found {found}, expected one of "
             f"{', '.join(f'{k} ({v})' for k, v in _ARCHITECTURES.items())}; jaxlm has no other"
         )
-    rope = conform(values.get("rope_parameters") or {}, dict[str, Any], "rope_parameters")
+    rope = validate(values.get("rope_parameters") or {}, dict[str, Any], "rope_parameters")
     rope_type = rope.get("rope_type", "default")
     odd = [(key, values.get(key)) for key, none in _ABSENT.items() if values.get(key) not in none]
     odd += [("rope_parameters.rope_type", rope_type)] if rope_type != "default" else []
     partial = rope.get("partial_rotary_factor", 1)
     odd += [("rope_parameters.partial_rotary_factor", partial)] if partial != 1 else []
-    layers = conform(values.get("layer_types") or [], list[Any], "layer_types")
+    layers = validate(values.get("layer_types") or [], list[Any], "layer_types")
     odd += [("layer_types", kind) for kind in layers if kind != "full_attention"]
     if kind == "llama" and values.get("sliding_window") is not None:
         odd.append(("sliding_window", values["sliding_window"]))
@@ -170,7 +170,7 @@ def _shape(values: dict[str, Any], rope: dict[str, Any], qk_norm: bool) -> tuple
     hints = get_type_hints(ModelConfig)
     for ours, key in _KEYS.items():
         if values.get(key) is not None:
-            found[ours] = conform(values[key], hints[ours], key)
+            found[ours] = validate(values[key], hints[ours], key)
     if not qk_norm:
         found.setdefault("num_kv_heads", found.get("num_heads"))
         if "num_heads" in found and "d_model" in found:
@@ -179,11 +179,11 @@ def _shape(values: dict[str, Any], rope: dict[str, Any], qk_norm: bool) -> tuple
         if found.get(ours) is None:
             raise ValueError(f"{_KEYS[ours]}: missing; a model has no shape without it")
     theta = rope.get("rope_theta", values.get("rope_theta"))
-    theta = conform(10_000.0 if theta is None else theta, float, "rope_theta")
+    theta = validate(10_000.0 if theta is None else theta, float, "rope_theta")
     # JSON does not tell 10000 from 10000.0, and a config does.
     floats = {k: float(found[k]) for k in ("norm_eps", "init_std") if k in found}
     model = ModelConfig(**{**found, **floats}, rope_theta=float(theta), qk_norm=qk_norm)
     key = "max_position_embeddings"
-    if (longest := conform(values.get(key, 2048), int, key)) < 1:
+    if (longest := validate(values.get(key, 2048), int, key)) < 1:
         raise ValueError(f"{key}: found {longest}, expected at least 1")
     return model, longest

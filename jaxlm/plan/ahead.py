@@ -20,7 +20,7 @@ from jaxlm.device.sharding import batch_sharding, make_mesh
 from jaxlm.device.state import Blueprint, blueprint_of
 from jaxlm.extras import needs
 from jaxlm.plan.hlo import read_costs
-from jaxlm.training.assemble import check_batch, lower_step
+from jaxlm.training.setup import check_batch, lower_step
 
 _COMMAND = (sys.executable, "-c", "from jaxlm.plan.ahead import main; main()")
 # So that libtpu looks for neither chips nor their metadata server, whatever the topology, and lets

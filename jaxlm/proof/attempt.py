@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
-from jaxlm.checkpoints.folder import read_steps
+from jaxlm.checkpoints.folder import scan_folder
 from jaxlm.report.diff import diff_checkpoints
 from jaxlm.tracking.metrics import read_metrics
 
@@ -124,7 +124,7 @@ def compare_runs(whole: Path, broken: Path) -> list[str]:
     if not found and steps[0] != steps[1]:
         found.append("metrics.jsonl: the rows are in another order")
     folders = [run / "checkpoints" for run in (whole, broken)]
-    kept = [read_steps(folder).sound for folder in folders]
+    kept = [scan_folder(folder).sound for folder in folders]
     needed = {step for found in kept for step in (max(found), found[max(found)].best_step)}
     for step in sorted(kept[0].keys() | kept[1].keys()):
         if not all(step in found for found in kept):

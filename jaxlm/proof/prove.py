@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxlm.checkpoints.folder import read_steps
+from jaxlm.checkpoints.folder import scan_folder
 from jaxlm.config import Config, to_dict
 from jaxlm.data.prepare import default_max_tokens
 from jaxlm.files.durable import check_out
@@ -84,7 +84,7 @@ def prove(config: Config, flags: Sequence[str], settings: Settings) -> dict[str,
         print(f"in one piece: {whole_s:.1f} s")
         kills, wrong = _break([*flags, *own], broken, whole_s, settings)
         wrong = wrong or compare_runs(whole, broken)
-        metadata = read_steps(whole / "checkpoints").sound[settings.prove_steps]
+        metadata = scan_folder(whole / "checkpoints").sound[settings.prove_steps]
         steps = [_by_step(run, settings.prove_steps) for run in (whole, broken)]
     return {
         "proven": not wrong,

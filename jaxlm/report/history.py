@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from jaxlm.checkpoints.folder import find_checkpoints, read_steps
+from jaxlm.checkpoints.folder import find_checkpoints, scan_folder
 from jaxlm.checkpoints.metadata import Metadata, flat
 from jaxlm.evaluation.evals import NAME as EVALS
 from jaxlm.evaluation.evals import Eval, read_evals
@@ -117,7 +117,7 @@ def _checkpoints(
             folder = Path(run) / "checkpoints"
             if not folder.is_dir():
                 raise
-        steps = read_steps(folder)
+        steps = scan_folder(folder)
     except _UNREADABLE as error:
         missing.append(f"no checkpoints: {error}")
         return None, [], None

@@ -10,8 +10,8 @@ from jaxlm.checkpoints.folder import (
     find_checkpoints,
     list_corrupt,
     list_steps,
-    read_steps,
     run_folder,
+    scan_folder,
 )
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.skips import to_json
@@ -34,7 +34,7 @@ def describe_run(run: str) -> dict[str, Any]:
       ValueError: there is no such run.
     """
     folder = find_checkpoints(run)
-    found, evals = read_steps(folder), read_evals(run_folder(run, folder) / EVALS)
+    found, evals = scan_folder(folder), read_evals(run_folder(run, folder) / EVALS)
     return {
         "run": run,
         "folder": str(folder),

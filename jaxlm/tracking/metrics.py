@@ -20,7 +20,7 @@ from typing import TypedDict
 from jaxlm.config import Config
 from jaxlm.files.durable import free_path, read_file, write_file
 from jaxlm.files.ours import mark
-from jaxlm.files.strict import conform, parse_json, spell
+from jaxlm.files.strict import parse_json, spell, validate
 from jaxlm.tracking.events import Events
 from jaxlm.tracking.rows import CORRUPT, MAX_BYTES, NAME, Rows, longest_proven
 from jaxlm.tracking.trackers import Row, Trackers, require
@@ -52,7 +52,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Row]:
     rows, lines = [], read_file(Path(path), MAX_BYTES).rstrip(b"\n").split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(conform(parse_json(line, dict[str, float]), _Step))
+            rows.append(validate(parse_json(line, dict[str, float]), _Step))
         except ValueError as error:
             if number < len(lines):
                 raise ValueError(

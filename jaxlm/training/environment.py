@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxlm.checkpoints.metadata import flat
-from jaxlm.compiled import cpu_info, num_cores, xla_flags
+from jaxlm.compilation_cache import cpu_info, num_cores, xla_flags
 from jaxlm.extras import versions
 
 # JAX's settings of precision, dtypes, random numbers and optimisation, and their defaults. They are

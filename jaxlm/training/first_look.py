@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxlm.device.guard import Guard
 from jaxlm.device.loss import Batch, Loss, takes
 from jaxlm.device.state import Blueprint, Own
 
@@ -16,6 +17,9 @@ _LOSS = (
     "expected (sum over tokens, number of tokens), or a dict of metrics as a third value; a sum is "
     "float32 [], or a dict of such with a `loss` among them (a mean would not add up)"
 )
+
+_TAKEN = {"perplexity", "tokens", "best_loss", "grad_norm", "learning_rate", *Guard._fields}
+"""Names of other metrics of a step or an eval."""
 
 
 def check_given(model: Any, batches: Any, eval_batches: Any) -> None:
@@ -97,6 +101,9 @@ def _look_at_loss(name: str, loss: Loss, blueprint: Blueprint, batch: Batch) -> 
         raise ValueError(f"{name}: found sums of {', '.join(sums) or 'nothing'}, {_LOSS}")
     if metrics and not isinstance(metrics[0], dict):
         raise ValueError(f"{name}: found a third value that is no dict, {_LOSS}")
+    names = [*(sums if isinstance(sums, dict) else ("loss",)), *(metrics[0] if metrics else ())]
+    if taken := sorted({name for name in names if names.count(name) > 1 or name in _TAKEN}):
+        raise ValueError(f"{name}: found the name {taken[0]}, which is taken; choose another")
     for leaf in jax.tree.leaves((sums, metrics)):
         if leaf.shape or not np.issubdtype(leaf.dtype, np.inexact):
             raise ValueError(f"{name}: found a sum {leaf.dtype} {list(leaf.shape)}, {_LOSS}")

@@ -24,11 +24,11 @@ from jaxlm.tracking.metrics import Metrics, perplexity
 from jaxlm.tracking.rows import Rows
 from jaxlm.tracking.throughput import flops_per_token
 from jaxlm.tracking.trace import traced
-from jaxlm.training.assemble import Parts
 from jaxlm.training.divergence import check_losses
 from jaxlm.training.environment import describe_environment
 from jaxlm.training.evaluate import Stopped, evaluate
 from jaxlm.training.resume import is_at_end
+from jaxlm.training.setup import TrainSetup
 from jaxlm.training.signals import StopRequest
 from jaxlm.training.start import Start
 
@@ -59,7 +59,7 @@ class Result(NamedTuple):
 class Loop:
     """A run in progress: what the loop holds in addition to the state."""
 
-    parts: Parts
+    parts: TrainSetup
     checkpoints: Checkpoints
     metrics: Metrics | None
     console: Console
@@ -81,7 +81,7 @@ class Loop:
         config, train_step = self.config, self.parts.train_step
         step, stopping = self.start.step, False
         if self.start.owes_eval or self.start.owes_end:
-            stopping = not self.pay(state, request.stops)
+            stopping = not self.run_owed_eval(state, request.stops)
         ended = self.at_end(step) and not stopping
         stop = step if ended or stopping else config.num_steps
         batches = prefetch(self.put, step, stop, depth=config.data.prefetch)
@@ -242,7 +242,7 @@ class Loop:
             metadata = self.metadata(step, eval_loss, final="final" in why)
             self.checkpoints.save(state, metadata, self.flush, ", ".join(why))
 
-    def pay(self, state: TrainState, stops: Callable[[], bool]) -> bool:
+    def run_owed_eval(self, state: TrainState, stops: Callable[[], bool]) -> bool:
         """Makes what a stop left out, the eval and the end of the plan, and commits it.
 
         Returns:

@@ -122,7 +122,7 @@ def _allowed_changes(latest: Metadata, config: Config, folder: Path) -> list[Cha
     return differing
 
 
-def tell_changes(restored: Metadata, config: Config, recorded: list[Change], say: Say) -> None:
+def log_changes(restored: Metadata, config: Config, recorded: list[Change], say: Say) -> None:
     """The recorded changes, and what they do to the learning rate."""
     for change in recorded:
         say(f"changed from step {restored.step} on: {change}")

@@ -10,26 +10,26 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxlm.checkpoints.checkpoint import Checkpoints
-from jaxlm.checkpoints.folder import TOKENIZER, Selected, read_steps, select
+from jaxlm.checkpoints.folder import TOKENIZER, Selected, scan_folder, select
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.names import split_step
 from jaxlm.checkpoints.restore import check_layout, items_of, restore_state, restore_weights
 from jaxlm.checkpoints.skips import Skip, to_json
 from jaxlm.cluster import agree
 from jaxlm.config import Config, changes, to_dict
-from jaxlm.device.sharding import make_mesh, same_bits
+from jaxlm.device.sharding import deterministic_options, make_mesh
 from jaxlm.device.state import Own, TrainState, blueprint_of
 from jaxlm.files.durable import write_file
 from jaxlm.files.lock import HOLDER, locked
-from jaxlm.files.strict import conform
+from jaxlm.files.strict import validate
 from jaxlm.tracking.console import Console, format_count
 from jaxlm.tracking.events import NAME as EVENTS
 from jaxlm.tracking.metrics import Metrics
 from jaxlm.tracking.rows import NAME as ROWS
 from jaxlm.tracking.rows import Rows
-from jaxlm.training.assemble import Parts
 from jaxlm.training.environment import compare_environments, describe_environment
-from jaxlm.training.resume import goes_back, is_at_end, tell_changes
+from jaxlm.training.resume import goes_back, is_at_end, log_changes
+from jaxlm.training.setup import TrainSetup
 
 CONFIG = "config.json"
 
@@ -79,7 +79,7 @@ def check_beginning(config: Config, own: Own) -> None:
 
 
 def start_state(
-    parts: Parts, checkpoints: Checkpoints, console: Console, *, rolled_back: bool = False
+    parts: TrainSetup, checkpoints: Checkpoints, console: Console, *, rolled_back: bool = False
 ) -> tuple[TrainState, Start]:
     """The state to go on from, restored or new.
 
@@ -112,7 +112,11 @@ def start_state(
 
 
 def _resumed(
-    parts: Parts, checkpoints: Checkpoints, state: TrainState, metadata: Metadata, console: Console
+    parts: TrainSetup,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    metadata: Metadata,
+    console: Console,
 ) -> Start:
     config, lineage = parts.config, metadata.lineage
     _check_data(parts, metadata)
@@ -120,12 +124,16 @@ def _resumed(
         console.warn("branch_from and init_from begin a new run; this one has begun, and goes on")
     # Compare with the checkpoint that was restored: after damage, it is older than the latest.
     recorded = [c for c in changes(metadata.run_config(), config) if c.policy == "recorded"]
-    tell_changes(metadata, config, recorded, console.say)
+    log_changes(metadata, config, recorded, console.say)
     if recorded:
         lineage = [*lineage, {"step": metadata.step, "changed": list(map(str, recorded))}]
     console.say(f"Resuming from step {metadata.step} of {checkpoints.folder}")
     _tell(metadata, console)
-    off = ["deterministic is off"] if same_bits(parts.mesh) and not config.deterministic else []
+    off = (
+        ["deterministic is off"]
+        if deterministic_options(parts.mesh) and not config.deterministic
+        else []
+    )
     now = describe_environment(parts.mesh)
     for difference in compare_environments(metadata.environment, now) + off:
         console.warn(f"bits may differ from a run in one piece: {difference}")
@@ -150,7 +158,7 @@ def _resumed(
     )
 
 
-def _check_data(parts: Parts, metadata: Metadata) -> None:
+def _check_data(parts: TrainSetup, metadata: Metadata) -> None:
     if metadata.data_fingerprint != parts.data_fingerprint:
         raise ValueError(
             f"data: found fingerprint {parts.data_fingerprint or 'none'}, but step "
@@ -160,11 +168,11 @@ def _check_data(parts: Parts, metadata: Metadata) -> None:
 
 
 def _branch(
-    parts: Parts, checkpoints: Checkpoints, source: str, console: Console
+    parts: TrainSetup, checkpoints: Checkpoints, source: str, console: Console
 ) -> tuple[TrainState, Start]:
     selected = _selected(parts, source, console)
-    found = read_steps(selected.folder).skips if jax.process_index() == 0 else []
-    skips = conform(agree(to_json(found)), list[Skip])
+    found = scan_folder(selected.folder).skips if jax.process_index() == 0 else []
+    skips = validate(agree(to_json(found)), list[Skip])
     checkpoints.inherit([skip for skip in skips if skip.from_step <= selected.step])
     metadata, path = selected.metadata, selected.path
     state = restore_state(path, metadata, parts.blueprint.abstract)
@@ -181,7 +189,7 @@ def _branch(
 
 
 def _with_weights_of(
-    parts: Parts, source: str, state: TrainState, console: Console
+    parts: TrainSetup, source: str, state: TrainState, console: Console
 ) -> tuple[TrainState, Start]:
     selected = _selected(parts, source, console)
     abstract = parts.blueprint.abstract.params
@@ -194,7 +202,7 @@ def _with_weights_of(
     return state, Start(why=why, lineage=lineage)
 
 
-def _selected(parts: Parts, source: str, console: Console) -> Selected:
+def _selected(parts: TrainSetup, source: str, console: Console) -> Selected:
     # Process 0 chooses: the best may be another one when the next process looks.
     chosen = select(source) if jax.process_index() == 0 else None
     step = agree(chosen and chosen.step)
@@ -207,7 +215,7 @@ def _selected(parts: Parts, source: str, console: Console) -> Selected:
 
 
 def open_run_folder(
-    parts: Parts, checkpoints: Checkpoints, start: Start, console: Console
+    parts: TrainSetup, checkpoints: Checkpoints, start: Start, console: Console
 ) -> AbstractContextManager[Metrics | None]:
     """Writes what lies beside the checkpoints, and opens the metrics where the run goes on.
 
@@ -227,7 +235,7 @@ def open_run_folder(
         run_id=start.tracking_run_id,
         restored=(start.step, start.rows),
         new_future=start.new_future,
-        proofs=lambda: {s: found.rows for s, found in read_steps(checkpoint_dir).sound.items()},
+        proofs=lambda: {s: found.rows for s, found in scan_folder(checkpoint_dir).sound.items()},
         events=checkpoints.events,
         say=console.say,
     )

@@ -9,11 +9,11 @@ from jaxlm.device.state import num_bytes
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.console import Console, format_bytes, format_duration
 from jaxlm.training import preflight
-from jaxlm.training.assemble import Parts
 from jaxlm.training.resume import goes_back
+from jaxlm.training.setup import TrainSetup
 
 
-def tell_start(parts: Parts, console: Console) -> None:
+def log_start(parts: TrainSetup, console: Console) -> None:
     """The config in short, what it needs, and what looks wrong about it.
 
     Raises:
@@ -50,7 +50,7 @@ def tell_start(parts: Parts, console: Console) -> None:
         )
 
 
-def tell_resume_best(
+def log_resume_best(
     config: Config, latest: Metadata | None, best: Best | None, console: Console
 ) -> None:
     """Why `--resume best` does not go back, where it does not."""
@@ -65,7 +65,7 @@ def tell_resume_best(
     )
 
 
-def tell_complete(
+def log_complete(
     config: Config, latest: Metadata, best: Best | None, changed: list[Change], console: Console
 ) -> None:
     """That there is nothing left to train, and how to go on.
@@ -91,10 +91,10 @@ def tell_complete(
     for change in changed:
         console.say(f"  this command differs in {change}")
     console.say(f"to go on with it, add {more}; for a new run, add --run_dir")
-    _tell_where(config, best, console)
+    _log_where(config, best, console)
 
 
-def tell_time(clock: Clock, console: Console) -> None:
+def log_time(clock: Clock, console: Console) -> None:
     """What this start of the run spent its time on, the most first."""
     seconds = sorted(clock.seconds().items(), key=lambda item: -item[1])
     total_s = sum(s for _, s in seconds)
@@ -102,9 +102,7 @@ def tell_time(clock: Clock, console: Console) -> None:
     console.say(f"time: {format_duration(total_s)}, of it {shares}")
 
 
-def tell_end(
-    config: Config, step: int, complete: bool, best: Best | None, console: Console
-) -> None:
+def log_end(config: Config, step: int, complete: bool, best: Best | None, console: Console) -> None:
     """Where everything is, and what to type next."""
     if not complete:
         console.say(
@@ -121,10 +119,10 @@ def tell_end(
             f"best was {evals} eval(s) ago, at step {best.step}; to go on from there with other "
             f"settings (a lower --optim.learning_rate, say), the same command with\n  {flags}"
         )
-    _tell_where(config, best, console)
+    _log_where(config, best, console)
 
 
-def _tell_where(config: Config, best: Best | None, console: Console) -> None:
+def _log_where(config: Config, best: Best | None, console: Console) -> None:
     run = config.run_dir
     if best:
         console.say(f"best model: {run}@best (step {best.step}, eval loss {best.loss:.4f})")

@@ -21,12 +21,12 @@ from jaxlm.tracking.console import Console
 from jaxlm.tracking.events import NAME, Events
 from jaxlm.tracking.rows import NAME as ROWS
 from jaxlm.tracking.rows import find_losses
-from jaxlm.training.assemble import Parts, TrainSet, assemble
 from jaxlm.training.at_end import AtEnd, Complete, find_tools
 from jaxlm.training.divergence import Diverged
 from jaxlm.training.evaluate import EvalSet
 from jaxlm.training.loop import Callback, Hook, Loop, Result
 from jaxlm.training.resume import Plan, check_folders, plan_resume
+from jaxlm.training.setup import TrainSet, TrainSetup, set_up
 from jaxlm.training.signals import StopRequest, stop_requests
 from jaxlm.training.start import (
     beginning_of,
@@ -36,11 +36,11 @@ from jaxlm.training.start import (
     start_state,
 )
 from jaxlm.training.summary import (
-    tell_complete,
-    tell_end,
-    tell_resume_best,
-    tell_start,
-    tell_time,
+    log_complete,
+    log_end,
+    log_resume_best,
+    log_start,
+    log_time,
 )
 
 _training = threading.Lock()
@@ -102,12 +102,12 @@ def train(
             )
         )
         plan = plan_resume(config, checkpoints)
-        tell_resume_best(config, checkpoints.latest, checkpoints.best, console)
+        log_resume_best(config, checkpoints.latest, checkpoints.best, console)
         if plan.complete and (latest := checkpoints.latest):
             return _leave_complete(plan, latest, checkpoints, console)
         if checkpoints.latest is None:
             check_beginning(config, own)
-        parts = assemble(
+        parts = set_up(
             plan.config,
             own=own,
             loss=loss,
@@ -118,7 +118,7 @@ def train(
             clock=clock,
         )
         check_alike("data", {"fingerprint": parts.data_fingerprint})
-        tell_start(parts, console)
+        log_start(parts, console)
         request = stack.enter_context(stop_requests(parts.mesh))
 
         stack.push(events.failed)
@@ -126,7 +126,7 @@ def train(
         acts = find_tools() if at_end is None and not (model or batches) else at_end or ()
         finish = functools.partial(_finish, request=request, at_end=acts)
         result = _train_to_end(parts, checkpoints, console, make_loop, request, clock, finish)
-    tell_end(parts.config, result.step, result.complete, result.best, console)
+    log_end(parts.config, result.step, result.complete, result.best, console)
     return result
 
 
@@ -134,7 +134,7 @@ def _leave_complete(
     plan: Plan, latest: Metadata, checkpoints: Checkpoints, console: Console
 ) -> Result:
     checkpoints.retain()
-    tell_complete(plan.config, latest, checkpoints.best, plan.changed, console)
+    log_complete(plan.config, latest, checkpoints.best, plan.changed, console)
     if jax.process_index() == 0:
         for lost in find_losses(Path(plan.config.run_dir) / ROWS, latest.rows):
             console.warn(f"{ROWS}: {lost}; bring back a copy of it, if there is one")
@@ -157,7 +157,7 @@ def _alone_in_process() -> Iterator[None]:
 
 
 def _train_to_end(
-    parts: Parts,
+    parts: TrainSetup,
     checkpoints: Checkpoints,
     console: Console,
     make_loop: Callable[..., Loop],
@@ -195,7 +195,7 @@ def _finish(loop: Loop, result: Result, request: StopRequest, at_end: Sequence[A
     stopped_by = request.received or "another process"
     why = f"of {config.num_steps} steps" if result.complete else stopped_by
     events.add("end" if result.complete else "stop", result.step, why)
-    tell_time(loop.clock, loop.console)
+    log_time(loop.clock, loop.console)
     if result.complete:
         run = Complete(config, result.step, result.best, loop.console, events, loop.metrics)
         for act in at_end:

@@ -13,7 +13,7 @@ import pytest
 from jax._src import compilation_cache
 from tiny_run import tiny_config
 
-from jaxlm.compiled import (
+from jaxlm.compilation_cache import (
     _machine,
     clear_compiled,
     compiled_bytes,
@@ -27,8 +27,8 @@ PROGRAM = """
 import logging, sys
 from pathlib import Path
 logging.basicConfig(level=logging.DEBUG)
-import test_compiled
-print(*test_compiled.start(Path(sys.argv[1])))
+import test_compilation_cache
+print(*test_compilation_cache.start(Path(sys.argv[1])))
 """
 
 HIT = "Persistent compilation cache hit for 'jit__lambda'"

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxlm.compiled import keep_compiled
+from jaxlm.compilation_cache import keep_compiled
 from jaxlm.config import Config
 from jaxlm.data.batches import EvalBatches, TrainBatches, recorded
 from jaxlm.data.prepare import Dataset, default_max_tokens, prepare
@@ -48,7 +48,7 @@ class HeldOut(NamedTuple):
     num_batches: int
 
 
-class Parts(NamedTuple):
+class TrainSetup(NamedTuple):
     """What the loop works with."""
 
     config: Config
@@ -77,7 +77,7 @@ class Parts(NamedTuple):
         return due and step > 0 and any(of.num_batches for of in self.held_out.values())
 
 
-def assemble(
+def set_up(
     config: Config,
     *,
     own: Own = AS_CONFIGURED,
@@ -87,7 +87,7 @@ def assemble(
     eval_batches: EvalSet | Mapping[str, EvalSet] | None = None,
     say: Callable[[str], None] = print,
     clock: Clock | None = None,
-) -> Parts:
+) -> TrainSetup:
     """Prepares the data, lays the model out on the mesh and compiles the step.
 
     Raises:
@@ -112,7 +112,7 @@ def assemble(
         )
         if own.model is None:  # a caller's own model makes no sample
             check_prompt(config, dataset.tokenizer_path)
-        _tell_epochs(config, dataset, batches.windows_per_epoch, say)
+        _log_epochs(config, dataset, batches.windows_per_epoch, say)
         sets = sets or name_sets(held_out_batches(config, dataset))
     rows_of = recorded(batches, os.environ.get("JAXLM_RECORD_BATCHES"))
     train_loss, eval_of = _losses(config, dataset, loss, eval_loss)
@@ -129,7 +129,7 @@ def assemble(
     schedule = make_schedule(config.optim, config.num_steps)
     if own.optimizer is not None:
         schedule = optax.constant_schedule(1.0)
-    return Parts(
+    return TrainSetup(
         config=config,
         mesh=mesh,
         blueprint=blueprint,
@@ -222,9 +222,7 @@ def prepare_data(config: Config, say: Callable[[str], None]) -> tuple[Config, Da
     return dataclasses.replace(config, data=data), dataset
 
 
-def _tell_epochs(
-    config: Config, dataset: Dataset, windows: int, say: Callable[[str], None]
-) -> None:
+def _log_epochs(config: Config, dataset: Dataset, windows: int, say: Callable[[str], None]) -> None:
     epochs = config.num_steps * config.batch_size / windows
     say(
         f"data: {dataset.train.num_tokens:,} training tokens from {config.data.source}, "

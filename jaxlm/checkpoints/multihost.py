@@ -6,20 +6,20 @@ from pathlib import Path
 import jax
 
 from jaxlm.checkpoints import manifest
-from jaxlm.checkpoints.folder import Steps, read_metadata, read_steps
+from jaxlm.checkpoints.folder import FolderScan, read_metadata, scan_folder
 from jaxlm.checkpoints.skips import Skip, to_json
 from jaxlm.cluster import agree, see
 from jaxlm.files.lock import describe_holder
-from jaxlm.files.strict import conform
+from jaxlm.files.strict import validate
 from jaxlm.tracking.rows import Rows
 
 
-def read_steps_alike(folder: Path, *, check: bool = True) -> Steps:
-    """What process 0 finds, on every process of a run; arguments are those of `read_steps`.
+def scan_folder_alike(folder: Path, *, check: bool = True) -> FolderScan:
+    """What process 0 finds, on every process of a run; arguments are those of `scan_folder`.
 
     Raises:
       RuntimeError: a process does not see the folder that process 0 holds.
-      ValueError: as in `read_steps`, or a process does not see a step.
+      ValueError: as in `scan_folder`, or a process does not see a step.
     """
     holder = agree(describe_holder(folder))
     if not see(lambda: describe_holder(folder) == holder):
@@ -27,7 +27,7 @@ def read_steps_alike(folder: Path, *, check: bool = True) -> Steps:
             f"{folder}: this process does not see there who uses it ({holder}); put the run on a "
             "disk that all of its processes share"
         )
-    found = read_steps(folder, check=check) if jax.process_index() == 0 else None
+    found = scan_folder(folder, check=check) if jax.process_index() == 0 else None
     told = agree(
         found and found._asdict() | {"sound": [*found.sound], "skips": to_json(found.skips)}
     )
@@ -37,13 +37,13 @@ def read_steps_alike(folder: Path, *, check: bool = True) -> Steps:
         see((folder / str(step) / "meta" / "metadata").exists)
     sound = {step: read_metadata(folder, step) for step in told["sound"]}
     damaged = {int(step): damage for step, damage in told["damaged"].items()}
-    skips = conform(told["skips"], list[Skip])
-    return Steps(sound, damaged, told["superseded"], skips, told["run_id"])
+    skips = validate(told["skips"], list[Skip])
+    return FolderScan(sound, damaged, told["superseded"], skips, told["run_id"])
 
 
 def rows_alike(rows: Rows) -> Rows:
     """The rows of process 0, which alone has them, on all processes of a run."""
-    return conform(agree(dataclasses.asdict(rows)), Rows)
+    return validate(agree(dataclasses.asdict(rows)), Rows)
 
 
 def find_damage_together(folder: Path) -> list[str]:
