@@ -155,9 +155,9 @@ def test_a_loop_that_waits_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     eval_due, init = TrainSetup.eval_due, Loop.__init__
     loops: list[Loop] = []
 
-    def keep(loop: Loop, *args: Any) -> None:
+    def keep(loop: Loop, *args: Any, **named: Any) -> None:
         loops.append(loop)
-        init(loop, *args)
+        init(loop, *args, **named)
 
     def reads_every_step(parts: TrainSetup, step: int) -> bool:
         assert loops[0].unread is not None
