@@ -79,6 +79,13 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_wandb_service() -> Iterator[None]:
+    """A W&B service of an earlier test would take the runs of this test's child processes."""
+    yield
+    os.environ.pop("WANDB_SERVICE", None)
+
+
 @pytest.fixture(scope="session")
 def shared_home(cache_dir: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A home with a finished run in it (see tests/text_run.py); only to be read."""
