@@ -65,11 +65,11 @@ class _Save:
 
     metadata: Metadata
     why: str
-    fingerprint_async: PendingFingerprint
+    fingerprint: PendingFingerprint
 
     def proven(self) -> Metadata:
         """The metadata with the fingerprints, for which it waits; raises CheckpointError."""
-        fingerprints, nonfinite = self.fingerprint_async()
+        fingerprints, nonfinite = self.fingerprint()
         if spoilt := next((name for name in nonfinite if name.startswith("params/")), None):
             raise CheckpointError(f"{spoilt} holds values that are not finite")
         return replace(self.metadata, fingerprints=fingerprints)

@@ -126,12 +126,7 @@ def make_blueprint(
     Raises:
       ValueError: the model holds other than `nnx.Param` of floats, or the mesh does not divide it.
     """
-    try:
-        graphdef, variables = nnx.split(nnx.eval_shape(lambda: model(nnx.Rngs(params=0))))
-    except (AttributeError, KeyError) as error:
-        if "RngStream" not in str(error):
-            raise
-        raise ValueError(f"model: found more randomness than for params; {_OUTSIDE}") from error
+    graphdef, variables = _split(model)
     of_params: dict[Path, Any] = {}
     dims: dict[Path, Dims | None] = {}
     for path, variable in nnx.to_flat_state(variables):
@@ -172,6 +167,16 @@ def make_blueprint(
     options = compiler_options(mesh, deterministic)
     abstract = jax.eval_shape(init, seed)
     return Blueprint(graphdef, tx, lambda seed: init(np.uint32(seed)), abstract, options)
+
+
+def _split(model: ModelFactory) -> tuple[nnx.GraphDef, nnx.State]:
+    # The structure and the variables, without an array.
+    try:
+        return nnx.split(nnx.eval_shape(lambda: model(nnx.Rngs(params=0))))
+    except (AttributeError, KeyError) as error:
+        if "RngStream" not in str(error):
+            raise
+        raise ValueError(f"model: found more randomness than for params; {_OUTSIDE}") from error
 
 
 def _check_variable(name: str, variable: Any) -> None:
@@ -245,8 +250,7 @@ def _in_place_of(tx: optax.GradientTransformation, own: Own) -> optax.GradientTr
 def model_of(config: Config, state: TrainState, model: ModelFactory | None = None) -> nnx.Module:
     """The model with the weights of a state, which the next step of a run consumes."""
     factory = model or model_factory(config.model, jax.default_backend())
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: factory(nnx.Rngs(params=0))))
-    return nnx.merge(graphdef, state.weights)
+    return nnx.merge(_split(factory)[0], state.weights)
 
 
 def num_bytes(tree: Any) -> int:
