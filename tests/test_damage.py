@@ -201,13 +201,13 @@ def count_flips(
 
 
 def test_no_flipped_bit_is_silent(folder: Path, pristine: Path) -> None:
-    per_file = {LATEST: 24, BEST: 10, 6: 5}
+    per_file = {LATEST: 10, BEST: 4, 6: 3}
     kinds, restored, silent = count_flips(folder, pristine, per_file, seed=0, look_first=True)
-    assert sum(kinds.values()) >= 1500 and min(kinds.values()) >= 39, kinds
+    assert sum(kinds.values()) >= 600 and min(kinds.values()) >= 17, kinds
     assert silent == []
     # Those in what Orbax writes after the manifest, and that mean the same: the time of the commit,
     # and the path of the folder as it then was.
-    assert 8 < restored < 40
+    assert 3 < restored < 20
     assert not is_silent(folder, pristine)
 
 
@@ -229,14 +229,14 @@ def test_with_verification_off_flips_are_silent(folder: Path, pristine: Path) ->
     for kind in silent:
         files = (folder / str(LATEST)).glob(KINDS[kind])
         largest = max(files, key=lambda path: path.stat().st_size)
-        for _ in flips(largest, 24, rng):
+        for _ in flips(largest, 12, rng):
             try:
                 had, reports = trained_on(folder, verify="off")
             except ValueError:  # it is no longer JSON, or no longer of this model
                 continue
             silent[kind] += not reports and had != saved(pristine)
     arrays, metadata = silent.values()  # of its metadata, most are no longer of their types
-    assert arrays >= 3 and metadata >= 1, silent
+    assert arrays >= 2 and metadata >= 1, silent
 
 
 # --- every other kind of damage, each on the whole way of a trainer
