@@ -338,24 +338,18 @@ class CheckpointConfig(_Part, prefix="checkpoint."):
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig(_Part, prefix="guard."):
-    """What is done when a loss goes bad."""
+    """Steps that are not applied: params and optimizer stay as they were."""
 
-    max_nonfinite: int = recorded(10)
-    """Steps in a row whose loss or gradient is not finite, after which `on_nonfinite` applies."""
-    on_nonfinite: Literal["stop", "rollback"] = recorded("stop")
-    """Stop the run; or go back to a checkpoint, and pass over the batches in between."""
-    spike_zscore: float | None = recorded(None)
-    """Roll back if the loss stays so many standard deviations above its median; by default not."""
-    spike_steps: int = recorded(3)
-    """Steps in a row above `spike_zscore` that make a spike."""
-    max_rollbacks: int = recorded(3)
-    """Rollbacks in the whole run, after which the next one stops it."""
+    outlier_zscore: float | None = recorded(None)
+    """Do not apply a step whose loss or gradient norm lies so many standard deviations above the
+    median of the last 128 applied; by default, every finite step is applied."""
+    max_skipped: int = recorded(10)
+    """Steps in a row that were not applied, after which the run stops."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_at_least(1, "max_nonfinite", "spike_steps")
-        self._check_at_least(0, "max_rollbacks")
-        self._check_above_0("above 0, or None", "spike_zscore")
+        self._check_at_least(1, "max_skipped")
+        self._check_above_0("above 0, or None", "outlier_zscore")
 
 
 @dataclasses.dataclass(frozen=True)

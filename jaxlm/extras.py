@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from types import ModuleType
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 """That of pyproject.toml: a clone that is not installed has no other."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 MODULES = {
@@ -28,7 +28,7 @@ MODULES = {
 
 @functools.cache
 def version() -> str:
-    """That of jaxlm, with the commit where that can be known: `0.2.0 (commit 1a2b…)`."""
+    """That of jaxlm, with the commit where that can be known: `0.3.0 (commit 1a2b…)`."""
     commit = _checked_out(Path(__file__).parent.parent) or _installed_from()
     return f"{VERSION} (commit {commit})" if commit else VERSION
 

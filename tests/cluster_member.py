@@ -24,7 +24,7 @@ from jaxlm.checkpoints import folder, manifest, multihost
 from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.cluster import Cluster, agree, barrier, check_alike
-from jaxlm.config import DataConfig, GuardConfig, MeshConfig
+from jaxlm.config import DataConfig, MeshConfig, OptimConfig
 from jaxlm.device.state import TrainState
 from jaxlm.launch import explain, run_main
 from jaxlm.training import start
@@ -149,12 +149,6 @@ def fails_in_an_eval(mine: bool) -> None:
 def blind(mine: bool) -> None:
     """One never sees the steps on a shared disk, and the run has to go back."""
 
-    class Broken(TinyBatches):
-        def __call__(self, index: int, rows: slice) -> dict[str, np.ndarray]:
-            batch = super().__call__(index, rows)
-            weight = np.float32(index not in (9, 10, 11))
-            return batch | {"loss_mask": np.full(batch["targets"].shape, weight)}
-
     def is_hidden(path: Path) -> bool:
         return mine and path.parent.name == "checkpoints" and path.name.isdigit()
 
@@ -168,9 +162,10 @@ def blind(mine: bool) -> None:
     Path.is_dir = lambda self: not is_hidden(self) and is_dir(self)
     Path.iterdir = iterdir
     ready()
-    guard = GuardConfig(max_nonfinite=3, on_nonfinite="rollback")
-    config = tiny_config(sys.argv[3], num_steps=16, guard=guard)
-    result = train(config, batches=Broken(), eval_batches=TinyEvalSet())
+    train(tiny_config(sys.argv[3]), **data())
+    ruinous = OptimConfig(learning_rate=3.0, warmup_steps=2)
+    train(tiny_config(sys.argv[3], num_steps=16, optim=ruinous), **data())
+    result = train(tiny_config(sys.argv[3], num_steps=20, resume="best"), **data())
     print(f"{result.step} steps, {result.best}")
 
 

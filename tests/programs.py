@@ -29,7 +29,7 @@ def share(patch: pytest.MonkeyPatch) -> None:
 
     def shared_blueprint(config: Any, mesh: Any, own: Own = AS_CONFIGURED) -> Any:
         optim = _without_schedule(config.optim)
-        key = config.model, optim, config.deterministic, mesh, own, guard.LOSS_WINDOW
+        key = config.model, optim, config.deterministic, mesh, own, guard.WINDOW
         if key not in kept:
             kept[key] = blueprint_of(config, mesh, own)
         return kept[key]
@@ -37,7 +37,7 @@ def share(patch: pytest.MonkeyPatch) -> None:
     def shared_step(config: Any, blueprint: Any, loss: Any, mesh: Any, example: Any) -> Any:
         batch = jax.tree.map(lambda x: (x.shape, str(x.dtype), x.sharding), example)
         optim, of_loss = _without_schedule(config.optim), (loss, config.num_microbatches)
-        key = id(blueprint), optim, *of_loss, config.guard.spike_zscore, str(batch)
+        key = id(blueprint), optim, *of_loss, config.guard.outlier_zscore, str(batch)
         if key not in kept:
             lowered = lower_step(config, blueprint, loss, mesh, example)
             compiled = SimpleNamespace(compile=functools.cache(lowered.compile))

@@ -33,7 +33,6 @@ from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.quarantine import Purger
 from jaxlm.checkpoints.restore import items_of
 from jaxlm.checkpoints.retention import Retention
-from jaxlm.checkpoints.skips import Skip
 from jaxlm.config import CheckpointConfig, MeshConfig
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import TrainState, make_blueprint, num_bytes
@@ -526,14 +525,13 @@ def test_the_lock_goes_with_the_folder_that_is_renamed(tmp_path: Path) -> None:
     assert (list_steps(moved), list_steps(folder)) == ([1], [7])
 
 
-def test_a_latest_deleted_by_hand_does_not_stop_a_rollback(tmp_path: Path) -> None:
+def test_a_latest_deleted_by_hand_does_not_stop_a_restore(tmp_path: Path) -> None:
     with _open(tmp_path) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(_state(step), metadata_of(step, None))
         checkpoints.wait()
         shutil.rmtree(tmp_path / "3")
         assert checkpoints.latest and checkpoints.latest.step == 2
-        checkpoints.roll_back(4, 4, "a spike", beginning=0, max_rollbacks=1)
         restored = checkpoints.restore_latest(BLUEPRINT.abstract)
         assert restored and restored[1].step == 2
 
@@ -656,7 +654,7 @@ def test_what_others_put_into_a_folder_of_ours_stays(tmp_path: Path) -> None:
         for step in (2, 3):
             checkpoints.save(_state(step), metadata_of(step, 3.0))
         checkpoints.wait()
-        checkpoints.go_back(Skip(2, 0, "a test"), 3)
+        checkpoints.go_back(2, "a test")
     assert [name for name in names if not (tmp_path / name).is_dir()] == []
     assert (tmp_path / "notes.txt").exists()
     assert not (tmp_path / "deleting" / "7").exists()

@@ -114,7 +114,7 @@ def test_a_step_that_is_not_finite_leaves_it_alone():
     assert before != fingerprint(state.params)  # so another average with them would show
     bad = {name: np.full_like(x, 31) for name, x in host_batch(1).items()}
     state, _ = step(state, put(bad, mesh))
-    assert int(state.guard.nonfinite_steps) == 1
+    assert int(state.guard.skipped_steps) == 1
     assert fingerprint(state.ema_params) == before
     state, _ = step(state, put(host_batch(2), mesh))
     assert fingerprint(state.ema_params) != before
@@ -255,7 +255,7 @@ def test_a_branch_takes_the_average_and_weights_alone_are_the_average(straight, 
 
 
 @pytest.mark.slow
-def test_a_rollback_goes_back_with_it(straight, tmp_path):
+def test_resume_best_goes_back_with_it(straight, tmp_path):
     stop_at(config_of(tmp_path), 5)
     best = select(f"{tmp_path}@best").step
     assert best < 5

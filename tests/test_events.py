@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import text_run
 from processes import finish, launch, write_config
-from test_rollback import SpoiltBatches, _config
-from tiny_run import train_table
+from tiny_run import tiny_config, train_table
 
 from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.checkpoint import Checkpoints
@@ -21,8 +20,7 @@ from jaxlm.checkpoints.copying import copy_run
 from jaxlm.checkpoints.entries import list_names
 from jaxlm.checkpoints.folder import list_steps
 from jaxlm.checkpoints.prune import prune
-from jaxlm.config import CheckpointConfig, Config
-from jaxlm.device import guard
+from jaxlm.config import CheckpointConfig, Config, OptimConfig
 from jaxlm.tracking.events import NAME, Event, Events, checkpoints_left, read_events
 
 LINE = {"time": "2026-01-31T23:59:59Z", "event": "save", "step": 4, "why": "", "checkpoint": "4"}
@@ -54,45 +52,43 @@ def committed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[int]]:
         counted[int(partial.name.partition(".")[0])] += 1
 
     monkeypatch.setattr(manifest, "write_manifest", counting)
-    monkeypatch.setattr(guard, "LOSS_WINDOW", 4)
     yield counted
 
 
-def spoilt(run_dir: Path, **changes: Any) -> Config:
-    """Rolls back from 15 to 12, with a save at each step, few of which stay."""
+def saved_often(run_dir: Path, **changes: Any) -> Config:
+    """A save at each step, few of which stay."""
     checkpoint = {"save_interval": 1, "keep_latest": 2}
-    return _config(run_dir, checkpoint=checkpoint, num_steps=18, **changes)
-
-
-def run_once(config: Config) -> None:
-    train_table(config, batches=SpoiltBatches(13, 14))
+    return tiny_config(run_dir, **({"num_steps": 9, "checkpoint": checkpoint} | changes))
 
 
 def test_every_commit_is_told_and_what_became_of_it(tmp_path: Path, committed: Counter[int]):
-    run_once(spoilt(tmp_path))
+    train_table(saved_often(tmp_path, num_steps=6))
+    ruinous = OptimConfig(learning_rate=3.0, warmup_steps=2)
+    train_table(saved_often(tmp_path, optim=ruinous))
+    train_table(saved_often(tmp_path, resume="best"))
     assert tells_the_disk(tmp_path)
     assert Counter(event["step"] for event in events_of(tmp_path, "save")) == committed
-    assert committed[13] == 2 and committed.total() == 20
-    (back,) = events_of(tmp_path, "rollback")
-    assert back["step"] == 12 and back["why"].startswith("from step 15, past 3 batches: the loss")
+    assert committed[7] == 2 and committed.total() == 12
+    (back,) = events_of(tmp_path, "back")
+    assert (back["step"], back["why"]) == (6, "from step 9: --resume best")
     assert [e["checkpoint"] for e in events_of(tmp_path, "set aside")] == [
-        "13.superseded",
-        "14.superseded",
+        "8.superseded",
+        "9.superseded",
     ]
     ends = [event["event"] for event in events_of(tmp_path) if event["event"] in ("start", "end")]
-    assert ends == ["start", "end"]
+    assert ends == ["start", "end"] * 3
     deleted = events_of(tmp_path, "deletion")
     assert {event["why"] for event in deleted} == {"neither the best nor of the latest 2"}
     why = {event["step"]: event["why"] for event in events_of(tmp_path, "save")}
-    assert why[1] == "interval" and why[6] == "interval, best" and why[18].endswith("final")
+    assert why[1] == "interval" and why[3] == "interval, best" and why[9].endswith("final")
 
 
 @pytest.mark.parametrize(
     "calls",
     [
-        (16, 2),  # while it goes back, and in its next save
+        (6, 2),  # in a save, and at the start after it
         pytest.param((2, 4, 3), marks=pytest.mark.slow),
-        pytest.param((17, 1, 2), marks=pytest.mark.slow),
+        pytest.param((7, 1, 2), marks=pytest.mark.slow),
     ],
 )
 def test_what_a_kill_kept_from_being_told_is_found_at_the_next_start(
@@ -112,14 +108,14 @@ def test_what_a_kill_kept_from_being_told_is_found_at_the_next_start(
         with monkeypatch.context() as patch:
             patch.setattr(Events, "compare", killed)
             try:
-                run_once(spoilt(tmp_path))
+                train_table(saved_often(tmp_path))
             except _KilledError:
                 num_killed += 1
                 behind += (tmp_path / NAME).exists() and not tells_the_disk(tmp_path)
         with (tmp_path / NAME).open("a") as file:
             file.write('{"time": "2026-01-')  # a kill in the middle of a line
     assert num_killed >= 2 and behind
-    run_once(spoilt(tmp_path))
+    train_table(saved_often(tmp_path))
     assert tells_the_disk(tmp_path)
     assert Counter(event["step"] for event in events_of(tmp_path, "save")) == committed
 
@@ -172,19 +168,18 @@ def test_a_sample_is_an_event(own_home: Path):
     assert sample.get("text")
 
 
-@pytest.mark.usefixtures("committed")  # the same program as above
 def test_a_run_that_fails_says_why_and_one_that_never_began_leaves_nothing(tmp_path: Path):
     def fail(step: int, row: dict[str, float]) -> None:
         raise RuntimeError(f"at {step}: \udcff\n")
 
-    config = spoilt(tmp_path / "run")
+    config = saved_often(tmp_path / "run")
     with pytest.raises(RuntimeError):
-        train_table(config, batches=SpoiltBatches(), callbacks=[fail])
+        train_table(config, callbacks=[fail])
     (failed,) = events_of(tmp_path / "run", "failed")
     assert failed["why"] == "RuntimeError: at 1: ?\n"
-    config = spoilt(tmp_path / "never", branch_from=str(tmp_path / "run"))
+    config = saved_often(tmp_path / "never", branch_from=str(tmp_path / "run"))
     with pytest.raises(ValueError, match="no checkpoints"):
-        run_once(config)
+        train_table(config)
     assert not (tmp_path / "never").exists()
 
 

@@ -21,7 +21,7 @@ from fuzz import fuzz_readers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm.checkpoints import folder, manifest, skips
+from jaxlm.checkpoints import folder, manifest
 from jaxlm.checkpoints.folder import find_checkpoints, read_metadata
 from jaxlm.checkpoints.metadata import FORMAT, Metadata
 from jaxlm.checkpoints.restore import DamagedArrays
@@ -35,7 +35,7 @@ from jaxlm.tracking import metrics
 from jaxlm.tracking.rows import Rows
 
 NAMES = [
-    *("manifest", "step metadata", "commit", "metadata", "config", "metrics", "events", "skips"),
+    *("manifest", "step metadata", "commit", "metadata", "config", "metrics", "events"),
     *("holder", "data manifest", "progress", "tokenizer"),
 ]
 
@@ -123,7 +123,7 @@ def test_every_loss_survives_strict_json(loss: float | None):
     values = {f.name: None for f in dataclasses.fields(Metadata)} | {
         "step": 1, "tokens_seen": 2, "best_eval_loss": math.inf, "num_worse_evals": 0,
         "final": False, "config": {}, "data_fingerprint": "", "environment": {},
-        "tracking_run_id": "", "lineage": [], "skips": [], "rows": Rows(), "run_id": "",
+        "tracking_run_id": "", "lineage": [], "rows": Rows(), "run_id": "",
         "fingerprints": {}, "eval_loss": loss, "format": FORMAT,
     }  # fmt: skip
     metadata = Metadata(**values)
@@ -172,7 +172,7 @@ def test_every_reader_takes_or_refuses_hostile_files(tmp_path: Path, name: str):
 
 def test_the_fuzzer_finds_a_careless_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     careless = lambda path, kind: json.loads(path.read_bytes())  # noqa: E731
-    for module, name in ((manifest, "manifest"), (folder, "metadata"), (skips, "skips")):
+    for module, name in ((manifest, "manifest"), (folder, "metadata")):
         with monkeypatch.context() as patch, pytest.raises(BaseException):  # noqa: B017, PT011
             patch.setattr(module, "read_json", careless)
             reader = fuzz_readers.make_readers(tmp_path / name)[name]

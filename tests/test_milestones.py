@@ -14,13 +14,12 @@ from tiny_run import Table, tiny_config, train_table
 from jaxlm.checkpoints import metadata, milestones, quarantine
 from jaxlm.checkpoints.copying import copy_run
 from jaxlm.checkpoints.entries import DELETING
-from jaxlm.checkpoints.folder import WEIGHTS, list_steps, read_metadata, scan_folder, select
+from jaxlm.checkpoints.folder import WEIGHTS, list_steps, read_metadata, select
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.milestones import keep_weights
 from jaxlm.checkpoints.prune import prune
 from jaxlm.checkpoints.quarantine import Purger
 from jaxlm.checkpoints.restore import restore_numpy
-from jaxlm.checkpoints.skips import Skip, write_skips
 from jaxlm.evaluation.score import verify_step
 from jaxlm.files.durable import DiskError, folder_bytes
 from jaxlm.inference.load import load_model
@@ -191,16 +190,6 @@ def test_pruning_stops_before_it_would_delete_what_cannot_be_kept(
     with pytest.raises(RuntimeError, match=r"\['4'\] cannot be deleted; look at its disk"):
         prune(str(folder), warn=print)
     assert find_damage(doomed) == [] and list_steps(folder) == before
-
-
-def test_weights_of_a_future_that_was_given_up_are_not_taken_for_the_step(doomed: Path) -> None:
-    folder = doomed.parent.parent
-    keep_weights(doomed, folder)
-    assert select(f"{folder}@4").path == folder / WEIGHTS / "4"
-    write_skips(folder, [Skip(2, 1, "a spike")])
-    assert 3 not in scan_folder(folder).sound
-    with pytest.raises(ValueError, match="no such checkpoint"):
-        select(f"{folder}@4")
 
 
 def test_pruning_keeps_the_weights_that_the_run_would_keep(tmp_path: Path, whole: Path) -> None:

@@ -14,20 +14,20 @@ import text_run
 from tiny_model import MODEL, blueprint_of, names_and_leaves
 
 from jaxlm.config import CheckpointConfig, Config
-from jaxlm.device.guard import LOSS_WINDOW
+from jaxlm.device.guard import WINDOW
 from jaxlm.device.state import num_bytes
 from jaxlm.training import preflight
 
 ABSTRACT = blueprint_of().abstract
 NUM_PARAMS = sum(leaf.size for leaf in jax.tree.leaves(ABSTRACT.params))
 # The hidden matrices have one moment, all else two; int32 counts of steps (the state's, Muon's,
-# Adam's and three of the guard), Muon's coefficients and the guard's losses.
+# Adam's and two of the guard), Muon's coefficients, and the losses and norms of the guard.
 NUM_HIDDEN = sum(
     param.size
     for name, param in names_and_leaves(ABSTRACT.params).items()
     if re.search(r"/w_\w*D\w*$", name)
 )
-STATE_BYTES = 4 * (3 * NUM_PARAMS - NUM_HIDDEN + 6 + 5 * 3 + LOSS_WINDOW)
+STATE_BYTES = 4 * (3 * NUM_PARAMS - NUM_HIDDEN + 5 + 5 * 3 + 2 * WINDOW)
 
 
 def config_in(folder: Path, num_steps: int = 1000, **checkpoint: Any) -> Config:
@@ -114,7 +114,7 @@ def test_a_run_says_it_all_before_its_first_step(own_home: Path, monkeypatch: py
     before = said[: said.index("Step     1/3")]
     assert "51.4 k parameters; 256 tokens a step, 768 in all" in before
     assert re.search(r"memory on each of 8 device\(s\): .* temporaries", before)
-    assert "checkpoints: 543.2 kB each, at most 3.3 MB on disk, every 2 steps" in before
+    assert "checkpoints: 543.7 kB each, at most 3.3 MB on disk, every 2 steps" in before
     warnings = re.findall("Warning: (.*)", before)
     assert len(warnings) == 2
     assert warnings[0].startswith("checkpoints need up to 3.3 MB in runs/b/checkpoints, and the ")

@@ -82,14 +82,14 @@ def write_events(run: Path, *events: dict) -> None:
     (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_deletions_rollbacks_and_samples_are_shown(tmp_path: Path):
+def test_deletions_going_back_and_samples_are_shown(tmp_path: Path):
     write_rows(tmp_path, [{"step": 9, "train/loss": 2.0}])
     write_events(
         tmp_path,
         {"event": "save", "step": 4, "checkpoint": "4", "why": "interval"},
         {"event": "deletion", "step": 4, "checkpoint": "4", "why": "by some rule"},
         {"event": "set aside", "step": 8, "checkpoint": "8.corrupt", "why": "one bit"},
-        {"event": "rollback", "step": 6, "why": "from step 9"},
+        {"event": "back", "step": 6, "why": "from step 9"},
         {"event": "sample", "step": 8, "prompt": "To be", "text": ", or not"},
         {"event": "of the future", "step": 8},
     )
@@ -99,7 +99,7 @@ def test_deletions_rollbacks_and_samples_are_shown(tmp_path: Path):
         (4, "save", "interval"),
         (4, "deletion", "by some rule"),
         (8, "set aside", "8.corrupt: one bit"),
-        (6, "rollback", "from step 9"),
+        (6, "back", "from step 9"),
     }
     assert (
         "<pre><strong>To be</strong>, or not</pre>" in page

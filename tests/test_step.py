@@ -187,7 +187,7 @@ def test_a_term_that_is_not_finite_changes_nothing():
 
     before = fingerprint(initial(model=Bigram).params)
     state, rows = run(BATCHES[:1], model=Bigram, loss=with_broken_term)
-    assert fingerprint(state.params) == before and int(state.guard.nonfinite_steps) == 1
+    assert fingerprint(state.params) == before and int(state.guard.skipped_steps) == 1
     assert np.isfinite(rows[0]["loss"]) and rows[0]["broken"] == np.inf
 
 
@@ -204,7 +204,7 @@ def test_n_batches_make_n_updates():
         assert int(state.step) == num_updates(state) == n
         assert float(metrics["learning_rate"]) == pytest.approx(float(SCHEDULE(n - 1)))
         seen.append(np.asarray(state.params["table_VV"]))
-    assert int(state.guard.nonfinite_steps) == 0
+    assert int(state.guard.skipped_steps) == 0
     changed = [(a != b).any() for a, b in zip(seen[:-1], seen[1:], strict=True)]
     assert changed == [True] * NUM_STEPS  # the first one too: no step is wasted on a rate of 0
 
@@ -276,10 +276,10 @@ def test_a_step_that_is_not_finite_changes_only_its_counters(kind):
     assert np.isfinite(metrics["grad_norm"]) == (kind != 2)
     assert {name for name in after if after[name] != before[name]} == {
         "step",
-        "guard/nonfinite_steps",
-        "guard/nonfinite_run",
+        "guard/skipped_steps",
+        "guard/skipped_run",
     }
-    assert (int(state.step), int(state.guard.nonfinite_steps)) == (2, 1)
+    assert (int(state.step), int(state.guard.skipped_steps)) == (2, 1)
     assert num_updates(state) == 1
 
     # And training goes on as if that batch had not been.
@@ -289,15 +289,15 @@ def test_a_step_that_is_not_finite_changes_only_its_counters(kind):
         quiet, _ = step(quiet, put(batch, mesh))
     assert fingerprint(state.params) == fingerprint(quiet.params)
     assert fingerprint(state.opt_state) == fingerprint(quiet.opt_state)
-    assert (int(state.step), int(state.guard.nonfinite_steps)) == (3, 1)
-    assert int(metrics["nonfinite_steps"]) == 1
+    assert (int(state.step), int(state.guard.skipped_steps)) == (3, 1)
+    assert int(metrics["skipped_steps"]) == 1
 
 
 def test_a_batch_without_a_token_changes_nothing():
     before = fingerprint(initial(model=Bigram).params)
     state, _ = run([masked(BATCHES[0], [0] * 8)], model=Bigram)
     assert fingerprint(state.params) == before
-    assert int(state.guard.nonfinite_steps) == 1
+    assert int(state.guard.skipped_steps) == 1
 
 
 def test_a_finite_step_changes_every_leaf():
@@ -305,9 +305,8 @@ def test_a_finite_step_changes_every_leaf():
     after = fingerprint(run(BATCHES[:1], model=Bigram)[0])
     assert {name for name in after if after[name] == before[name]} == {
         "opt_state/1/inner_states/muon/inner_state/0/ns_coeffs",  # constants
-        "guard/nonfinite_steps",
-        "guard/nonfinite_run",
-        "guard/spike_run",
+        "guard/skipped_steps",
+        "guard/skipped_run",
     }
 
 
@@ -352,13 +351,13 @@ def test_a_step_keeps_every_dtype_and_moments_are_in_float32(dtype: str):
 
 def test_the_norm_of_a_float16_gradient_does_not_overflow():
     _, state, norms = step_of_scalars("float16", [1000.0], clip_norm=1.0)
-    assert norms == [2000.0] and int(state.guard.nonfinite_steps) == 0
+    assert norms == [2000.0] and int(state.guard.skipped_steps) == 0
     assert (state.params["w"] != 1).all()
 
 
 def test_a_float16_gradient_that_overflows_changes_nothing():
     _, state, norms = step_of_scalars("float16", [1e6])
-    assert norms == [np.inf] and int(state.guard.nonfinite_steps) == 1
+    assert norms == [np.inf] and int(state.guard.skipped_steps) == 1
     assert (state.params["w"] == 1).all()
 
 

@@ -657,3 +657,17 @@ def test_every_flipped_bit_of_the_rows_is_found_by_verify(straight: Path, tmp_pa
     assert verify_rows(str(run), run / "checkpoints")[0]
     path.unlink()
     assert "missing" in verify_rows(str(run), run / "checkpoints")[0][0]
+
+
+def test_init_from_takes_the_weights_alone(tmp_path: Path) -> None:
+    short: dict[str, Any] = {"num_steps": 4, "checkpoint": {"save_interval": 4}}
+    assert train_table(tiny_config(tmp_path / "a", **short)).complete
+    config = tiny_config(tmp_path / "b", init_from=f"{tmp_path}/a@4", seed=1, **short)
+    assert train_table(config).complete
+    metadata = read_metadata(tmp_path / "b" / "checkpoints", 4)
+    assert metadata.tokens_seen == 4 * 8 * 16
+    assert metadata.lineage[-1] == {"step": 0, "initialized_from": f"{tmp_path}/a/checkpoints/4"}
+    first = {name: untimed_rows(tmp_path / name)[0]["train/loss"] for name in "ab"}
+    assert first["b"] < first["a"] - 0.3
+    with pytest.raises(ValueError, match="init_from: found"):
+        tiny_config(tmp_path / "c", init_from="x", branch_from="y")

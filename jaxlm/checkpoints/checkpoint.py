@@ -29,14 +29,13 @@ from jaxlm.checkpoints.entries import (
     list_names,
     list_steps,
 )
-from jaxlm.checkpoints.folder import Best, find_best, scan_folder
+from jaxlm.checkpoints.folder import WEIGHTS, Best, find_best, scan_folder
 from jaxlm.checkpoints.manager import args_of, open_manager
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.multihost import find_damage_together, rows_alike, scan_folder_alike
 from jaxlm.checkpoints.quarantine import Purger, clear_partial, list_old_superseded, put_aside
 from jaxlm.checkpoints.restore import DamagedArrays, items_of, restore_state
 from jaxlm.checkpoints.retention import Retention
-from jaxlm.checkpoints.skips import Skip, held_by, read_skips, skipped, write_skips
 from jaxlm.cluster import agree
 from jaxlm.config import CheckpointConfig
 from jaxlm.device.fingerprint import PendingFingerprint, fingerprint_async
@@ -47,7 +46,6 @@ from jaxlm.tracking.events import Events
 from jaxlm.tracking.rows import Rows
 
 _RETRY_S, _MAX_RETRY_S = 10.0, 600.0
-_SUPERSEDED_WHY = "the run went back to before it"
 # What Orbax and TensorStore raise when the disk refuses, or the memory.
 _SAVE_ERRORS = (OSError, ValueError, RuntimeError, MemoryError)
 
@@ -89,7 +87,6 @@ class Checkpoints:
 
     Attributes:
       events: as above.
-      skips: the batches that the run passes over.
     """
 
     def __init__(
@@ -105,7 +102,6 @@ class Checkpoints:
         self._config = config
         self._on_commit, self._warn = on_commit, warn
         self.events = events or Events(None)
-        self.skips: list[Skip] = []
         self._steps: dict[int, Metadata] = {}
         self._saving: _Save | None = None
         self._retention = Retention(config)
@@ -141,13 +137,10 @@ class Checkpoints:
         # The others wait in this one until process 0 has done all of that.
         found = scan_folder_alike(self.folder, check=self._config.verify != "off")
         self._opened = self.folder.stat()
-        self._steps, self.skips = found.sound, found.skips
+        self._steps = found.sound
         self._run_id = agree(found.run_id or secrets.token_hex(8))
-        if read_skips(self.folder) is None:
-            self._warn("skips.json is damaged; what the checkpoints hold of it is used instead")
         for step, damage in found.damaged.items():
             self._set_aside(step, damage)
-        self._put_aside(found.superseded, SUPERSEDED, _SUPERSEDED_WHY)
         self._manager = open_manager(self.folder, self._config.save_timeout_s, self._seal)
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
@@ -199,10 +192,6 @@ class Checkpoints:
         self._steps = self._look()
         self._manager.reload()
 
-    def batch_index(self, step: int) -> int:
-        """The batch that the state of `step` takes in."""
-        return step + skipped(self.skips, step)
-
     @property
     def due_by_time(self) -> bool:
         """Whether the clock wants a save: for its interval, or to try a failed one again."""
@@ -244,57 +233,19 @@ class Checkpoints:
             restored = self._restore(self._steps[best.step], abstract)
         return restored
 
-    def inherit(self, skips: list[Skip]) -> None:
-        """Passes over what the run that this one branches from did; does nothing once it has."""
-        if skips and not self.skips:
-            self.skips = skips
-            if self._primary:
-                write_skips(self.folder, skips)
+    def go_back(self, to: int, why: str) -> None:
+        """Sets all that came after step `to` aside as N.superseded.
 
-    def roll_back(
-        self, before: int, step: int, why: str, *, beginning: int, max_rollbacks: int
-    ) -> None:
-        """Goes back to the newest sound checkpoint, and passes over the batches up to `step`.
-
-        Args:
-          before: the checkpoint's step is lower than this; without one, it is the run's beginning.
-          step: the batches that the run has taken in; those since the checkpoint are passed over.
-          why: the reason, for people.
-          beginning: the step of the run's first state.
-          max_rollbacks: of the whole run.
-
-        Raises:
-          CheckpointError: there have been as many already, or all that is older is damaged.
+        In ascending order: until the last one is renamed, the latest stays the latest, and a start
+        after a kill goes back as this one did.
         """
-        self.wait()
-        if sum(skip.num_batches > 0 for skip in self.skips) >= max_rollbacks:
-            raise CheckpointError(
-                f"{why}; the run has been rolled back guard.max_rollbacks = {max_rollbacks} "
-                "time(s) already. Lower --optim.learning_rate, or raise --guard.max_rollbacks"
-            )
-        old = sorted(s for s in self._look() if s < before)
-        while old and (damage := self.damage(old[-1])):
-            self._set_aside(old.pop(), damage)
-        if not old and (aside := list_corrupt(self.folder)):
-            raise CheckpointError(
-                f"{why}; no older checkpoint is sound, there is only {', '.join(aside)}, and a run "
-                "does not begin anew among these: start another one with --run_dir"
-            )
-        to = old[-1] if old else beginning
-        # Batches, not steps: an earlier rollback may have passed over some in between.
-        num_batches = self.batch_index(step - 1) + 1 - self.batch_index(to)
-        self.go_back(Skip(to, num_batches, why), step)
-        self._warn(f"{why}: going back to step {to}, past the batches from there")
-
-    def go_back(self, skip: Skip, at: int) -> None:
-        """From step `at` back to `skip.from_step`: newer ones become N.superseded."""
-        why = f"from step {at}, past {skip.num_batches} batches: {skip.why}"
-        self.events.add("rollback", skip.from_step, why)
-        self.skips.append(skip)
-        if self._primary:
-            write_skips(self.folder, self.skips)
-        newer = agree([step for step in list_steps(self.folder) if step > skip.from_step])
-        self._put_aside(newer, SUPERSEDED, _SUPERSEDED_WHY)
+        weights = self.folder / WEIGHTS
+        if self._primary and (newer := [step for step in list_steps(weights) if step > to]):
+            put_aside(weights, newer, SUPERSEDED)
+            self._purge(*list_old_superseded(weights, self._config.keep_latest))
+        newer = agree([step for step in list_steps(self.folder) if step > to])
+        self.events.add("back", to, f"from step {newer[-1]}: {why}")
+        self._put_aside(newer, SUPERSEDED, f"the run went back to step {to}")
 
     def save(
         self, state: TrainState, metadata: Metadata, before: Flush = Rows, why: str = ""
@@ -320,7 +271,7 @@ class Checkpoints:
         self._steps = self._look()  # the memory too is free of what is deleted
         items = items_of(state)
         self._retention.state_bytes = num_bytes(items)
-        metadata = replace(metadata, skips=held_by(self.skips, metadata.step), run_id=self._run_id)
+        metadata = replace(metadata, run_id=self._run_id)
         loss = metadata.eval_loss
         metrics = None if loss is None or not math.isfinite(loss) else {"eval_loss": loss}
         self._saving = _Save(metadata, why, fingerprint_async(items))

@@ -17,7 +17,6 @@ from jaxlm.checkpoints.folder import (
 )
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.names import split_step
-from jaxlm.checkpoints.skips import NAME as SKIPS
 from jaxlm.files.durable import write_file
 from jaxlm.files.ours import mark
 from jaxlm.files.publish import check_free, published
@@ -87,8 +86,7 @@ def copy_run(
                     say(f"{step}: deleted by its trainer meanwhile, passed over")
                 elif damage:
                     damaged[step] = damage[0]
-            # In this order: skips.json is written before metrics.jsonl is cut back.
-            _copy_files(source, folder, TOKENIZER, f"{WEIGHTS}/{TOKENIZER}", SKIPS)
+            _copy_files(source, folder, TOKENIZER, f"{WEIGHTS}/{TOKENIZER}")
             _copy_files(run_dir, partial, ROWS, EVENTS)
             _copy_config(run_dir, partial)
         except OSError as error:

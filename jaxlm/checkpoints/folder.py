@@ -12,7 +12,6 @@ from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.entries import identity, list_corrupt, list_steps
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.names import split_step
-from jaxlm.checkpoints.skips import Skip, held_by, read_skips
 from jaxlm.files.durable import expand
 from jaxlm.files.strict import read_json
 from jaxlm.terminal import progress
@@ -58,10 +57,6 @@ class FolderScan(NamedTuple):
     """Ascending. Of large files, only the size was looked at."""
     damaged: dict[int, list[str]]
     """Step -> what is wrong with it."""
-    superseded: list[int]
-    """Steps that the run has gone back from."""
-    skips: list[Skip]
-    """The batches that the run passes over."""
     run_id: str
     """The run that they are of; empty where there is none."""
 
@@ -92,12 +87,7 @@ def scan_folder(folder: Path, *, check: bool = True) -> FolderScan:
     for step in foreign:
         other = found.pop(step).run_id
         damaged[step] = [f"it is of another run ({other}) than the others ({run_id})"]
-    # The list only grows. Where its file is lost, the checkpoints still have it.
-    lists = [metadata.skips for metadata in found.values()]
-    skips = max([read_skips(folder) or [], *lists], key=len)
-    superseded = [s for s, m in found.items() if m.skips != held_by(skips, s)]
-    sound = {step: found[step] for step in found if step not in superseded}
-    return FolderScan(sound, damaged, superseded, skips, run_id)
+    return FolderScan(found, damaged, run_id)
 
 
 def _run_and_others(folder: Path, run_ids: dict[int, str]) -> tuple[str, list[int]]:
@@ -226,9 +216,7 @@ def _choose(name: str, folder: Path, which: str, contents: bool) -> Selected | N
     # None where a trainer has deleted or replaced the step meanwhile.
     found = scan_folder(folder)
     if which.isdigit() and not (folder / which).exists() and (folder / WEIGHTS / which).exists():
-        selected = select(f"{folder / WEIGHTS}@{which}", contents=contents)
-        if selected.metadata.skips == held_by(found.skips, selected.step):
-            return selected
+        return select(f"{folder / WEIGHTS}@{which}", contents=contents)
     # A damaged step may have been the best or a final one; its metadata is not to be trusted.
     passed_over = found.damaged if which in ("best", "final") else {}
     for step in _candidates(found, which):

@@ -6,13 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from jaxlm.checkpoints.skips import Skip, to_json
 from jaxlm.config import Config, from_dict
 from jaxlm.files.durable import write_file
 from jaxlm.files.strict import shown, spell, validate
 from jaxlm.tracking.rows import Rows
 
-FORMAT = 2
+FORMAT = 3
 """Goes up when files or fingerprints come to mean something else."""
 
 
@@ -47,8 +46,6 @@ class Metadata:
     """Identity of the run at its trackers."""
     lineage: list[dict[str, Any]]
     """What was changed on the way here, oldest first."""
-    skips: list[Skip] = dataclasses.field(default_factory=list)
-    """Batches passed over on the way here."""
     rows: Rows = dataclasses.field(default_factory=Rows)
     """Those of metrics.jsonl that were on disk before this checkpoint."""
     run_id: str = ""
@@ -83,7 +80,7 @@ class Metadata:
         values = {f.name: spell(getattr(self, f.name)) for f in dataclasses.fields(self)}
         if not math.isfinite(self.best_eval_loss):
             values["best_eval_loss"] = None
-        values["skips"], values["rows"] = to_json(self.skips), dataclasses.asdict(self.rows)
+        values["rows"] = dataclasses.asdict(self.rows)
         return values
 
     def write(self, folder: Path) -> None:

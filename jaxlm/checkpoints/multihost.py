@@ -7,7 +7,6 @@ import jax
 
 from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.folder import FolderScan, read_metadata, scan_folder
-from jaxlm.checkpoints.skips import Skip, to_json
 from jaxlm.cluster import agree, see
 from jaxlm.files.lock import describe_holder
 from jaxlm.files.strict import validate
@@ -28,17 +27,14 @@ def scan_folder_alike(folder: Path, *, check: bool = True) -> FolderScan:
             "disk that all of its processes share"
         )
     found = scan_folder(folder, check=check) if jax.process_index() == 0 else None
-    told = agree(
-        found and found._asdict() | {"sound": [*found.sound], "skips": to_json(found.skips)}
-    )
+    told = agree(found and found._asdict() | {"sound": [*found.sound]})
     if found:
         return found
     for step in told["sound"]:
         see((folder / str(step) / "meta" / "metadata").exists)
     sound = {step: read_metadata(folder, step) for step in told["sound"]}
     damaged = {int(step): damage for step, damage in told["damaged"].items()}
-    skips = validate(told["skips"], list[Skip])
-    return FolderScan(sound, damaged, told["superseded"], skips, told["run_id"])
+    return FolderScan(sound, damaged, told["run_id"])
 
 
 def rows_alike(rows: Rows) -> Rows:

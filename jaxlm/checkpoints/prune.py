@@ -38,7 +38,7 @@ def plan_pruning(
 ) -> Pruning:
     """Says what would be deleted; changes nothing on disk.
 
-    Best and latest stay under any rule, and so does what is damaged or superseded. Both are read in
+    Best and latest stay under any rule, and so does what is damaged. Both are read in
     full, and a damaged one does not count as such: the next sound one takes its place, and stays.
 
     Args:
@@ -56,7 +56,7 @@ def plan_pruning(
     folder = find_checkpoints(run)
     found = scan_folder(folder)
     losses = {step: metadata.eval_loss for step, metadata in found.sound.items()}
-    kept = dict.fromkeys(found.damaged, "damaged") | dict.fromkeys(found.superseded, "superseded")
+    kept = dict.fromkeys(found.damaged, "damaged")
     while losses:
         best, latest = find_best(losses), max(losses)
         named = {latest: "latest"}

@@ -25,7 +25,7 @@ def put_aside(folder: Path, steps: Sequence[int], suffix: str) -> list[str]:
 
 
 def list_old_superseded(folder: Path, num_kept: int) -> list[Path]:
-    """The superseded steps but for those renamed last; of one rollback, the highest."""
+    """The superseded steps but for those renamed last."""
 
     def age(path: Path) -> tuple[int, int]:
         return path.stat().st_ctime_ns, int(path.name.partition(".")[0])

@@ -1,59 +1,71 @@
-"""The recent losses of a run, by which a spike is detected. Arrays in, arrays out."""
+"""Which steps are applied: those that are finite and no outliers. Arrays in, arrays out."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-LOSS_WINDOW = 128
-"""Losses remembered; there is no spike before there are as many."""
+WINDOW = 128
+"""Applied steps remembered; no step is an outlier before there are as many."""
 # The median absolute deviation of a normal distribution, in standard deviations.
 _MAD_OF_NORMAL = 0.6745
-# A loss that hardly varies must not make a spike of noise (nats).
+# A loss or norm that hardly varies must not make an outlier of noise.
 _MIN_DEVIATION = 0.01
 
 
 class Guard(NamedTuple):
     """Part of the state, so that a resumed run judges as the run in one piece would."""
 
-    nonfinite_steps: jax.Array
-    """int32 []: steps that were not finite, and changed nothing else."""
-    nonfinite_run: jax.Array
+    skipped_steps: jax.Array
+    """int32 []: steps that were not applied."""
+    skipped_run: jax.Array
     """int32 []: those of them in a row, up to now."""
-    spike_run: jax.Array
-    """int32 []: steps in a row, up to now, whose loss was out of the ordinary."""
     losses: jax.Array
-    """float32 [LOSS_WINDOW]: the last finite losses, newest last; NaN before there are any."""
+    """float32 [WINDOW]: of the last applied steps, newest last; NaN before there are any."""
+    grad_norms: jax.Array
+    """float32 [WINDOW]: of the same steps."""
 
 
 def make_guard() -> Guard:
     """The guard of a new run."""
     zero = jnp.zeros((), jnp.int32)
-    return Guard(zero, zero, zero, jnp.full((LOSS_WINDOW,), jnp.nan, jnp.float32))
+    empty = jnp.full((WINDOW,), jnp.nan, jnp.float32)
+    return Guard(zero, zero, empty, empty)
 
 
-def observe(guard: Guard, loss: jax.Array, finite: jax.Array, spike_zscore: float | None) -> Guard:
-    """Takes in one step.
+def judge(
+    guard: Guard, loss: jax.Array, grad_norm: jax.Array, finite: jax.Array, zscore: float | None
+) -> tuple[jax.Array, Guard]:
+    """Whether a step is applied, bool [], and the guard after it.
 
-    A loss is out of the ordinary if it lies more than `spike_zscore` standard deviations above
+    A loss or gradient norm is an outlier if it lies more than `zscore` standard deviations above
     the median of the window, the deviation being estimated from the median absolute one: neither
-    is moved by the spike itself (Iglewicz and Hoaglin, 1993).
+    is moved by the outlier itself (Iglewicz and Hoaglin, 1993).
 
     Args:
       guard: before the step.
       loss: of the step, float32 [].
-      finite: whether loss and gradient were, bool [].
-      spike_zscore: None takes no loss for a spike.
+      grad_norm: of the step, float32 [].
+      finite: whether loss, its terms and the gradient are, bool [].
+      zscore: None applies every finite step.
     """
-    median = jnp.median(guard.losses)  # NaN until the window is full, and then nothing is above it
-    deviation = jnp.median(jnp.abs(guard.losses - median)) / _MAD_OF_NORMAL
-    limit = jnp.inf if spike_zscore is None else spike_zscore
-    spike = loss > median + limit * jnp.maximum(deviation, _MIN_DEVIATION)
-    # Steps that are not finite continue a spike, but begin none.
-    in_spike = jnp.where(finite, spike, guard.spike_run > 0)
-    return Guard(
-        nonfinite_steps=guard.nonfinite_steps + jnp.where(finite, 0, 1),
-        nonfinite_run=jnp.where(finite, 0, guard.nonfinite_run + 1),
-        spike_run=jnp.where(in_spike, guard.spike_run + 1, 0),
-        losses=jnp.where(finite, jnp.append(guard.losses[1:], loss), guard.losses),
+    applied = finite
+    if zscore is not None:
+        applied &= ~_is_outlier(guard.losses, loss, zscore)
+        applied &= ~_is_outlier(guard.grad_norms, grad_norm, zscore)
+
+    def push(window: jax.Array, value: jax.Array) -> jax.Array:
+        return jnp.where(applied, jnp.append(window[1:], value), window)
+
+    return applied, Guard(
+        skipped_steps=guard.skipped_steps + jnp.where(applied, 0, 1),
+        skipped_run=jnp.where(applied, 0, guard.skipped_run + 1),
+        losses=push(guard.losses, loss),
+        grad_norms=push(guard.grad_norms, grad_norm),
     )
+
+
+def _is_outlier(window: jax.Array, value: jax.Array, zscore: float) -> jax.Array:
+    median = jnp.median(window)  # NaN until the window is full, and then nothing is above it
+    deviation = jnp.median(jnp.abs(window - median)) / _MAD_OF_NORMAL
+    return value > median + zscore * jnp.maximum(deviation, _MIN_DEVIATION)

@@ -36,7 +36,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     """int32 []: batches taken in."""
     guard: Guard
-    """Counters of non-finite and outlier steps, and the recent losses."""
+    """What decides whether a step is applied."""
     ema_params: Params | None = None
     """The moving average of the params, float32 at least, where the run keeps one."""
 

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxlm.device.guard import observe
+from jaxlm.device.guard import judge
 from jaxlm.device.loss import Batch, Loss, Totals, total
 from jaxlm.device.sharding import batch_sharding, replicated, split_at_once
 from jaxlm.device.state import Blueprint, Params, TrainState, cast_like, in_float32, jit_with_model
@@ -24,14 +24,14 @@ def make_train_step(
     loss: Loss,
     mesh: Mesh,
     num_microbatches: int = 1,
-    spike_zscore: float | None = None,
+    outlier_zscore: float | None = None,
     ema_decay: float | None = None,
 ) -> jax.stages.Wrapped:
     """The update, to be compiled; it consumes the state that it is given (donation).
 
     The batch is taken in `num_microbatches` parts of its rows, whose loss and gradient sums add up
-    to those of the whole batch. If the loss or the gradient is not finite, params, optimizer and
-    `ema_params` (kept with `ema_decay`) stay as they were.
+    to those of the whole batch. A step that `judge` does not apply leaves params, optimizer and
+    `ema_params` (kept with `ema_decay`) as they were.
 
     Returns:
       `(state, batch, learning_rate, key) -> (state, metrics)`, metrics being float32 [] `loss`
@@ -71,21 +71,20 @@ def make_train_step(
         finite = functools.reduce(
             jnp.logical_and, map(jnp.isfinite, (means.loss, *means.terms.values(), grad_norm))
         )
+        applied, guard = judge(state.guard, means.loss, grad_norm, finite, outlier_zscore)
         params, opt_state, ema_params = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
+            lambda new, old: jnp.where(applied, new, old),
             (params, opt_state, ema_params),
             (state.params, state.opt_state, state.ema_params),
         )
-        guard = observe(state.guard, means.loss, finite, spike_zscore)
         metrics = {
             **means.metrics,
             **means.terms,
             "loss": means.loss,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            "nonfinite_steps": guard.nonfinite_steps,
-            "nonfinite_run": guard.nonfinite_run,
-            "spike_run": guard.spike_run,
+            "skipped_steps": guard.skipped_steps,
+            "skipped_run": guard.skipped_run,
         }
         return TrainState(params, opt_state, state.step + 1, guard, ema_params), metrics
 

@@ -14,7 +14,6 @@ from jaxlm.checkpoints.folder import (
     scan_folder,
 )
 from jaxlm.checkpoints.metadata import Metadata
-from jaxlm.checkpoints.skips import to_json
 from jaxlm.evaluation.evals import NAME as EVALS
 from jaxlm.evaluation.evals import Eval, checkpoint_id, read_evals
 from jaxlm.files.durable import folder_bytes
@@ -26,9 +25,8 @@ def describe_run(run: str) -> dict[str, Any]:
 
     Returns:
       `run`, `folder`, `weights_only` (steps), `set_aside` (names of damaged ones), `damaged` (those
-      not yet set aside, as step -> what is wrong, as far as a quick look shows), `skips` (where the
-      run has gone back, as `from_step`, `num_batches` and `why`), and `checkpoints`, as
-      `describe_steps` gives them.
+      not yet set aside, as step -> what is wrong, as far as a quick look shows), and `checkpoints`,
+      as `describe_steps` gives them.
 
     Raises:
       ValueError: there is no such run.
@@ -41,7 +39,6 @@ def describe_run(run: str) -> dict[str, Any]:
         "checkpoints": describe_steps(folder, found.sound, evals),
         "weights_only": list_steps(folder / WEIGHTS),
         "set_aside": list_corrupt(folder),
-        "skips": to_json(found.skips),
         "damaged": {str(step): damage[0] for step, damage in found.damaged.items()},
     }
 
@@ -100,9 +97,6 @@ def format_table(runs: list[dict[str, Any]]) -> str:
             text = " | ".join([*cells, ", ".join(row["is"])])
             lines.append(start(run["run"]) + text.rstrip())
     for run in runs:
-        for skip in run["skips"]:
-            past = f"past {skip['num_batches']} batches: " if skip["num_batches"] else ""
-            lines.append(f"went back to step {skip['from_step']}, {past}{skip['why']}")
         for step, damage in run["damaged"].items():
             lines.append(f"damaged: {run['folder']}/{step}: {damage}")
         if steps := run["weights_only"]:

@@ -19,7 +19,7 @@ from jaxlm.files.strict import parse_json
 
 NAME = "events.jsonl"
 CHECKPOINT_KINDS = ("save", "best", "deletion", "set aside")
-RUN_KINDS = ("start", "not finite", "rollback", "rows", "stop", "end", "failed")
+RUN_KINDS = ("start", "skipped", "back", "rows", "stop", "end", "failed")
 KINDS = (*RUN_KINDS, *CHECKPOINT_KINDS, "sample")
 _MAX_BYTES, _MAX_UNREADABLE = 1 << 26, 100
 

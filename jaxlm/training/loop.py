@@ -15,7 +15,6 @@ from jaxlm.cluster import all_fail
 from jaxlm.config import to_dict
 from jaxlm.data.batches import prefetch
 from jaxlm.device.guard import Guard
-from jaxlm.device.loss import Batch
 from jaxlm.device.state import TrainState
 from jaxlm.device.step import StepMetrics
 from jaxlm.tracking.clock import Clock
@@ -24,7 +23,6 @@ from jaxlm.tracking.metrics import Metrics, perplexity
 from jaxlm.tracking.rows import Rows
 from jaxlm.tracking.throughput import flops_per_token
 from jaxlm.tracking.trace import traced
-from jaxlm.training.divergence import check_losses
 from jaxlm.training.environment import describe_environment
 from jaxlm.training.evaluate import Stopped, evaluate
 from jaxlm.training.resume import is_at_end
@@ -73,7 +71,7 @@ class Loop:
         self.num_worse_evals = self.start.num_worse_evals
         self.unread: tuple[int, StepMetrics] | None = None
         self.row: tuple[int, dict[str, float]] = (0, {})
-        self.nonfinite_steps = self.start.nonfinite_steps
+        self.skipped_steps = self.start.skipped_steps
         self.environment = describe_environment(self.parts.mesh)
 
     def run(self, state: TrainState, request: StopRequest) -> Result:
@@ -84,7 +82,7 @@ class Loop:
             stopping = not self.run_owed_eval(state, request.stops)
         ended = self.at_end(step) and not stopping
         stop = step if ended or stopping else config.num_steps
-        batches = prefetch(self.put, step, stop, depth=config.data.prefetch)
+        batches = prefetch(self.parts.put, step, stop, depth=config.data.prefetch)
         batches, folder = self.clock.waiting(batches), Path(config.run_dir) / "profile"
         self.clock.rate(step)
         for index, batch in traced(batches, folder, config.profile, self.console.say):
@@ -128,10 +126,6 @@ class Loop:
         for hook in due:
             hook.call(step, state, self.row[1] if self.row[0] == step else {})
 
-    def put(self, step: int) -> Batch:
-        """The batch that the state of this step takes in."""
-        return self.parts.put(self.checkpoints.batch_index(step))
-
     def at_end(self, step: int) -> bool:
         """Whether the plan ends here."""
         return is_at_end(self.config, step, self.num_worse_evals)
@@ -145,21 +139,30 @@ class Loop:
         """Looks at the step that is waiting, if any, and logs it if it is due.
 
         Raises:
-          RuntimeError: too many steps in a row were not finite.
-          Diverged: the run is to go back.
+          RuntimeError: too many steps in a row were not applied.
         """
         if self.unread is None:
             return
         (step, on_device), self.unread = self.unread, None
         values = {name: float(value) for name, value in jax.device_get(on_device).items()}
-        if (count := int(values["nonfinite_steps"])) > self.nonfinite_steps:
-            self.nonfinite_steps = count
-            self.console.warn(f"step {step} was not finite, and left params and optimizer alone")
-            self.checkpoints.events.add("not finite", step, f"{count} steps so far")
-        runs = int(values["nonfinite_run"]), int(values["spike_run"])
-        check_losses(self.config.guard, step, *runs)
+        if values["skipped_steps"] > self.skipped_steps:
+            self.skipped_steps = int(values["skipped_steps"])
+            self.report_skipped(step, values)
         if step == 1 or step % self.config.log_interval == 0 or self.at_end(step):
             self.log_step(step, values)
+
+    def report_skipped(self, step: int, values: dict[str, float]) -> None:
+        """That a step was not applied, and why; raises RuntimeError after too many in a row."""
+        finite = all(map(math.isfinite, values.values()))
+        why = "loss or gradient norm is an outlier" if finite else "loss or gradient is not finite"
+        found = f"loss {values['loss']:.4f}, gradient norm {values['grad_norm']:.4g}"
+        self.console.warn(f"step {step} was not applied: its {why} ({found})")
+        self.checkpoints.events.add("skipped", step, f"its {why} ({found})")
+        if (in_a_row := int(values["skipped_run"])) >= self.config.guard.max_skipped:
+            raise RuntimeError(
+                f"{in_a_row} steps in a row up to {step} were not applied; go back with --resume "
+                "best and a lower --optim.learning_rate, or allow more with --guard.max_skipped"
+            )
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
         """One training row, for all that keep or show rows."""
@@ -169,7 +172,7 @@ class Loop:
             "train/loss": values["loss"],
             "train/perplexity": perplexity(values["loss"]),
             "train/grad_norm": values["grad_norm"],
-            "train/nonfinite_steps": self.nonfinite_steps,
+            "train/skipped_steps": self.skipped_steps,
             "train/tokens_seen": self.tokens_seen(step),
             "train/tokens_per_s": tokens_per_s,
         }

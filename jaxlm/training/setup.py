@@ -168,7 +168,7 @@ def lower_step(
         loss,
         mesh,
         config.num_microbatches,
-        config.guard.spike_zscore,
+        config.guard.outlier_zscore,
         config.optim.ema_decay,
     )
     dtypes = np.dtype(np.float32), jax.eval_shape(partial(jax.random.key, 0)).dtype

@@ -14,14 +14,12 @@ from jaxlm.checkpoints.folder import TOKENIZER, Selected, scan_folder, select
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.names import split_step
 from jaxlm.checkpoints.restore import check_layout, items_of, restore_state, restore_weights
-from jaxlm.checkpoints.skips import Skip, to_json
 from jaxlm.cluster import agree
 from jaxlm.config import Config, changes, to_dict
 from jaxlm.device.sharding import deterministic_options, make_mesh
 from jaxlm.device.state import Own, TrainState, blueprint_of
 from jaxlm.files.durable import write_file
 from jaxlm.files.lock import HOLDER, locked
-from jaxlm.files.strict import validate
 from jaxlm.tracking.console import Console, format_count
 from jaxlm.tracking.events import NAME as EVENTS
 from jaxlm.tracking.metrics import Metrics
@@ -41,8 +39,8 @@ class Start(NamedTuple):
     """Batches taken in."""
     tokens_seen: int = 0
     """Tokens trained on."""
-    nonfinite_steps: int = 0
-    """Steps so far whose loss or gradient was not finite."""
+    skipped_steps: int = 0
+    """Steps so far that were not applied."""
     num_worse_evals: int = 0
     """Evals since the best one."""
     eval_loss: float | None = None
@@ -79,7 +77,7 @@ def check_beginning(config: Config, own: Own) -> None:
 
 
 def start_state(
-    parts: TrainSetup, checkpoints: Checkpoints, console: Console, *, rolled_back: bool = False
+    parts: TrainSetup, checkpoints: Checkpoints, console: Console
 ) -> tuple[TrainState, Start]:
     """The state to go on from, restored or new.
 
@@ -87,7 +85,6 @@ def start_state(
       parts: the parts of the run.
       checkpoints: its folder.
       console: prints where training starts.
-      rolled_back: the run has just gone back by itself, so `--resume best` is not asked again.
 
     Raises:
       CheckpointError: the folder holds checkpoints, and none is sound.
@@ -95,20 +92,20 @@ def start_state(
     """
     config, latest, best = parts.config, checkpoints.latest, checkpoints.best
     abstract, restored = parts.blueprint.abstract, None
-    if not rolled_back and latest and best and goes_back(config, latest, best):
+    if latest and best and goes_back(config, latest, best):
         restored = checkpoints.restore_best(abstract)
-    if restored and latest:
+    if restored:
         _check_data(parts, restored[1])  # before newer ones are set aside
-        checkpoints.go_back(Skip(restored[1].step, 0, "--resume best"), latest.step)
+        checkpoints.go_back(restored[1].step, "--resume best")
     restored = restored or checkpoints.restore_latest(abstract)
     if restored:
         return restored[0], _resumed(parts, checkpoints, *restored, console)
     if config.branch_from:
-        return _branch(parts, checkpoints, config.branch_from, console)
+        return _branch(parts, config.branch_from, console)
     state = parts.blueprint.make(config.seed)
     if config.init_from:
         return _with_weights_of(parts, config.init_from, state, console)
-    return state, Start(new_future=bool(checkpoints.skips))
+    return state, Start()
 
 
 def _resumed(
@@ -120,7 +117,8 @@ def _resumed(
 ) -> Start:
     config, lineage = parts.config, metadata.lineage
     _check_data(parts, metadata)
-    if (config.branch_from or config.init_from) and not _beginnings(lineage):
+    begun = any(entry.keys() & {"branched_from", "initialized_from"} for entry in lineage)
+    if (config.branch_from or config.init_from) and not begun:
         console.warn("branch_from and init_from begin a new run; this one has begun, and goes on")
     # Compare with the checkpoint that was restored: after damage, it is older than the latest.
     recorded = [c for c in changes(metadata.run_config(), config) if c.policy == "recorded"]
@@ -143,7 +141,7 @@ def _resumed(
     return Start(
         step=metadata.step,
         tokens_seen=metadata.tokens_seen,
-        nonfinite_steps=int(state.guard.nonfinite_steps),
+        skipped_steps=int(state.guard.skipped_steps),
         num_worse_evals=metadata.num_worse_evals,
         eval_loss=metadata.eval_loss,
         owes_eval=(
@@ -152,7 +150,7 @@ def _resumed(
         owes_end=at_end and not metadata.final and not drops_average,
         rows=metadata.rows,
         tracking_run_id=metadata.tracking_run_id,
-        new_future=bool(recorded) or len(checkpoints.skips) > len(metadata.skips),
+        new_future=bool(recorded),
         why="; ".join(["resumed", *map(str, recorded)]),
         lineage=lineage,
     )
@@ -167,13 +165,8 @@ def _check_data(parts: TrainSetup, metadata: Metadata) -> None:
         )
 
 
-def _branch(
-    parts: TrainSetup, checkpoints: Checkpoints, source: str, console: Console
-) -> tuple[TrainState, Start]:
+def _branch(parts: TrainSetup, source: str, console: Console) -> tuple[TrainState, Start]:
     selected = _selected(parts, source, console)
-    found = scan_folder(selected.folder).skips if jax.process_index() == 0 else []
-    skips = validate(agree(to_json(found)), list[Skip])
-    checkpoints.inherit([skip for skip in skips if skip.from_step <= selected.step])
     metadata, path = selected.metadata, selected.path
     state = restore_state(path, metadata, parts.blueprint.abstract)
     console.say(f"Branching from step {selected.step} of {selected.folder}")
@@ -181,7 +174,7 @@ def _branch(
     return state, Start(
         step=selected.step,
         tokens_seen=metadata.tokens_seen,
-        nonfinite_steps=int(state.guard.nonfinite_steps),
+        skipped_steps=int(state.guard.skipped_steps),
         owes_eval=parts.eval_due(selected.step),
         why=f"branched from {path}",
         lineage=[*metadata.lineage, {"step": selected.step, "branched_from": str(path)}],
@@ -262,14 +255,3 @@ def _tell(metadata: Metadata, console: Console) -> None:
         f"  best eval loss so far: {'none' if metadata.best_step is None else best}; "
         f"tokens seen: {format_count(metadata.tokens_seen)}"
     )
-
-
-def beginning_of(lineage: list[dict[str, Any]]) -> int:
-    """The step at which a run began; above 0 for a branch."""
-    begun = _beginnings(lineage)
-    return begun[-1] if begun else 0
-
-
-def _beginnings(lineage: list[dict[str, Any]]) -> list[int]:
-    # Steps at which this run or an ancestor was branched or initialized from another run.
-    return [e["step"] for e in lineage if e.keys() & {"branched_from", "initialized_from"}]

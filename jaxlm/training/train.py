@@ -1,7 +1,6 @@
-"""A run from its config to its end: folders, resume, rollbacks and messages."""
+"""A run from its config to its end: folders, resume and messages."""
 
 import contextlib
-import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,14 +21,12 @@ from jaxlm.tracking.events import NAME, Events
 from jaxlm.tracking.rows import NAME as ROWS
 from jaxlm.tracking.rows import find_losses
 from jaxlm.training.at_end import AtEnd, Complete, find_tools
-from jaxlm.training.divergence import Diverged
 from jaxlm.training.evaluate import EvalSet
 from jaxlm.training.loop import Callback, Hook, Loop, Result
 from jaxlm.training.resume import Plan, check_folders, plan_resume
 from jaxlm.training.setup import TrainSet, TrainSetup, set_up
-from jaxlm.training.signals import StopRequest, stop_requests
+from jaxlm.training.signals import stop_requests
 from jaxlm.training.start import (
-    beginning_of,
     check_beginning,
     hold_run_folder,
     open_run_folder,
@@ -119,13 +116,9 @@ def train(
         )
         check_alike("data", {"fingerprint": parts.data_fingerprint})
         log_start(parts, console)
-        request = stack.enter_context(stop_requests(parts.mesh))
-
         stack.push(events.failed)
-        make_loop = functools.partial(Loop, callbacks=callbacks, hooks=hooks, clock=clock)
         acts = find_tools() if at_end is None and not (model or batches) else at_end or ()
-        finish = functools.partial(_finish, request=request, at_end=acts)
-        result = _train_to_end(parts, checkpoints, console, make_loop, request, clock, finish)
+        result = _train_to_end(parts, checkpoints, console, clock, callbacks, hooks, acts)
     log_end(parts.config, result.step, result.complete, result.best, console)
     return result
 
@@ -160,43 +153,28 @@ def _train_to_end(
     parts: TrainSetup,
     checkpoints: Checkpoints,
     console: Console,
-    make_loop: Callable[..., Loop],
-    request: StopRequest,
     clock: Clock,
-    finish: Callable[[Loop, Result], None],
+    callbacks: Sequence[Callback],
+    hooks: Sequence[Hook],
+    at_end: Sequence[AtEnd],
 ) -> Result:
-    rolled_back = False
-    while True:  # once, and once more for each rollback, which is an automatic resume
+    config, events = parts.config, checkpoints.events
+    with contextlib.ExitStack() as stack:
+        request = stack.enter_context(stop_requests(parts.mesh))
         with clock.spent("restore" if checkpoints.latest else "start"):
-            state, start = start_state(parts, checkpoints, console, rolled_back=rolled_back)
-        with open_run_folder(parts, checkpoints, start, console) as metrics:
-            loop = make_loop(parts, checkpoints, metrics, console, start=start)
-            if not rolled_back:
-                checkpoints.events.start(start.step, start.why, loop.environment)
-                checkpoints.retain()
-            try:
-                with clock.spent("steps"):
-                    result = loop.run(state, request)
-                finish(loop, result)  # while the trackers still listen
-                return result
-            except Diverged as spike:
-                checkpoints.roll_back(
-                    spike.step - spike.num_steps,
-                    spike.step,
-                    str(spike),
-                    beginning=beginning_of(start.lineage),
-                    max_rollbacks=parts.config.guard.max_rollbacks,
-                )
-                rolled_back = True
-
-
-def _finish(loop: Loop, result: Result, request: StopRequest, at_end: Sequence[AtEnd]) -> None:
-    config, events = loop.config, loop.checkpoints.events
-    stopped_by = request.received or "another process"
-    why = f"of {config.num_steps} steps" if result.complete else stopped_by
-    events.add("end" if result.complete else "stop", result.step, why)
-    log_time(loop.clock, loop.console)
-    if result.complete:
-        run = Complete(config, result.step, result.best, loop.console, events, loop.metrics)
-        for act in at_end:
-            act(run)
+            state, start = start_state(parts, checkpoints, console)
+        metrics = stack.enter_context(open_run_folder(parts, checkpoints, start, console))
+        loop = Loop(parts, checkpoints, metrics, console, callbacks, hooks, start, clock)
+        events.start(start.step, start.why, loop.environment)
+        checkpoints.retain()
+        with clock.spent("steps"):
+            result = loop.run(state, request)
+        stopped_by = request.received or "another process"
+        why = f"of {config.num_steps} steps" if result.complete else stopped_by
+        events.add("end" if result.complete else "stop", result.step, why)
+        log_time(clock, console)
+        if result.complete:  # while the trackers still listen
+            run = Complete(config, result.step, result.best, console, events, metrics)
+            for act in at_end:
+                act(run)
+    return result

@@ -25,7 +25,7 @@ import google_crc32c
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from jaxlm.checkpoints import folder, manifest, skips  # noqa: E402
+from jaxlm.checkpoints import folder, manifest  # noqa: E402
 from jaxlm.checkpoints.metadata import Metadata  # noqa: E402
 from jaxlm.data import cache, dataset, prepare, tokenizer  # noqa: E402
 from jaxlm.files import lock  # noqa: E402
@@ -71,7 +71,7 @@ def _checkpoint_readers(home: Path) -> dict[str, Reader]:
     config |= {"optim": {"clip_norm": None}, "data": {"eos_token": "x"}, "num_steps": 1200}
     metadata = Metadata(
         3, 384, 2.5, 2.5, 3, 0, True, config, "abc", 1, {"cores": 2, "versions": {"jax": "0"}},
-        "0a1b2c3d", [{"step": 1, "changed": ["a: was 1, is 2"]}], [skips.Skip(1, 2, "")],
+        "0a1b2c3d", [{"step": 1, "changed": ["a: was 1, is 2"]}],
         Rows(9, 7), "x", prints,
     )  # fmt: skip
     for name in ("manifest", "step metadata", "commit", "metadata"):
@@ -125,15 +125,9 @@ def _run_readers(home: Path) -> dict[str, Reader]:
         events.Events(run / events.NAME).compare(["4", "8.corrupt"], {})
         assert not events.read_events(run / events.NAME)[1] or unreadable
 
-    def read_passed_over() -> None:
-        read = skips.read_skips(run)
-        assert read is None or skips.skipped(read, 9) == skips.skipped(skips.held_by(read, 10), 9)
-
     def read_holder() -> None:
         assert lock.describe_holder(run)
 
-    skips.write_skips(run, [skips.Skip(12, 3, "a spike"), skips.Skip(40, 0, "--resume best")])
-    passed_over = (run / skips.NAME).read_text()
     line = {"time": "2026-01-31T23:59:59Z", "event": "save", "step": 4, "why": "every 4"}
     line["checkpoint"] = "4"
     start = line | {"event": "start", "host": "here", "pid": 1, "environment": {"cores": 2}}
@@ -145,7 +139,6 @@ def _run_readers(home: Path) -> dict[str, Reader]:
         "config": Reader(run / "config.json", config, lambda: folder.find_checkpoints(str(run))),
         "metrics": Reader(run / "metrics.jsonl", "\n".join(map(json.dumps, rows)), read_metrics),
         "events": Reader(run / events.NAME, happened, read_what_happened, tolerant=True),
-        "skips": Reader(run / skips.NAME, passed_over, read_passed_over, tolerant=True),
         "holder": Reader(run / lock.HOLDER, holder, read_holder, tolerant=True),
     }
 
