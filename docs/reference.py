@@ -52,7 +52,8 @@ def describe(cls: type, prefix: str) -> Iterator[str]:
         default, policy = field.default, field.metadata["resume"]
         shown = default if isinstance(default, str) else repr(default)
         yield f"`--{name}`\n: {meanings[field.name]}"
-        yield f": {types[field.name]}; default `{shown}`; on a resume: *{policy}*\n"
+        bounds = f", {text}" if (text := str(field.metadata["bounds"])) else ""
+        yield f": {types[field.name]}{bounds}; default `{shown}`; on a resume: *{policy}*\n"
 
 
 def types_and_docstrings(cls: type) -> tuple[dict[str, str], dict[str, str]]:

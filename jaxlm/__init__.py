@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from jaxlm.device.state import model_of as model_of
     from jaxlm.inference.load import load_model as load_model
     from jaxlm.inference.sample import sample as sample
+    from jaxlm.tracking.trackers import Tracker as Tracker
     from jaxlm.training.loop import Hook as Hook
     from jaxlm.training.train import train as train
 
@@ -19,10 +20,20 @@ _HOMES = {
     "Hook": "jaxlm.training.loop",
     "load_model": "jaxlm.inference.load",
     "model_of": "jaxlm.device.state",
+    "Tracker": "jaxlm.tracking.trackers",
     "sample": "jaxlm.inference.sample",
     "train": "jaxlm.training.train",
 }
-__all__ = ["Config", "Hook", "__version__", "load_model", "model_of", "sample", "train"]
+__all__ = [
+    "Config",
+    "Hook",
+    "Tracker",
+    "__version__",
+    "load_model",
+    "model_of",
+    "sample",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,9 +15,10 @@ from contextlib import suppress
 from typing import Any
 
 import jax
-from jax._src.distributed import global_state  # the coordination service has no public client
 from jax.errors import JaxRuntimeError
 
+from jaxlm.errors import InputError
+from jaxlm.insides import coordination_client
 from jaxlm.terminal import STOPPED, write_error
 
 _HEARTBEAT_TIMEOUT_S = 10
@@ -82,7 +83,7 @@ class Cluster:
         verdict = None
         while verdict is None:
             try:
-                verdict = _client().blocking_key_value_get(_VERDICT, _PATIENCE_MS)
+                verdict = coordination_client().blocking_key_value_get(_VERDICT, _PATIENCE_MS)
             except JaxRuntimeError as error:
                 if self._over:
                     return
@@ -99,7 +100,7 @@ def tell_all(code: int, text: str) -> None:
     index, count = jax.process_index(), jax.process_count()
     verdict = json.dumps([code, f"process {index} of {count}: {text}"])
     with suppress(JaxRuntimeError):  # another was first, or there is nobody left to tell
-        _client().key_value_set(_VERDICT, verdict)
+        coordination_client().key_value_set(_VERDICT, verdict)
 
 
 def barrier(*, key: str, timeout_ms: int) -> None:
@@ -116,7 +117,7 @@ def barrier(*, key: str, timeout_ms: int) -> None:
             told = f"error: a save failed: {error}; look at the disk, then {_ADVICE}"
             tell_all(*(_if_lost(error) or (1, told)))
         raise error
-    _client().wait_at_barrier(key, timeout_ms)
+    coordination_client().wait_at_barrier(key, timeout_ms)
 
 
 def agree(value: Any, combine: Callable[[list[Any]], Any] = operator.itemgetter(0)) -> Any:
@@ -133,11 +134,11 @@ def agree(value: Any, combine: Callable[[list[Any]], Any] = operator.itemgetter(
         return combine([value])
     number = next(_rounds)
     key = f"jaxlm/agree/{number}"
-    _client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+    coordination_client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
     if jax.process_index() == 0:
         found = [_get(f"{key}/{index}") for index in range(jax.process_count())]
-        _client().key_value_delete(f"jaxlm/agree/{number - 1}/")  # which all have read
-        _client().key_value_set(f"{key}/all", json.dumps(combine(found)))
+        coordination_client().key_value_delete(f"jaxlm/agree/{number - 1}/")  # which all have read
+        coordination_client().key_value_set(f"{key}/all", json.dumps(combine(found)))
     return _get(f"{key}/all")
 
 
@@ -153,7 +154,7 @@ def all_fail(key: str, error: Exception) -> bool:
     if _if_lost(error):
         return False
     with suppress(JaxRuntimeError):  # the others are in a collective, which waits for this one
-        _client().wait_at_barrier(key, 1000 * _HEARTBEAT_TIMEOUT_S // 2)
+        coordination_client().wait_at_barrier(key, 1000 * _HEARTBEAT_TIMEOUT_S // 2)
         return True
     return False
 
@@ -184,7 +185,7 @@ def check_alike(name: str, value: dict[str, Any]) -> None:
         if first.get(field) != value.get(field)
     ]
     if differing:
-        raise ValueError(
+        raise InputError(
             f"{name}: the processes of a run must be started alike, by the same command with the "
             "same files, but found\n  " + "\n  ".join(differing)
         )
@@ -193,15 +194,10 @@ def check_alike(name: str, value: dict[str, Any]) -> None:
 def _get(key: str) -> Any:
     while True:  # one that is lost ends the others by itself
         try:
-            return json.loads(_client().blocking_key_value_get(key, _SLICE_MS))
+            return json.loads(coordination_client().blocking_key_value_get(key, _SLICE_MS))
         except JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-
-
-def _client() -> Any:
-    assert global_state.client is not None, "jax.distributed has not been started"
-    return global_state.client
 
 
 def _if_lost(error: BaseException) -> tuple[int, str] | None:

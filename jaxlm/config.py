@@ -11,10 +11,11 @@ import dataclasses
 import math
 import re
 from difflib import get_close_matches
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, cast
 
 import tyro
 
+from jaxlm.errors import InputError
 from jaxlm.files.durable import expand
 from jaxlm.files.strict import hints_of, validate
 
@@ -22,15 +23,33 @@ T = TypeVar("T")
 Policy = Literal["free", "recorded", "fixed"]
 
 
-def _field(default: T, policy: Policy, *, is_folder: bool = False) -> T:
+class Bounds(NamedTuple):
+    """What a number may be; None, where a field may be None, is within all bounds."""
+
+    least: float = -math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    most: float = math.inf
+
+    def hold(self, value: float) -> bool:
+        """Whether a number is within them."""
+        return self.least <= value <= self.most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        words = {"at least": self.least, "above": self.above, "below": self.below}
+        words["at most"] = self.most
+        return " and ".join(f"{word} {x}" for word, x in words.items() if math.isfinite(x))
+
+
+def _field(default: T, policy: Policy, is_folder: bool = False, **bounds: float) -> T:
     # Typed as the default itself, so that a type checker sees an ordinary dataclass field.
-    metadata = {"resume": policy, "is_folder": is_folder}
+    metadata = {"resume": policy, "is_folder": is_folder, "bounds": Bounds(**bounds)}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def free(default: T) -> T:
-    """A field that a resume may change without a word."""
-    return _field(default, "free")
+def free(default: T, **bounds: float) -> T:
+    """A field that a resume may change without a word; the bounds are those of `Bounds`."""
+    return _field(default, "free", **bounds)
 
 
 def folder(default: T) -> T:
@@ -38,14 +57,14 @@ def folder(default: T) -> T:
     return _field(default, "free", is_folder=True)
 
 
-def recorded(default: T) -> T:
+def recorded(default: T, **bounds: float) -> T:
     """A field that a resume may change, and that is then listed and kept in the lineage."""
-    return _field(default, "recorded")
+    return _field(default, "recorded", **bounds)
 
 
-def fixed(default: T) -> T:
+def fixed(default: T, **bounds: float) -> T:
     """A field that a resume must not change."""
-    return _field(default, "fixed")
+    return _field(default, "fixed", **bounds)
 
 
 # A config is shown and written to many places: none is for a URL with a password or a signed query.
@@ -66,7 +85,7 @@ _MAX_TIMEOUT_S = 86_400
 def _check(ok: bool, name: str, found: object, expected: str) -> None:
     if not ok:
         shown = _KEY_IN_URL.sub("…", repr(found))
-        raise ValueError(f"{name}: found {shown}, expected {expected}")
+        raise InputError(f"{name}: found {shown}, expected {expected}")
 
 
 class _Part:
@@ -84,14 +103,14 @@ class _Part:
     def __new__(cls, *_: Any, **values: Any) -> Self:
         """Refuses a name that is no field, and proposes the nearest ones."""
         for name in values.keys() - cls.__annotations__.keys():
-            raise ValueError(
+            raise InputError(
                 f"{cls._prefix}{name}: not a field of {cls.__name__}; "
                 + (_nearest(name) or f"its fields are {', '.join(cls.__annotations__)}")
             )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Checks the types; a subclass goes on with its rules."""
+        """Checks types and bounds; a subclass goes on with rules that take several fields."""
         hints = hints_of(type(self))
         for field in dataclasses.fields(cast(Any, self)):
             name, value = self._prefix + field.name, getattr(self, field.name)
@@ -105,6 +124,10 @@ class _Part:
             elif type(value) is int and hints[field.name] in (float, float | None):
                 # JAX takes no int of 64 bits as a float32.
                 object.__setattr__(self, field.name, float(value))
+            bounds: Bounds = field.metadata["bounds"]
+            if isinstance(value, int | float) and not bounds.hold(value):
+                optional = "" if hints[field.name] in (int, float) else ", or None"
+                _check(False, name, value, f"{bounds}{optional}")
             if field.metadata["is_folder"] and isinstance(value, str):
                 # Orbax would make a local folder of a URL, or write where nothing can be locked.
                 local = "a local path; mount an object store as a folder"
@@ -114,20 +137,6 @@ class _Part:
 
     def _check(self, ok: bool, name: str, expected: str) -> None:
         _check(ok, self._prefix + name, getattr(self, name), expected)
-
-    def _check_between(self, minimum: float, maximum: float, *names: str) -> None:
-        expected = f"at least {minimum}" if math.isinf(maximum) else f"{minimum} to {maximum}"
-        for name in names:
-            value = getattr(self, name)
-            self._check(value is None or minimum <= value <= maximum, name, expected)
-
-    def _check_at_least(self, minimum: float, *names: str) -> None:
-        self._check_between(minimum, math.inf, *names)
-
-    def _check_above_0(self, expected: str, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            self._check(value is None or value > 0, name, expected)
 
     def _check_divides(self, name: str, whole: str) -> None:
         value, of = getattr(self, name), getattr(self, whole)
@@ -141,7 +150,7 @@ def _check_text(name: str, value: str) -> None:
     _check(ok, name, value, "text in UTF-8, without NUL")
     num_bytes = len(value.encode())
     if num_bytes > _MAX_TEXT_BYTES:
-        raise ValueError(f"{name}: found {num_bytes:,} bytes, expected {_MAX_TEXT_BYTES:,} at most")
+        raise InputError(f"{name}: found {num_bytes:,} bytes, expected {_MAX_TEXT_BYTES:,} at most")
 
 
 def _nearest(name: str) -> str:
@@ -154,23 +163,23 @@ def _nearest(name: str) -> str:
 class ModelConfig(_Part, prefix="model."):
     """A decoder of the Llama family."""
 
-    vocab_size: int = fixed(8192)
+    vocab_size: int = fixed(8192, least=1, most=_MAX_SIZE)
     """Rows of the embedding (tokens); the tokenizer's vocabulary must fit in it."""
-    num_layers: int = fixed(6)
+    num_layers: int = fixed(6, least=1, most=_MAX_SIZE)
     """Transformer blocks."""
-    d_model: int = fixed(256)
+    d_model: int = fixed(256, least=1, most=_MAX_SIZE)
     """Width of the residual stream."""
-    d_ff: int = fixed(704)
+    d_ff: int = fixed(704, least=1, most=_MAX_SIZE)
     """Width of the SwiGLU hidden layer."""
-    num_heads: int = fixed(4)
+    num_heads: int = fixed(4, least=1, most=_MAX_SIZE)
     """Query heads per layer."""
-    num_kv_heads: int = fixed(4)
+    num_kv_heads: int = fixed(4, least=1, most=_MAX_SIZE)
     """Key/value heads per layer; must divide num_heads."""
-    head_dim: int = fixed(64)
+    head_dim: int = fixed(64, least=1, most=_MAX_SIZE)
     """Width of one head; even, for RoPE."""
-    rope_theta: float = fixed(10_000.0)
+    rope_theta: float = fixed(10_000.0, above=0)
     """Base of the RoPE wavelengths."""
-    norm_eps: float = fixed(1e-5)
+    norm_eps: float = fixed(1e-5, above=0)
     """Epsilon inside RMSNorm."""
     qk_norm: bool = fixed(False)
     """RMSNorm on queries and keys, per head, as in Qwen3."""
@@ -178,7 +187,7 @@ class ModelConfig(_Part, prefix="model."):
     """Use the embedding as the output head too."""
     document_mask: bool = fixed(False)
     """Attend only within a document (documents end at the tokenizer's EOS)."""
-    init_std: float = fixed(0.02)
+    init_std: float = fixed(0.02, above=0)
     """Standard deviation of the initial weights; outputs of a block and an own head are 0."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = recorded("auto")
     """Dtype of activations; auto is bfloat16 on TPU and GPU, float32 on CPU. Params are float32."""
@@ -189,11 +198,8 @@ class ModelConfig(_Part, prefix="model."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads")
-        self._check_between(1, _MAX_SIZE, *sizes, "head_dim")
         self._check_divides("num_kv_heads", "num_heads")
         self._check(self.head_dim % 2 == 0, "head_dim", "an even number")
-        self._check_above_0("a number above 0", "rope_theta", "norm_eps", "init_std")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,13 +216,13 @@ class DataConfig(_Part, prefix="data."):
     """train (a byte-level BPE on this corpus), or a tokenizer.json: its path, or its hub name."""
     eos_token: str | None = fixed(None)
     """The token that ends a document; found by its usual names if not given."""
-    max_tokens: int | None = fixed(None)
+    max_tokens: int | None = fixed(None, least=1)
     """Training tokens to prepare at most; by default what num_steps needs, and at least 10 M."""
-    eval_tokens: int = fixed(2_000_000)
+    eval_tokens: int = fixed(2_000_000, least=1)
     """Held-out tokens to prepare at most; from documents that are never trained on."""
     cache_dir: str | None = folder(None)
     """Where prepared tokens are kept; by default $JAXLM_CACHE, else ~/.cache/jaxlm."""
-    prefetch: int = free(2)
+    prefetch: int = free(2, least=1)
     """Batches made ahead on a host thread."""
 
     def __post_init__(self) -> None:
@@ -229,7 +235,6 @@ class DataConfig(_Part, prefix="data."):
             "embedded, text:GLOB, tfds:NAME, tfds_dir:PATH or hf:REPO[:CONFIG]",
         )
         self._check(self.tokenizer != "", "tokenizer", "train, a path or a name")
-        self._check_at_least(1, "max_tokens", "eval_tokens", "prefetch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,45 +243,33 @@ class OptimConfig(_Part, prefix="optim."):
 
     name: Literal["muon", "adamw"] = fixed("muon")
     """Muon for the hidden matrices and AdamW for the rest, or AdamW for all."""
-    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--optim.lr"])] = recorded(1e-3)
+    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--optim.lr"])] = recorded(1e-3, above=0)
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = recorded("cosine")
     """After the warmup: cosine decay, warmup-stable-decay, or constant."""
-    warmup_steps: int = recorded(100)
+    warmup_steps: int = recorded(100, least=0, most=_MAX_SIZE)
     """Linear warmup (steps)."""
-    decay_fraction: float = recorded(0.2)
+    decay_fraction: float = recorded(0.2, least=0, most=1)
     """wsd: the last fraction of num_steps, in which the rate falls linearly."""
-    min_lr_ratio: float = recorded(0.1)
+    min_lr_ratio: float = recorded(0.1, least=0, most=1)
     """Final learning rate as a fraction of the peak (cosine and wsd)."""
-    weight_decay: float = recorded(0.1)
+    weight_decay: float = recorded(0.1, least=0)
     """Decoupled weight decay, on matrices only, scaled by the learning rate."""
-    beta1: float = recorded(0.9)
+    beta1: float = recorded(0.9, least=0, below=1)
     """Decay of Adam's first moment."""
-    beta2: float = recorded(0.95)
+    beta2: float = recorded(0.95, least=0, below=1)
     """Decay of Adam's second moment."""
-    eps: float = recorded(1e-8)
+    eps: float = recorded(1e-8, above=0)
     """Adam's epsilon."""
-    muon_beta: float = recorded(0.95)
+    muon_beta: float = recorded(0.95, least=0, below=1)
     """Decay of Muon's momentum."""
-    muon_rms: float = recorded(0.05)
+    muon_rms: float = recorded(0.05, above=0)
     """Root mean square of Muon's updates, before the learning rate (Adam's are about 0.2)."""
-    clip_norm: float | None = recorded(1.0)
+    clip_norm: float | None = recorded(1.0, above=0)
     """Clip the gradient to this global norm; None does not clip."""
-    ema_decay: float | None = recorded(None)
+    ema_decay: float | None = recorded(None, least=0, below=1)
     """Decay of the moving average of the weights; where there is one, it is what evals and all use
     of the model take. A resume may begin it, with the weights as they are, or drop it."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_above_0("above 0", "learning_rate", "eps", "muon_rms")
-        self._check_above_0("above 0, or None", "clip_norm")
-        self._check_between(0, _MAX_SIZE, "warmup_steps")
-        self._check_at_least(0, "weight_decay")
-        for name in ("beta1", "beta2", "muon_beta", "ema_decay"):
-            value = getattr(self, name)
-            self._check(value is None or 0 <= value < 1, name, "in [0, 1)")
-        for name in ("decay_fraction", "min_lr_ratio"):
-            self._check(0 <= getattr(self, name) <= 1, name, "in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,52 +297,39 @@ class CheckpointConfig(_Part, prefix="checkpoint."):
 
     directory: Annotated[str | None, tyro.conf.arg(aliases=["--checkpoint-dir"])] = folder(None)
     """Folder of the checkpoints; by default RUN_DIR/checkpoints."""
-    save_interval: Annotated[int, tyro.conf.arg(aliases=["--save-interval"])] = free(500)
+    save_interval: Annotated[int, tyro.conf.arg(aliases=["--save-interval"])] = free(500, least=1)
     """Save every so many steps, whatever the evals do (steps)."""
-    save_interval_min: float | None = free(None)
+    save_interval_min: float | None = free(None, above=0)
     """Save also when this much time has passed since the last save (minutes)."""
-    keep_latest: int = free(3)
+    keep_latest: int = free(3, least=1)
     """Newest checkpoints to keep, in addition to the best."""
-    keep_every: int | None = free(None)
+    keep_every: int | None = free(None, least=1)
     """Keep for good each checkpoint whose step is a multiple of this (steps)."""
-    keep_weights_every: int | None = free(None)
+    keep_weights_every: int | None = free(None, least=1)
     """Of those that go, keep the weights alone if the step is a multiple of this (steps)."""
     on_save_error: Literal["stop", "warn"] = free("stop")
     """A save that failed stops the run, or is reported while training goes on (one process)."""
-    save_timeout_s: int = free(300)
+    save_timeout_s: int = free(300, least=1, most=_MAX_TIMEOUT_S)
     """With several processes: how long a save may take until all stop with an error (seconds)."""
     verify: Literal["full", "fast", "off"] = free("full")
     """At restore: full checks every file and array, fast sizes and small files, off nothing."""
-    disk_budget_gb: float | None = free(None)
+    disk_budget_gb: float | None = free(None, above=0, most=_MAX_DISK_GB)
     """Bytes that the checkpoints may take (10^9); milestones of `keep_every` are thinned to it."""
     on_low_disk: Literal["warn", "refuse"] = free("warn")
     """Before the first step, if the disk is smaller than the plan: warn, or do not begin."""
     lock: Literal["required", "if_possible"] = free("required")
     """Where the file system has no locks: do not begin, or warn and trust that no other does."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_at_least(1, "save_interval", "keep_latest", "keep_every")
-        self._check_at_least(1, "keep_weights_every")
-        self._check_between(1, _MAX_TIMEOUT_S, "save_timeout_s")
-        self._check_above_0("above 0, or None", "save_interval_min", "disk_budget_gb")
-        self._check_between(0, _MAX_DISK_GB, "disk_budget_gb")
-
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig(_Part, prefix="guard."):
     """Steps that are not applied: params and optimizer stay as they were."""
 
-    outlier_zscore: float | None = recorded(None)
+    outlier_zscore: float | None = recorded(None, above=0)
     """Do not apply a step whose loss or gradient norm lies so many standard deviations above the
     median of the last 128 applied; by default, every finite step is applied."""
-    max_skipped: int = recorded(10)
+    max_skipped: int = recorded(10, least=1)
     """Steps in a row that were not applied, after which the run stops."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_at_least(1, "max_skipped")
-        self._check_above_0("above 0, or None", "outlier_zscore")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,32 +362,32 @@ class Config(_Part):
     """The divergence guard."""
     tracking: TrackingConfig = free(TrackingConfig())
     """The trackers."""
-    num_steps: int = recorded(1000)
+    num_steps: int = recorded(1000, least=1, most=_MAX_SIZE)
     """Updates in the whole run (steps)."""
-    batch_size: int = fixed(16)
+    batch_size: int = fixed(16, least=1, most=_MAX_SIZE)
     """Sequences per step, over all devices."""
-    seq_len: int = fixed(256)
+    seq_len: int = fixed(256, least=1, most=_MAX_SIZE)
     """Tokens per sequence."""
-    num_microbatches: int = recorded(1)
+    num_microbatches: int = recorded(1, least=1)
     """Gradient accumulation: a step takes its batch in this many parts, one after the other."""
-    loss_chunks: int = free(1)
+    loss_chunks: int = free(1, least=1)
     """The logits are made for one part of the sequence at a time, of this many, and again in the
     backward pass: a large vocabulary then takes less memory, and the step a little longer."""
-    z_loss: float = recorded(0.0)
+    z_loss: float = recorded(0.0, least=0)
     """Weight of the squared log-normalizer (PaLM used 1e-4), a term that the gradient takes in and
     `train/loss` leaves out."""
     deterministic: bool = recorded(True)
     """On a GPU: XLA takes only kernels that give the same bits each time, and the same ones at each
     start. Without it a resumed run differs by rounding. CPU and TPU give the same bits anyway."""
-    seed: int = fixed(0)
+    seed: int = fixed(0, least=0, most=2**32 - 1)
     """Seed of the initial weights and of the data order."""
-    eval_interval: int = free(500)
+    eval_interval: int = free(500, least=1)
     """Evaluate every so many steps, and save if the best improved (steps)."""
-    stop_after_worse_evals: int | None = free(None)
+    stop_after_worse_evals: int | None = free(None, least=1)
     """End the run after this many evals in a row without a new best; by default it goes on."""
-    log_interval: int = free(10)
+    log_interval: int = free(10, least=1)
     """Print and log every so many steps (steps)."""
-    profile: int = free(0)
+    profile: int = free(0, least=0)
     """Trace this many steps, from the sixth of this start on, to RUN_DIR/profile (steps)."""
     sample_prompt: str | None = free(None)
     """Once the plan is complete, print what the best model makes of this text; None prints none."""
@@ -425,11 +405,6 @@ class Config(_Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_between(1, _MAX_SIZE, "num_steps", "batch_size", "seq_len")
-        self._check_at_least(1, "num_microbatches", "loss_chunks")
-        self._check_at_least(1, "eval_interval", "stop_after_worse_evals", "log_interval")
-        self._check_at_least(0, "z_loss", "profile")
-        self._check_between(0, 2**32 - 1, "seed")
         self._check_divides("num_microbatches", "batch_size")
         self._check_divides("loss_chunks", "seq_len")
         warmup = self.optim.warmup_steps

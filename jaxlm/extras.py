@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 from types import ModuleType
 
+from jaxlm.errors import MissingPackageError
+
 VERSION = "0.3.0"
 """That of pyproject.toml: a clone that is not installed has no other."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
@@ -70,7 +72,7 @@ def needs(module: str, what: str) -> ModuleType:
     except ImportError as error:
         package = module.partition(".")[0]
         extra = next(extra for extra, name in MODULES.items() if name in (module, package))
-        raise ImportError(
+        raise MissingPackageError(
             f"{what}: needs the extra {extra} ({error}): `uv run --extra {extra} …`, or "
             f"`pip install '.[{extra}]'` in jaxlm's folder"
         ) from error

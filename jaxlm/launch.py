@@ -17,9 +17,11 @@ from typing import NoReturn
 import tyro
 
 from jaxlm.config import Config, leaves
+from jaxlm.errors import InputError, JaxlmError
 from jaxlm.extras import version
 from jaxlm.files.durable import expand
 from jaxlm.files.strict import read_json
+from jaxlm.insides import set_help_colors
 from jaxlm.terminal import STOPPED, catch, guard_streams, wants_color, write_error
 
 _INTERRUPTED = "interrupted; the same command goes on from what is on disk"
@@ -38,7 +40,7 @@ def parse_config(args: Sequence[str], prog: str) -> Config:
     if not path and not {"-h", "--help"} & set(flags):
         there = sorted(str(p) for p in Path("configs").glob("*.py"))
         found = ", ".join(there) or "configs/tiny.py in the folder of jaxlm; here is none"
-        raise ValueError(f"--config: found nothing, expected a config file such as {found}")
+        raise InputError(f"--config: found nothing, expected a config file such as {found}")
     return tyro.cli(
         Config,
         prog=f"{prog} --config {path or 'FILE'}",
@@ -63,15 +65,15 @@ def load_config(path: str) -> Config:
         file /= "config.json"
     if not file.is_file():
         there = ", ".join(sorted(str(p) for p in file.parent.glob("*.py"))) or "none"
-        raise ValueError(f"--config: found no file {file}, expected one of: {there}")
+        raise InputError(f"--config: found no file {file}, expected one of: {there}")
     if file.suffix == ".json":
         return _config_of_run(file)
     try:
         config = runpy.run_path(str(file)).get("config")
     except Exception as error:  # the file is a person's own code: anything may be raised in it
-        raise ValueError(f"--config: {file}, {_what_and_where(error, str(file))}") from error
+        raise InputError(f"--config: {file}, {_what_and_where(error, str(file))}") from error
     if not isinstance(config, Config):
-        raise ValueError(f"--config: {file} defines no `config = jaxlm.Config(…)`")
+        raise InputError(f"--config: {file} defines no `config = jaxlm.Config(…)`")
     if config.run_dir == Config().run_dir:
         config = replace(config, run_dir=f"runs/{file.stem}")
     return config
@@ -81,7 +83,7 @@ def _config_of_run(file: Path) -> Config:
     try:
         config = read_json(file, Config)
     except ValueError as error:
-        raise ValueError(f"--config: {error}; expected the config.json of a run") from error
+        raise InputError(f"--config: {error}; expected the config.json of a run") from error
     if config.resume == "never":  # asked of the start that made the run
         config = replace(config, resume="auto")
     moved = Path(config.run_dir).resolve() != file.parent.resolve()
@@ -94,7 +96,7 @@ def _what_and_where(error: Exception, file: str) -> str:
     if isinstance(error, SyntaxError) and error.filename == file:
         lines = [error.lineno]
     what = traceback.format_exception_only(error)[-1].strip()
-    what = what.removeprefix("ValueError: ")
+    what = str(error) if isinstance(error, JaxlmError) else what
     return f"line {lines[-1]}: {what}" if lines else what
 
 
@@ -172,7 +174,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def run_main(main: Callable[[], int | None]) -> int:
-    """Calls `main` and turns an error that jaxlm raised on purpose into one message.
+    """Calls `main` and turns a `JaxlmError` into one message.
 
     Any other error is a bug, and its traceback is printed. `JAXLM_TRACEBACK=1` shows it for all.
 
@@ -180,7 +182,7 @@ def run_main(main: Callable[[], int | None]) -> int:
       The exit code.
     """
     guard_streams()
-    tyro._experimental_options["ansi_codes"] = wants_color()
+    set_help_colors(wants_color())
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     try:
@@ -213,13 +215,8 @@ def explain(error: BaseException) -> tuple[int, str | None]:
         return 130, _INTERRUPTED
     if isinstance(error, SystemExit):
         return (error.code, "stopped") if isinstance(error.code, int) else (1, str(error.code))
-    innermost = traceback.extract_tb(error.__traceback__)[-1]
-    ours = Path(__file__).parent in Path(innermost.filename).parents
-    on_purpose = ours and (innermost.line or "").startswith("raise")
-    on_purpose &= isinstance(error, (ValueError, OSError, ImportError, RuntimeError))
-    if not on_purpose or os.environ.get("JAXLM_TRACEBACK"):
-        return 1, None
-    return 1, f"error: {error}"
+    shown = isinstance(error, JaxlmError) and not os.environ.get("JAXLM_TRACEBACK")
+    return 1, f"error: {error}" if shown else None
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from jaxlm.checkpoints.folder import list_steps, select
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.quarantine import Purger
 from jaxlm.checkpoints.restore import items_of
-from jaxlm.checkpoints.retention import Retention
+from jaxlm.checkpoints.retention import choose_kept
 from jaxlm.config import CheckpointConfig, MeshConfig
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import TrainState, make_blueprint, num_bytes
@@ -168,11 +168,10 @@ def test_a_disk_budget_thins_the_milestones_and_never_best_or_latest(
     room: int, milestones: list[int]
 ) -> None:
     # Of the room, two are for what is being written and deleted.
-    retention = Retention(_budget_of(room))
-    retention.state_bytes = STATE_BYTES
-    kept: set[int] = set()
+    config, kept = _budget_of(room), set[int]()
     for step in range(1, 15):  # the first stays the best
-        kept = retention.kept({found: float(found) for found in sorted({*kept, step})})
+        losses: dict[int, float | None] = {found: float(found) for found in sorted({*kept, step})}
+        kept = choose_kept(config, losses, state_bytes=STATE_BYTES)
     assert kept == {1, 13, 14, *milestones}
     assert len(kept) <= max(room - 2, 3)
 
@@ -189,9 +188,8 @@ def test_a_disk_budget_thins_the_milestones_on_disk(tmp_path: Path) -> None:
 
 def test_the_first_step_stays_under_any_budget() -> None:
     """It is a multiple of every number."""
-    retention = Retention(CheckpointConfig(keep_latest=1, keep_every=10, disk_budget_gb=1e-9))
-    retention.state_bytes = 1000
-    assert retention.kept(dict.fromkeys([0, 10, 20, 30])) == {0, 30}
+    config = CheckpointConfig(keep_latest=1, keep_every=10, disk_budget_gb=1e-9)
+    assert choose_kept(config, dict.fromkeys([0, 10, 20, 30]), state_bytes=1000) == {0, 30}
 
 
 @pytest.mark.parametrize("worse", [math.nan, math.inf, -math.inf])
@@ -435,7 +433,7 @@ def test_an_interrupted_end_leaves_the_save_under_way_alone(
         checkpoints.__exit__(None, None, None)
     may_end.set()
     end()
-    lock.unlock(checkpoints._lock)
+    checkpoints.release()
     with _open(tmp_path, keep_latest=1) as checkpoints:
         restored = checkpoints.restore_latest(BLUEPRINT.abstract)
         checkpoints.retain()

@@ -30,7 +30,7 @@ LAYERS = [
     {"data", "device"},
     {"config"},
     {"cluster", "extras", "files"},
-    {"terminal"},
+    {"errors", "insides", "terminal"},
 ]
 PURE = {
     "itertools",
@@ -118,7 +118,7 @@ def test_the_device_room_sees_arrays_only():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
         assert not called & {"open", "print", "input"}, name
-        assert imported_modules(MODULES[name], MODULES) <= DEVICE_ROOM | {"config"}, name
+        assert imported_modules(MODULES[name], MODULES) <= DEVICE_ROOM | {"config", "errors"}, name
 
 
 def test_the_host_room_does_no_array_arithmetic():
@@ -278,7 +278,7 @@ def test_the_kernel_and_the_whole_are_small():
     kernel = closure("launch", MODULES)
     assert {"training.loop", "data.sources"} <= kernel
     assert not kernel & {"report.page", "inference.sample", "cli.runs"}
-    assert sum(map(sizes.__getitem__, kernel)) <= 6140
-    assert sum(sizes.values()) + sum(code_lines(path.read_text()) for path in others) <= 10125
+    assert sum(map(sizes.__getitem__, kernel)) <= 6146
+    assert sum(sizes.values()) + sum(code_lines(path.read_text()) for path in others) <= 10270
     assert sizes["checkpoints.checkpoint"] <= 320
     assert code_lines('"""Doc."""\n\n# why\nx = 1  # here\ndef f():\n    """Doc."""\n') == 2

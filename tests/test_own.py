@@ -12,7 +12,7 @@ from flax import nnx
 from test_train import _StopAtOnce
 from tiny_run import BATCH, SEQ, VOCAB, Table, TinyBatches, TinyEvalSet, tiny_config, train_table
 
-from jaxlm import Hook, load_model
+from jaxlm import Hook, Tracker, load_model
 from jaxlm.checkpoints.restore import restore_numpy
 from jaxlm.device.loss import cross_entropy
 from jaxlm.device.state import TrainState
@@ -304,3 +304,68 @@ def test_what_was_own_must_be_given_again(tmp_path: Path) -> None:
         train_table(tiny_config(tmp_path, **SHORT | {"num_steps": 5}))
     with pytest.raises(ValueError, match="one of your own: pass it again, as `model` or `optimize"):
         load_model(str(tmp_path), say=str)
+
+
+def test_a_tracker_of_ones_own_has_each_row_once_and_stops_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept: list[list[tuple[int, float]]] = []
+
+    class Curve(Tracker):
+        def __init__(self, config: Any, history: Any) -> None:
+            kept.append(
+                [(row["step"], row["train/loss"]) for row in history if "train/loss" in row]
+            )
+
+        def log(self, step: int, row: Any) -> None:
+            if "train/loss" in row:
+                kept[-1].append((step, row["train/loss"]))
+
+    class Broken(Tracker):
+        def __init__(self, config: Any, history: Any) -> None: ...
+
+        def log(self, step: int, row: Any) -> None:
+            raise OSError("its server is gone")
+
+    stop_at_each_step(tmp_path, trackers=[Curve, Broken])
+    rows = [row for row in untimed_rows(tmp_path) if "train/loss" in row]
+    assert kept[-1] == [(row["step"], row["train/loss"]) for row in rows] and len(kept) == 5
+    said = capsys.readouterr().out
+    failure = "tracker 2 of your own failed; the run goes on without it (OSError: its server"
+    assert said.count(failure) == 5
+
+
+class InParts(Table):
+    """A table that is read out in parts, with dropout before its end."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        super().__init__(rngs)
+        self.dropout = nnx.Dropout(0.5)
+
+    def __call__(self, tokens_BT: Any, segment_ids_BT: Any = None, rngs: Any = None) -> jax.Array:
+        return self.readout()(self.hidden(tokens_BT, segment_ids_BT, rngs)[0])
+
+    def hidden(self, tokens_BT: Any, segment_ids_BT: Any = None, rngs: Any = None) -> Any:
+        logits = super().__call__(tokens_BT)
+        return self.dropout(logits, rngs=rngs, deterministic=rngs is None), None
+
+    def readout(self) -> Any:
+        return lambda logits: logits
+
+
+class HiddenWithoutRngs(Dropping):
+    def hidden(self, tokens_BT: Any, segment_ids_BT: Any = None) -> Any:
+        return self(tokens_BT), None
+
+
+def test_a_loss_in_chunks_drops_out_too(tmp_path: Path) -> None:
+    for chunks in (1, 2):
+        config = tiny_config(tmp_path / str(chunks), **SHORT, loss_chunks=chunks)
+        train_table(config, model=InParts)
+    rows = [untimed_rows(tmp_path / str(chunks)) for chunks in (1, 2)]
+    for one, other in zip(*rows, strict=True):
+        assert one.keys() == other.keys()
+        np.testing.assert_allclose(list(one.values()), list(other.values()), rtol=1e-4)
+    config = tiny_config(tmp_path / "none", **SHORT, loss_chunks=2)
+    with pytest.raises(ValueError, match="model: found `rngs` in `__call__` and not in `hidden`"):
+        train_table(config, model=HiddenWithoutRngs)

@@ -618,7 +618,8 @@ def test_a_full_disk(corpus, tmp_path, limit, name, monkeypatch):
     failed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert failed.returncode == 1
     last = failed.stderr.strip().splitlines()[-1]
-    assert last.startswith("OSError: [Errno 27] File too large while writing") and name in last
+    error = "jaxlm.errors.FileError: [Errno 27] File too large while writing"
+    assert last.startswith(error) and name in last
     assert "make room, or name another place with --data.cache-dir" in last
     left = {path.name for path in (tmp_path / "full").rglob("*") if path.is_file()}
     assert not [file for file in left if file.endswith((".tmp", ".bin"))]

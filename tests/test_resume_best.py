@@ -13,7 +13,7 @@ from test_events import tells_the_disk
 from text_run import rewrite
 from tiny_run import TinyBatches, tiny_config, train_table
 
-from jaxlm.checkpoints import checkpoint, quarantine
+from jaxlm.checkpoints import checkpoint, held, quarantine
 from jaxlm.checkpoints.folder import list_steps, select
 from jaxlm.config import Config, OptimConfig
 from jaxlm.proof.attempt import untimed_rows
@@ -103,7 +103,7 @@ def test_it_goes_back_once(straight: Path, ruined: Path) -> None:
         (checkpoint.Checkpoints, "_put_aside", 1),  # nothing is renamed
         (Path, "rename", 1),
         (Path, "rename", 2),  # some are
-        (checkpoint, "list_old_superseded", 1),  # all are
+        (held, "list_old_superseded", 1),  # all are
         (Events, "compare", 1),
         (checkpoint.Checkpoints, "retain", 1),  # it has gone back
     ],

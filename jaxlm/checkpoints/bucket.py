@@ -17,6 +17,7 @@ from jaxlm.checkpoints.copying import Copied, copy_run
 from jaxlm.checkpoints.folder import list_steps
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.names import split_step
+from jaxlm.errors import FileError, InputError, RunError
 from jaxlm.extras import MODULES, needs
 from jaxlm.files.durable import crc32c, link
 from jaxlm.files.ours import check_ours
@@ -51,7 +52,7 @@ def upload(run: str, dest: str, *, say: Say = print) -> Copied:
     with _bucket(dest) as (bucket, root):
         there = _list(bucket, root)
         if there and (WHOLE in there or PARTIAL not in there):
-            raise ValueError(f"{dest}: found objects, expected none; choose another name")
+            raise InputError(f"{dest}: found objects, expected none; choose another name")
         check_ours(links)
         shutil.rmtree(links, ignore_errors=True)  # of one that was killed
         try:
@@ -68,7 +69,7 @@ def upload(run: str, dest: str, *, say: Say = print) -> Copied:
         for name in there.keys() - wanted.keys() - {PARTIAL}:  # of the earlier try
             bucket.blob(root + name).delete()
         if wrong := [name for name, entry in wanted.items() if there.get(name) != entry]:
-            raise OSError(f"{wrong[0]} is not there as it was sent, and {len(wrong) - 1} more")
+            raise FileError(f"{wrong[0]} is not there as it was sent, and {len(wrong) - 1} more")
         bucket.blob(root + WHOLE).upload_from_string(json.dumps({"files": wanted}))
         bucket.blob(root + PARTIAL).delete()
     return found._replace(folder=dest)
@@ -84,7 +85,7 @@ def download(url: str, dest: str, *, say: Say = print) -> Copied:
     with _bucket(url) as (bucket, root):
         there = _list(bucket, root)
         if WHOLE not in there:
-            raise ValueError(
+            raise InputError(
                 f"{url}: found no {WHOLE}, which is written last: no copy is there, or an "
                 "unfinished one, and the command that began it goes on with it"
             )
@@ -93,18 +94,18 @@ def download(url: str, dest: str, *, say: Say = print) -> Copied:
             for name, entry in files.items():
                 path = partial / name
                 if ".." in PurePosixPath(name).parts or not path.is_relative_to(partial):
-                    raise ValueError(f"{url}/{WHOLE}: found {name!r}, expected a name inside")
+                    raise InputError(f"{url}/{WHOLE}: found {name!r}, expected a name inside")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if name in there:
                     bucket.blob(root + name).download_to_filename(path, checksum=None)
                 if name not in there or [path.stat().st_size, crc32c(path)] != entry:
-                    raise ValueError(f"{url}/{name}: missing, or not what was sent; none is kept")
+                    raise InputError(f"{url}/{name}: missing, or not what was sent; none is kept")
             steps = list_steps(partial / "checkpoints")
             if not steps:
-                raise ValueError(f"{url}: found no checkpoint in the copy; nothing is kept")
+                raise InputError(f"{url}: found no checkpoint in the copy; nothing is kept")
             for step in steps:
                 if damage := find_damage(partial / "checkpoints" / str(step), contents=False):
-                    raise ValueError(f"{url}: step {step}: {damage[0]}; nothing is kept")
+                    raise InputError(f"{url}: step {step}: {damage[0]}; nothing is kept")
     return Copied(dest, steps, [], {})
 
 
@@ -117,11 +118,11 @@ def _bucket(url: str) -> Iterator[tuple[Any, str]]:
 
     name, _, path = url.removeprefix("gs://").partition("/")
     if not (name and path.strip("/")):
-        raise ValueError(f"{url}: expected gs://BUCKET/PATH, a place of its own for the copy")
+        raise InputError(f"{url}: expected gs://BUCKET/PATH, a place of its own for the copy")
     try:
         yield storage.Client().bucket(name), path.rstrip("/") + "/"
     except (OSError, GoogleAPIError, GoogleAuthError) as error:
-        raise RuntimeError(
+        raise RunError(
             f"{url}: the copy was cut short ({error}); look at the bucket, the disk and the "
             "sign-in (`gcloud auth application-default login`); the same command goes on"
         ) from error

@@ -17,6 +17,7 @@ from jaxlm.checkpoints.folder import (
 )
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.names import split_step
+from jaxlm.errors import InputError, RunError
 from jaxlm.files.durable import write_file
 from jaxlm.files.ours import mark
 from jaxlm.files.publish import check_free, published
@@ -90,7 +91,7 @@ def copy_run(
             _copy_files(run_dir, partial, ROWS, EVENTS)
             _copy_config(run_dir, partial)
         except OSError as error:
-            raise RuntimeError(
+            raise RunError(
                 f"{dest}: the copy failed, and nothing is left of it ({error}); "
                 "look at the disks, then start again"
             ) from error
@@ -101,7 +102,7 @@ def copy_run(
         for step, damage in damaged.items():
             say(f"{step}: damaged, left out: {damage}")
         if not (copied := list_steps(folder)):
-            raise ValueError(f"{run}: found no sound checkpoint to copy; look at {source}")
+            raise InputError(f"{run}: found no sound checkpoint to copy; look at {source}")
         newest = found.sound[max(found.sound)] if found.sound else None
         for what in find_row_damage(partial / ROWS, newest.rows) if newest else ():
             say(f"Warning: {ROWS}: {what}")
@@ -111,7 +112,7 @@ def copy_run(
 def check_outside(target: Path, *folders: Path) -> None:
     """Raises ValueError if something new is to be made inside one of these folders."""
     if inside := [path for path in folders if target.resolve().is_relative_to(path.resolve())]:
-        raise ValueError(f"{target}: lies within {inside[0]}, expected a place outside of the run")
+        raise InputError(f"{target}: lies within {inside[0]}, expected a place outside of the run")
 
 
 def _copy_step(source: Path, target: Path, copy_file: Callable[..., Any]) -> list[str] | None:

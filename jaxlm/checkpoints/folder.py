@@ -12,6 +12,7 @@ from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.entries import identity, list_corrupt, list_steps
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.names import split_step
+from jaxlm.errors import InputError
 from jaxlm.files.durable import expand
 from jaxlm.files.strict import read_json
 from jaxlm.terminal import progress
@@ -42,10 +43,10 @@ def read_metadata(folder: Path, step: int) -> Metadata:
     try:
         metadata = Metadata.from_json(read_json(path, dict[str, Any]))
         if metadata.step != step:
-            raise ValueError(f"it is of step {metadata.step}")
+            raise InputError(f"it is of step {metadata.step}")
         return metadata
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"{folder / str(step)}: its metadata cannot be read ({error}); name another step"
         ) from error
 
@@ -95,7 +96,7 @@ def _run_and_others(folder: Path, run_ids: dict[int, str]) -> tuple[str, list[in
     ranked = Counter(run_ids.values()).most_common(2)
     if len(ranked) == 2 and ranked[0][1] == ranked[1][1]:
         found = ", ".join(f"{step} of run {run_id}" for step, run_id in run_ids.items())
-        raise ValueError(
+        raise InputError(
             f"{folder}: found checkpoints of several runs ({found}), expected those of one; "
             "move away those that are not of this run"
         )
@@ -138,7 +139,7 @@ def find_checkpoints(run: str) -> Path:
         try:
             recorded = recorded_directory(path)
         except ValueError as error:
-            raise ValueError(
+            raise InputError(
                 f"{run}: its config.json is not that of a run ({error}); of a folder of "
                 f"transformers, `jaxlm import {run} RUN` makes one; if the file is damaged, name "
                 f"{path / 'checkpoints'} instead"
@@ -149,9 +150,9 @@ def find_checkpoints(run: str) -> Path:
     try:
         found = list_steps(path) or list_corrupt(path)
     except OSError as error:
-        raise ValueError(f"{run}: its checkpoints cannot be listed ({error.strerror})") from error
+        raise InputError(f"{run}: its checkpoints cannot be listed ({error.strerror})") from error
     if not found and not (path.name == "checkpoints" and path.is_dir()):
-        raise ValueError(
+        raise InputError(
             f"{run}: found no checkpoints, expected a run folder (such as runs/tiny) "
             "or its checkpoints folder" + (", without a @STEP" if "@" in run else "")
         )
@@ -206,7 +207,7 @@ def select(run: str, default: str = "best", *, contents: bool = True) -> Selecte
 
 def deleted_each_time(run: str) -> ValueError:
     """The error to raise where a trainer was quicker MAX_CHOICES times."""
-    return ValueError(
+    return InputError(
         f"{run}: chosen {MAX_CHOICES} times, and deleted by its trainer each time before it was "
         "read; wait for the run to end, or start it again with a larger --checkpoint.keep_latest"
     )
@@ -236,7 +237,7 @@ def _choose(name: str, folder: Path, which: str, contents: bool) -> Selected | N
         passed_over[step] = damage
     damaged = "; ".join(f"step {step}: {damage[0]}" for step, damage in passed_over.items())
     there = ", ".join(map(str, list_steps(folder))) or "none"
-    raise ValueError(
+    raise InputError(
         f"{name}@{which}: "
         + (f"damaged ({damaged})" if damaged else "there is no such checkpoint")
         + f"; {folder} holds steps: {there}"

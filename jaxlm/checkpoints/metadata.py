@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config import Config, from_dict
+from jaxlm.errors import InputError
 from jaxlm.files.durable import write_file
 from jaxlm.files.strict import shown, spell, validate
 from jaxlm.tracking.rows import Rows
@@ -70,7 +71,7 @@ class Metadata:
         try:
             return from_dict(self.config)
         except ValueError as error:
-            raise ValueError(
+            raise InputError(
                 f"the config in the metadata of step {self.step}: {error} "
                 f"({_writer(self.environment)})"
             ) from error
@@ -95,7 +96,7 @@ class Metadata:
           ValueError: it is of another format, or a field is missing, unknown or of another type.
         """
         if (found := values.get("format")) != FORMAT:
-            raise ValueError(
+            raise InputError(
                 f"found format {shown(found)}, expected {FORMAT}; use the jaxlm that wrote it "
                 f"({_writer(values.get('environment'))})"
             )

@@ -8,6 +8,7 @@ import jax
 from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.folder import FolderScan, read_metadata, scan_folder
 from jaxlm.cluster import agree, see
+from jaxlm.errors import RunError
 from jaxlm.files.lock import describe_holder
 from jaxlm.files.strict import validate
 from jaxlm.tracking.rows import Rows
@@ -22,7 +23,7 @@ def scan_folder_alike(folder: Path, *, check: bool = True) -> FolderScan:
     """
     holder = agree(describe_holder(folder))
     if not see(lambda: describe_holder(folder) == holder):
-        raise RuntimeError(
+        raise RunError(
             f"{folder}: this process does not see there who uses it ({holder}); put the run on a "
             "disk that all of its processes share"
         )

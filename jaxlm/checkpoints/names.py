@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from jaxlm.errors import InputError
 from jaxlm.files.durable import expand
 
 _STEP = re.compile("best|latest|final|[0-9]+")
@@ -24,5 +25,5 @@ def split_step(run: str) -> tuple[str, str]:
     if _STEP.fullmatch(step):
         return name, step
     if Path(name).is_dir():
-        raise ValueError(f"{run}: expected @best, @latest, @final or @ and a step number")
+        raise InputError(f"{run}: expected @best, @latest, @final or @ and a step number")
     return run, ""

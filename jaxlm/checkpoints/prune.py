@@ -9,8 +9,9 @@ from jaxlm.checkpoints.entries import DELETING, list_named, list_names
 from jaxlm.checkpoints.folder import find_best, find_checkpoints, run_folder, scan_folder
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.quarantine import Purger
-from jaxlm.checkpoints.retention import Retention
+from jaxlm.checkpoints.retention import choose_kept
 from jaxlm.config import CheckpointConfig
+from jaxlm.errors import InputError, RunError
 from jaxlm.files.durable import folder_bytes
 from jaxlm.files.lock import locked
 from jaxlm.terminal import track
@@ -52,7 +53,7 @@ def plan_pruning(
       ValueError: no such run, or a rule that is out of range.
     """
     if disk_budget_gb is not None and not math.isfinite(disk_budget_gb):
-        raise ValueError(f"--disk_budget_gb: found {disk_budget_gb}, expected a finite number")
+        raise InputError(f"--disk_budget_gb: found {disk_budget_gb}, expected a finite number")
     folder = find_checkpoints(run)
     found = scan_folder(folder)
     losses = {step: metadata.eval_loss for step, metadata in found.sound.items()}
@@ -75,9 +76,8 @@ def plan_pruning(
     rules = CheckpointConfig(
         keep_latest=keep_latest, keep_every=keep_every, disk_budget_gb=disk_budget_gb
     )
-    retention = Retention(rules, num_in_transit=0)
-    retention.state_bytes = max(sizes.values(), default=0)
-    for step in retention.kept(losses):
+    state_bytes = max(sizes.values(), default=0)
+    for step in choose_kept(rules, losses, state_bytes=state_bytes, num_in_transit=0):
         kept.setdefault(step, "by the rules")
     dropped = {step: size for step, size in sizes.items() if step not in kept}
     newest = found.sound.get(max(losses, default=-1))
@@ -106,7 +106,7 @@ def prune(run: str, *, warn: Callable[[str], None], **rules: Any) -> Pruning:
         purger.purge()  # what a killed run has left there, of the same name perhaps
         purger.join()
         if stuck := [path.name for path in list_named(folder / DELETING)]:
-            raise RuntimeError(f"{folder / DELETING}: {stuck} cannot be deleted; look at its disk")
+            raise RunError(f"{folder / DELETING}: {stuck} cannot be deleted; look at its disk")
         purger.purge(*(folder / str(step) for step in pruning.dropped))
         if (path := run_folder(run, folder) / NAME).exists():
             why = dict.fromkeys(map(str, pruning.dropped), "jaxlm checkpoints prune")

@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.device.fingerprint import fingerprint
 from jaxlm.device.guard import Guard
 from jaxlm.device.state import Params, TrainState, cast_like, path_name
+from jaxlm.errors import InputError
 from jaxlm.files.durable import NO_ANSWER, no_answer, reading
+from jaxlm.insides import quiet_orbax
 
 ITEMS = ("params", "ema_params", "opt_state", "state")
 """The items of a checkpoint that hold arrays; `meta` is JSON."""
@@ -23,11 +24,8 @@ ITEMS = ("params", "ema_params", "opt_state", "state")
 # What Orbax and TensorStore raise of files that they did not write.
 _UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
-# Orbax warns about normal conditions, and logs errors that it also raises.
-absl_logging.set_verbosity(absl_logging.FATAL)
 
-
-class DamagedArrays(ValueError):
+class DamagedArrays(InputError):
     """Arrays that came back with other bits than were saved."""
 
 
@@ -159,8 +157,9 @@ def _items_at(path: Path) -> list[str]:
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[ocp.Checkpointer]:
     try:
-        with reading(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            yield checkpointer
+        with quiet_orbax(), reading(path):
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                yield checkpointer
     except _UNREADABLE as error:
         reason = str(error).partition("\n")[0]
         # TensorStore reports an unreachable disk by text alone, as it reports damage.
@@ -171,19 +170,19 @@ def _reading(path: Path) -> Iterator[ocp.Checkpointer]:
 
 def _check_bytes(path: Path, tree: Any) -> None:
     # Arrays are stored uncompressed, so metadata that claims more bytes than the files hold is
-    # corrupt. TrainSetup of up to 1 KiB are the exception: OCDBT compresses them into its tree.
+    # corrupt. Arrays of up to 1 KiB are the exception: OCDBT compresses them into its tree.
     wanted = sum(
         math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
     )
     found = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if found + (1 << 28) < wanted:
-        raise ValueError(f"{found:,} bytes, for arrays of {wanted:,}")
+        raise InputError(f"{found:,} bytes, for arrays of {wanted:,}")
 
 
 def check_layout(saved: dict[str, list[Any]], abstract: dict[str, Any], path: Path) -> None:
     """Raises ValueError unless arrays were saved with these names, dtypes and shapes."""
     if "opt_state" in abstract and not any(name.startswith("opt_state/") for name in saved):
-        raise ValueError(
+        raise InputError(
             f"{path} holds weights only, so training cannot go on from it; to begin a run with "
             f"them, add --init_from {path.parent}@{path.name}"
         )
@@ -200,7 +199,7 @@ def check_layout(saved: dict[str, list[Any]], abstract: dict[str, Any], path: Pa
             there, here = (
                 " ".join(map(str, x.get(name) or ["nothing"])) for x in (of_items, wanted)
             )
-            raise ValueError(
+            raise InputError(
                 f"{path}: {name} holds {there}, but this model has {here}; "
                 "restore it with the model and optimizer that it was saved from (one of your own: "
                 "pass it again, as `model` or `optimizer`)"

@@ -5,6 +5,7 @@ import time
 from tyro.conf import Positional
 
 from jaxlm.cli.output import show
+from jaxlm.errors import InputError
 
 
 def list_all(*, cache_dir: str | None = None, json: bool = False) -> int:
@@ -55,7 +56,7 @@ def clear(
     from jaxlm.tracking.console import format_bytes
 
     if delete and not names:
-        raise ValueError(
+        raise InputError(
             f"--delete: found no name, expected {DATA}, {PROGRAMS} or some of `jaxlm cache list`"
         )
     sizes = {entry["name"]: entry["num_bytes"] for entry in list_caches(cache_dir)}

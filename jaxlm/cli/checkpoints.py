@@ -4,6 +4,7 @@ from functools import partial
 
 from jaxlm.cli.arguments import Folder, Run, RunAtStep, Runs
 from jaxlm.cli.output import note, show
+from jaxlm.errors import InputError
 
 
 def list_all(run: Run, *, json: bool = False) -> int:
@@ -33,7 +34,7 @@ def compare(runs: Runs, *, json: bool = False) -> int:
     from jaxlm.report.table import describe_run, format_table
 
     if not runs:
-        raise ValueError("RUN: found none, expected one run folder or more, such as runs/tiny")
+        raise InputError("RUN: found none, expected one run folder or more, such as runs/tiny")
     found = [describe_run(run) for run in runs]
     show(found if len(found) != 1 else found[0], format_table(found), json)
     return 0
@@ -79,7 +80,7 @@ def verify(run: Run, *, eval: bool = False, json: bool = False) -> int:
     folder, found = find_checkpoints(run), {}
     steps = list_steps(folder)
     if not steps:
-        raise ValueError(f"{folder}: found no checkpoint to verify; name a folder that has some")
+        raise InputError(f"{folder}: found no checkpoint to verify; name a folder that has some")
     at_a_look = scan_folder(folder).damaged  # among them sound ones of another run
     for step in track(steps, "Verifying"):
         if (damage := verify_step(folder, step)) is not None:  # not deleted by a trainer
@@ -171,7 +172,7 @@ def copy(run: RunAtStep, dest: Folder, *, json: bool = False) -> int:
     from jaxlm.checkpoints.copying import copy_run
 
     if run.startswith("gs://") and dest.startswith("gs://"):
-        raise ValueError(f"{run} to {dest}: found two buckets, expected one end on this disk")
+        raise InputError(f"{run} to {dest}: found two buckets, expected one end on this disk")
     copy_there = upload if dest.startswith("gs://") else copy_run
     found = (download if run.startswith("gs://") else copy_there)(run, dest, say=note(json))
     steps = ", ".join(map(str, found.steps))
@@ -204,7 +205,7 @@ def average(
     from jaxlm.evaluation.average import average as make_average
 
     if steps == ():
-        raise ValueError("--steps: found none, expected two or more")
+        raise InputError("--steps: found none, expected two or more")
     found = make_average(run, last=last, steps=steps or (), out=out, warn=note(json))
     best = min(found.parts.values())
     lines = [f"step {step}: loss {loss:.4f}" for step, loss in found.parts.items()]

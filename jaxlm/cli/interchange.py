@@ -5,6 +5,7 @@ from typing import Literal
 
 from jaxlm.cli.arguments import Folder, Run, RunAtStep
 from jaxlm.cli.output import note, show
+from jaxlm.errors import InputError
 
 
 def export(
@@ -33,7 +34,7 @@ def export(
     from jaxlm.interchange.export import export
 
     if not 0 < max_shard_gb * 1e9 < math.inf:
-        raise ValueError(f"max_shard_gb: found {max_shard_gb}, expected a number above 0")
+        raise InputError(f"max_shard_gb: found {max_shard_gb}, expected a number above 0")
     size = int(max_shard_gb * 1e9)
     done = export(run, folder, dtype=dtype, max_shard_bytes=size, push=push, say=note(json))
     lines = [

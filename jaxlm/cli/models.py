@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxlm.cli.arguments import RunAtStep, RunsAtSteps
 from jaxlm.cli.output import note, show
+from jaxlm.errors import InputError
 
 
 def evaluate(
@@ -39,15 +40,15 @@ def evaluate(
 
         if len(runs) != 1 or split_step(runs[0])[1] or paired:
             found = " ".join(runs)
-            raise ValueError(f"--follow: found {found}, expected one RUN; leave out the rest")
+            raise InputError(f"--follow: found {found}, expected one RUN; leave out the rest")
         return _follow(runs[0], source, out, poll_s, json)
     if out:
-        raise ValueError(f"--out: found {out}, expected it with --follow only; add --follow")
+        raise InputError(f"--out: found {out}, expected it with --follow only; add --follow")
     from jaxlm.evaluation.score import paired_difference, score
 
     if not runs or (paired and len(runs) != 2):
         expected = "two of them with --paired" if paired else "at least one"
-        raise ValueError(f"RUN@STEP: found {len(runs)}, expected {expected}; add or drop some")
+        raise InputError(f"RUN@STEP: found {len(runs)}, expected {expected}; add or drop some")
     scores = score(runs, source=source, paired=paired, say=note(json))
     values: list[Any] = [s.to_json() for s in scores]
     lines = [
@@ -162,7 +163,7 @@ def sample(
     from jaxlm.inference.sample import Sampling, printable, sample_run
 
     if num_samples < 1:
-        raise ValueError(f"num_samples: found {num_samples}, expected at least 1")
+        raise InputError(f"num_samples: found {num_samples}, expected at least 1")
     prompts = [text for text in prompt for _ in range(num_samples)]
     sampling = Sampling(max_tokens, temperature, top_k, top_p, seed)
     streams = len(prompts) == 1 and not json

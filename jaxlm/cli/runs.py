@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from jaxlm.cli.arguments import Runs
 from jaxlm.cli.output import show
+from jaxlm.errors import InputError
 from jaxlm.launch import parse_config, run
 from jaxlm.terminal import progress, track
 
@@ -133,13 +134,13 @@ def report(runs: Runs, *, out: Path = Path("report.html"), json: bool = False) -
 
     out = check_out(out)
     if out.suffix != ".html":
-        raise ValueError(f"--out: found {out}, expected a name that ends in .html")
+        raise InputError(f"--out: found {out}, expected a name that ends in .html")
     if not runs:
-        raise ValueError("RUN: found none, expected one run folder or more, such as runs/tiny")
+        raise InputError("RUN: found none, expected one run folder or more, such as runs/tiny")
     histories = [read_history(run) for run in track(runs, "Reading")]
     for history in histories:
         if not (history.rows or history.events or history.checkpoints):
-            raise ValueError(f"{history.run}: found no run, {'; '.join(history.missing)}")
+            raise InputError(f"{history.run}: found no run, {'; '.join(history.missing)}")
     with progress("Making the page"):
         page = make_report(histories).encode()
     write_file(out, page)

@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from jaxlm.data.shards import TokenShards
+from jaxlm.errors import InputError
 
 X = TypeVar("X")
 
@@ -71,7 +72,7 @@ class TrainBatches:
         self, tokens: TokenShards, *, batch_size: int, seq_len: int, seed: int, fingerprint: str
     ) -> None:
         if tokens.num_tokens < seq_len + 1:
-            raise ValueError(
+            raise InputError(
                 f"corpus: {tokens.num_tokens:,} training tokens, and one window of seq_len "
                 f"{seq_len:,} takes {seq_len + 1:,}: give it more text, or lower seq_len"
             )
@@ -97,7 +98,7 @@ class EvalBatches:
 
     def __init__(self, tokens: TokenShards, *, batch_size: int, seq_len: int) -> None:
         if tokens.num_tokens < 2:
-            raise ValueError(
+            raise InputError(
                 f"held-out set: {tokens.num_tokens} tokens, and an eval takes at least 2: "
                 "give it more text, or raise data.eval_tokens"
             )

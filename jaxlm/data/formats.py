@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from io import BufferedReader, FileIO
 from typing import Any
 
+from jaxlm.errors import InputError
 from jaxlm.extras import needs
 
-ScoringModel = Callable[[FileIO, str], Iterator[str]]
+ReadTexts = Callable[[FileIO, str], Iterator[str]]
 """An open file and the field that holds the text -> documents."""
 
 SECTION_CHARS = 20_000
@@ -36,7 +37,7 @@ def kind_of(path: str) -> str:
     return os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix
 
 
-def reader_of(path: str) -> ScoringModel:
+def reader_of(path: str) -> ReadTexts:
     """What reads a file: rows where its name says so, else plain text.
 
     Raises:
@@ -51,7 +52,7 @@ def reader_of(path: str) -> ScoringModel:
         problem = f"holds rows in {kind}; make it .jsonl (one object a line) or .parquet"
     else:
         return READERS.get(kind, _read_sections)
-    raise ValueError(
+    raise InputError(
         f"data.source: {path} {problem}, or leave it out by a pattern such as *.txt. Expected are "
         f"{', '.join(READERS)} or other files of plain text, all but .parquet perhaps with "
         f"{', '.join(_COMPRESSED)} after it"
@@ -80,7 +81,7 @@ def _lines(file: FileIO) -> Iterator[bytes]:
 
 
 def _damaged(path: str, error: Exception) -> ValueError:
-    return ValueError(f"{path}: damaged or cut short ({error}); get it anew")
+    return InputError(f"{path}: damaged or cut short ({error}); get it anew")
 
 
 def _read_sections(file: FileIO, field: str) -> Iterator[str]:
@@ -101,7 +102,7 @@ def _read_jsonl(file: FileIO, field: str) -> Iterator[str]:
             try:
                 row = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: not JSON ({error}); mend it") from error
+                raise InputError(f"{where}: not JSON ({error}); mend it") from error
             yield text_of(row, field, where)
         offset += len(line)
 
@@ -124,7 +125,7 @@ def _read_parquet(file: FileIO, field: str) -> Iterator[str]:
         raise _damaged(path, error) from error
 
 
-READERS: dict[str, ScoringModel] = {
+READERS: dict[str, ReadTexts] = {
     ".txt": _read_sections,
     ".md": _read_sections,
     ".jsonl": _read_jsonl,
@@ -153,11 +154,11 @@ def text_of(row: Any, field: str, where: str) -> str:
         return _decode(text, where, 0)
     text = "" if text is None else text
     if not isinstance(text, str):
-        raise ValueError(f"{where}: field {field!r} holds {text!r:.80}, expected text")
+        raise InputError(f"{where}: field {field!r} holds {text!r:.80}, expected text")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON may spell what no text holds
-        raise ValueError(
+        raise InputError(
             f"{where}: field {field!r} holds half of a character, "
             f"\\u{ord(text[error.start]):x}, at {error.start}; mend that row, or leave it out"
         ) from error
@@ -182,7 +183,7 @@ def _names(row: Any) -> Any:
 
 
 def _no_field(where: str, field: str, found: Any) -> ValueError:
-    return ValueError(
+    return InputError(
         f"{where}: no field {field!r}; found {found!r:.300}. Name the one that holds the text "
         "with --data.text-field"
     )
@@ -192,7 +193,7 @@ def _text(data: bytes, path: str, offset: int) -> str:
     """Bytes of a file from `offset` on, without the byte order mark."""
     text = _decode(data, path, offset)
     if "\0" in text:  # UTF-16 without its mark is often valid UTF-8
-        raise ValueError(
+        raise InputError(
             f"{path}: NUL at byte {offset + data.index(0)}, which text does not hold; {_mend(data)}"
         )
     return text if offset else text.removeprefix("\ufeff")
@@ -202,7 +203,7 @@ def _decode(data: bytes, where: str, offset: int) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise InputError(
             f"{where}: not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}); "
             f"{_mend(data)}"
         ) from error

@@ -34,6 +34,7 @@ from jaxlm.data.dataset import (
     open_dataset,
 )
 from jaxlm.data.sources import Source, open_source
+from jaxlm.errors import FileError, InputError
 from jaxlm.files.durable import write_file
 from jaxlm.files.strict import read_json
 from jaxlm.terminal import can_draw, progress
@@ -218,7 +219,7 @@ def _write(path: Path, data: bytes) -> dict[str, Any]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         free = shutil.disk_usage(path.parent).free
-        raise OSError(
+        raise FileError(
             error.errno,
             f"{error.strerror} while writing {len(data):,} bytes ({free:,} free): make room, or "
             "name another place with --data.cache-dir or JAXLM_CACHE. What was finished is kept, "
@@ -232,9 +233,9 @@ def _check_corpus(
     config: DataConfig, source: Source, num_documents: int, train: int, eval: int
 ) -> None:
     if open_source(config).key != source.key:
-        raise ValueError(f"data.source {source.name}: changed while it was read; try again")
+        raise InputError(f"data.source {source.name}: changed while it was read; try again")
     if not (train and eval):
-        raise ValueError(
+        raise InputError(
             f"{'corpus cannot be split' if train or eval else 'empty corpus'}: {source.name} has "
             f"{num_documents:,} documents, which gave {train:,} training and {eval:,} held-out "
             "tokens; expected at least 2 with text, since whole documents are held out: divide "

@@ -19,21 +19,23 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
+from jaxlm.config import DataConfig
 from jaxlm.data.files import Source, files_revision
 from jaxlm.data.formats import text_of
+from jaxlm.errors import MissingFileError, MissingPackageError, NoConnectionError
 from jaxlm.extras import needs
 from jaxlm.files.durable import expand
 
 _PROBE_S = 5.0
 
 
-def hugging_face(spec: str, split: str, field: str) -> Source:
+def hugging_face(data: DataConfig) -> Source:
     """A dataset of the Hugging Face Hub, or a local folder laid out like one, streamed.
 
     Its revision is the commit; for a folder, a hash of its listing.
     """
-    name = f"hf:{spec}"
-    repo, _, config = spec.partition(":")
+    name = data.source
+    repo, _, config = name.partition(":")[2].partition(":")
     repo = expand(repo, "data.source")
     local = os.path.isdir(repo)
 
@@ -46,16 +48,16 @@ def hugging_face(spec: str, split: str, field: str) -> Source:
         datasets = needs("datasets", f"data.source {name}")
         revision = None if local else commit()
         rows = datasets.load_dataset(
-            repo, config or None, split=split, streaming=True, revision=revision
+            repo, config or None, split=data.split, streaming=True, revision=revision
         )
         for index, row in enumerate(rows.skip(start), start):
-            yield text_of(row, field, f"{name} row {index}")
+            yield text_of(row, data.text_field, f"{name} row {index}")
 
     key = _folder_revision(repo) if local else name
     return Source(name, key, documents, look_up=None if local else commit)
 
 
-def tfds(kind: str, spec: str, split: str, field: str) -> Source:
+def tfds(data: DataConfig) -> Source:
     """A TensorFlow dataset by its name, or a folder that holds a prepared one; no TensorFlow.
 
     Its revision is name and version of the dataset; for a folder, a hash of its listing too.
@@ -63,11 +65,12 @@ def tfds(kind: str, spec: str, split: str, field: str) -> Source:
     Raises:
       FileNotFoundError: there is no prepared dataset in the folder.
     """
-    name = key = f"{kind}:{spec}"
+    name = key = data.source
+    kind, _, spec = name.partition(":")
     folder = expand(spec, "data.source") if kind == "tfds_dir" else None
     if folder is not None:
         if not os.path.isfile(os.path.join(folder, "dataset_info.json")):
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"data.source {name}: no dataset_info.json there; expected the folder "
                 "of one version, such as DATA_DIR/NAME/1.0.0"
             )
@@ -81,9 +84,9 @@ def tfds(kind: str, spec: str, split: str, field: str) -> Source:
         return _prepared_builder(library, spec, f"data.source {name}")
 
     def documents(start: int) -> Iterator[str]:
-        rows = builder().as_data_source(split=split)
+        rows = builder().as_data_source(split=data.split)
         for index in range(start, len(rows)):
-            yield text_of(rows[index], field, f"{name} row {index}")
+            yield text_of(rows[index], data.text_field, f"{name} row {index}")
 
     return Source(name, key, documents, look_up=lambda: f"{builder().info.full_name} {key}")
 
@@ -97,7 +100,7 @@ def _prepared_builder(library: Any, name: str, what: str) -> Any:
         try:
             builder.download_and_prepare()
         except ImportError as error:
-            raise ImportError(
+            raise MissingPackageError(
                 f"{what}: TFDS prepares it with TensorFlow ({error}): `pip install "
                 f"tensorflow`, or {elsewhere}"
             ) from error
@@ -125,14 +128,14 @@ def _folder_revision(folder: str) -> str:
 @contextlib.contextmanager
 def _hub(what: str, instead: str) -> Iterator[None]:
     if constants.HF_HUB_OFFLINE:
-        raise ConnectionError(
+        raise NoConnectionError(
             f"{what}: HF_HUB_OFFLINE forbids to look it up; unset it, or {instead}"
         )
     require_network(constants.ENDPOINT, what, instead)
     try:
         yield
     except HfHubHTTPError as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{what}: not found at {constants.ENDPOINT} ({error}); check the name, and "
             "log in if it is gated (`hf auth login`)"
         ) from error
@@ -162,4 +165,4 @@ def require_network(url: str, what: str, instead: str) -> None:
     thread.join(_PROBE_S)
     if problem or thread.is_alive():
         problem = problem or f"no answer within {_PROBE_S:g} s"
-        raise ConnectionError(f"{what}: cannot reach {url} ({problem}); {instead}")
+        raise NoConnectionError(f"{what}: cannot reach {url} ({problem}); {instead}")

@@ -1,8 +1,18 @@
 """Where text comes from: an iterator of documents in a fixed order."""
 
+import importlib
+
 from jaxlm.config import DataConfig
-from jaxlm.data import files
 from jaxlm.data.files import Source
+
+# Kind of source -> module and function, imported when it is asked for: most runs need no network.
+_SOURCES = {
+    "embedded": "jaxlm.data.files.embedded",
+    "text": "jaxlm.data.files.text_files",
+    "hf": "jaxlm.data.remote.hugging_face",
+    "tfds": "jaxlm.data.remote.tfds",
+    "tfds_dir": "jaxlm.data.remote.tfds",
+}
 
 
 def open_source(config: DataConfig) -> Source:
@@ -12,13 +22,6 @@ def open_source(config: DataConfig) -> Source:
       FileNotFoundError: no such file or folder.
       ImportError: the package of the source is not installed.
     """
-    kind, _, rest = config.source.partition(":")
-    if kind == "embedded":
-        return files.embedded()
-    if kind == "text":
-        return files.text_files(rest, config.text_field)
-    from jaxlm.data import remote  # Most runs need no network, and never import this.
-
-    if kind == "hf":
-        return remote.hugging_face(rest, config.split, config.text_field)
-    return remote.tfds(kind, rest, config.split, config.text_field)
+    kind = config.source.partition(":")[0]
+    module, _, function = _SOURCES[kind].rpartition(".")
+    return getattr(importlib.import_module(module), function)(config)

@@ -10,6 +10,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Tokenizer
 
+from jaxlm.errors import InputError, MissingFileError
 from jaxlm.files.durable import expand, read_file
 
 EOS = "<|endoftext|>"
@@ -29,7 +30,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
       ValueError: no text, or a vocabulary too small for the bytes.
     """
     if vocab_size < 257:
-        raise ValueError(
+        raise InputError(
             f"model.vocab_size: found {vocab_size}, expected at least 257 to train a tokenizer "
             f"(the 256 bytes and {EOS})"
         )
@@ -40,7 +41,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         if num_bytes >= _SAMPLE_BYTES:
             break
     if num_bytes == 0:
-        raise ValueError(
+        raise InputError(
             "empty corpus: there is no text to train a tokenizer on; check data.source"
         )
     tokenizer = Tokenizer(tokenizers.models.BPE())
@@ -77,7 +78,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     except BaseException as error:  # tokenizers raises no narrower class, and Rust may panic.
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise ValueError(
+        raise InputError(
             f"tokenizer {path}: cannot be read ({error}); expected a tokenizer.json of the "
             "Hugging Face tokenizers library"
         ) from error
@@ -103,7 +104,7 @@ def local_tokenizer(name_or_path: str | Path) -> Path | None:
     name = str(name_or_path)
     if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not name.endswith(".json"):
         return None
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"data.tokenizer: no file {path}; expected train, a tokenizer.json, or a Hugging Face name"
     )
 
@@ -123,7 +124,7 @@ def find_eos(tokenizer: Tokenizer, eos_token: str | None) -> int:
         if (found := tokenizer.token_to_id(name)) is not None:
             return found
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    raise ValueError(
+    raise InputError(
         f"data.eos_token: the tokenizer has no {eos_token or ', '.join(_EOS_NAMES)}; name the "
         f"token that ends a document with --data.eos-token. Its added tokens: {special}"
     )
@@ -165,7 +166,7 @@ def _spelled_out(tokenizer: Tokenizer, text: str, eos_id: int) -> list[int]:
     encodings = tokenizer.encode_batch_fast(parts, add_special_tokens=False)
     for part, encoding in zip(parts, encodings, strict=True):
         if eos_id in encoding.ids:
-            raise ValueError(
+            raise InputError(
                 f"data.eos_token: {tokenizer.id_to_token(eos_id)!r} ends a document, and the "
                 f"tokenizer gives it for the text {part[-40:]!r} too; name another token, or take "
                 "another tokenizer"

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlm.errors import InputError
+
 Batch = dict[str, jax.Array]
 Sums = jax.Array | dict[str, jax.Array]
 Loss = Callable[..., tuple[Sums, jax.Array] | tuple[Sums, jax.Array, dict[str, jax.Array]]]
@@ -51,6 +53,10 @@ def takes(function: Callable[..., Any], name: str) -> bool:
     return name in inspect.signature(function).parameters
 
 
+def _rngs_for(function: Callable[..., Any], key: jax.Array | None) -> dict[str, nnx.Rngs | None]:
+    return {"rngs": None if key is None else nnx.Rngs(key)} if takes(function, "rngs") else {}
+
+
 def next_token_loss(*, z_loss: float = 0.0, eos_id: int | None = None, num_chunks: int = 1) -> Loss:
     """Cross-entropy of the next token.
 
@@ -65,18 +71,23 @@ def next_token_loss(*, z_loss: float = 0.0, eos_id: int | None = None, num_chunk
     Returns:
       A loss of a model `(tokens_BT, segment_ids_BT or None) -> logits_BTV` and a batch of
       `inputs` and `targets`, int32 [B, T], and optionally `loss_mask`, float32 [B, T]. A model with
-      a parameter `rngs` is given `nnx.Rngs` of this batch for it, and None in evals.
+      a parameter `rngs` (in `hidden` too) is given `nnx.Rngs` of this batch for it, and None in
+      evals.
     """
 
     def loss(model: Any, batch: Batch, key: jax.Array | None = None) -> tuple[Sums, jax.Array]:
         inputs_BT = batch["inputs"]
         segment_ids_BT = None if eos_id is None else segments(inputs_BT, eos_id)
         if num_chunks == 1:
-            given = {"rngs": None if key is None else nnx.Rngs(key)} if takes(model, "rngs") else {}
-            logits_BTV = model(inputs_BT, segment_ids_BT, **given)
+            logits_BTV = model(inputs_BT, segment_ids_BT, **_rngs_for(model, key))
             losses_BT, log_normalizer_BT = _token_losses(logits_BTV, batch["targets"])
         else:
-            x_BTD, _ = model.hidden(inputs_BT, segment_ids_BT)
+            if takes(model, "rngs") and not takes(model.hidden, "rngs"):
+                raise InputError(
+                    "model: found `rngs` in `__call__` and not in `hidden`, which loss_chunks "
+                    "calls; expected it in both, or loss_chunks 1"
+                )
+            x_BTD, _ = model.hidden(inputs_BT, segment_ids_BT, **_rngs_for(model.hidden, key))
             # The readout is made out here, so that gradients of its weights are summed, and sent
             # between devices, in the dtype that it casts them to.
             losses_BT, log_normalizer_BT = _in_chunks(

@@ -25,62 +25,85 @@ _NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 
 def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
-    """Step -> learning rate.
-
-    `wsd` is warmup-stable-decay (2404.06395): constant, then linear over the last
-    `decay_fraction` of the run.
-    """
-    peak, floor = config.learning_rate, config.learning_rate * config.min_lr_ratio
-    warmup = config.warmup_steps
+    """Step -> learning rate: a linear warmup, then the rest by `config.schedule`."""
+    peak, warmup = config.learning_rate, config.warmup_steps
     # The rate of step 0 is peak / warmup, not 0: an update of nothing would be a step wasted.
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
-    if config.schedule == "constant":
-        return optax.join_schedules([rise, optax.constant_schedule(peak)], [warmup])
-    if config.schedule == "cosine":
-        decay = optax.cosine_decay_schedule(peak, max(num_steps - warmup, 1), config.min_lr_ratio)
-        return optax.join_schedules([rise, decay], [warmup])
-    # A warmup that reaches into the decay shortens it; the end stays where it is.
-    decay_steps = min(round(config.decay_fraction * num_steps), num_steps - warmup)
-    fall = optax.linear_schedule(peak, floor, max(decay_steps, 1))
-    stable_until = num_steps - decay_steps
-    return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, stable_until])
+    return optax.join_schedules([rise, SCHEDULES[config.schedule](config, num_steps)], [warmup])
+
+
+def _constant(config: OptimConfig, num_steps: int) -> optax.Schedule:
+    return optax.constant_schedule(config.learning_rate)
+
+
+def _cosine(config: OptimConfig, num_steps: int) -> optax.Schedule:
+    decay_steps = max(num_steps - config.warmup_steps, 1)
+    return optax.cosine_decay_schedule(config.learning_rate, decay_steps, config.min_lr_ratio)
+
+
+def _warmup_stable_decay(config: OptimConfig, num_steps: int) -> optax.Schedule:
+    # Constant, then linear over the last `decay_fraction` of the run (2404.06395). A warmup that
+    # reaches into the decay shortens it; the end stays where it is.
+    peak, after_warmup = config.learning_rate, num_steps - config.warmup_steps
+    decay_steps = min(round(config.decay_fraction * num_steps), after_warmup)
+    fall = optax.linear_schedule(peak, peak * config.min_lr_ratio, max(decay_steps, 1))
+    stable = optax.constant_schedule(peak)
+    return optax.join_schedules([stable, fall], [after_warmup - decay_steps])
+
+
+SCHEDULES: dict[str, Callable[[OptimConfig, int], optax.Schedule]] = {
+    "constant": _constant,
+    "cosine": _cosine,
+    "wsd": _warmup_stable_decay,
+}
+"""Name -> what follows the warmup, from (config, steps of the run, warmup included)."""
 
 
 def make_optimizer(
     config: OptimConfig, dims: Mapping[Path, Dims | None]
 ) -> optax.GradientTransformation:
-    """Clip, Muon or Adam, and decoupled weight decay (1711.05101), all but the learning rate.
+    """Clip, the optimizer by its name, and decoupled weight decay (1711.05101).
 
-    Muon (kellerjordan.github.io/posts/muon) is for the hidden matrices, Adam for all else. Its
-    updates get the same size whatever the shape of the matrix (2502.16982), so they share the rate.
-
-    The caller multiplies by the rate of its own step counter, which also counts steps whose
-    gradient was not finite and which therefore changed nothing here.
+    The learning rate is left out: the caller multiplies by that of its own step counter, which also
+    counts steps that were not applied and changed nothing here.
 
     Args:
       config: the settings.
       dims: the names of each param's dims, or None; see `matrix_axes`.
     """
-    matrices = {path: axes for path, names in dims.items() if (axes := matrix_axes(names))}
     norm = config.clip_norm
-    clip = optax.identity() if norm is None else optax.clip_by_global_norm(norm)
-    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
-    muon = optax.chain(
-        optax.contrib.scale_by_muon(
-            _NEWTON_SCHULZ,
-            beta=config.muon_beta,
-            weight_dimension_numbers=partial(
-                _map_with_keys, lambda path, _: MuonDimensionNumbers(*matrices[path])
-            ),
-        ),
-        optax.stateless(partial(_scale_to_rms, config.muon_rms, matrices)),
-    )
-    label = partial(_map_with_keys, lambda path, _: "muon" if path in matrices else "adam")
     return optax.chain(
-        clip,
-        adam if config.name == "adamw" else optax.partition({"muon": muon, "adam": adam}, label),
+        optax.identity() if norm is None else optax.clip_by_global_norm(norm),
+        OPTIMIZERS[config.name](config, dims),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
     )
+
+
+def _adam(config: OptimConfig, dims: Mapping[Path, Dims | None]) -> optax.GradientTransformation:
+    return optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+
+
+def _muon(config: OptimConfig, dims: Mapping[Path, Dims | None]) -> optax.GradientTransformation:
+    # Muon (kellerjordan.github.io/posts/muon) for the hidden matrices, Adam for all else. Muon's
+    # updates get one size whatever the shape of the matrix (2502.16982), so they share the rate.
+    matrices = {path: axes for path, names in dims.items() if (axes := matrix_axes(names))}
+    orthogonal = optax.contrib.scale_by_muon(
+        _NEWTON_SCHULZ,
+        beta=config.muon_beta,
+        weight_dimension_numbers=partial(
+            _map_with_keys, lambda path, _: MuonDimensionNumbers(*matrices[path])
+        ),
+    )
+    scaled = optax.stateless(partial(_scale_to_rms, config.muon_rms, matrices))
+    label = partial(_map_with_keys, lambda path, _: "muon" if path in matrices else "adam")
+    of_labels = {"muon": optax.chain(orthogonal, scaled), "adam": _adam(config, dims)}
+    return optax.partition(of_labels, label)
+
+
+OPTIMIZERS: dict[
+    str, Callable[[OptimConfig, Mapping[Path, Dims | None]], optax.GradientTransformation]
+] = {"adamw": _adam, "muon": _muon}
+"""Name -> updates without clipping, weight decay and learning rate."""
 
 
 def decayed(params: optax.Params) -> optax.Params:

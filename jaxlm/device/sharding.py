@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import MeshConfig
+from jaxlm.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 AXES_OF: dict[str | None, tuple[str, ...]] = {
@@ -45,7 +46,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         sizes[sizes.index(-1)] = max(len(devices) // known, 1)
     if math.prod(sizes) != len(devices):
         shape = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise ValueError(
+        raise InputError(
             f"mesh: {shape} makes {math.prod(sizes)} devices, but there are {len(devices)}; "
             "set mesh.data, mesh.fsdp and mesh.tensor so that they multiply to that number"
         )
@@ -82,7 +83,7 @@ def param_sharding(
     """
     if dims is not None and (len(dims) != len(shape) or not set(dims) <= AXES_OF.keys()):
         known = ", ".join(map(str, AXES_OF))
-        raise ValueError(
+        raise InputError(
             f"model: {name} of shape {list(shape)} has dims={dims}, expected a name for each dim, "
             f"out of {known}; leave dims out to name none"
         )
@@ -95,7 +96,7 @@ def param_sharding(
     for dim, size in zip(dims, shape, strict=True):
         ways = math.prod(mesh.shape[axis] for axis in AXES_OF[dim])
         if size % ways:
-            raise ValueError(
+            raise InputError(
                 f"mesh: {name} has {size} {dim}, which {' x '.join(AXES_OF[dim])} = {ways} does "
                 f"not divide; choose a mesh.{AXES_OF[dim][0]} that divides {size}"
             )

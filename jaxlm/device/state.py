@@ -15,6 +15,7 @@ from jaxlm.device.guard import Guard, make_guard
 from jaxlm.device.model import model_factory
 from jaxlm.device.optim import Path, make_optimizer
 from jaxlm.device.sharding import Dims, batch_sharding, compiler_options, param_sharding, replicated
+from jaxlm.errors import InputError
 
 Params = Any  # nested dicts of arrays
 ModelFactory = Callable[[nnx.Rngs], nnx.Module]
@@ -176,16 +177,16 @@ def _split(model: ModelFactory) -> tuple[nnx.GraphDef, nnx.State]:
     except (AttributeError, KeyError) as error:
         if "RngStream" not in str(error):
             raise
-        raise ValueError(f"model: found more randomness than for params; {_OUTSIDE}") from error
+        raise InputError(f"model: found more randomness than for params; {_OUTSIDE}") from error
 
 
 def _check_variable(name: str, variable: Any) -> None:
     if not isinstance(variable, nnx.Param):
         is_array = isinstance(variable, jax.ShapeDtypeStruct)
         kind = "an array" if is_array else f"a {type(variable).__name__}"
-        raise ValueError(f"model: {name} is {kind}, expected only nnx.Param; {_OUTSIDE}")
+        raise InputError(f"model: {name} is {kind}, expected only nnx.Param; {_OUTSIDE}")
     if str(variable.dtype) not in _PARAM_DTYPES:
-        raise ValueError(
+        raise InputError(
             f"model: {name} is an nnx.Param of {variable.dtype}, expected one of "
             f"{', '.join(_PARAM_DTYPES)}, since training moves every param along its gradient; "
             "make what stays as it is in __call__"

@@ -18,6 +18,7 @@ from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.reading import read
 from jaxlm.checkpoints.restore import DamagedArrays, restore_numpy
 from jaxlm.device.fingerprint import fingerprint
+from jaxlm.errors import InputError
 from jaxlm.evaluation.score import score
 from jaxlm.files.durable import write_file
 from jaxlm.files.ours import mark
@@ -64,11 +65,11 @@ def average(
         the run's held-out set cannot be had.
     """
     if last < 2:
-        raise ValueError(f"--last: found {last}, expected at least 2 checkpoints to average")
+        raise InputError(f"--last: found {last}, expected at least 2 checkpoints to average")
     folder = find_checkpoints(run)
     chosen = sorted(set(steps)) or list(scan_folder(folder).sound)[-last:]
     if len(chosen) < 2:
-        raise ValueError(
+        raise InputError(
             f"{run}: found {len(chosen)} checkpoint(s) to average, expected at least 2; "
             "`jaxlm checkpoints list` shows what there is, --checkpoint.keep_every keeps more"
         )

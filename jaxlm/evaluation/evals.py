@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.errors import InputError
 from jaxlm.files.durable import check_out, read_file
 from jaxlm.files.strict import parse_json, spell
 
@@ -56,7 +57,7 @@ def read_evals(path: Path) -> list[Eval]:
         try:
             rows.append(parse_json(line, Eval))
         except ValueError as error:
-            raise ValueError(
+            raise InputError(
                 f"{path}, line {number}: found {line[:80]!r}, expected what `jaxlm eval --follow` "
                 f"writes ({error}); mend or delete that line"
             ) from error
@@ -84,11 +85,11 @@ class EvalLog:
             content = read_file(path, _MAX_BYTES)
             kept = content.rfind(b"\n") + 1
             if not content[kept:].startswith(_BEGINNING[: len(content) - kept]):
-                raise ValueError(f"{path}: found other content than evals; name another --out")
+                raise InputError(f"{path}: found other content than evals; name another --out")
             self._file.truncate(kept)
         except BlockingIOError:
             self._file.close()
-            raise ValueError(
+            raise InputError(
                 f"{path}: another `jaxlm eval --follow` writes to it; wait for it, stop it, or "
                 "name another file with --out"
             ) from None

@@ -10,6 +10,7 @@ from jaxlm.checkpoints.entries import identity
 from jaxlm.checkpoints.folder import find_checkpoints, run_folder, scan_folder
 from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.restore import DamagedArrays
+from jaxlm.errors import InputError
 from jaxlm.evaluation.evals import NAME, Eval, EvalLog, checkpoint_id
 from jaxlm.evaluation.score import Scorer
 
@@ -42,7 +43,7 @@ def follow(
       DiskError: the disk gives no answer.
     """
     if not 0 < poll_s < math.inf:
-        raise ValueError(f"--poll_s: found {poll_s}, expected seconds above 0")
+        raise InputError(f"--poll_s: found {poll_s}, expected seconds above 0")
     folder = find_checkpoints(run)
     say_once = functools.cache(say)  # the same lines come with each checkpoint
     scorer = Scorer(source, say_once)

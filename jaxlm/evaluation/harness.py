@@ -15,6 +15,7 @@ from lm_eval.models.utils import (
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from jaxlm.errors import InputError
 from jaxlm.inference.reader import Pair, ScoringModel
 from jaxlm.terminal import progress
 
@@ -91,7 +92,7 @@ class Harnessed(TemplateLM):
         default = min(_MAX_NEW_TOKENS, self._reader.seq_len // 2)
         options: dict[str, Any] = dict(normalize_gen_kwargs(asked, default))
         if options["do_sample"]:
-            raise ValueError(
+            raise InputError(
                 f"generation_kwargs: found {asked}, expected greedy decoding; set do_sample: false "
                 "in the task"
             )
@@ -142,7 +143,7 @@ def run_tasks(
     for task in tasks:
         if task not in manager.all_tasks:
             near = ", ".join(get_close_matches(task, manager.all_tasks)) or "no name like it"
-            raise ValueError(
+            raise InputError(
                 f"--tasks: found {task}, expected the name of a task of lm-eval or of one in "
                 f"--include_path ({near})"
             )

@@ -32,6 +32,7 @@ from jaxlm.device.loss import Batch, next_token_loss
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import Params
 from jaxlm.device.step import make_eval_step
+from jaxlm.errors import InputError
 from jaxlm.evaluation.evals import checkpoint_id
 from jaxlm.inference.load import log_selected, restore_params
 from jaxlm.terminal import progress
@@ -168,7 +169,7 @@ class Scorer:
         selected = select(run)
         config, recorded = selected.metadata.run_config(), selected.metadata.data_fingerprint
         if not (self._source or recorded):
-            raise ValueError(
+            raise InputError(
                 f"{run}: was imported, or had batches of its own, so it has no held-out set; name "
                 "text with --source"
             )
@@ -179,7 +180,7 @@ class Scorer:
         keep_compiled(config.data.cache_dir)
         config, dataset = self._prepare(config)
         if not self._source and dataset.fingerprint != recorded:
-            raise ValueError(
+            raise InputError(
                 f"{run}: found data {dataset.fingerprint}, expected that of the run, {recorded}; "
                 "bring it back, or name other text with --source"
             )
@@ -197,7 +198,7 @@ def _in_batches_of(first: _Candidate, other: _Candidate) -> _Candidate:
     }
     if not all(same.values()):
         what = ", ".join(name for name, is_same in same.items() if not is_same)
-        raise ValueError(
+        raise InputError(
             f"{first.run} and {other.run} differ in {what}, so they have no batches in common; "
             "compare runs of the same data, or leave --paired out"
         )
@@ -288,13 +289,12 @@ def paired_difference(sums_a: np.ndarray, sums_b: np.ndarray) -> PairedDifferenc
     """
     count = len(sums_a)
     if count < 2:
-        raise ValueError(
+        raise InputError(
             f"held-out set: found {count} batch, expected at least 2 to tell how sure a difference "
             "is; raise data.eval_tokens"
         )
     tokens, gaps = sums_a[:, 1], sums_a[:, 0] - sums_b[:, 0]
     mean = gaps.sum() / tokens.sum()
-    residuals = gaps - mean * tokens
-    error = math.sqrt(count / (count - 1) * np.square(residuals).sum()) / tokens.sum()
-    margin = float(stdtrit(count - 1, 0.975)) * error
+    variance = count / (count - 1) * np.square(gaps - mean * tokens).sum()
+    margin = float(stdtrit(count - 1, 0.975)) * math.sqrt(variance) / tokens.sum()
     return PairedDifference(float(mean), float(mean - margin), float(mean + margin), count)

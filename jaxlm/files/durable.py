@@ -10,6 +10,8 @@ from pathlib import Path
 
 import google_crc32c
 
+from jaxlm.errors import InputError, RunError
+
 NO_ANSWER = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 """What says nothing about a file but that it cannot be had now."""
 _MAX_NAME_BYTES = 255
@@ -18,7 +20,7 @@ _MAX_PATH_BYTES = 4096
 """Of a path: Linux takes one byte less."""
 
 
-class DiskError(RuntimeError):
+class DiskError(RunError):
     """A disk or its server gives no answer about a file, which may be sound for all we know."""
 
 
@@ -80,9 +82,9 @@ def read_file(path: Path, max_bytes: int) -> bytes:
     with reading(path):
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"{path}: not a file")
+            raise InputError(f"{path}: not a file")
         if found.st_size > max_bytes:
-            raise ValueError(f"{path}: {found.st_size:,} bytes, expected at most {max_bytes:,}")
+            raise InputError(f"{path}: {found.st_size:,} bytes, expected at most {max_bytes:,}")
         return path.read_bytes()
 
 
@@ -137,13 +139,13 @@ def expand(path: str, what: str) -> str:
       ValueError: it, or a name in it, is longer than file systems take.
     """
     if (num_bytes := len(os.fsencode(path))) >= _MAX_PATH_BYTES:
-        raise ValueError(
+        raise InputError(
             f"{what}: found a path of {num_bytes} bytes ({path[:20]}…), expected fewer than "
             f"{_MAX_PATH_BYTES}; choose a shorter one"
         )
     for name in path.split("/"):
         if (num_bytes := len(os.fsencode(name))) > _MAX_NAME_BYTES:
-            raise ValueError(
+            raise InputError(
                 f"{what}: found a name of {num_bytes} bytes ({name[:20]}…), expected "
                 f"{_MAX_NAME_BYTES} at most; choose a shorter one"
             )
@@ -160,7 +162,7 @@ def check_out(path: Path) -> Path:
     expand(f".{path.name}.tmp", "--out")  # the name that the file has while it is written
     # A device or a pipe would be replaced as well.
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise ValueError(f"--out: found {path}, which is no plain file; name another")
+        raise InputError(f"--out: found {path}, which is no plain file; name another")
     if not path.parent.is_dir():
-        raise ValueError(f"--out: found no folder {path.parent}, expected one; make it first")
+        raise InputError(f"--out: found no folder {path.parent}, expected one; make it first")
     return path

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
+from jaxlm.errors import RunError
 from jaxlm.files.durable import write_file
 from jaxlm.files.ours import MARKER, check_ours, mark
 from jaxlm.files.strict import read_json
@@ -93,7 +94,7 @@ def _lock(folder: Path, required: bool, warn: Callable[[str], None]) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise RuntimeError(
+        raise RunError(
             f"{folder} is in use by another trainer ({describe_holder(folder)}); wait for it, stop "
             "it, or start a new run with --run_dir"
         ) from None
@@ -103,7 +104,7 @@ def _lock(folder: Path, required: bool, warn: Callable[[str], None]) -> int:
         text = f"{folder} is on a file system without locks ({error.strerror})"
         if required:
             os.close(descriptor)
-            raise RuntimeError(
+            raise RunError(
                 f"{text}: a second trainer there could not be kept out. Choose another "
                 "--checkpoint_dir, or make sure of that yourself and add "
                 "--checkpoint.lock if_possible"
@@ -160,7 +161,7 @@ def _remove_empty(made: list[Path]) -> None:
 
 
 def _not_writable(folder: Path, error: OSError) -> RuntimeError:
-    return RuntimeError(
+    return RunError(
         f"{folder} cannot be written ({error.strerror}); look at its disk, or choose another "
         "--run_dir"
     )

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TypedDict
 
+from jaxlm.errors import InputError
 from jaxlm.files.durable import write_file
 from jaxlm.files.strict import read_json, shown
 
@@ -45,7 +46,7 @@ def check_ours(folder: Path, files: Collection[str] | None = None) -> None:
         return _check_marker(folder / MARKER)
     foreign = [name for name in there if not name.startswith(".") and name != _OF_THE_SYSTEM]
     if foreign := [name for name in foreign if files is None or name in files]:
-        raise ValueError(
+        raise InputError(
             f"{folder}: found {shown(foreign[0])[1:-1]} and no {MARKER}, so this folder is not one "
             "that jaxlm made, and nothing in it was touched; name another folder, or an empty one "
             f'(or write {{"format": {_FORMAT}}} into its {MARKER}, if jaxlm did make it)'
@@ -56,10 +57,10 @@ def _check_marker(path: Path) -> None:
     try:
         found = read_json(path, _Marker)["format"]
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path.parent}: its {MARKER} is not that of a folder of jaxlm ({error}); name another"
         ) from error
     if found != _FORMAT:
-        raise ValueError(
+        raise InputError(
             f"{path}: found format {found}, expected {_FORMAT}; use the jaxlm that wrote it"
         )

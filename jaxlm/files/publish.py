@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from jaxlm.errors import InputError
 from jaxlm.files.durable import expand, fsync
 from jaxlm.files.lock import locked
 from jaxlm.files.ours import MARKER
@@ -18,12 +19,12 @@ def check_free(folder: str | Path) -> Path:
       ValueError: something is there that is no empty folder, it is a URL, or the name is too long.
     """
     if "://" in str(folder):
-        raise ValueError(f"{folder}: found a URL, expected a local path or gs://BUCKET/PATH")
+        raise InputError(f"{folder}: found a URL, expected a local path or gs://BUCKET/PATH")
     target = Path(expand(str(folder), str(folder)[:80]))
     expand(_partial(target).name, target.name[:80])
     taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
     if taken or target.is_symlink():
-        raise ValueError(
+        raise InputError(
             f"{target}: found something there, expected no folder or an empty one; "
             "name another, or remove it first"
         )

@@ -13,6 +13,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
+from jaxlm.errors import InputError
 from jaxlm.files.durable import read_file
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ def read_json(path: Path, kind: type[T]) -> T:
     try:
         return parse_json(data, kind)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
 
 
 def parse_json(data: bytes, kind: type[T]) -> T:
@@ -62,12 +63,12 @@ def parse_json(data: bytes, kind: type[T]) -> T:
             object_pairs_hook=_unique,
         )
     except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+        raise InputError("nested too deeply") from error
     level = [value]
     for _ in range(_MAX_DEPTH):
         level = [inner for outer in level for inner in _children(outer)]
     if level:
-        raise ValueError(f"nested more than {_MAX_DEPTH} deep")
+        raise InputError(f"nested more than {_MAX_DEPTH} deep")
     if "\\ud" in text.lower():  # half of a pair could be neither printed nor written
         json.dumps(value, ensure_ascii=False).encode()
     return validate(value, kind)
@@ -110,7 +111,7 @@ def validate(value: Any, kind: Any, name: str = "") -> Any:
     else:
         fits = kind is Any or type(value) is kind or (kind is float and type(value) is int)
     if not fits:
-        raise ValueError(f"{name + ': ' if name else ''}found {shown(value)}, expected {expected}")
+        raise InputError(f"{name + ': ' if name else ''}found {shown(value)}, expected {expected}")
     return value
 
 
@@ -129,12 +130,12 @@ def _record(value: Any, kind: Any, name: str) -> Any:
     else:
         required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory}
         for key in value.keys() - hints.keys():
-            raise ValueError(
+            raise InputError(
                 f"{prefix}{shown(key)[1:-1]}: not a field of this version of jaxlm; "
                 "it was written by another version, so restore it with that one"
             )
     for key in sorted(required - value.keys()):
-        raise ValueError(f"{prefix}{key}: missing")
+        raise InputError(f"{prefix}{key}: missing")
     known = {key: validate(value[key], hints[key], prefix + key) for key in hints if key in value}
     return {**value, **known} if typing.is_typeddict(kind) else kind(**known)
 
@@ -145,13 +146,13 @@ def _children(value: Any) -> list[Any]:
 
 def _integer(text: str) -> int:
     if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
-        raise ValueError(f"found {text[:40]}, expected an integer of 64 bits")
+        raise InputError(f"found {text[:40]}, expected an integer of 64 bits")
     return int(text)
 
 
 def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
-        raise ValueError(f"found {text[:40]}, expected a finite number")
+        raise InputError(f"found {text[:40]}, expected a finite number")
     return value
 
 
@@ -159,5 +160,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"found the key {shown(max(names, key=names.count))} more than once")
+        raise InputError(f"found the key {shown(max(names, key=names.count))} more than once")
     return found

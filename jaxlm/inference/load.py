@@ -14,6 +14,7 @@ from jaxlm.compilation_cache import keep_compiled
 from jaxlm.config import MeshConfig
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import Blueprint, ModelFactory, Own, Params, blueprint_of
+from jaxlm.errors import InputError
 from jaxlm.terminal import progress
 from jaxlm.tracking.console import format_count
 
@@ -74,7 +75,7 @@ def restore_params(
     """
     metadata, config = selected.metadata, selected.metadata.run_config()
     if model is None and config.model.num_layers > len(metadata.fingerprints):
-        raise ValueError(
+        raise InputError(
             f"{selected.path}: its config has {config.model.num_layers:,} layers, and it holds "
             f"{len(metadata.fingerprints)} arrays; it was altered, so take a copy from before"
         )

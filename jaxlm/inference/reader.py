@@ -17,6 +17,7 @@ from jaxlm.config import MeshConfig
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.device.likelihood import make_token_scores
 from jaxlm.device.sharding import batch_sharding, make_mesh
+from jaxlm.errors import InputError
 from jaxlm.inference.load import load_selected, log_selected
 from jaxlm.inference.sample import Sampling, bucket, stream
 
@@ -57,13 +58,13 @@ class ScoringModel:
           ValueError: there is no such checkpoint, it is damaged, or it has no tokenizer.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size: found {batch_size}, expected at least 1")
+            raise InputError(f"batch_size: found {batch_size}, expected at least 1")
         self._mesh = make_mesh(MeshConfig())
         selected, blueprint, self._params = load_selected(run, self._mesh)
         log_selected(selected, say)
         config, eos_id = selected.metadata.run_config(), selected.metadata.eos_id
         if eos_id is None:
-            raise ValueError(
+            raise InputError(
                 f"{run}: found no tokenizer, since the run had batches of its own; expected a run "
                 "on text. jaxlm.load_model gives its model, to be evaluated by code of yours"
             )
@@ -90,7 +91,7 @@ class ScoringModel:
         """
         for context, continuation in pairs:
             if not context or not 0 < len(continuation) <= self.seq_len:
-                raise ValueError(
+                raise InputError(
                     f"continuation: found {len(continuation)} tokens after {len(context)} of "
                     f"context, expected 1 to {self.seq_len} (the run's seq_len) after at least 1; "
                     "leave such documents out of the task"
@@ -135,7 +136,7 @@ class ScoringModel:
           ValueError: `max_tokens` leaves no room for a prompt.
         """
         if not 0 < max_tokens < self.seq_len:
-            raise ValueError(
+            raise InputError(
                 f"max_gen_toks: found {max_tokens}, expected 1 to {self.seq_len - 1}, below the "
                 "run's seq_len; set it in the task's generation_kwargs"
             )

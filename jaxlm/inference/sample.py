@@ -16,6 +16,7 @@ from jaxlm.checkpoints.folder import TOKENIZER
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.device.decode import Knobs, Rule, make_programs, narrow
 from jaxlm.device.sharding import AXES_OF
+from jaxlm.errors import InputError
 from jaxlm.files.strict import shown
 from jaxlm.inference.load import load_selected, log_selected
 from jaxlm.training.at_end import Complete
@@ -51,7 +52,7 @@ class Sampling:
         }
         for name, (ok, expected) in rules.items():
             if not ok:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected {expected}")
+                raise InputError(f"{name}: found {getattr(self, name)}, expected {expected}")
 
 
 def sample(
@@ -134,11 +135,11 @@ def _check_room(
     model: Any, prompts: Sequence[Any], max_tokens: int | None, seq_len: int | None
 ) -> int:
     if not len(prompts) or not all(len(prompt) for prompt in prompts):
-        raise ValueError("prompts: found an empty one, or none; expected one token or more in each")
+        raise InputError("prompts: found an empty one, or none; expected one token or more in each")
     V, longest = model.config.vocab_size, max(map(len, prompts))
     for ids in map(np.asarray, prompts):
         if ids.min() < 0 or ids.max() >= V:
-            raise ValueError(
+            raise InputError(
                 f"prompts: found ids {ids.min()} to {ids.max()}, expected 0 to {V - 1}"
             )
     return check_room(longest, max_tokens, seq_len)
@@ -153,7 +154,7 @@ def check_room(longest: int, max_tokens: int | None, seq_len: int | None) -> int
     room = math.inf if seq_len is None else seq_len - longest
     found = max_tokens or max(min(_MAX_TOKENS, room), 1)
     if found > room:
-        raise ValueError(
+        raise InputError(
             f"a prompt of {longest} tokens and {found} new ones are {longest + found}, expected at "
             f"most {seq_len}, the seq_len that the model was trained on; shorten the prompt"
             + (f", or set max_tokens to {room} or less" if room > 0 else "")
@@ -227,12 +228,12 @@ def sample_run(
         not text.
     """
     if odd := [prompt for prompt in prompts if re.search("[\ud800-\udfff]", prompt)]:
-        raise ValueError(f"prompts: found {shown(odd[0])}, expected text in UTF-8")
+        raise InputError(f"prompts: found {shown(odd[0])}, expected text in UTF-8")
     selected, blueprint, params = load_selected(run)
     config, eos_id = selected.metadata.run_config(), selected.metadata.eos_id
     path = selected.folder / TOKENIZER
     if not path.is_file():
-        raise ValueError(
+        raise InputError(
             f"{path}: not found, expected the tokenizer of the run; a run on batches of its own "
             "has none: load_model and jaxlm.inference.sample.sample take its tokens"
         )

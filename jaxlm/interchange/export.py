@@ -19,6 +19,7 @@ from jaxlm.config import MeshConfig
 from jaxlm.data.tokenizer import find_eos, load_tokenizer
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import path_name
+from jaxlm.errors import InputError
 from jaxlm.files.publish import check_free, published
 from jaxlm.inference.load import log_selected, restore_params
 from jaxlm.interchange.mapping import (
@@ -75,7 +76,7 @@ def export(
     """
     target = check_free(folder)
     if push and huggingface_hub.get_token() is None:
-        raise ValueError(
+        raise InputError(
             "push: found no token of the Hugging Face Hub, expected $HF_TOKEN or that of "
             "`hf auth login`; give one, or leave --push out"
         )
@@ -124,7 +125,7 @@ def _write_shard(path: Path, shard: dict[str, jax.Array], dtype: Dtype) -> list[
     with safe_open(path, framework="np") as file:
         for name, wanted in tensors.items():
             if file.get_tensor(name).tobytes() != wanted.tobytes():
-                raise ValueError(
+                raise InputError(
                     f"{name}: {path.name} holds other bits than were written; look at the disk"
                 )
     return list(tensors)

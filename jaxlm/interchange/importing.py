@@ -24,6 +24,7 @@ from jaxlm.data.dataset import check_vocabulary
 from jaxlm.data.tokenizer import find_eos, load_tokenizer, mark_eos, num_ids
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import blueprint_of, path_name
+from jaxlm.errors import InputError
 from jaxlm.files.durable import expand, write_file
 from jaxlm.files.ours import mark
 from jaxlm.files.publish import check_free, published
@@ -75,7 +76,7 @@ def import_folder(folder: str, run: str, *, say: Callable[[str], None] = print) 
     source, target = Path(expand(folder, "FOLDER")), check_free(run)
     run = str(target)
     if not (source / CONFIG).is_file():
-        raise ValueError(
+        raise InputError(
             f"{folder}: found no folder with a {CONFIG}, expected one of transformers on this disk "
             "(config.json, safetensors, tokenizer.json); `hf download OWNER/NAME --local-dir DIR` "
             "fetches one from the Hub"
@@ -84,7 +85,7 @@ def import_folder(folder: str, run: str, *, say: Callable[[str], None] = print) 
     model, num_positions = from_hf_config(hf_config, source)
     found = find_tensors(source)
     if model.num_layers > len(found):
-        raise ValueError(
+        raise InputError(
             f"{source / CONFIG}: num_hidden_layers: found {model.num_layers:,}, expected at most "
             f"as many as the {len(found)} tensors in the folder; one is not whole, get it anew"
         )
@@ -131,17 +132,17 @@ def find_tensors(folder: Path) -> dict[str, _Found]:
     index = _index(folder)
     files = [folder / name for name in sorted(set(index.values()) if index else {WEIGHTS})]
     if not files[0].is_file():
-        raise ValueError(_without_weights(folder))
+        raise InputError(_without_weights(folder))
     found: dict[str, _Found] = {}
     for file in files:
         for name, tensor in _header(file):
             if name in found:
-                raise ValueError(f"{name}: in {found[name].file.name} and {file.name}; {_ANEW}")
+                raise InputError(f"{name}: in {found[name].file.name} and {file.name}; {_ANEW}")
             if index is not None and index.get(name) != file.name:
-                raise ValueError(f"{name}: {file.name} has it, {INDEX} does not say so; {_ANEW}")
+                raise InputError(f"{name}: {file.name} has it, {INDEX} does not say so; {_ANEW}")
             found[name] = tensor
     if missing := sorted((index or {}).keys() - found.keys()):
-        raise ValueError(f"{missing[0]}: {INDEX} names it, and it is in no file; {_ANEW}")
+        raise InputError(f"{missing[0]}: {INDEX} names it, and it is in no file; {_ANEW}")
     return found
 
 
@@ -152,7 +153,7 @@ def _index(folder: Path) -> dict[str, str] | None:
     index = read_json(folder / INDEX, _Index)["weight_map"]
     for name in index.values():
         if name != Path(name).name or not (folder / name).is_file():
-            raise ValueError(f"{folder / INDEX}: {shown(name)} is not a file beside it; {_ANEW}")
+            raise InputError(f"{folder / INDEX}: {shown(name)} is not a file beside it; {_ANEW}")
     return index
 
 
@@ -175,17 +176,17 @@ def _header(path: Path) -> Iterator[tuple[str, _Found]]:
                 about = file.get_slice(name)
                 yield name, _Found(path, tuple(about.get_shape()), str(about.get_dtype()))
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a sound file of safetensors ({error}); {_ANEW}") from error
+        raise InputError(f"{path}: not a sound file of safetensors ({error}); {_ANEW}") from error
 
 
 def _check_tensors(folder: Path, abstract: Any, found: dict[str, _Found]) -> None:
     wanted = {tensor.name: shape for _, tensor, shape in _leaves(abstract)}
     if missing := [name for name in wanted if name not in found]:
-        raise ValueError(
+        raise InputError(
             f"{folder}: {missing[0]} is missing (and {len(missing) - 1} more); {_ANEW}"
         )
     if extra := sorted(found.keys() - wanted.keys()):
-        raise ValueError(
+        raise InputError(
             f"{folder}: {shown(extra[0])[1:-1]} has no place in this model (and {len(extra) - 1} "
             f"more), so its {CONFIG} is of another; {_ANEW}"
         )
@@ -193,11 +194,11 @@ def _check_tensors(folder: Path, abstract: Any, found: dict[str, _Found]) -> Non
         tensor = found[name]
         if tensor.shape != shape:
             hint = ", so it is transposed" if tensor.shape == shape[::-1] else ""
-            raise ValueError(
+            raise InputError(
                 f"{tensor.file}: {name}: found {list(tensor.shape)}, expected {list(shape)}{hint}"
             )
         if tensor.dtype not in _DTYPES:
-            raise ValueError(
+            raise InputError(
                 f"{tensor.file}: {name}: found {tensor.dtype}, expected {', '.join(_DTYPES)}"
             )
 
@@ -216,7 +217,7 @@ def _read_params(abstract: Any, found: dict[str, _Found]) -> Any:
         with safe_open(file, framework="np") as opened:
             theirs = opened.get_tensor(tensor.name).astype(np.float32)
         if not np.isfinite(theirs).all():
-            raise ValueError(f"{file}: {tensor.name}: found NaN or infinity, expected neither")
+            raise InputError(f"{file}: {tensor.name}: found NaN or infinity, expected neither")
         arrays.append(jax.device_put(tensor.to_ours(theirs, leaf.shape), leaf.sharding))
     return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
 

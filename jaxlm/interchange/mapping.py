@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_type_hints
 import numpy as np
 
 from jaxlm.config import ModelConfig
+from jaxlm.errors import InputError
 from jaxlm.files.strict import shown, validate
 
 CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
@@ -83,7 +84,7 @@ def tensor_of(leaf: str) -> Tensor:
     layer = re.fullmatch(r"layers/(\d+)/(.+)", leaf)
     found = _IN_LAYER.get(layer[2]) if layer else _OUTSIDE.get(leaf)
     if found is None:
-        raise ValueError(
+        raise InputError(
             f"{leaf}: found a param that is not of jaxlm's own model, expected one that Llama or "
             "Qwen3 has; a model of your own has no form that other tools know"
         )
@@ -139,7 +140,7 @@ def from_hf_config(values: dict[str, Any], folder: object) -> tuple[ModelConfig,
     names = values.get("architectures") or [_ARCHITECTURES.get(kind or "")]
     if kind not in _ARCHITECTURES or names != [_ARCHITECTURES[kind]]:
         found = f"{shown(kind)} with architectures {shown(values.get('architectures'))}"
-        raise ValueError(
+        raise InputError(
             f"{where}: model_type: found {found}, expected one of "
             f"{', '.join(f'{k} ({v})' for k, v in _ARCHITECTURES.items())}; jaxlm has no other"
         )
@@ -155,14 +156,14 @@ def from_hf_config(values: dict[str, Any], folder: object) -> tuple[ModelConfig,
         odd.append(("sliding_window", values["sliding_window"]))
     if odd:
         key, value = odd[0]
-        raise ValueError(
+        raise InputError(
             f"{where}: {key}: found {shown(value)}, expected none of it: jaxlm's model has no such "
             "thing, and would compute another function with these weights"
         )
     try:
         return _shape(values, rope, qk_norm=kind == "qwen3")
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise InputError(f"{where}: {error}") from error
 
 
 def _shape(values: dict[str, Any], rope: dict[str, Any], qk_norm: bool) -> tuple[ModelConfig, int]:
@@ -177,7 +178,7 @@ def _shape(values: dict[str, Any], rope: dict[str, Any], qk_norm: bool) -> tuple
             found.setdefault("head_dim", found["d_model"] // max(found["num_heads"], 1))
     for ours in (*_REQUIRED, "head_dim"):
         if found.get(ours) is None:
-            raise ValueError(f"{_KEYS[ours]}: missing; a model has no shape without it")
+            raise InputError(f"{_KEYS[ours]}: missing; a model has no shape without it")
     theta = rope.get("rope_theta", values.get("rope_theta"))
     theta = validate(10_000.0 if theta is None else theta, float, "rope_theta")
     # JSON does not tell 10000 from 10000.0, and a config does.
@@ -185,5 +186,5 @@ def _shape(values: dict[str, Any], rope: dict[str, Any], qk_norm: bool) -> tuple
     model = ModelConfig(**{**found, **floats}, rope_theta=float(theta), qk_norm=qk_norm)
     key = "max_position_embeddings"
     if (longest := validate(values.get(key, 2048), int, key)) < 1:
-        raise ValueError(f"{key}: found {longest}, expected at least 1")
+        raise InputError(f"{key}: found {longest}, expected at least 1")
     return model, longest

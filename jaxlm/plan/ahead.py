@@ -18,6 +18,7 @@ from jaxlm.config import Config, from_dict
 from jaxlm.device.loss import next_token_loss
 from jaxlm.device.sharding import batch_sharding, make_mesh
 from jaxlm.device.state import Blueprint, blueprint_of
+from jaxlm.errors import InputError, MissingPackageError
 from jaxlm.extras import needs
 from jaxlm.plan.hlo import read_costs
 from jaxlm.training.setup import check_batch, lower_step
@@ -68,14 +69,14 @@ def examine(config: Config, platform: str, layout: str) -> dict[str, Any]:
         said = next((line for line in lines if "Check failed" in line), lines[-1])
         found = {"failed": f"{said.strip()} (exit code {child.returncode})"}
     if "failed" in found:
-        raise ValueError(
+        raise InputError(
             f"--topology: the compiler for {layout} gave up: {found['failed']}; try one that it "
             "knows, such as v5e-16 or v5e:4x8, or a config of other sizes"
         )
     if "missing" in found:
-        raise ImportError(found["missing"])
+        raise MissingPackageError(found["missing"])
     if "wrong" in found:
-        raise ValueError(found["wrong"])
+        raise InputError(found["wrong"])
     return found
 
 

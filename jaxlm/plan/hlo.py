@@ -9,6 +9,8 @@ import re
 from collections import defaultdict
 from typing import NamedTuple
 
+from jaxlm.errors import InputError
+
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d\w*)\[([\d,]*)\](\{[^}]*\})?")
@@ -111,7 +113,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             operands = tuple(_NAME.findall(re.split(r"\)(?:, |$)", rest, maxsplit=1)[0]))
             current[name] = Instruction(name, op, shape, operands, rest, bool(root))
     if not entry:
-        raise ValueError("HLO: found no ENTRY, expected the text of a compiled module")
+        raise InputError("HLO: found no ENTRY, expected the text of a compiled module")
     return program, entry
 
 

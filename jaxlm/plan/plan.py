@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxlm.config import Config
+from jaxlm.errors import InputError
 from jaxlm.plan.ahead import examine
 from jaxlm.tracking.console import format_bytes, format_count
 from jaxlm.tracking.throughput import find_device, flops_per_token
@@ -36,9 +37,9 @@ class Settings:
         for name in ("save_cost_s", "mtbf_hours", "max_compiles"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"--{name}: found {value}, expected a number above 0")
+                raise InputError(f"--{name}: found {value}, expected a number above 0")
         if (self.save_cost_s is None) != (self.mtbf_hours is None):
-            raise ValueError("--save_cost_s, --mtbf_hours: found one, expected both; add the other")
+            raise InputError("--save_cost_s, --mtbf_hours: found one, expected both; add the other")
 
 
 def parse_topology(name: str) -> tuple[str, str]:
@@ -60,7 +61,7 @@ def parse_topology(name: str) -> tuple[str, str]:
             sides = [2 ** ((power + axis) // axes) for axis in range(axes)]
             sides.sort(key=lambda side: (side == 1, side))  # 2x2x1, and not 1x2x2
             return "tpu", f"{generation}:{'x'.join(map(str, sides))}"
-    raise ValueError(
+    raise InputError(
         f"--topology: found {name!r}, expected v5e-N or v6e-N (N chips), v5p-N (N cores), a power "
         "of two of at least 4 chips or one alone; a shape such as v5e:4x8; or h100x1 to h100x8"
     )

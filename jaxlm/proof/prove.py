@@ -20,6 +20,7 @@ from typing import Any
 from jaxlm.checkpoints.folder import scan_folder
 from jaxlm.config import Config, to_dict
 from jaxlm.data.prepare import default_max_tokens
+from jaxlm.errors import InputError
 from jaxlm.files.durable import check_out
 from jaxlm.launch import STOPPED
 from jaxlm.proof.attempt import Attempt, Kill, compare_runs, facts_of
@@ -46,7 +47,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name, least in (("prove_steps", 4), ("prove_kills", 0)):
             if (found := getattr(self, name)) < least:
-                raise ValueError(f"{name}: found {found}, expected at least {least}")
+                raise InputError(f"{name}: found {found}, expected at least {least}")
         if self.out:
             object.__setattr__(self, "out", check_out(self.out))
 
@@ -66,7 +67,7 @@ def prove(config: Config, flags: Sequence[str], settings: Settings) -> dict[str,
       ValueError: the run does not get to its end even in one piece, or it has several processes.
     """
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        raise ValueError("found JAX_COORDINATOR_ADDRESS, expected a single process; unset it first")
+        raise InputError("found JAX_COORDINATOR_ADDRESS, expected a single process; unset it first")
     own = _own_flags(config, settings.prove_steps)
     print(f"for the proof: {' '.join(own)}")
     beside = Path(config.run_dir).parent  # on the disk where the checkpoints are to be
@@ -76,7 +77,7 @@ def prove(config: Config, flags: Sequence[str], settings: Settings) -> dict[str,
         whole, broken = Path(folder) / "whole", Path(folder) / "broken"
         with _start([*flags, *own], whole) as attempt:
             if code := attempt.process.wait():
-                raise ValueError(
+                raise InputError(
                     f"in one piece, it ended with exit code {code}: {_last_words(whole)}; "
                     f"try `launch.py {' '.join(flags)}` first"
                 )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from jaxlm.checkpoints.folder import find_checkpoints, scan_folder
 from jaxlm.checkpoints.metadata import Metadata, flat
+from jaxlm.errors import InputError
 from jaxlm.evaluation.evals import NAME as EVALS
 from jaxlm.evaluation.evals import Eval, read_evals
 from jaxlm.files.durable import DiskError, expand, folder_bytes
@@ -71,7 +72,7 @@ def read_history(run: str) -> History:
     """
     path = Path(expand(run, "RUN"))
     if not path.is_dir():
-        raise ValueError(f"{run}: found no folder, expected a run folder (such as runs/tiny)")
+        raise InputError(f"{run}: found no folder, expected a run folder (such as runs/tiny)")
     missing: list[str] = []
     run_dir = path.parent if path.name == "checkpoints" else path
     rows = _tried(read_metrics, run_dir / "metrics.jsonl", "curves", missing)

@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from jaxlm.errors import InputError
 from jaxlm.extras import MODULES, needs
 from jaxlm.report.charts import COLOURS, THEME, Curve, draw_curves, draw_timeline
 from jaxlm.report.history import History, goodput, read_history, times
@@ -59,7 +60,7 @@ def make_report(histories: Sequence[History]) -> str:
       ImportError: the extra `report` is missing.
     """
     if not 1 <= len(histories) <= len(COLOURS):
-        raise ValueError(f"RUN: found {len(histories)} runs, expected 1 to {len(COLOURS)}")
+        raise InputError(f"RUN: found {len(histories)} runs, expected 1 to {len(COLOURS)}")
     script = _script()
     runs = [history.run for history in histories]
     charts, specs = _charts(histories, runs)

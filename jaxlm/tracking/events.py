@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from jaxlm.errors import InputError
 from jaxlm.files.durable import DiskError, read_file
 from jaxlm.files.strict import parse_json
 
@@ -65,7 +66,7 @@ def _parse(content: bytes) -> tuple[list[Event], list[str]]:
         except ValueError as error:
             unreadable.append(f"{NAME}, line {number} is no event: {error}")
             if len(unreadable) > _MAX_UNREADABLE:
-                raise ValueError(
+                raise InputError(
                     f"found more than {_MAX_UNREADABLE} lines that are no events, up to line "
                     f"{number}; move the file away, and the run begins another"
                 ) from error

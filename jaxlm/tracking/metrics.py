@@ -12,18 +12,19 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TypedDict
 
 from jaxlm.config import Config
+from jaxlm.errors import InputError
 from jaxlm.files.durable import free_path, read_file, write_file
 from jaxlm.files.ours import mark
 from jaxlm.files.strict import parse_json, spell, validate
 from jaxlm.tracking.events import Events
 from jaxlm.tracking.rows import CORRUPT, MAX_BYTES, NAME, Rows, longest_proven
-from jaxlm.tracking.trackers import Row, Trackers, require
+from jaxlm.tracking.trackers import OpenTracker, Row, Trackers, require
 
 _CHEAP_BYTES = 1 << 26  # up to this size, each flush reads the file again
 
@@ -55,7 +56,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Row]:
             rows.append(validate(parse_json(line, dict[str, float]), _Step))
         except ValueError as error:
             if number < len(lines):
-                raise ValueError(
+                raise InputError(
                     f"{path}, line {number}: found {line[:80]!r}, expected a JSON object with an "
                     f"integer step and numbers ({error}); mend or delete that line, then start "
                     "again"
@@ -75,7 +76,7 @@ class Metrics:
 
     Attributes:
       rows: what proves the rows so far, those that a full disk refuses included.
-      trackers: those that the config asks for.
+      trackers: those of the run.
       run_id: the W&B run; goes into each checkpoint.
     """
 
@@ -88,6 +89,7 @@ class Metrics:
         new_future: bool,
         proofs: Proofs = dict,
         events: Events | None = None,
+        trackers: Sequence[OpenTracker] = (),
         say: Callable[[str], None] = print,
     ):
         """Cuts the file back and opens the trackers.
@@ -99,6 +101,7 @@ class Metrics:
           new_future: the rows to come may differ from those cut off.
           proofs: step -> rows of the checkpoints on disk, asked for where rows are not as written.
           events: takes what happens to the rows; by default it is not written down.
+          trackers: the caller's own, beside those that the config asks for.
           say: takes a line for the person who watches the run.
 
         Raises:
@@ -121,7 +124,9 @@ class Metrics:
             self._recover(content, "the rows are not as they were written")
         self._file = path.open("a+b", buffering=0)
         kept = read_metrics(path) if self.rows.num_bytes else []
-        self.trackers = Trackers(config, kept, run_id=run_id, new_future=new_future, say=say)
+        self.trackers = Trackers(
+            config, kept, run_id=run_id, new_future=new_future, own=trackers, say=say
+        )
         self.run_id = self.trackers.run_id
 
     def __enter__(self) -> "Metrics":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import google_crc32c
 
+from jaxlm.errors import InputError
 from jaxlm.files.durable import read_file
 
 NAME = "metrics.jsonl"
@@ -24,7 +25,7 @@ class Rows:
 
     def __post_init__(self) -> None:
         if self.num_bytes < 0 or any(len(gap) != 2 for gap in self.gaps):
-            raise ValueError(f"rows: found {self}, expected 0 bytes or more, and gaps of two steps")
+            raise InputError(f"rows: found {self}, expected 0 bytes or more, and gaps of two steps")
 
     def then(self, data: bytes) -> "Rows":
         """These, and more after them."""

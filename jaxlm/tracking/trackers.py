@@ -1,25 +1,43 @@
-"""Weights & Biases and TensorBoard, both fed from the rows of metrics.jsonl.
+"""The trackers of a run, fed from the rows of metrics.jsonl.
 
 A tracker is a convenience: once training has begun, one that fails is reported once and dropped.
 """
 
-import html
+import importlib
 import os
 import secrets
-import sys
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
-from jaxlm.config import Config, TrackingConfig, to_dict
+from jaxlm.config import Config, TrackingConfig
 from jaxlm.extras import MODULES, needs
 
 Row = dict[str, Any]
 
 
+class Tracker(Protocol):
+    """Something that shows the rows of a run; what it raises never stops the run."""
+
+    def log(self, step: int, row: Row) -> None:
+        """Takes a row of metrics.jsonl."""
+        ...
+
+    def show(self, step: int, name: str, text: str, is_html: bool) -> None:
+        """Takes a sample or a report of the complete run."""
+        ...
+
+    def close(self, *, failed: bool) -> None:
+        """Called once, at the end of this start of the run."""
+        ...
+
+
+OpenTracker = Callable[[Config, Sequence[Row]], Tracker]
+"""From the config and the rows so far, oldest first: a resumed run has some."""
+
+
 class Trackers:
-    """The trackers that the config asks for, as one, which never raises.
+    """The trackers of a run as one, which never raises.
 
     Attributes:
       run_id: the W&B run.
@@ -32,38 +50,33 @@ class Trackers:
         *,
         run_id: str | None = None,
         new_future: bool = False,
+        own: Sequence[OpenTracker] = (),
         say: Callable[[str], None] = print,
     ):
         """Opens the trackers, and gives each the rows it lacks.
 
         Args:
-          config: the run's config.
+          config: the run's config, which asks for W&B or TensorBoard.
           history: rows of metrics.jsonl up to here, oldest first.
           run_id: the W&B run so far, or None for a new one.
           new_future: the rows after the history may differ from those made before.
+          own: further ones of the caller.
           say: takes a line for the person who watches the run.
         """
-        self._trackers: dict[str, _Wandb | _TensorBoard] = {}
+        self._trackers: dict[str, Tracker] = {}
         self._say = say
-        self.run_id = run_id if run_id and not new_future else secrets.token_hex(4)
+        self.run_id = new_id = run_id if run_id and not new_future else secrets.token_hex(4)
         if config.tracking.wandb != "off":
-            self._open("W&B", lambda: self._wandb(config, history, run_id))
+            module = importlib.import_module("jaxlm.tracking.to_wandb")
+            self._open("W&B", lambda: module.open_tracker(config, history, new_id, run_id, say))
+            self.run_id = getattr(self._trackers.get("W&B"), "run_id", new_id)
         if config.tracking.tensorboard:
-            self._open("TensorBoard", lambda: _TensorBoard(config, history))
+            module = importlib.import_module("jaxlm.tracking.to_tensorboard")
+            self._open("TensorBoard", lambda: module.TensorBoard(config, history))
+        for number, open_own in enumerate(own, 1):
+            self._open(f"tracker {number} of your own", partial(open_own, config, history))
 
-    def _wandb(self, config: Config, history: Sequence[Row], earlier: str | None) -> "_Wandb":
-        run = None
-        if earlier and earlier != self.run_id and config.tracking.wandb == "online":
-            # Continue the same W&B run unless it has steps past ours: W&B deletes no rows.
-            run = _init_wandb(config, earlier)
-            if run.step > (history[-1]["step"] + 1 if history else 0):
-                run.finish()
-                run = None
-            else:
-                self.run_id = earlier
-        return _Wandb(config, run or _init_wandb(config, self.run_id), history, self._say)
-
-    def _open(self, name: str, tracker: Callable[[], "_Wandb | _TensorBoard"]) -> None:
+    def _open(self, name: str, tracker: Callable[[], Tracker]) -> None:
         self._guard(name, lambda: self._trackers.update({name: tracker()}))
 
     def log(self, step: int, row: Row) -> None:
@@ -109,120 +122,3 @@ def require(tracking: TrackingConfig) -> None:
         needs(MODULES["wandb"], f"tracking.wandb {tracking.wandb}")
     if tracking.tensorboard:
         needs(MODULES["tensorboard"], "tracking.tensorboard")
-
-
-def _init_wandb(config: Config, run_id: str) -> Any:
-    import wandb
-
-    online = config.tracking.wandb == "online"
-    hooks = sys.exit, sys.excepthook
-    try:
-        return wandb.init(
-            project=config.tracking.wandb_project,
-            name=Path(config.run_dir).resolve().name,
-            id=run_id,
-            mode="online" if online else "offline",
-            resume="allow" if online else None,
-            reinit="create_new",  # A run of the caller's own stays as it is.
-            dir=config.run_dir,
-            settings=wandb.Settings(
-                silent=True, console="off", disable_code=True, init_timeout=20, finish_timeout=60
-            ),
-        )
-    finally:
-        sys.exit, sys.excepthook = hooks  # wandb wraps both, and never puts them back.
-
-
-class _Wandb:
-    """One W&B row a step: the log row and the eval row of a step go out together.
-
-    Offline, each start replays the whole history into a new folder: a killed process leaves its
-    folder short, and an offline run cannot be resumed, so the newest folder is the whole one.
-    Online, the rows that the server lacks are sent.
-    """
-
-    def __init__(self, config: Config, run: Any, history: Sequence[Row], say: Callable):
-        self._config, self._run, self._step = config, run, 0
-        self._pending: Row = {}
-        self._online = config.tracking.wandb == "online"
-        run.config.update(to_dict(config), allow_val_change=True)
-        if self._online:
-            say(f"W&B: {run.url}")
-        first = run.step
-        for row in history:
-            if row["step"] >= first:
-                self.log(row["step"], row)
-
-    def log(self, step: int, row: Row) -> None:
-        if step != self._step:
-            self._send()
-        self._step = step
-        self._pending |= {name: value for name, value in row.items() if name != "step"}
-
-    def show(self, step: int, name: str, text: str, is_html: bool) -> None:
-        import wandb
-
-        page = text if is_html else f'<pre style="white-space: pre-wrap">{html.escape(text)}</pre>'
-        # Uninjected: else it gets a stylesheet from the network.
-        self.log(step, {name: wandb.Html(page, inject=False, data_is_not_path=True)})
-
-    def _send(self) -> None:
-        if self._pending:
-            self._run.log(self._pending, step=self._step, commit=True)
-        self._pending = {}
-
-    def close(self, *, failed: bool = False) -> None:
-        # W&B drops whatever comes for a step it has. So a step whose eval is still to come, in
-        # the run that goes on from here, is left to that run.
-        at_end = self._step == self._config.num_steps
-        eval_due = at_end or self._step % self._config.eval_interval == 0
-        if not (self._online and eval_due and "eval/loss" not in self._pending):
-            self._send()
-        self._run.finish(exit_code=int(failed))
-
-
-def _scalars(row: Row) -> dict[str, Any]:
-    return {"value": [{"tag": k, "simple_value": v} for k, v in row.items() if k != "step"]}
-
-
-class _TensorBoard:
-    """One event file, written anew at each start, so that the folder is one curve.
-
-    tensorboardX's own SummaryWriter hands events to a thread; when that dies (a full disk), its
-    queue fills and the run hangs. EventsWriter writes at once, and raises.
-    """
-
-    def __init__(self, config: Config, history: Sequence[Row]):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2
-
-        self._event_class: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
-        folder = Path(config.run_dir) / "tensorboard"
-        folder.mkdir(parents=True, exist_ok=True)
-        earlier = list(folder.glob("events.out.tfevents.*.jaxlm"))
-        # The name holds only the second: two starts within one would write to the same file.
-        self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}.jaxlm")
-        for row in history:
-            self._write(row["step"], _scalars(row))
-        self._writer.flush()
-        for path in earlier:
-            path.unlink()
-
-    def _write(self, step: int, summary: Any) -> None:
-        event = self._event_class(step=step, wall_time=time.time(), summary=summary)
-        self._writer.write_event(event)
-
-    def log(self, step: int, row: Row) -> None:
-        self._write(step, _scalars(row))
-        self._writer.flush()
-
-    def show(self, step: int, name: str, text: str, is_html: bool) -> None:
-        if is_html:  # it can show none
-            return
-        from tensorboardX.summary import text as summary_of
-
-        self._write(step, summary_of(name, text))
-        self._writer.flush()
-
-    def close(self, *, failed: bool = False) -> None:
-        self._writer.close()

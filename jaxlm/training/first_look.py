@@ -11,6 +11,7 @@ from flax import nnx
 from jaxlm.device.guard import Guard
 from jaxlm.device.loss import Batch, Loss, takes
 from jaxlm.device.state import Blueprint, Own
+from jaxlm.errors import InputError
 
 _BATCHES = "a function (index, rows) -> dict of host arrays"
 _LOSS = (
@@ -29,7 +30,7 @@ def check_given(model: Any, batches: Any, eval_batches: Any) -> None:
       ValueError: names the argument, what was found and what was expected.
     """
     if isinstance(model, nnx.Module) or not (model is None or callable(model)):
-        raise ValueError(
+        raise InputError(
             f"model: found an instance of {type(model).__name__}, expected a function of nnx.Rngs "
             "that makes one, such as its class"
         )
@@ -38,10 +39,10 @@ def check_given(model: Any, batches: Any, eval_batches: Any) -> None:
         sets = {f"eval_batches[{name!r}]": value for name, value in eval_batches.items()}
     for name, value in {"batches": batches, **sets}.items():
         if not (value is None or callable(value)):
-            raise ValueError(f"{name}: found a {type(value).__name__}, expected {_BATCHES}")
+            raise InputError(f"{name}: found a {type(value).__name__}, expected {_BATCHES}")
     for name, value in sets.items():
         if not (value is None or isinstance(value, Sized)):
-            raise ValueError(f"{name}: found no length, expected `__len__`: how many there are")
+            raise InputError(f"{name}: found no length, expected `__len__`: how many there are")
 
 
 def look_at(
@@ -62,7 +63,7 @@ def look_at(
 def _look_at_model(blueprint: Blueprint, batch: Batch) -> None:
     inputs, targets = (batch.get(name) for name in ("inputs", "targets"))
     if inputs is None or targets is None:
-        raise ValueError(
+        raise InputError(
             f"batches: found {', '.join(batch)}, expected int32 `inputs` and `targets` [rows, time]"
         )
 
@@ -72,13 +73,13 @@ def _look_at_model(blueprint: Blueprint, batch: Batch) -> None:
     logits = _look("model", "model(tokens, segment_ids)", call, blueprint, inputs)
     found = getattr(logits, "shape", type(logits).__name__)
     if not (isinstance(found, tuple) and len(found) == 3 and found[:2] == inputs.shape):
-        raise ValueError(
+        raise InputError(
             f"model: found logits {found} of tokens {inputs.shape}, expected "
             f"[rows, time, vocabulary], so {(*inputs.shape, '…')}"
         )
     # Beyond the last logit, each loss would be a NaN.
     if (largest := int(targets.max())) >= found[-1]:
-        raise ValueError(
+        raise InputError(
             f"model: found logits for {found[-1]} tokens, expected at least {largest + 1}: "
             f"batch 0 has the target {largest}"
         )
@@ -95,20 +96,20 @@ def _look_at_loss(name: str, loss: Loss, blueprint: Blueprint, batch: Batch) -> 
     found = _look(name, f"{name}(model, batch)", call, blueprint, (batch, key))
     if not isinstance(found, tuple) or len(found) not in (2, 3):
         size = f" of {len(found)}" if isinstance(found, tuple) else ""
-        raise ValueError(f"{name}: found a {type(found).__name__}{size}, {_LOSS}")
+        raise InputError(f"{name}: found a {type(found).__name__}{size}, {_LOSS}")
     sums, weight, *metrics = found
     if isinstance(sums, dict) and "loss" not in sums:
-        raise ValueError(f"{name}: found sums of {', '.join(sums) or 'nothing'}, {_LOSS}")
+        raise InputError(f"{name}: found sums of {', '.join(sums) or 'nothing'}, {_LOSS}")
     if metrics and not isinstance(metrics[0], dict):
-        raise ValueError(f"{name}: found a third value that is no dict, {_LOSS}")
+        raise InputError(f"{name}: found a third value that is no dict, {_LOSS}")
     names = [*(sums if isinstance(sums, dict) else ("loss",)), *(metrics[0] if metrics else ())]
     if taken := sorted({name for name in names if names.count(name) > 1 or name in _TAKEN}):
-        raise ValueError(f"{name}: found the name {taken[0]}, which is taken; choose another")
+        raise InputError(f"{name}: found the name {taken[0]}, which is taken; choose another")
     for leaf in jax.tree.leaves((sums, metrics)):
         if leaf.shape or not np.issubdtype(leaf.dtype, np.inexact):
-            raise ValueError(f"{name}: found a sum {leaf.dtype} {list(leaf.shape)}, {_LOSS}")
+            raise InputError(f"{name}: found a sum {leaf.dtype} {list(leaf.shape)}, {_LOSS}")
     if getattr(weight, "shape", None) not in ((), None):
-        raise ValueError(f"{name}: found {list(weight.shape)} numbers of tokens, {_LOSS}")
+        raise InputError(f"{name}: found {list(weight.shape)} numbers of tokens, {_LOSS}")
 
 
 def _look(
@@ -117,4 +118,4 @@ def _look(
     try:
         return jax.eval_shape(call, blueprint.abstract.params, given)
     except TypeError as error:
-        raise ValueError(f"{name}: expected to be called as {how}; {error}") from error
+        raise InputError(f"{name}: expected to be called as {how}; {error}") from error

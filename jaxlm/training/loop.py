@@ -17,6 +17,7 @@ from jaxlm.data.batches import prefetch
 from jaxlm.device.guard import Guard
 from jaxlm.device.state import TrainState
 from jaxlm.device.step import StepMetrics
+from jaxlm.errors import RunError
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.console import Console
 from jaxlm.tracking.metrics import Metrics, perplexity
@@ -159,7 +160,7 @@ class Loop:
         self.console.warn(f"step {step} was not applied: its {why} ({found})")
         self.checkpoints.events.add("skipped", step, f"its {why} ({found})")
         if (in_a_row := int(values["skipped_run"])) >= self.config.guard.max_skipped:
-            raise RuntimeError(
+            raise RunError(
                 f"{in_a_row} steps in a row up to {step} were not applied; go back with --resume "
                 "best and a lower --optim.learning_rate, or allow more with --guard.max_skipped"
             )

@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 
-from jaxlm.checkpoints.retention import IN_TRANSIT
+from jaxlm.checkpoints.retention import IN_TRANSIT, num_kept
 from jaxlm.config import Config
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.device.state import TrainState, num_bytes
+from jaxlm.errors import InputError
 from jaxlm.files.durable import folder_bytes
 from jaxlm.tracking.console import format_bytes, format_count
 
@@ -49,16 +50,16 @@ def checkpoint_bytes(config: Config, abstract: TrainState) -> int:
       ValueError: the newest and the best alone are more than `disk_budget_gb`.
     """
     keep, state_bytes = config.checkpoint, num_bytes(abstract)
-    needed = state_bytes * (keep.keep_latest + 1 + IN_TRANSIT)
+    needed = state_bytes * (num_kept(keep) + IN_TRANSIT)
     milestones = config.num_steps // keep.keep_every if keep.keep_every else 0
     weights = config.num_steps // keep.keep_weights_every if keep.keep_weights_every else 0
     weights_bytes = weights * num_bytes(abstract.ema_params or abstract.params)
     if keep.disk_budget_gb is None:
         return needed + state_bytes * milestones + weights_bytes
     if needed > keep.disk_budget_gb * 1e9:
-        raise ValueError(
+        raise InputError(
             f"checkpoint.disk_budget_gb: found {keep.disk_budget_gb:g}, expected at least "
-            f"{needed / 1e9:.3g}: {keep.keep_latest + 1} checkpoints of "
+            f"{needed / 1e9:.3g}: {num_kept(keep)} checkpoints of "
             f"{format_bytes(state_bytes)} kept and two in transit; raise it, or lower "
             "--checkpoint.keep_latest"
         )
@@ -99,7 +100,7 @@ def check_prompt(config: Config, tokenizer_path: Path) -> None:
     tokens = load_tokenizer(tokenizer_path).encode(config.sample_prompt, add_special_tokens=False)
     most = config.seq_len - sample_tokens(config)
     if len(tokens.ids) > most:
-        raise ValueError(
+        raise InputError(
             f"sample_prompt: found {len(tokens.ids)} tokens, expected at most {most}, so that "
             f"{sample_tokens(config)} new ones fit into a seq_len of {config.seq_len}; shorten it"
         )

@@ -12,6 +12,7 @@ from jaxlm.checkpoints.folder import Best, list_steps, recorded_directory, selec
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.config import Change, Config, changes
 from jaxlm.device.optim import make_schedule
+from jaxlm.errors import InputError
 
 Say = Callable[[str], None]
 
@@ -39,7 +40,7 @@ def check_folders(config: Config) -> None:
         _check_roles(run_dir, folder)
     steps = list_steps(folder)
     if config.resume == "never" and steps:
-        raise ValueError(
+        raise InputError(
             f"resume: found never, but {folder} holds checkpoints {steps}; "
             "choose another --run_dir, or leave --resume out to go on from the latest"
         )
@@ -51,7 +52,7 @@ def check_folders(config: Config) -> None:
     if config.branch_from:
         step = select(config.branch_from, contents=False).step
         if step >= config.num_steps:
-            raise ValueError(
+            raise InputError(
                 f"branch_from: found step {step}, expected one before num_steps "
                 f"({config.num_steps}); add a larger --num_steps"
             )
@@ -60,12 +61,12 @@ def check_folders(config: Config) -> None:
 def _check_roles(run_dir: Path, folder: Path) -> None:
     # A run in the checkpoint folder of another would hide that run from its own commands.
     if (folder / "config.json").is_file():
-        raise ValueError(
+        raise InputError(
             f"checkpoint.directory: found {folder}, the run folder of another run; choose another "
             "--checkpoint_dir"
         )
     if steps := list_steps(run_dir):
-        raise ValueError(
+        raise InputError(
             f"run_dir: found {run_dir}, the checkpoint folder of another run (steps {steps}); "
             "choose another --run_dir"
         )
@@ -114,7 +115,7 @@ def _allowed_changes(latest: Metadata, config: Config, folder: Path) -> list[Cha
     differing = changes(latest.run_config(), config)
     refused = [str(change) for change in differing if change.policy == "fixed"]
     if refused:
-        raise ValueError(
+        raise InputError(
             f"{folder} holds a run with other settings, which cannot change on the way:\n  "
             + "\n  ".join(refused)
             + "\nadd --run_dir for a new run, or set these back to go on with this one"
@@ -134,7 +135,7 @@ def log_changes(restored: Metadata, config: Config, recorded: list[Change], say:
 def _check_owner(restored: Metadata, config: Config) -> None:
     owner = restored.run_config().run_dir
     if config.checkpoint.directory and owner != config.run_dir:
-        raise ValueError(
+        raise InputError(
             f"checkpoint.directory: found {config.checkpoint.directory}, which holds the run "
             f"{owner}; for a new run, name another --checkpoint_dir too, or leave it out"
         )
@@ -146,7 +147,7 @@ def _check_run_folder(config: Config) -> None:
         return
     there = recorded_directory(Path(config.run_dir))
     if there != config.checkpoint.directory:
-        raise ValueError(
+        raise InputError(
             f"checkpoint.directory: found {config.checkpoint.directory}, but run_dir "
             f"{config.run_dir} belongs to {there or 'its own checkpoints'}; add --run_dir for a "
             "new run, or set it back (a folder that was moved: change it in config.json)"

@@ -21,6 +21,7 @@ from jaxlm.device.optim import make_schedule
 from jaxlm.device.sharding import AXES_OF, make_mesh, put_batch, replicated
 from jaxlm.device.state import AS_CONFIGURED, Blueprint, Own, blueprint_of
 from jaxlm.device.step import TrainStep, make_eval_step, make_train_step, scheduled
+from jaxlm.errors import InputError
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.throughput import peak_flops
 from jaxlm.training.evaluate import EvalSet, EvalStep
@@ -197,7 +198,7 @@ def check_batch(config: Config, mesh: Mesh) -> None:
     """Raises ValueError unless the devices of the mesh get equal numbers of rows."""
     ways = int(np.prod([mesh.shape[axis] for axis in AXES_OF["batch"]]))
     if config.micro_batch_size % ways:
-        raise ValueError(
+        raise InputError(
             f"batch_size: found {config.batch_size} in {config.num_microbatches} microbatch(es) of "
             f"{config.micro_batch_size}, expected a multiple of mesh.data x mesh.fsdp = {ways} in "
             "each"

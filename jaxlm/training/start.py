@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from jaxlm.cluster import agree
 from jaxlm.config import Config, changes, to_dict
 from jaxlm.device.sharding import deterministic_options, make_mesh
 from jaxlm.device.state import Own, TrainState, blueprint_of
+from jaxlm.errors import InputError
 from jaxlm.files.durable import write_file
 from jaxlm.files.lock import HOLDER, locked
 from jaxlm.tracking.console import Console, format_count
@@ -25,6 +26,7 @@ from jaxlm.tracking.events import NAME as EVENTS
 from jaxlm.tracking.metrics import Metrics
 from jaxlm.tracking.rows import NAME as ROWS
 from jaxlm.tracking.rows import Rows
+from jaxlm.tracking.trackers import OpenTracker
 from jaxlm.training.environment import compare_environments, describe_environment
 from jaxlm.training.resume import goes_back, is_at_end, log_changes
 from jaxlm.training.setup import TrainSetup
@@ -158,7 +160,7 @@ def _resumed(
 
 def _check_data(parts: TrainSetup, metadata: Metadata) -> None:
     if metadata.data_fingerprint != parts.data_fingerprint:
-        raise ValueError(
+        raise InputError(
             f"data: found fingerprint {parts.data_fingerprint or 'none'}, but step "
             f"{metadata.step} was trained on {metadata.data_fingerprint or 'none'}; bring back the "
             "data of that run (its source has changed since), or add --run_dir for a new run"
@@ -208,7 +210,11 @@ def _selected(parts: TrainSetup, source: str, console: Console) -> Selected:
 
 
 def open_run_folder(
-    parts: TrainSetup, checkpoints: Checkpoints, start: Start, console: Console
+    parts: TrainSetup,
+    checkpoints: Checkpoints,
+    start: Start,
+    console: Console,
+    trackers: Sequence[OpenTracker] = (),
 ) -> AbstractContextManager[Metrics | None]:
     """Writes what lies beside the checkpoints, and opens the metrics where the run goes on.
 
@@ -230,6 +236,7 @@ def open_run_folder(
         new_future=start.new_future,
         proofs=lambda: {s: found.rows for s, found in scan_folder(checkpoint_dir).sound.items()},
         events=checkpoints.events,
+        trackers=trackers,
         say=console.say,
     )
 

@@ -6,6 +6,7 @@ from jaxlm.checkpoints.folder import Best
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.config import Change, Config
 from jaxlm.device.state import num_bytes
+from jaxlm.errors import InputError
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.console import Console, format_bytes, format_duration
 from jaxlm.training import preflight
@@ -41,7 +42,7 @@ def log_start(parts: TrainSetup, console: Console) -> None:
     )
     if shortage := preflight.disk_shortage(config, abstract):
         if config.checkpoint.on_low_disk == "refuse":
-            raise ValueError(f"{shortage}, or add --checkpoint.on_low_disk warn")
+            raise InputError(f"{shortage}, or add --checkpoint.on_low_disk warn")
         console.warn(shortage)
     if not config.intervals_nest:
         console.warn(
@@ -82,7 +83,7 @@ def log_complete(
     # A run that is past the plan of this command has fulfilled it.
     recorded = [str(c) for c in changed if c.policy == "recorded" and c.name != "num_steps"]
     if recorded:
-        raise ValueError(
+        raise InputError(
             f"run {config.run_dir} {reason}, so nothing was trained with other settings:\n  "
             + "\n  ".join(recorded)
             + f"\nadd --run_dir for a new run, {more} to go on with these, or set them back"

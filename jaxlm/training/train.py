@@ -4,6 +4,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import optax
@@ -14,12 +15,15 @@ from jaxlm.cluster import check_alike
 from jaxlm.config import Config
 from jaxlm.device.loss import Loss
 from jaxlm.device.state import ModelFactory, Own
+from jaxlm.errors import RunError
+from jaxlm.insides import quiet_orbax
 from jaxlm.terminal import output
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.console import Console
 from jaxlm.tracking.events import NAME, Events
 from jaxlm.tracking.rows import NAME as ROWS
 from jaxlm.tracking.rows import find_losses
+from jaxlm.tracking.trackers import OpenTracker
 from jaxlm.training.at_end import AtEnd, Complete, find_tools
 from jaxlm.training.evaluate import EvalSet
 from jaxlm.training.loop import Callback, Hook, Loop, Result
@@ -43,6 +47,15 @@ from jaxlm.training.summary import (
 _training = threading.Lock()
 
 
+class Watchers(NamedTuple):
+    """What a caller has called while the run goes, and at its end; see `train`."""
+
+    callbacks: Sequence[Callback]
+    hooks: Sequence[Hook]
+    trackers: Sequence[OpenTracker]
+    at_end: Sequence[AtEnd]
+
+
 def train(
     config: Config,
     *,
@@ -55,6 +68,7 @@ def train(
     eval_batches: EvalSet | Mapping[str, EvalSet] | None = None,
     callbacks: Sequence[Callback] = (),
     hooks: Sequence[Hook] = (),
+    trackers: Sequence[OpenTracker] = (),
     at_end: Sequence[AtEnd] | None = None,
 ) -> Result:
     """Trains to the end of the plan, from the latest sound checkpoint if there is one.
@@ -72,6 +86,7 @@ def train(
         Of several by name, the first decides what is best.
       callbacks: each called with (step, row) for every row of metrics.jsonl.
       hooks: each called with (step, state, row) between two steps.
+      trackers: each called once with (config, rows so far), and then fed as W&B is.
       at_end: each called once with the complete run; by default the sample and the report, where
         model and data are those of `config`.
 
@@ -86,6 +101,7 @@ def train(
     events = Events(Path(config.run_dir) / NAME if primary else None, console.warn)
     with contextlib.ExitStack() as stack:
         stack.callback(console.close)
+        stack.enter_context(quiet_orbax())
         stack.enter_context(_alone_in_process())
         stack.enter_context(hold_run_folder(config, console.warn))
         check_folders(config)
@@ -118,7 +134,8 @@ def train(
         log_start(parts, console)
         stack.push(events.failed)
         acts = find_tools() if at_end is None and not (model or batches) else at_end or ()
-        result = _train_to_end(parts, checkpoints, console, clock, callbacks, hooks, acts)
+        watchers = Watchers(callbacks, hooks, trackers, acts)
+        result = _train_to_end(parts, checkpoints, console, clock, watchers)
     log_end(parts.config, result.step, result.complete, result.best, console)
     return result
 
@@ -139,7 +156,7 @@ def _alone_in_process() -> Iterator[None]:
     # Orbax counts the operations of a process, not of a manager: a save that begins while another
     # is under way waits for signals under the number of the other, and fails.
     if not _training.acquire(blocking=False):
-        raise RuntimeError(
+        raise RunError(
             "another training is under way in this process, and their saves would break each "
             "other's; wait for its end, or start this one in a process of its own"
         )
@@ -154,17 +171,19 @@ def _train_to_end(
     checkpoints: Checkpoints,
     console: Console,
     clock: Clock,
-    callbacks: Sequence[Callback],
-    hooks: Sequence[Hook],
-    at_end: Sequence[AtEnd],
+    watchers: Watchers,
 ) -> Result:
     config, events = parts.config, checkpoints.events
     with contextlib.ExitStack() as stack:
         request = stack.enter_context(stop_requests(parts.mesh))
         with clock.spent("restore" if checkpoints.latest else "start"):
             state, start = start_state(parts, checkpoints, console)
-        metrics = stack.enter_context(open_run_folder(parts, checkpoints, start, console))
-        loop = Loop(parts, checkpoints, metrics, console, callbacks, hooks, start, clock)
+        metrics = stack.enter_context(
+            open_run_folder(parts, checkpoints, start, console, watchers.trackers)
+        )
+        loop = Loop(
+            parts, checkpoints, metrics, console, watchers.callbacks, watchers.hooks, start, clock
+        )
         events.start(start.step, start.why, loop.environment)
         checkpoints.retain()
         with clock.spent("steps"):
@@ -175,6 +194,6 @@ def _train_to_end(
         log_time(clock, console)
         if result.complete:  # while the trackers still listen
             run = Complete(config, result.step, result.best, console, events, metrics)
-            for act in at_end:
+            for act in watchers.at_end:
                 act(run)
     return result

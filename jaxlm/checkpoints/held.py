@@ -1,0 +1,235 @@
+"""The checkpoint folder that a trainer has for itself: what is in it, and what goes out of it.
+
+A damaged step is renamed and reported, never deleted. Only what has a name of ours is touched.
+"""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+
+from jaxlm.checkpoints import manifest
+from jaxlm.checkpoints.entries import (
+    CORRUPT,
+    REPLACED,
+    SUPERSEDED,
+    list_named,
+    list_names,
+    list_steps,
+)
+from jaxlm.checkpoints.folder import WEIGHTS, Best, find_best
+from jaxlm.checkpoints.metadata import Metadata
+from jaxlm.checkpoints.multihost import find_damage_together, scan_folder_alike
+from jaxlm.checkpoints.quarantine import Purger, clear_partial, list_old_superseded, put_aside
+from jaxlm.checkpoints.retention import choose_kept, why_dropped
+from jaxlm.cluster import agree
+from jaxlm.config import CheckpointConfig
+from jaxlm.errors import RunError
+from jaxlm.files.lock import Lock, lock, unlock
+from jaxlm.tracking.events import Events
+
+
+class CheckpointError(RunError):
+    """A checkpoint could not be kept or had back; the message says what to do."""
+
+
+class HeldFolder:
+    """A checkpoint folder, and the steps in it that are sound.
+
+    Of several processes, each makes the same calls in the same order, `best` and `latest` included.
+
+    Args:
+      folder: the folder, made if missing.
+      config: when to keep what.
+      warn: called with a line about anything that is not as it should be.
+      events: takes what happens to the checkpoints; by default it is not written down.
+
+    Attributes:
+      events: as above.
+      run_id: the same in all checkpoints of the run.
+      state_bytes: size of a checkpoint, for the disk budget; 0 until it is known.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        *,
+        warn: Callable[[str], None],
+        events: Events | None = None,
+    ):
+        self.folder = folder.absolute()
+        self.events = events or Events(None)
+        self.run_id = ""
+        self.state_bytes = 0
+        self._config, self._warn = config, warn
+        self._steps: dict[int, Metadata] = {}
+        self._purger = Purger(self.folder, config.keep_weights_every)
+        self._primary = jax.process_index() == 0
+        self._lock: Lock | None = None
+
+    def hold(self) -> None:
+        """Locks the folder, clears what a killed run left half-done, and sets damaged steps aside.
+
+        Raises:
+          ValueError: jaxlm did not make the folder.
+          RuntimeError: another trainer holds the folder, or it cannot be written.
+        """
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self.release)
+            if self._primary:
+                required = self._config.lock == "required"
+                self._lock = lock(self.folder, required=required, warn=self._warn)
+                self._opened = self.folder.stat()
+                self._purge()
+                clear_partial(self.folder)
+                self._write_down({})  # what a kill kept from being written down
+                for path in list_named(self.folder, REPLACED):
+                    self.finish_replacing(path)
+            # The others wait in this one until process 0 has done all of that.
+            found = scan_folder_alike(self.folder, check=self._config.verify != "off")
+            self._opened = self.folder.stat()
+            self._steps = found.sound
+            self.run_id = agree(found.run_id or secrets.token_hex(8))
+            for step, damage in found.damaged.items():
+                self.set_aside(step, damage)
+            on_error.pop_all()
+
+    def release(self) -> None:
+        """Frees the lock; a folder in which nothing was made is left as it was found."""
+        self._purger.join()
+        if self._lock:
+            unlock(self._lock)
+
+    @property
+    def best(self) -> Best | None:
+        """The best checkpoint that is on disk."""
+        return self.best_with(-1, None)
+
+    def best_with(self, step: int, eval_loss: float | None) -> Best | None:
+        """The best, once a checkpoint of this step and eval loss is on disk too."""
+        losses = {s: found.eval_loss for s, found in self.steps.items()}
+        return find_best({**losses, step: eval_loss})
+
+    @property
+    def latest(self) -> Metadata | None:
+        """The newest checkpoint that is on disk."""
+        return max(self.steps.values(), key=lambda found: found.step, default=None)
+
+    @property
+    def steps(self) -> dict[int, Metadata]:
+        """The sound checkpoints, without those that were deleted by hand.
+
+        Of several processes, the first one looks: others may see a shared disk as it was some
+        seconds ago, and all must decide alike.
+        """
+        there = agree([step for step in self._steps if (self.folder / str(step)).exists()])
+        self._steps = {step: self._steps[step] for step in there}
+        return self._steps
+
+    def damage(self, step: int) -> list[str]:
+        """What of a step's files is not as it was written; all processes share in the reading."""
+        return find_damage_together(self.folder / str(step))
+
+    def add(self, metadata: Metadata, why: str) -> bool:
+        """Takes in a step that was committed, and drops what need not stay.
+
+        Returns:
+          Whether it is the best.
+        """
+        self._steps[metadata.step] = metadata
+        self.retain({str(metadata.step): why})
+        best = find_best({step: found.eval_loss for step, found in self._steps.items()})
+        if is_best := best is not None and best.step == metadata.step:
+            self.events.add("best", metadata.step, f"eval loss {metadata.eval_loss:.4f}")
+        return is_best
+
+    def retain(self, why: dict[str, str] | None = None) -> None:
+        """Deletes what retention drops; a kill may have come between a commit and its deletions.
+
+        Args:
+          why: the reason for what else has changed, by the name of its folder.
+        """
+        there = [step for step in sorted(self._steps) if (self.folder / str(step)).exists()]
+        losses = {step: self._steps[step].eval_loss for step in there}
+        kept = choose_kept(self._config, losses, state_bytes=self.state_bytes)
+        dropped = [str(step) for step in there if step not in kept]
+        self._purge(*(self.folder / name for name in dropped))
+        self._write_down((why or {}) | dict.fromkeys(dropped, why_dropped(self._config)))
+
+    def go_back(self, to: int, why: str) -> None:
+        """Sets all that came after step `to` aside as N.superseded.
+
+        In ascending order: until the last one is renamed, the latest stays the latest, and a start
+        after a kill goes back as this one did.
+        """
+        weights = self.folder / WEIGHTS
+        if self._primary and (newer := [step for step in list_steps(weights) if step > to]):
+            put_aside(weights, newer, SUPERSEDED)
+            self._purge(*list_old_superseded(weights, self._config.keep_latest))
+        newer = agree([step for step in list_steps(self.folder) if step > to])
+        self.events.add("back", to, f"from step {max(newer, default=to)}: {why}")
+        self._put_aside(newer, SUPERSEDED, f"the run went back to step {to}")
+        if self._primary:
+            old = list_old_superseded(self.folder, self._config.keep_latest)
+            self._purge(*old)
+            self._write_down({path.name: "not among the newest set aside" for path in old})
+
+    def set_aside(self, step: int, damage: list[str]) -> None:
+        """Renames a damaged step to N.corrupt, and reports it."""
+        (name,) = self._put_aside([step], CORRUPT, f"damaged: {damage[0]}")
+        more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
+        self._warn(f"checkpoint {step} is damaged: {damage[0]}{more}; renamed to {name}")
+
+    def finish_replacing(self, aside: Path) -> None:
+        """Keeps the step that was saved again if it is whole, else the one before it, N.replaced.
+
+        Called in process 0 alone.
+        """
+        current = aside.with_name(aside.name.removesuffix(REPLACED))
+        if manifest.find_damage(current, contents=False):
+            if current.exists():  # not by `_put_aside`: no other process comes here
+                (name,) = put_aside(self.folder, [int(current.name)], CORRUPT)
+                self._write_down({name: "damaged: it is unfinished"})
+                self._warn(f"checkpoint {current.name} is unfinished; renamed to {name}")
+            aside.rename(current)
+        else:
+            self._purger.purge(aside)
+
+    def clear_partial(self) -> None:
+        """Removes what a failed save has written."""
+        if self._primary and self._is_ours():
+            clear_partial(self.folder)
+
+    def check_folder(self) -> None:
+        """Raises CheckpointError unless the path still leads to the folder that was opened."""
+        if not self._is_ours():
+            raise CheckpointError(
+                f"{self.folder} was deleted or replaced while the run was training; nothing more "
+                "is written there. Bring it back, and the same command goes on from its latest"
+            )
+
+    def _is_ours(self) -> bool:
+        with contextlib.suppress(OSError):
+            return os.path.samestat(self.folder.stat(), self._opened)
+        return False
+
+    def _put_aside(self, steps: Sequence[int], suffix: str, why: str) -> list[str]:
+        # The new names, of steps on which all processes have agreed.
+        names = agree(put_aside(self.folder, steps, suffix) if self._primary else [])
+        self._write_down(dict.fromkeys(names, why))
+        for step in steps:
+            self._steps.pop(step, None)
+        return names
+
+    def _write_down(self, why: dict[str, str]) -> None:
+        # What has become of the checkpoints since the last time.
+        self.events.compare(list_names(self.folder), why)
+
+    def _purge(self, *paths: Path) -> None:
+        if self._primary and self._is_ours():
+            with contextlib.suppress(OSError):  # what stays is for the next time
+                self._purger.purge(*paths)

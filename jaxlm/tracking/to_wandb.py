@@ -1,0 +1,104 @@
+"""Weights & Biases: rows of metrics.jsonl as one curve, over any number of starts."""
+
+import html
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlm.config import Config, to_dict
+from jaxlm.tracking.trackers import Row
+
+
+def open_tracker(
+    config: Config, history: Sequence[Row], run_id: str, earlier: str | None, say: Callable
+) -> "Wandb":
+    """Goes on with the W&B run `earlier`, or begins `run_id`.
+
+    W&B takes no row back: a run with steps past the history is left as it is.
+    """
+    if earlier and earlier != run_id and config.tracking.wandb == "online":
+        run = _init(config, earlier)
+        if run.step <= (history[-1]["step"] + 1 if history else 0):
+            return Wandb(config, run, earlier, history, say)
+        run.finish()
+    return Wandb(config, _init(config, run_id), run_id, history, say)
+
+
+def _init(config: Config, run_id: str) -> Any:
+    import wandb
+
+    online = config.tracking.wandb == "online"
+    hooks = sys.exit, sys.excepthook
+    try:
+        return wandb.init(
+            project=config.tracking.wandb_project,
+            name=Path(config.run_dir).resolve().name,
+            id=run_id,
+            mode="online" if online else "offline",
+            resume="allow" if online else None,
+            reinit="create_new",  # A run of the caller's own stays as it is.
+            dir=config.run_dir,
+            settings=wandb.Settings(
+                silent=True, console="off", disable_code=True, init_timeout=20, finish_timeout=60
+            ),
+        )
+    finally:
+        sys.exit, sys.excepthook = hooks  # wandb wraps both, and never puts them back.
+
+
+class Wandb:
+    """One W&B row a step: the log row and the eval row of a step go out together.
+
+    Offline, each start replays the whole history into a new folder: a killed process leaves its
+    folder short, and an offline run cannot be resumed, so the newest folder is the whole one.
+    Online, the rows that the server lacks are sent.
+
+    Attributes:
+      run_id: identity of the W&B run.
+    """
+
+    def __init__(
+        self, config: Config, run: Any, run_id: str, history: Sequence[Row], say: Callable
+    ):
+        self.run_id = run_id
+        self._config, self._run, self._step = config, run, 0
+        self._pending: Row = {}
+        self._online = config.tracking.wandb == "online"
+        run.config.update(to_dict(config), allow_val_change=True)
+        if self._online:
+            say(f"W&B: {run.url}")
+        first = run.step
+        for row in history:
+            if row["step"] >= first:
+                self.log(row["step"], row)
+
+    def log(self, step: int, row: Row) -> None:
+        """Sends the step before, once a row of another one comes."""
+        if step != self._step:
+            self._send()
+        self._step = step
+        self._pending |= {name: value for name, value in row.items() if name != "step"}
+
+    def show(self, step: int, name: str, text: str, is_html: bool) -> None:
+        """Sends a panel of HTML."""
+        import wandb
+
+        page = text if is_html else f'<pre style="white-space: pre-wrap">{html.escape(text)}</pre>'
+        # Uninjected: else it gets a stylesheet from the network.
+        self.log(step, {name: wandb.Html(page, inject=False, data_is_not_path=True)})
+
+    def _send(self) -> None:
+        if self._pending:
+            self._run.log(self._pending, step=self._step, commit=True)
+        self._pending = {}
+
+    def close(self, *, failed: bool = False) -> None:
+        """Sends the last step, and ends the W&B run."""
+        # W&B drops whatever comes for a step it has. So a step whose eval is still to come, in
+        # the run that goes on from here, is left to that run.
+        at_end = self._step == self._config.num_steps
+        eval_due = at_end or self._step % self._config.eval_interval == 0
+        if not (self._online and eval_due and "eval/loss" not in self._pending):
+            self._send()
+        self._run.finish(exit_code=int(failed))
