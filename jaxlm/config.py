@@ -41,30 +41,30 @@ class Bounds(NamedTuple):
         return " and ".join(f"{word} {x}" for word, x in words.items() if math.isfinite(x))
 
 
-def _field(default: T, policy: Policy, is_folder: bool = False, **bounds: float) -> T:
+def _field(default: T, policy: Policy, bounds: Bounds, *, is_folder: bool = False) -> T:
     # Typed as the default itself, so that a type checker sees an ordinary dataclass field.
-    metadata = {"resume": policy, "is_folder": is_folder, "bounds": Bounds(**bounds)}
+    metadata = {"resume": policy, "is_folder": is_folder, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def free(default: T, **bounds: float) -> T:
     """A field that a resume may change without a word; the bounds are those of `Bounds`."""
-    return _field(default, "free", **bounds)
+    return _field(default, "free", Bounds(**bounds))
 
 
 def folder(default: T) -> T:
     """A free field that names a folder of this machine; `~` becomes the home folder."""
-    return _field(default, "free", is_folder=True)
+    return _field(default, "free", Bounds(), is_folder=True)
 
 
 def recorded(default: T, **bounds: float) -> T:
     """A field that a resume may change, and that is then listed and kept in the lineage."""
-    return _field(default, "recorded", **bounds)
+    return _field(default, "recorded", Bounds(**bounds))
 
 
 def fixed(default: T, **bounds: float) -> T:
     """A field that a resume must not change."""
-    return _field(default, "fixed", **bounds)
+    return _field(default, "fixed", Bounds(**bounds))
 
 
 # A config is shown and written to many places: none is for a URL with a password or a signed query.

@@ -96,8 +96,9 @@ def _muon(config: OptimConfig, dims: Mapping[Path, Dims | None]) -> optax.Gradie
     )
     scaled = optax.stateless(partial(_scale_to_rms, config.muon_rms, matrices))
     label = partial(_map_with_keys, lambda path, _: "muon" if path in matrices else "adam")
-    of_labels = {"muon": optax.chain(orthogonal, scaled), "adam": _adam(config, dims)}
-    return optax.partition(of_labels, label)
+    return optax.partition(
+        {"muon": optax.chain(orthogonal, scaled), "adam": _adam(config, dims)}, label
+    )
 
 
 OPTIMIZERS: dict[
