@@ -45,7 +45,7 @@ def timed(call: Callable[[], Any]) -> float:
 def open_checkpoints(folder: Path, verify: Verify = "full") -> Checkpoints:
     """The folder, saying nothing of its commits."""
     config = CheckpointConfig(keep_latest=1, verify=verify)
-    return Checkpoints(folder, config, on_commit=lambda *_: None, warn=print)
+    return Checkpoints(folder, config, on_commit=lambda *_: None)
 
 
 def describe_step(step: int, config: Config) -> Metadata:

@@ -23,6 +23,7 @@ from jaxlm.config import Config
 from jaxlm.data.batches import EvalBatches, TrainBatches
 from jaxlm.device.optim import make_schedule
 from jaxlm.launch import parse_config
+from jaxlm.terminal import log_to
 from jaxlm.training.setup import prepare_data
 
 # A peer's model, and its optimizers, each with what its learning rate is of the run's.
@@ -122,7 +123,8 @@ def peer(name: str, config: Config) -> dict[int, float]:
     """Eval step -> eval loss of a peer on the batches of `config`."""
     import torch  # pyright: ignore[reportMissingImports]
 
-    config, dataset = prepare_data(config, lambda line: None)
+    with log_to(lambda line: None):
+        config, dataset = prepare_data(config)
     batches = TrainBatches(
         dataset.train,
         batch_size=config.batch_size,

@@ -3,21 +3,24 @@
 import contextlib
 import functools
 import io
+import logging
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any, TextIO, TypeVar, cast
+from typing import Any, ParamSpec, TextIO, TypeVar, cast
 
 Item = TypeVar("Item")
+Args = ParamSpec("Args")
 
 STOPPED = 75
 """Exit code of a run that is not at its end (EX_TEMPFAIL): it was asked to stop and saved, or lost
 another process. Start it again to go on."""
 
 _drawing = threading.Lock()
+_LOG = logging.getLogger("jaxlm")
 
 
 class _Nowhere(io.TextIOBase):
@@ -61,6 +64,67 @@ def output(stream: TextIO | None, *, strict: bool = False) -> TextIO:
       strict: raise what `stream` raises when it cannot write.
     """
     return cast(TextIO, _Output(stream, strict))
+
+
+class _Lines(logging.Handler):
+    def __init__(self, write: Callable[[str], None], warn: Callable[[str], None]):
+        super().__init__()
+        self._write, self._warn = write, warn
+        self.before = _LOG.level, _LOG.propagate
+        if outer := _listening():
+            self.before = outer[-1].before
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _listening()[-1:] == [self]:
+            warns = record.levelno >= logging.WARNING
+            with contextlib.suppress(OSError, ValueError):  # of a stream, as in `output`
+                (self._warn if warns else self._write)("Warning: " * warns + record.getMessage())
+
+
+def _listening() -> list[_Lines]:
+    return [handler for handler in _LOG.handlers if isinstance(handler, _Lines)]
+
+
+@contextlib.contextmanager
+def log_to(
+    write: Callable[[str], None], warn: Callable[[str], None] | None = None
+) -> Iterator[None]:
+    """Sends what jaxlm logs meanwhile to `write`, and not to that of an outer `log_to`.
+
+    A handler that the caller has given to the logger "jaxlm" gets the records as well.
+
+    Args:
+      write: takes a line, in any thread.
+      warn: takes a line that begins with "Warning: ", in place of `write`.
+    """
+    own = _Lines(write, warn or write)
+    _LOG.addHandler(own)
+    _LOG.setLevel(logging.INFO)
+    _LOG.propagate = False
+    try:
+        yield
+    finally:
+        _LOG.removeHandler(own)
+        if not _listening():
+            level, _LOG.propagate = own.before
+            _LOG.setLevel(level)
+
+
+def prints_lines(function: Callable[Args, Item]) -> Callable[Args, Item]:
+    """A function that prints what it logs, unless the program listens to the logger "jaxlm".
+
+    A program listens by a level, of this logger or INFO of the root; a handler is no sign, since
+    Orbax gives one to the root as it is imported.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Args.args, **kwargs: Args.kwargs) -> Item:
+        if _LOG.level or _LOG.isEnabledFor(logging.INFO):
+            return function(*args, **kwargs)
+        with log_to(lambda line: print(line, file=output(sys.stdout))):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def guard_streams() -> None:

@@ -204,7 +204,7 @@ def share(mine: bool) -> None:
     train(config, **data())
     ready()
     where, read = Path(config.checkpoint_dir), []
-    with Checkpoints(where, config.checkpoint, on_commit=print, warn=print) as checkpoints:
+    with Checkpoints(where, config.checkpoint, on_commit=print) as checkpoints:
         files = [path for path in (where / "12").rglob("*") if path.is_file()]
         largest = max(files, key=lambda path: (path.stat().st_size, path))
         checksum = manifest.crc32c

@@ -40,6 +40,8 @@ import filelock  # noqa: E402
 import jax  # noqa: E402  (after what it reads at import)
 import programs  # noqa: E402
 
+from jaxlm.terminal import log_to  # noqa: E402
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests start the same small run over and over: compile it once. With a limit to its size, several
 # processes can share the cache: JAX locks it.
@@ -84,6 +86,14 @@ def no_wandb_service() -> Iterator[None]:
     """A W&B service of an earlier test would take the runs of this test's child processes."""
     yield
     os.environ.pop("WANDB_SERVICE", None)
+
+
+@pytest.fixture
+def lines() -> Iterator[list[str]]:
+    """What jaxlm logs meanwhile, as a person reads it; a run and a command print theirs instead."""
+    found: list[str] = []
+    with log_to(found.append):
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -49,10 +49,10 @@ def test_the_mean_of_the_weights_and_what_opens_it(run: Path, capsys: pytest.Cap
         assert any(not np.array_equal(leaf, part[name]) for part in parts) or not leaf.any()
     assert found.parts == pytest.approx(text_run.eval_losses(run))
     # As for any checkpoint: loaded, evaluated to the bit, every file and array proven.
-    model, metadata = load_model(str(found.folder), say=str)
+    model, metadata = load_model(str(found.folder))
     assert metadata.lineage[-1]["averaged"] == STEPS and metadata.eval_loss == found.loss
     assert model is not None
-    (one,) = score([str(found.folder)], say=str)
+    (one,) = score([str(found.folder)])
     assert one.loss == found.loss and one.as_recorded and not one.differences
     folder = find_checkpoints(str(found.folder))
     assert verify_step(folder, 12) == []

@@ -22,12 +22,12 @@ SEQ_LEN = 32
 @pytest.fixture(scope="module")
 def reader(shared_home: Path) -> ScoringModel:
     with text_run.working_in(shared_home):
-        return ScoringModel(text_run.RUN, say=str)
+        return ScoringModel(text_run.RUN)
 
 
 @pytest.fixture(scope="module")
 def model(shared_home: Path):
-    graphdef, params = nnx.split(load_model(str(shared_home / text_run.RUN), say=str)[0])
+    graphdef, params = nnx.split(load_model(str(shared_home / text_run.RUN))[0])
     forward = jax.jit(lambda tokens_BT: nnx.merge(graphdef, params)(tokens_BT))
 
     def logits_TV(tokens: list[int]) -> np.ndarray:
@@ -94,7 +94,7 @@ def test_what_cannot_be_scored_is_refused(reader: ScoringModel) -> None:
     with pytest.raises(ValueError, match="max_gen_toks: found 32, expected 1 to 31"):
         reader.continue_greedily([[1]], 32, lambda _: False)
     with pytest.raises(ValueError, match="batch_size: found 0, expected at least 1"):
-        ScoringModel(text_run.RUN, batch_size=0, say=str)
+        ScoringModel(text_run.RUN, batch_size=0)
 
 
 def test_greedy_tokens_are_those_of_the_model_row_by_row(reader: ScoringModel, model) -> None:
@@ -123,7 +123,7 @@ def test_a_run_on_batches_of_its_own_has_no_text(own_home: Path) -> None:
     (path / text_run.manifest.NAME).unlink()
     text_run.manifest.write_manifest(path)
     with pytest.raises(ValueError, match="found no tokenizer, since the run had batches of its"):
-        ScoringModel(str(own_home / text_run.RUN), say=str)
+        ScoringModel(str(own_home / text_run.RUN))
 
 
 # --- through lm-eval

@@ -57,7 +57,6 @@ def _state(step: int) -> TrainState:
 class _Told:
     def __init__(self) -> None:
         self.commits: list[tuple[int, bool]] = []
-        self.warnings: list[str] = []
 
 
 def _open(folder: Path, told: _Told | None = None, **config: Any) -> Checkpoints:
@@ -66,7 +65,6 @@ def _open(folder: Path, told: _Told | None = None, **config: Any) -> Checkpoints
         folder,
         CheckpointConfig(**config),
         on_commit=lambda step, path, best: told.commits.append((step, best)),
-        warn=told.warnings.append,
     )
 
 
@@ -221,7 +219,9 @@ def test_a_step_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     assert list_steps(tmp_path) == [1]
 
 
-def test_a_damaged_latest_is_set_aside_and_the_next_one_restored(tmp_path: Path) -> None:
+def test_a_damaged_latest_is_set_aside_and_the_next_one_restored(
+    tmp_path: Path, lines: list[str]
+) -> None:
     _save_all(tmp_path, {1: None, 2: None, 3: None})
     _damage(tmp_path, 3)
     told = _Told()
@@ -229,12 +229,12 @@ def test_a_damaged_latest_is_set_aside_and_the_next_one_restored(tmp_path: Path)
         restored = checkpoints.restore_latest(BLUEPRINT.abstract)
         assert restored is not None and restored[1].step == 2
         checkpoints.save(_state(3), metadata_of(3, None))  # the number is free again
-    assert "checkpoint 3 is damaged" in told.warnings[0]
+    assert "checkpoint 3 is damaged" in lines[0]
     assert (tmp_path / "3.corrupt").is_dir()
     assert list_steps(tmp_path) == [1, 2, 3]
 
 
-def test_with_verification_off_the_same_damage_is_silent(tmp_path: Path) -> None:
+def test_with_verification_off_the_same_damage_is_silent(tmp_path: Path, lines: list[str]) -> None:
     # The negative control of the test above: Orbax itself sees nothing.
     _save_all(tmp_path, {1: None, 2: None, 3: None})
     _damage(tmp_path, 3)
@@ -242,11 +242,11 @@ def test_with_verification_off_the_same_damage_is_silent(tmp_path: Path) -> None
     with _open(tmp_path, told, verify="off") as checkpoints:
         restored = checkpoints.restore_latest(BLUEPRINT.abstract)
     assert restored is not None and restored[1].step == 3
-    assert told.warnings == []
+    assert lines == []
 
 
 def test_arrays_that_come_back_wrong_are_found_by_their_fingerprint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str]
 ) -> None:
     _save_all(tmp_path, {1: None, 2: None})
     _damage(tmp_path, 2)
@@ -256,7 +256,7 @@ def test_arrays_that_come_back_wrong_are_found_by_their_fingerprint(
     with _open(tmp_path, told) as checkpoints:
         restored = checkpoints.restore_latest(BLUEPRINT.abstract)
     assert restored is not None and restored[1].step == 1
-    assert "differs from what was saved" in told.warnings[0]
+    assert "differs from what was saved" in lines[0]
 
 
 def test_a_damaged_best_does_not_block_the_next(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_another_model_is_refused_not_cast(tmp_path: Path) -> None:
     assert list_steps(tmp_path) == [1]
 
 
-def test_a_replaced_step_is_there_at_every_instant(tmp_path: Path) -> None:
+def test_a_replaced_step_is_there_at_every_instant(tmp_path: Path, lines: list[str]) -> None:
     _save_all(tmp_path, {1: None, 2: None})
     with _open(tmp_path) as checkpoints:
         checkpoints.replace(_state(2), metadata_of(2, 1.25))
@@ -336,7 +336,7 @@ def test_a_replaced_step_is_there_at_every_instant(tmp_path: Path) -> None:
     told = _Told()
     with _open(tmp_path, told) as checkpoints:
         assert checkpoints.restore_latest(BLUEPRINT.abstract)
-    assert told.warnings == ["checkpoint 2 is unfinished; renamed to 2.corrupt"]
+    assert lines == ["Warning: checkpoint 2 is unfinished; renamed to 2.corrupt"]
     assert sorted(path.name for path in tmp_path.glob("2*")) == ["2", "2.corrupt"]
 
 
@@ -366,7 +366,9 @@ def _no_room() -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("policy", ["stop", "warn"])
-def test_a_save_that_fails_is_reported_and_nothing_is_lost(tmp_path: Path, policy: Any) -> None:
+def test_a_save_that_fails_is_reported_and_nothing_is_lost(
+    tmp_path: Path, policy: Any, lines: list[str]
+) -> None:
     told = _Told()
     with _open(tmp_path, told, on_save_error=policy) as checkpoints:
         checkpoints.save(_state(1), metadata_of(1, 1.0))
@@ -377,7 +379,7 @@ def test_a_save_that_fails_is_reported_and_nothing_is_lost(tmp_path: Path, polic
             checkpoints.wait()
         assert checkpoints.best == (1, 1.0)  # what is not on disk is not the best
         if policy == "warn":
-            assert "saving step 2 failed" in told.warnings[0]
+            assert "saving step 2 failed" in lines[0]
         checkpoints.save(_state(3), metadata_of(3, None))
     assert list_steps(tmp_path) == [1, 3]
     assert not list(tmp_path.glob("*tmp*"))  # nor does what it had written keep the space
@@ -446,7 +448,7 @@ def _interrupt() -> None:
 
 
 def test_a_save_that_fails_after_its_commit_counts_as_what_it_is_on_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str]
 ) -> None:
     told = _Told()
     with _open(tmp_path, told, on_save_error="warn", keep_latest=1) as checkpoints:
@@ -457,7 +459,7 @@ def test_a_save_that_fails_after_its_commit_counts_as_what_it_is_on_disk(
             checkpoints.save(_state(2), metadata_of(2, 1.0))
             checkpoints.wait()
         # It is there; that it would outlive a power cut, no one knows, so nothing went for it.
-        assert re.search(r"saving step 2 failed: .*untouched: 1, 2\.", told.warnings[0])
+        assert re.search(r"saving step 2 failed: .*untouched: 1, 2\.", lines[0])
         assert checkpoints.best == (2, 1.0) and checkpoints.latest.step == 2
         checkpoints.save(_state(3), metadata_of(3, 1.5))
     assert told.commits == [(1, True), (3, False)]
@@ -465,7 +467,7 @@ def test_a_save_that_fails_after_its_commit_counts_as_what_it_is_on_disk(
 
 @pytest.mark.parametrize("where", ["in the loop", "in the saving thread"])
 def test_a_save_that_ends_by_a_mistake_is_never_told_as_one_on_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, lines: list[str]
 ) -> None:
     told = _Told()
     with pytest.raises(KeyError, match="a mistake"), _open(tmp_path, told) as checkpoints:
@@ -478,7 +480,7 @@ def test_a_save_that_ends_by_a_mistake_is_never_told_as_one_on_disk(
     assert list_steps(tmp_path) == [1]
     assert not list(tmp_path.glob("*tmp*"))
     assert told.commits == [(1, True)]
-    assert "saving step 2 failed: " in told.warnings[-1]
+    assert "saving step 2 failed: " in lines[-1]
 
 
 def test_a_folder_deleted_under_the_run_is_not_made_again(tmp_path: Path) -> None:
@@ -540,9 +542,7 @@ def test_commits_are_told_only_once_they_are_on_disk(tmp_path: Path) -> None:
     def on_commit(step: int, path: str, best: bool) -> None:
         seen.append((step, (Path(path) / "commit_success.txt").exists()))
 
-    checkpoints = Checkpoints(
-        tmp_path, CheckpointConfig(), on_commit=on_commit, warn=lambda text: None
-    )
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), on_commit=on_commit)
     with checkpoints:
         for step in (1, 2):
             checkpoints.save(_state(step), metadata_of(step, None))
@@ -614,9 +614,9 @@ def test_a_lock_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("fcntl.flock", no_locks)
     for name in (folder, there):
         with pytest.raises(RuntimeError, match="could not be kept out"):
-            lock.lock(name, required=True, warn=print)
+            lock.lock(name, required=True)
     assert list(tmp_path.iterdir()) == [there]  # one that was there before stays
-    held = lock.lock(folder, required=False, warn=lambda _: None)
+    held = lock.lock(folder, required=False)
     assert folder.is_dir()
     lock.unlock(held)
 

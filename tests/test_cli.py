@@ -351,13 +351,13 @@ def test_sample_never_cuts_a_character(at_home: Path, monkeypatch: pytest.Monkey
     coming = [np.array([i]) for i in ids]
     monkeypatch.setattr("jaxlm.inference.sample.stream", lambda *_, **__: iter(coming))
     pieces: list[str] = []
-    (found,) = sample_run(text_run.RUN, ["a "], say=str, write=pieces.append)
+    (found,) = sample_run(text_run.RUN, ["a "], write=pieces.append)
     assert "".join(pieces) == "a " + text and found.text == text
     assert "\ufffd" not in "".join(pieces) and len(pieces) > 5
     coming.pop(ids.index(ids[-3]))
     coming = coming[: len(ids) - 3]  # ends within the last character
     pieces.clear()
-    (found,) = sample_run(text_run.RUN, [""], say=str, write=pieces.append)
+    (found,) = sample_run(text_run.RUN, [""], write=pieces.append)
     assert "".join(pieces) == found.text and found.text.endswith("\ufffd")
 
 

@@ -199,8 +199,7 @@ def test_a_trace_opens_and_holds_the_steps_that_were_asked_for(
     assert diff_checkpoints(str(plain), str(run_dir)) == []
 
 
-def test_a_trace_of_a_run_that_ends_sooner_ends_with_it(tmp_path: Path) -> None:
-    said: list[str] = []
-    given = list(traced(enumerate("abcdefg"), tmp_path / "profile", 100, said.append))
-    assert given == list(enumerate("abcdefg")) and len(said) == 1
+def test_a_trace_of_a_run_that_ends_sooner_ends_with_it(tmp_path: Path, lines: list[str]) -> None:
+    given = list(traced(enumerate("abcdefg"), tmp_path / "profile", 100))
+    assert given == list(enumerate("abcdefg")) and len(lines) == 1
     assert traced_steps(tmp_path / "profile")[0] == {5, 6}

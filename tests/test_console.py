@@ -1,6 +1,7 @@
 import contextlib
 import errno
 import io
+import logging
 import math
 import os
 import pty
@@ -29,6 +30,11 @@ Evaluation at step 500 | 14:03:07
 ============================================================
 
 """
+
+
+def warn(console: Console, text: str) -> None:
+    with console.lines():
+        logging.getLogger("jaxlm.training.loop").warning(text)
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +144,7 @@ def test_saved_lines_from_many_threads_stay_whole():
 
 def say_everything(console: Console) -> None:
     console.progress(1)
-    console.warn("x")
+    warn(console, "x")
     console.step(1, ROW, None)
     console.evaluation(1, 3.0, None, improved=True)
     console.saved(1, "runs/a", best=True)
@@ -191,7 +197,7 @@ def test_a_pipe_or_a_dumb_terminal_gets_no_control_codes(term, terminal, monkeyp
     out = terminal if term else io.StringIO()
     console = Console(10, stream=out)
     console.progress(1)
-    console.warn("careful")
+    warn(console, "careful")
     console.step(10, ROW, 0)
     console.close()
     lines = out.getvalue().splitlines()
@@ -201,12 +207,14 @@ def test_a_pipe_or_a_dumb_terminal_gets_no_control_codes(term, terminal, monkeyp
 
 def test_a_terminal_gets_a_bar_and_whole_lines(terminal):
     console = Console(20, stream=terminal)
-    console.say("[bold]as it is[/bold] :smile: " + "x" * 150)
-    console.progress(1)
-    console.step(10, ROW, 60)
-    console.step(20, ROW, 0)
-    console.close()
-    console.say("after the end")
+    log = logging.getLogger("jaxlm.training.loop")
+    with console.lines():
+        log.info("[bold]as it is[/bold] :smile: " + "x" * 150)
+        console.progress(1)
+        console.step(10, ROW, 60)
+        console.step(20, ROW, 0)
+        console.close()
+        log.info("after the end")
     text = terminal.getvalue()
     assert "[bold]as it is[/bold] :smile: " + "x" * 150 + "\n" in text  # no wrapping of its own
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
@@ -238,12 +246,12 @@ def test_the_bar_stays_on_one_line(width, terminal, monkeypatch):
 
 def test_no_color_is_respected(terminal, monkeypatch):
     colored = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
-    Console(10, stream=terminal).warn("careful")
+    warn(Console(10, stream=terminal), "careful")
     assert colored.search(terminal.getvalue())
     monkeypatch.setenv("NO_COLOR", "1")
     plain = Terminal()
     console = Console(10, stream=plain)
-    console.warn("careful")
+    warn(console, "careful")
     console.progress(5)
     console.close()
     assert "careful" in plain.getvalue() and not colored.search(plain.getvalue())

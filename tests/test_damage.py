@@ -30,6 +30,7 @@ from jaxlm.device.optim import make_optimizer
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import make_blueprint
 from jaxlm.inference.load import load_model
+from jaxlm.terminal import log_to
 from jaxlm.training.train import train
 
 STEPS, BEST, LATEST = [3, 6, 9, 12], 9, 12
@@ -110,9 +111,8 @@ def saved(pristine: Path, step: int = LATEST, best: int = BEST) -> Had:
 def trained_on(folder: Path, **config: Any) -> tuple[Had, list[str]]:
     """What a trainer goes on with, and what it reports."""
     warnings: list[str] = []
-    with Checkpoints(
-        folder, CheckpointConfig(**config), on_commit=lambda *_: None, warn=warnings.append
-    ) as checkpoints:
+    checkpoints = Checkpoints(folder, CheckpointConfig(**config), on_commit=lambda *_: None)
+    with log_to(warnings.append), checkpoints:
         restored = checkpoints.restore_latest(BLUEPRINT.abstract)
         assert restored is not None
         state, metadata = restored
@@ -122,7 +122,8 @@ def trained_on(folder: Path, **config: Any) -> tuple[Had, list[str]]:
 def read(folder: Path, which: str) -> tuple[Any, Metadata, list[str]]:
     """The params that a reader gets, their metadata, and what is reported."""
     said: list[str] = []
-    model, metadata = load_model(f"{folder}@{which}", say=said.append)
+    with log_to(said.append):
+        model, metadata = load_model(f"{folder}@{which}")
     params = fingerprint({"params": nnx.to_pure_dict(nnx.state(model))})
     return params, metadata, [line for line in said if line.startswith("Warning")]
 
@@ -391,7 +392,7 @@ def test_an_eval_loss_put_into_a_step_does_not_decide_what_is_kept(folder: Path)
     """Orbax reads one that no manifest lists, and would delete the best for it."""
     options = CheckpointConfig(keep_latest=1)
     for step in (15, 18, 21):
-        with Checkpoints(folder, options, on_commit=lambda *_: None, warn=str) as checkpoints:
+        with Checkpoints(folder, options, on_commit=lambda *_: None) as checkpoints:
             restored = checkpoints.restore_latest(BLUEPRINT.abstract)
             assert restored is not None
             checkpoints.save(restored[0], replace(restored[1], step=step, eval_loss=None))

@@ -290,16 +290,16 @@ def test_all_use_of_a_checkpoint_is_that_of_its_average(home, tmp_path, monkeypa
     path = Path("runs/ema/checkpoints/8")
     weights, params = arrays(path, "ema_params"), arrays(path, "params")
     assert not same(weights, params)
-    model, _ = load_model("runs/ema@8", say=str)
+    model, _ = load_model("runs/ema@8")
     assert same(names_and_leaves(nnx.to_pure_dict(nnx.state(model))), weights)
-    (found,) = score(["runs/ema@8"], say=str)
+    (found,) = score(["runs/ema@8"])
     assert found.loss == found.recorded_loss == text_run.eval_losses(Path("runs/ema"))[8]
-    made = average("runs/ema", steps=[4, 8], out=str(tmp_path / "mean"), warn=print)
+    made = average("runs/ema", steps=[4, 8], out=str(tmp_path / "mean"))
     mean = arrays(made.folder / "checkpoints" / "8", "params")
     older = arrays(Path("runs/ema/checkpoints/4"), "ema_params")
     for name, leaf in mean.items():
         np.testing.assert_allclose(leaf, (weights[name] + older[name]) / 2, rtol=1e-6, atol=1e-8)
-    assert load_model(str(made.folder), say=str)[1].step == 8
+    assert load_model(str(made.folder))[1].step == 8
 
 
 def test_the_commands_take_it(home, tmp_path, monkeypatch):
@@ -324,12 +324,12 @@ def test_damage_in_it_is_seen(home, tmp_path):
     (damage,) = verify_step(folder, 8) or []
     assert damage.startswith("ema_params/")
     with pytest.raises(ValueError, match="damaged"):
-        load_model(f"{run}@8", say=str)
+        load_model(f"{run}@8")
     # Where the manifest agrees with it, the fingerprints do not.
     (folder / "8" / "manifest.json").unlink()
     text_run.manifest.write_manifest(folder / "8")
     with pytest.raises(ValueError, match="ema_params.*(differs from|cannot be read)"):
-        load_model(f"{run}@8", say=str)
+        load_model(f"{run}@8")
 
 
 @pytest.mark.slow

@@ -140,11 +140,11 @@ def test_pruned_and_copied(own_home: Path, tmp_path: Path):
     run = own_home / text_run.RUN
     copy_run(str(run), str(tmp_path / "copy"))
     assert (tmp_path / "copy" / NAME).read_bytes() == (run / NAME).read_bytes()
-    prune(str(run), warn=print)
+    prune(str(run))
     assert tells_the_disk(run)
     assert events_of(run, "deletion")[-1]["why"] == "jaxlm checkpoints prune"
     (tmp_path / "copy" / NAME).unlink()
-    prune(str(tmp_path / "copy" / "checkpoints"), warn=print)
+    prune(str(tmp_path / "copy" / "checkpoints"))
     assert not (tmp_path / "copy" / NAME).exists()
 
 
@@ -152,7 +152,7 @@ def test_a_run_from_before_there_were_events_is_found_as_it_is(own_home: Path):
     run = own_home / text_run.RUN
     (run / NAME).unlink()
     folder, events = run / "checkpoints", Events(run / NAME)
-    with Checkpoints(folder, CheckpointConfig(), on_commit=print, warn=print, events=events):
+    with Checkpoints(folder, CheckpointConfig(), on_commit=print, events=events):
         assert tells_the_disk(run)
     assert text_run.launched(own_home, "--num_steps 16 --optim.learning_rate 3")[0] == 0
     assert tells_the_disk(run)
@@ -214,8 +214,8 @@ def test_lines_that_are_no_events_are_told_and_passed_over(tmp_path: Path):
 
 
 @pytest.mark.parametrize("what", ["pipe", "folder", "no folder", "garbage"])
-def test_a_file_that_cannot_be_had_stops_nothing(tmp_path: Path, what: str):
-    path, said = tmp_path / NAME, []
+def test_a_file_that_cannot_be_had_stops_nothing(tmp_path: Path, what: str, lines: list[str]):
+    path = tmp_path / NAME
     if what == "pipe":
         os.mkfifo(path)  # opening it would wait for ever
     elif what == "folder":
@@ -224,12 +224,12 @@ def test_a_file_that_cannot_be_had_stops_nothing(tmp_path: Path, what: str):
         path.write_text("x\n" * 1000)
     else:
         path = tmp_path / "none" / NAME
-    events = Events(path, said.append)
+    events = Events(path)
     events.compare(["4"], {})
     events.add("end", 4, "")
     events.failed(RuntimeError, RuntimeError(), None)
-    assert len(said) == (what != "no folder")
-    assert all("is not written down" in line and str(path) in line for line in said)
+    assert len(lines) == (what != "no folder")
+    assert all("is not written down" in line and str(path) in line for line in lines)
 
 
 def test_what_a_full_disk_refuses_comes_later(tmp_path: Path):

@@ -18,6 +18,7 @@ from jaxlm.checkpoints.manifest import write_manifest
 from jaxlm.evaluation import follow as follow_module
 from jaxlm.evaluation.evals import EvalLog, checkpoint_id, read_evals
 from jaxlm.evaluation.follow import follow
+from jaxlm.terminal import log_to
 
 EVALS = f"{text_run.RUN}/evals.jsonl"
 
@@ -29,7 +30,8 @@ def home(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def followed(**options) -> list[tuple[int, float]]:
-    follow(text_run.RUN, poll_s=0.05, say=str, **options)
+    with log_to(lambda line: None):
+        follow(text_run.RUN, poll_s=0.05, **options)
     return [(row["step"], row["loss"]) for row in read_evals(Path(EVALS))]
 
 
@@ -94,18 +96,16 @@ def test_a_damaged_final_checkpoint_is_said_while_it_waits(home: Path) -> None:
         files = (home / text_run.RUN / "checkpoints" / step / "params").rglob("*")
         largest = max(filter(Path.is_file, files), key=lambda path: path.stat().st_size)
         largest.write_bytes(largest.read_bytes()[:-1])
-    said: list[str] = []
 
     class Enough(Exception):
         pass
 
     def say(line: str) -> None:
-        said.append(line)
         if "step 12 is damaged" in line:
             raise Enough
 
-    with pytest.raises(Enough):
-        follow(text_run.RUN, poll_s=0.05, say=say)
+    with pytest.raises(Enough), log_to(say):
+        follow(text_run.RUN, poll_s=0.05)
 
 
 def test_one_writer(home: Path) -> None:
@@ -115,8 +115,10 @@ def test_one_writer(home: Path) -> None:
         followed(out="nowhere/x.jsonl")
 
 
-def test_a_checkpoint_that_vanishes_or_is_damaged_is_passed_over(home: Path, monkeypatch) -> None:
-    folder, said = home / text_run.RUN / "checkpoints", []
+def test_a_checkpoint_that_vanishes_or_is_damaged_is_passed_over(
+    home: Path, monkeypatch, lines: list[str]
+) -> None:
+    folder = home / text_run.RUN / "checkpoints"
     text_run.damage(folder / "8")
     score = follow_module.Scorer.__call__
 
@@ -126,10 +128,10 @@ def test_a_checkpoint_that_vanishes_or_is_damaged_is_passed_over(home: Path, mon
         return score(self, run)
 
     monkeypatch.setattr(follow_module.Scorer, "__call__", vanish)
-    follow(text_run.RUN, poll_s=0.05, say=said.append)
+    follow(text_run.RUN, poll_s=0.05)
     assert [row["step"] for row in read_evals(Path(EVALS))] == [12]
-    assert "step 4 was deleted or replaced before it could be evaluated" in said
-    assert sum("step 8 is damaged, and was passed over" in line for line in said) == 1
+    assert "step 4 was deleted or replaced before it could be evaluated" in lines
+    assert sum("step 8 is damaged, and was passed over" in line for line in lines) == 1
 
 
 def test_the_table_shows_the_figures_of_the_same_bits_only(home: Path, capsys) -> None:

@@ -364,16 +364,17 @@ from jaxlm.config import MeshConfig
 from jaxlm.inference.load import load_model
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import blueprint_of
+from jaxlm.terminal import log_to
 
 run, bombs = sys.argv[1:]
 
 def restore(run):
-    metadata = load_model(run + "@best", say=str)[1]
+    metadata = load_model(run + "@best")[1]
     config = metadata.run_config()
     blueprint = blueprint_of(config, make_mesh(MeshConfig()))
-    said = []
-    path = pathlib.Path(run, "checkpoints")
-    with Checkpoints(path, config.checkpoint, on_commit=print, warn=said.append) as checkpoints:
+    said, path = [], pathlib.Path(run, "checkpoints")
+    checkpoints = Checkpoints(path, config.checkpoint, on_commit=print)
+    with log_to(said.append), checkpoints:
         state, metadata = checkpoints.restore_latest(blueprint.abstract)
     assert metadata.step == 12 and not said, said
 

@@ -46,10 +46,6 @@ MODELS = {
 }
 
 
-def quiet(line: str) -> None:
-    del line
-
-
 def params_of(run: Path) -> dict[str, np.ndarray]:
     return names_and_leaves(restore_numpy(select(f"{run}@latest").path)["params"])
 
@@ -68,7 +64,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         if kind not in found:
             found[kind] = tmp_path_factory.mktemp(kind)
             text_run.save_model(found[kind] / "run", MODELS[kind])
-            export(str(found[kind] / "run"), str(found[kind] / "out"), say=quiet)
+            export(str(found[kind] / "run"), str(found[kind] / "out"))
         return found[kind]
 
     return make
@@ -87,10 +83,10 @@ def some(*fast: str) -> list[Any]:
 
 @pytest.mark.parametrize("kind", some("qwen3-tied"))
 def test_the_round_trip_loses_no_bit(made, kind: str, tmp_path: Path):
-    done = import_folder(str(made(kind) / "out"), str(tmp_path / "back"), say=quiet)
+    done = import_folder(str(made(kind) / "out"), str(tmp_path / "back"))
     assert same(params_of(made(kind) / "run"), params_of(tmp_path / "back"))
     assert done.num_params == sum(x.size for x in params_of(tmp_path / "back").values())
-    model, metadata = load_model(f"{tmp_path}/back@0", say=quiet)
+    model, metadata = load_model(f"{tmp_path}/back@0")
     assert metadata.run_config().model == MODELS[kind] == model.config
     assert metadata.eos_id == select(str(made(kind) / "run")).metadata.eos_id
     tokenizers = [
@@ -107,25 +103,25 @@ def test_neither_way_takes_a_tokenizer_that_cuts(out: Path, made, tmp_path: Path
     values = json.loads(tokenizer.to_str())
     values["added_tokens"][0]["special"] = False  # EOS
     (out / "tokenizer.json").write_text(json.dumps(values))
-    import_folder(str(out), str(tmp_path / "back"), say=quiet)
+    import_folder(str(out), str(tmp_path / "back"))
     kept = tmp_path / "back/checkpoints/tokenizer.json"
     assert kept.read_bytes() == whole
     tokenizer.save(str(kept))  # as an older jaxlm left it
-    export(str(tmp_path / "back@0"), str(tmp_path / "again"), say=quiet)
+    export(str(tmp_path / "back@0"), str(tmp_path / "again"))
     assert (tmp_path / "again/tokenizer.json").read_bytes() == whole
 
 
 def test_the_comparison_sees_one_bit(out: Path, made, tmp_path: Path):
     spoil_tensor(out, "model.norm.weight", lambda x: np.nextafter(x, np.float32(9)))
-    import_folder(str(out), str(tmp_path / "back"), say=quiet)
+    import_folder(str(out), str(tmp_path / "back"))
     assert not same(params_of(made("llama") / "run"), params_of(tmp_path / "back"))
 
 
 def test_bfloat16_comes_back_as_it_was(made, tmp_path: Path):
-    export(str(made("qwen3") / "run"), str(tmp_path / "a"), dtype="bfloat16", say=quiet)
-    done = import_folder(str(tmp_path / "a"), str(tmp_path / "back"), say=quiet)
+    export(str(made("qwen3") / "run"), str(tmp_path / "a"), dtype="bfloat16")
+    done = import_folder(str(tmp_path / "a"), str(tmp_path / "back"))
     assert done.dtypes == ["BF16"]
-    export(f"{tmp_path}/back@0", str(tmp_path / "b"), dtype="bfloat16", say=quiet)
+    export(f"{tmp_path}/back@0", str(tmp_path / "b"), dtype="bfloat16")
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert same(a, b) and {x.dtype for x in a.values()} == {np.dtype(ml_dtypes.bfloat16)}
     # It is float32 rounded, and nothing else.
@@ -135,7 +131,7 @@ def test_bfloat16_comes_back_as_it_was(made, tmp_path: Path):
 
 
 def test_several_files_hold_what_one_does(made, tmp_path: Path):
-    export(str(made("llama") / "run"), str(tmp_path / "many"), max_shard_bytes=6000, say=quiet)
+    export(str(made("llama") / "run"), str(tmp_path / "many"), max_shard_bytes=6000)
     files = sorted((tmp_path / "many").glob("model-*.safetensors"))
     assert len(files) > 3 and not (tmp_path / "many/model.safetensors").exists()
     parts = [load_file(file) for file in files]
@@ -149,7 +145,7 @@ def test_several_files_hold_what_one_does(made, tmp_path: Path):
     }
     whole = {name: x for part in parts for name, x in part.items()}
     assert same(whole, load_file(made("llama") / "out/model.safetensors"))
-    import_folder(str(tmp_path / "many"), str(tmp_path / "back"), say=quiet)
+    import_folder(str(tmp_path / "many"), str(tmp_path / "back"))
     assert same(params_of(made("llama") / "run"), params_of(tmp_path / "back"))
 
 
@@ -253,7 +249,7 @@ def test_what_is_refused(out: Path, tmp_path: Path, name: str):
     spoil, message = REFUSED[name]
     spoil(out)
     with pytest.raises(ValueError, match=message):
-        import_folder(str(out), str(tmp_path / "runs/back"), say=quiet)
+        import_folder(str(out), str(tmp_path / "runs/back"))
     left = [path.name for path in tmp_path.rglob("*") if "back" in path.name]
     assert left == []
 
@@ -262,8 +258,8 @@ def test_what_makes_no_difference_is_taken(out: Path, made, tmp_path: Path):
     """Else the refusals above could be of everything."""
     spoil_config(out, rope_scaling=None, hidden_act="swish", rope_parameters="GONE", unknown=1)
     spoil_tensor(out, Q, lambda x: x)
-    import_folder(str(out), str(tmp_path / "back"), say=quiet)
-    assert load_model(f"{tmp_path}/back@0", say=quiet)[0].config == LLAMA
+    import_folder(str(out), str(tmp_path / "back"))
+    assert load_model(f"{tmp_path}/back@0")[0].config == LLAMA
     assert same(params_of(made("llama") / "run"), params_of(tmp_path / "back"))
 
 
@@ -271,15 +267,15 @@ def test_nothing_is_overwritten(out: Path, made, tmp_path: Path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/notes").write_text("mine")
     for call in (
-        lambda: export(str(made("llama") / "run"), str(tmp_path / "runs"), say=quiet),
-        lambda: export(str(made("llama") / "run"), str(tmp_path / "runs/notes"), say=quiet),
-        lambda: import_folder(str(out), str(tmp_path / "runs"), say=quiet),
+        lambda: export(str(made("llama") / "run"), str(tmp_path / "runs")),
+        lambda: export(str(made("llama") / "run"), str(tmp_path / "runs/notes")),
+        lambda: import_folder(str(out), str(tmp_path / "runs")),
     ):
         with pytest.raises(ValueError, match="expected no folder or an empty one"):
             call()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["notes"]
     (tmp_path / "empty").mkdir()
-    export(str(made("llama") / "run"), str(tmp_path / "empty"), say=quiet)
+    export(str(made("llama") / "run"), str(tmp_path / "empty"))
     assert (tmp_path / "empty/config.json").exists()
 
 
@@ -289,7 +285,7 @@ def test_nothing_is_left_of_an_export_that_failed(made, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(export_module, "_card", fail)
     with pytest.raises(OSError, match="no space"):
-        export(str(made("llama") / "run"), str(tmp_path / "x"), say=quiet)
+        export(str(made("llama") / "run"), str(tmp_path / "x"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -299,7 +295,7 @@ def test_nothing_is_left_of_an_import_that_failed(out: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(importing, "_config_file", fail)
     with pytest.raises(OSError, match="no space"):
-        import_folder(str(out), str(tmp_path / "x"), say=quiet)
+        import_folder(str(out), str(tmp_path / "x"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -313,7 +309,7 @@ def test_a_push_needs_a_token_before_anything_is_made(made, tmp_path: Path, monk
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(ValueError, match="found no token"):
-        export(str(made("llama") / "run"), str(tmp_path / "x"), push="me/x", say=quiet)
+        export(str(made("llama") / "run"), str(tmp_path / "x"), push="me/x")
     assert not (tmp_path / "x").exists()
 
 

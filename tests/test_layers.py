@@ -127,16 +127,18 @@ def test_the_host_room_does_no_array_arithmetic():
     assert with_jnp <= DEVICE_ROOM
 
 
-def test_importing_jaxlm_starts_no_backend():
-    """It would come before `jax.distributed.initialize`."""
+def test_importing_jaxlm_starts_no_backend_and_no_logging():
+    """A backend would come before `jax.distributed.initialize`; logging is for the program."""
     apart = ("__init__", "__main__", "remote", "harness")  # these need an extra, or run
     names = [f"jaxlm.{n}" for n in MODULES if not n.endswith(apart)]
     code = f"""
-import importlib
+import importlib, logging
 for name in {names}:
     importlib.import_module(name)
 import jax
 from jax._src import xla_bridge
+logger = logging.getLogger("jaxlm")
+assert not (logger.handlers or logger.level) and logger.propagate
 print(xla_bridge.backends_are_initialized())
 jax.numpy.zeros(())
 print(xla_bridge.backends_are_initialized())

@@ -52,15 +52,14 @@ def mean_loss(logits_BTV: np.ndarray) -> float:
         ("@4", 4),
     ],
 )
-def test_which_checkpoint(shared_home: Path, which: str, step: int):
-    said: list[str] = []
+def test_which_checkpoint(shared_home: Path, which: str, step: int, lines: list[str]):
     run = shared_home / text_run.RUN
-    model, metadata = load_model(f"{run}{which}", say=said.append)
+    model, metadata = load_model(f"{run}{which}")
     losses = text_run.eval_losses(run)
     best = min(loss for at, loss in losses.items() if at <= step)
     assert (metadata.step, metadata.tokens_seen) == (step, step * 256)
     assert metadata.eval_loss == losses[step] and metadata.best_eval_loss == best
-    assert said == [
+    assert lines == [
         f"Loaded step {step} of {run}/checkpoints",
         f"Best eval loss: {best:.4f}",
         f"Tokens seen: {step * 256 / 1e3:.1f} k",
@@ -76,7 +75,7 @@ def test_final_is_the_end_of_the_last_completed_plan(own_home: Path):
     # Twelve steps are behind, and a plan of twenty is stopped by a save that is too late for it.
     checkpoints = own_home / text_run.RUN / "checkpoints"
     shutil.rmtree(checkpoints / "12")
-    assert load_model(f"{own_home / text_run.RUN}@final", say=str)[1].step == 8
+    assert load_model(f"{own_home / text_run.RUN}@final")[1].step == 8
     with pytest.raises(ValueError, match=r"@final: there is no such checkpoint.*holds steps: 4$"):
         shutil.rmtree(checkpoints / "8")
         load_model(f"{own_home / text_run.RUN}@final")
@@ -89,20 +88,20 @@ def test_the_same_model_on_eight_devices_and_on_one(
     one_device = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     split = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with pytest.raises(ValueError, match="kv_heads"):  # one key/value head is not for two devices
-        load_model(text_run.RUN, mesh=split, say=str)
+        load_model(text_run.RUN, mesh=split)
     meshes = [make_mesh(MeshConfig(data=4, fsdp=2)), one_device]
-    models = [load_model(f"{text_run.RUN}@8", mesh=mesh, say=str)[0] for mesh in meshes]
+    models = [load_model(f"{text_run.RUN}@8", mesh=mesh)[0] for mesh in meshes]
     devices = [len(nnx.state(m)["embedding_VD"][...].sharding.device_set) for m in models]
     assert devices == [8, 1]
     eight, one = map(logits_of, models)
     np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-5)
-    other = logits_of(load_model(f"{text_run.RUN}@4", mesh=one_device, say=str)[0])
+    other = logits_of(load_model(f"{text_run.RUN}@4", mesh=one_device)[0])
     assert np.abs(other - one).max() > 0.01
 
 
 def test_the_best_is_better_than_the_latest(shared_home: Path):
     run = shared_home / text_run.RUN
-    best, latest = (logits_of(load_model(f"{run}@{w}", say=str)[0]) for w in ("best", "latest"))
+    best, latest = (logits_of(load_model(f"{run}@{w}")[0]) for w in ("best", "latest"))
     assert best.dtype == np.float32 and best.shape == (8, 32, 512)
     assert mean_loss(best) < mean_loss(latest)  # even of random tokens it is less sure
 
@@ -116,20 +115,20 @@ def test_only_weights_are_read(shared_home: Path, monkeypatch: pytest.MonkeyPatc
 
     whole = restore.restore_items
     monkeypatch.setattr(restore, "restore_items", spy)
-    load_model(str(shared_home / text_run.RUN), say=str)
+    load_model(str(shared_home / text_run.RUN))
     assert asked == [{"params"}]
 
 
-def test_a_damaged_best_is_said_and_passed_over(own_home: Path):
-    run, said = own_home / text_run.RUN, []
+def test_a_damaged_best_is_said_and_passed_over(own_home: Path, lines: list[str]):
+    run = own_home / text_run.RUN
     text_run.damage(run / "checkpoints/8")
-    _, metadata = load_model(str(run), say=said.append)
+    _, metadata = load_model(str(run))
     assert metadata.step == 4  # the next best, not the latest
-    assert said[0].startswith("Warning: step 8 is damaged (params/") and "checksum" in said[0]
-    assert said[1] == f"Loaded step 4 of {run}/checkpoints"
+    assert lines[0].startswith("Warning: step 8 is damaged (params/") and "checksum" in lines[0]
+    assert lines[1] == f"Loaded step 4 of {run}/checkpoints"
     assert (run / "checkpoints/8").is_dir()  # whoever only reads moves nothing
     text_run.damage(run / "checkpoints/12")
-    assert load_model(f"{run}@latest", say=str)[1].step == 4
+    assert load_model(f"{run}@latest")[1].step == 4
     text_run.damage(run / "checkpoints/4")
     with pytest.raises(
         ValueError, match=r"@best: damaged \(step 4: params/.*; step 8: .*; step 12: "
@@ -143,7 +142,7 @@ def test_a_damaged_number_is_refused(own_home: Path):
     message = rf"@8: damaged \(step 8: {name}: content differs.*holds steps: 4, 8, 12$"
     with pytest.raises(ValueError, match=message):
         load_model(f"{run}@8")
-    assert load_model(f"{run}@12", say=str)[1].step == 12
+    assert load_model(f"{run}@12")[1].step == 12
 
 
 def test_a_checkpoint_is_sound_as_a_whole_or_not(own_home: Path):
@@ -152,7 +151,7 @@ def test_a_checkpoint_is_sound_as_a_whole_or_not(own_home: Path):
     shutil.rmtree(run / "checkpoints/8/opt_state")
     with pytest.raises(ValueError, match=r"@8: damaged \(step 8: opt_state/.*: missing"):
         load_model(f"{run}@8")
-    assert load_model(f"{run}@best", say=str)[1].step == 4
+    assert load_model(f"{run}@best")[1].step == 4
 
 
 def test_a_run_or_step_that_is_not_there(shared_home: Path, tmp_path: Path):
@@ -169,11 +168,11 @@ def test_a_run_or_step_that_is_not_there(shared_home: Path, tmp_path: Path):
 
 def test_the_checkpoint_folder_is_enough(shared_home: Path, tmp_path: Path):
     moved = shutil.copytree(shared_home / text_run.RUN / "checkpoints", tmp_path / "moved")
-    model, metadata = load_model(str(moved), say=str)
+    model, metadata = load_model(str(moved))
     assert metadata.run_config().model == ModelConfig(
         vocab_size=512, num_layers=2, d_model=32, d_ff=64, num_heads=2, num_kv_heads=1, head_dim=16
     )
-    original, _ = load_model(str(shared_home / text_run.RUN), say=str)
+    original, _ = load_model(str(shared_home / text_run.RUN))
     np.testing.assert_array_equal(logits_of(model), logits_of(original))
     assert (moved / "tokenizer.json").is_file()
 
@@ -187,7 +186,7 @@ def test_another_model_is_refused(shared_home: Path):
 
 
 def test_the_metadata_holds_what_a_script_needs(shared_home: Path):
-    _, metadata = load_model(f"{shared_home / text_run.RUN}@latest", say=str)
+    _, metadata = load_model(f"{shared_home / text_run.RUN}@latest")
     config = metadata.run_config()
     assert isinstance(config, Config) and config.num_steps == 12
     assert metadata.best_step == 8 and metadata.final and metadata.num_worse_evals == 1
@@ -203,9 +202,8 @@ def test_an_at_sign_in_the_path_or_the_name_is_no_step(own_home: Path):
     run = own_home / "me@host" / "exp@lr1"
     run.parent.mkdir()
     (own_home / text_run.RUN).rename(run)
-    said: list[str] = []
     for name, step in {"": text_run.BEST, "@4": 4, "@latest": text_run.LATEST}.items():
-        assert load_model(f"{run}{name}", say=said.append)[1].step == step
+        assert load_model(f"{run}{name}")[1].step == step
     assert select(f"{run}/checkpoints").step == text_run.BEST
     assert split_step(f"{run}@best") == (str(run), "best")
     with pytest.raises(ValueError, match=r"exp@lr1@bst: expected @best, @latest, @final or @ and"):

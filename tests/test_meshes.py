@@ -53,7 +53,7 @@ def go_on(state: TrainState, shape: Shape, first: int, last: int) -> tuple[Train
 
 
 def opened(folder: Path) -> Checkpoints:
-    return Checkpoints(folder, CheckpointConfig(), on_commit=lambda *told: None, warn=print)
+    return Checkpoints(folder, CheckpointConfig(), on_commit=lambda *told: None)
 
 
 @pytest.fixture(scope="module")

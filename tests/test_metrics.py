@@ -86,7 +86,7 @@ def test_rows_come_back_to_the_bit_and_any_json_parser_reads_them(tmp_path):
         json.loads(json.dumps(math.nan), parse_constant=refuse)
 
 
-def test_a_file_cut_short_at_any_byte_keeps_every_row_that_is_proven(tmp_path, monkeypatch):
+def test_a_file_cut_short_at_any_byte_keeps_every_row_that_is_proven(tmp_path, monkeypatch, lines):
     monkeypatch.setattr(os, "fsync", lambda _: None)  # hundreds of starts
     path = write(tmp_path)
     content = path.read_bytes()
@@ -96,20 +96,20 @@ def test_a_file_cut_short_at_any_byte_keeps_every_row_that_is_proven(tmp_path, m
         # A row is whole with its closing brace; the newline may be missing.
         num_rows = content[:size].count(b"}")
         assert same(read_metrics(path), ROWS[:num_rows])
-        said = []
-        with again(tmp_path, 40, proofs, said) as run:
+        lines.clear()
+        with again(tmp_path, 40, proofs) as run:
             run.log(50, {"train/loss": 4.0})
         last = max((s for s in proofs if size >= proofs[s].num_bytes), default=0)
         kept = [row for row in ROWS if row["step"] <= last]
         assert same(read_metrics(path), [*kept, {"step": 50, "train/loss": 4.0}])
-        assert f"the rows after step {last} up to step 40 are lost" in said[0]
-        assert run.rows.gaps == [[last, 40]] and "is not complete: it lacks" in said[1]
+        assert f"the rows after step {last} up to step 40 are lost" in lines[0]
+        assert run.rows.gaps == [[last, 40]] and "is not complete: it lacks" in lines[1]
         for aside in tmp_path.glob("metrics.jsonl.corrupt*"):
             assert aside.read_bytes() == content[:size]
             aside.unlink()
 
 
-def again(run_dir: Path, step: int, proofs: dict[int, Rows], said: list[str]) -> Metrics:
+def again(run_dir: Path, step: int, proofs: dict[int, Rows]) -> Metrics:
     """A start from the checkpoint of this step, beside others."""
     return Metrics(
         Config(run_dir=str(run_dir)),
@@ -117,28 +117,26 @@ def again(run_dir: Path, step: int, proofs: dict[int, Rows], said: list[str]) ->
         restored=(step, proofs[step]),
         new_future=False,
         proofs=lambda: proofs,
-        say=said.append,
     )
 
 
-def test_every_flipped_bit_is_found_at_a_resume(tmp_path, monkeypatch):
+def test_every_flipped_bit_is_found_at_a_resume(tmp_path, monkeypatch, lines):
     monkeypatch.setattr(os, "fsync", lambda _: None)  # hundreds of starts
     path = write(tmp_path)
     content = path.read_bytes()
     proofs = {step: restored(tmp_path, step)[1] for step in (10, 20, 30, 40)}
-    said: list[str] = []
-    with again(tmp_path, 40, proofs, said):
-        assert said == [] and path.read_bytes() == content, "the control: nothing is wrong"
+    with again(tmp_path, 40, proofs):
+        assert lines == [] and path.read_bytes() == content, "the control: nothing is wrong"
     for bit in range(0, 8 * len(content), 13):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
-        said.clear()
-        with again(tmp_path, 40, proofs, said):
+        lines.clear()
+        with again(tmp_path, 40, proofs):
             kept = read_metrics(path)
         sound = max((s for s in proofs if bit // 8 >= proofs[s].num_bytes), default=0)
         assert same(kept, [row for row in ROWS if row["step"] <= sound])
-        assert f"the rows after step {sound} up to step 40 are lost" in said[0]
+        assert f"the rows after step {sound} up to step 40 are lost" in lines[0]
         (aside,) = tmp_path.glob("metrics.jsonl.corrupt*")
         assert aside.read_bytes() == bytes(flipped)
         aside.unlink()
@@ -162,10 +160,10 @@ def _append(path: Path) -> None:
 @pytest.mark.parametrize(
     "harm", [_rotate, _replace, _append, Path.unlink, lambda path: shutil.rmtree(path.parent)]
 )
-def test_a_file_that_goes_under_the_run_is_written_anew(tmp_path, harm):
-    run_dir, said = tmp_path / "run", []
+def test_a_file_that_goes_under_the_run_is_written_anew(tmp_path, harm, lines):
+    run_dir = tmp_path / "run"
     events = Events(tmp_path / "events.jsonl")
-    with start(run_dir, run_id=None, restored_step=0, events=events, say=said.append) as run:
+    with start(run_dir, run_id=None, restored_step=0, events=events) as run:
         log_all(run, ROWS[:3])
         run.flush()
         log_all(run, ROWS[3:4])
@@ -174,25 +172,26 @@ def test_a_file_that_goes_under_the_run_is_written_anew(tmp_path, harm):
         rows = run.flush()
         assert same(read_metrics(run_dir / "metrics.jsonl"), ROWS)
     assert rows == restored(run_dir, 40)[1] and not rows.gaps
-    assert len(said) == 1 and "no row is lost" in said[0], "told once, and at the first flush"
+    assert len(lines) == 1 and "no row is lost" in lines[0], "told once, and at the first flush"
     (event,) = read_events(tmp_path / "events.jsonl")[0]
     assert (event["event"], event["step"]) == ("rows", 40)
     with start(run_dir, restored_step=40):  # a later start takes the folder
         assert same(read_metrics(run_dir / "metrics.jsonl"), ROWS)
 
 
-def test_rows_changed_or_cut_under_the_run_are_a_gap(tmp_path):
+def test_rows_changed_or_cut_under_the_run_are_a_gap(tmp_path, lines):
     for number, harm in enumerate((_flip, lambda path: os.truncate(path, 30))):
-        run_dir, said = tmp_path / str(number), []
-        with start(run_dir, run_id=None, restored_step=0, say=said.append) as run:
+        run_dir = tmp_path / str(number)
+        lines.clear()
+        with start(run_dir, run_id=None, restored_step=0) as run:
             log_all(run, ROWS[:3])
             run.flush()
             harm(run_dir / "metrics.jsonl")
             log_all(run, ROWS[3:])
             assert run.flush().gaps == [[0, 20]]
         assert same(read_metrics(run_dir / "metrics.jsonl"), ROWS[3:])
-        assert "the rows after step 0 up to step 20 are lost" in said[0]
-        assert "it lacks the rows after step 0 up to step 20" in said[1], "and at the end"
+        assert "the rows after step 0 up to step 20 are lost" in lines[0]
+        assert "it lacks the rows after step 0 up to step 20" in lines[1], "and at the end"
 
 
 def _flip(path: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_run_keeps_the_weights_of_what_goes(tmp_path: Path, whole: Path, thinn
         assert verify_step(folder / WEIGHTS, step) == []
         assert not (path / "opt_state").exists()
         assert folder_bytes(path / "params") > 0.5 * folder_bytes(path)
-        load_model(f"{thinned}@{step}", model=Table, say=lambda _: None)
+        load_model(f"{thinned}@{step}", model=Table)
     assert not same_params(folder / WEIGHTS / "2", whole / "checkpoints" / "4")
     told = describe_run(str(thinned))
     assert told["weights_only"] == KEPT
@@ -175,7 +175,7 @@ def test_what_cannot_be_kept_holds_up_no_other_deletion(
 def test_pruning_keeps_the_weights_that_a_killed_run_was_to_keep(doomed: Path, whole: Path) -> None:
     folder = doomed.parent.parent
     promise(folder)
-    prune(str(folder), warn=print)
+    prune(str(folder))
     assert same_params(folder / WEIGHTS / "4", whole / "checkpoints" / "4")
     assert not any((folder / DELETING).iterdir())
 
@@ -188,14 +188,14 @@ def test_pruning_stops_before_it_would_delete_what_cannot_be_kept(
     before = list_steps(folder)
     monkeypatch.setattr(quarantine, "keep_weights", Mock(side_effect=OSError(28, "No space left")))
     with pytest.raises(RuntimeError, match=r"\['4'\] cannot be deleted; look at its disk"):
-        prune(str(folder), warn=print)
+        prune(str(folder))
     assert find_damage(doomed) == [] and list_steps(folder) == before
 
 
 def test_pruning_keeps_the_weights_that_the_run_would_keep(tmp_path: Path, whole: Path) -> None:
     folder = Path(shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints"))
     promise(folder)
-    prune(str(folder), warn=print)
+    prune(str(folder))
     assert list_steps(folder) == [12] and list_steps(folder / WEIGHTS) == [4, 8]
     assert same_params(folder / WEIGHTS / "8", whole / "checkpoints" / "8")
 

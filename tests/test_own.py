@@ -130,7 +130,7 @@ def test_dropout_resumes_to_the_bit_and_evals_drop_nothing(tmp_path: Path) -> No
     train_table(tiny_config(tmp_path / "whole", **SHORT))
     assert diff_checkpoints(str(tmp_path / "a"), str(tmp_path / "whole")) != []
     batch = TinyEvalSet()(0, slice(None))
-    model, _ = load_model(str(tmp_path / "a"), model=Dropping, say=str)
+    model, _ = load_model(str(tmp_path / "a"), model=Dropping)
     twice = [np.asarray(model(batch["inputs"])) for _ in range(2)]
     np.testing.assert_array_equal(*twice)
 
@@ -303,7 +303,7 @@ def test_what_was_own_must_be_given_again(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one of your own: pass it again, as `model` or `optimize"):
         train_table(tiny_config(tmp_path, **SHORT | {"num_steps": 5}))
     with pytest.raises(ValueError, match="one of your own: pass it again, as `model` or `optimize"):
-        load_model(str(tmp_path), say=str)
+        load_model(str(tmp_path))
 
 
 def test_a_tracker_of_ones_own_has_each_row_once_and_stops_no_run(

@@ -211,9 +211,7 @@ def test_it_is_the_step_of_the_trainer(mesh: tuple[int, ...], num_microbatches: 
         batch_size=32,
     )
     batch = tiny_model.host_batch(0, 32, 8)
-    parts = set_up(
-        config, batches=lambda index, rows: {k: v[rows] for k, v in batch.items()}, say=print
-    )
+    parts = set_up(config, batches=lambda index, rows: {k: v[rows] for k, v in batch.items()})
     trained = read_costs(parts.compiled.as_text())
     found = examine_step(config, jax.devices())
     assert found["costs"]["flops"] == trained.flops > 0

@@ -54,9 +54,8 @@ def config_of(corpus, folder, **kwargs):
     return DataConfig(source=f"text:{corpus}", cache_dir=str(folder), **kwargs)
 
 
-def run(config, vocab_size=300, max_tokens=10**6, log=None):
-    log = [] if log is None else log
-    return prepare.prepare(config, vocab_size=vocab_size, max_tokens=max_tokens, log=log.append)
+def run(config, vocab_size=300, max_tokens=10**6):
+    return prepare.prepare(config, vocab_size=vocab_size, max_tokens=max_tokens)
 
 
 def contents(folder):
@@ -249,13 +248,13 @@ def test_default_max_tokens():
 # --- the cache
 
 
-def test_a_second_call_takes_what_is_there(corpus, tmp_path, monkeypatch):
+def test_a_second_call_takes_what_is_there(corpus, tmp_path, monkeypatch, lines):
     first = run(config_of(corpus, tmp_path))
     before = contents(tmp_path)
     monkeypatch.setattr(prepare, "_make", None)
-    log = []
-    again = run(config_of(corpus, tmp_path), log=log)
-    assert again.fingerprint == first.fingerprint and log == []
+    lines.clear()
+    again = run(config_of(corpus, tmp_path))
+    assert again.fingerprint == first.fingerprint and lines == []
     assert contents(tmp_path) == before
 
 
@@ -290,7 +289,7 @@ def test_where_the_cache_is(corpus, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["a file", "in a file", "read-only"])
 def test_a_cache_that_cannot_be_written_is_named_before_any_work(
-    corpus, tmp_path, monkeypatch, kind
+    corpus, tmp_path, monkeypatch, kind, lines
 ):
     folder = tmp_path / "home/.cache/jaxlm"
     folder.parent.parent.mkdir()
@@ -307,11 +306,10 @@ def test_a_cache_that_cannot_be_written_is_named_before_any_work(
         monkeypatch.setattr(Path, "mkdir", refuse)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("JAXLM_CACHE", raising=False)
-    log = []
     named = r"/home/.cache/jaxlm(/data \(|, expected a folder).*--data.cache-dir or JAXLM_CACHE"
     with pytest.raises((OSError, ValueError), match=named):
-        run(DataConfig(source=f"text:{corpus}"), log=log)
-    assert log == []
+        run(DataConfig(source=f"text:{corpus}"))
+    assert lines == []
 
 
 def test_a_cache_that_may_only_be_read_serves_what_it_has(corpus, tmp_path, monkeypatch):
@@ -517,7 +515,7 @@ for name, value in {SMALL!r}.items():
     setattr(prepare, name, value)
 def run(folder={str(folder)!r}):
     config = DataConfig(source="text:{corpus}", cache_dir=folder)
-    prepare.prepare(config, vocab_size=300, max_tokens=10**6, log=lambda line: None)
+    prepare.prepare(config, vocab_size=300, max_tokens=10**6)
 {body}
 run()
 """
@@ -546,7 +544,7 @@ for n in range(1000):
 """
 
 
-def test_a_kill_at_any_step_changes_no_byte(tmp_path, monkeypatch):
+def test_a_kill_at_any_step_changes_no_byte(tmp_path, monkeypatch, lines):
     monkeypatch.setattr(prepare, "SHARD_TOKENS", 1200)
     corpus = write(tmp_path / "corpus.jsonl", documents(40))
     run(config_of(corpus, tmp_path / "straight"))
@@ -558,16 +556,14 @@ def test_a_kill_at_any_step_changes_no_byte(tmp_path, monkeypatch):
     assert len(folders) > 30
     unfinished = [not list(folder.rglob("manifest.json")) for folder in folders]
     assert sum(unfinished) > 30
-    logs = []
+    lines.clear()
     for folder, killed in zip(folders, unfinished, strict=True):
         assert killed == (contents(folder) != straight)
-        log = []
-        run(config_of(corpus, folder), log=log)
+        run(config_of(corpus, folder))
         assert contents(folder) == straight, folder
-        logs += log
     # Most of them had shards to go on from.
-    assert sum("Going on with" in line and not line.endswith(" 0") for line in logs) > 25
-    assert not any("over" in line for line in logs)
+    assert sum("Going on with" in line and not line.endswith(" 0") for line in lines) > 25
+    assert not any("over" in line for line in lines)
 
 
 def test_control_of_kills(corpus, tmp_path):
@@ -583,7 +579,7 @@ def test_control_of_kills(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["shard", "revision"])
-def test_unfinished_data_that_cannot_be_trusted_is_made_anew(corpus, tmp_path, what):
+def test_unfinished_data_that_cannot_be_trusted_is_made_anew(corpus, tmp_path, what, lines):
     dataset = run(config_of(corpus, tmp_path))
     straight = contents(tmp_path)
     manifest = manifest_of(dataset)
@@ -594,11 +590,11 @@ def test_unfinished_data_that_cannot_be_trusted_is_made_anew(corpus, tmp_path, w
         with open(dataset.directory / "train-00001.bin", "r+b") as file:
             file.write(b"\xff")
     (dataset.directory / "progress.json").write_text(json.dumps(manifest))
-    log = []
-    run(config_of(corpus, tmp_path), log=log)
+    lines.clear()
+    run(config_of(corpus, tmp_path))
     assert "Starting the preparation over: " + (
         "the source was older" if what == "revision" else "train-00001.bin has crc32c"
-    ) in "\n".join(log)
+    ) in "\n".join(lines)
     assert contents(tmp_path) == straight
 
 
@@ -640,62 +636,62 @@ prepare._make = waiting
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_two_at_once(corpus, tmp_path, killed):
+def test_two_at_once(corpus, tmp_path, killed, lines):
     straight = run(config_of(corpus, tmp_path / "straight"))
     config = config_of(corpus, tmp_path / "both")
     script = child(corpus, tmp_path / "both", HOLDS)
-    log, found = [], []
+    found = []
+    lines.clear()
     with subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout.readline() == "locked\n"
         with pytest.raises(ValueError, match="another process is preparing it"):
             clear_caches(["data"], config.cache_dir)
-        thread = threading.Thread(target=lambda: found.append(run(config, log=log)))
+        thread = threading.Thread(target=lambda: found.append(run(config)))
         thread.start()
         deadline_s = time.monotonic() + 10
-        while not log and time.monotonic() < deadline_s:
+        while not lines and time.monotonic() < deadline_s:
             time.sleep(0.01)
-        assert len(log) == 1 and "Another process is preparing" in log[0] and not found
+        assert len(lines) == 1 and "Another process is preparing" in lines[0] and not found
         if killed:
             other.send_signal(signal.SIGKILL)
         else:
             other.communicate("go\n")
         thread.join(30)
     assert [dataset.fingerprint for dataset in found] == [straight.fingerprint]
-    assert any("Training a tokenizer" in line for line in log) == killed
+    assert any("Training a tokenizer" in line for line in lines) == killed
     assert other.returncode == (-signal.SIGKILL if killed else 0)
 
 
 # --- what the user sees
 
 
-def test_lines_in_a_pipe(corpus, tmp_path, monkeypatch):
+def test_lines_in_a_pipe(corpus, tmp_path, monkeypatch, lines):
     clock = iter(range(0, 10**6, 6))
     monkeypatch.setattr(prepare.time, "monotonic", lambda: next(clock))
-    log = []
-    dataset = run(config_of(corpus, tmp_path), log=log)
-    assert log[0].startswith("Training a tokenizer of 300 tokens on text:")
-    assert len(log) > 1 and all(line.startswith("Preparing tokens: ") for line in log[1:])
+    dataset = run(config_of(corpus, tmp_path))
+    assert lines[0].startswith("Training a tokenizer of 300 tokens on text:")
+    assert len(lines) > 1 and all(line.startswith("Preparing tokens: ") for line in lines[1:])
     # The corpus ends before the limit; the end of the progress is that of the corpus.
-    assert dataset.train.num_tokens < 10**5 and log[-1].endswith("of at most 1,000,000 (100% done)")
+    assert dataset.train.num_tokens < 10**5 and lines[-1].endswith(
+        "of at most 1,000,000 (100% done)"
+    )
 
 
-def test_progress_ends_at_the_limit_too(corpus, tmp_path, monkeypatch):
+def test_progress_ends_at_the_limit_too(corpus, tmp_path, monkeypatch, lines):
     clock = iter(range(0, 10**6, 20))
     monkeypatch.setattr(prepare.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(formats, "_BUFFER_BYTES", 1000)  # read ahead
-    log = []
-    run(config_of(corpus, tmp_path), max_tokens=4000, log=log)
-    shares = [int(line.rpartition("(")[2].split("%")[0]) for line in log[1:]]
+    run(config_of(corpus, tmp_path), max_tokens=4000)
+    shares = [int(line.rpartition("(")[2].split("%")[0]) for line in lines[1:]]
     assert shares == sorted(shares) and 10 < shares[0] < 60 and shares[-1] == 100
 
 
-def test_a_bar_in_a_terminal(corpus, tmp_path, monkeypatch, capsys):
+def test_a_bar_in_a_terminal(corpus, tmp_path, monkeypatch, capsys, lines):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    log = []
-    run(config_of(corpus, tmp_path), log=log)
+    run(config_of(corpus, tmp_path))
     assert "Preparing tokens" in capsys.readouterr().err
-    assert len(log) == 1
+    assert len(lines) == 1

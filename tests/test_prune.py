@@ -50,7 +50,7 @@ def test_the_rules(folder: Path, monkeypatch: pytest.MonkeyPatch, rules: dict, k
     found = plan_pruning(text_run.RUN, **rules)
     assert list(found.kept) == kept and list(found.dropped) == [s for s in STEPS if s not in kept]
     assert list_steps(folder) == STEPS, "a plan changes nothing"
-    assert prune(text_run.RUN, warn=print, **rules) == found
+    assert prune(text_run.RUN, **rules) == found
     assert list(scan_folder(folder).sound) == kept and not list((folder / "deleting").iterdir())
     assert not (folder / lock.HOLDER).exists()
 
@@ -65,10 +65,10 @@ def test_damaged_ones_stay_and_do_not_count(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_a_trainer_at_work_is_left_alone(folder: Path, capsys: pytest.CaptureFixture):
-    held = lock.lock(folder, required=True, warn=print)
+    held = lock.lock(folder, required=True)
     try:
         with pytest.raises(RuntimeError, match=f"in use by another trainer .process {os.getpid()}"):
-            prune(text_run.RUN, warn=print)
+            prune(text_run.RUN)
         assert plan_pruning(text_run.RUN).dropped, "looking is free"
     finally:
         lock.unlock(held)
@@ -87,11 +87,11 @@ def test_stopped_at_any_instant(folder: Path, monkeypatch: pytest.MonkeyPatch, i
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", stop_at)
         with pytest.raises(KeyboardInterrupt):
-            prune(text_run.RUN, warn=print)
+            prune(text_run.RUN)
     found = scan_folder(folder)
     assert not found.damaged and {8, 24} <= found.sound.keys()
     assert len(found.sound) == len(STEPS) - instant
-    prune(text_run.RUN, warn=print)
+    prune(text_run.RUN)
     assert list_steps(folder) == [8, 24]
 
 

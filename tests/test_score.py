@@ -87,7 +87,7 @@ def test_the_verdict() -> None:
 def test_the_recorded_loss_to_the_bit(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(shared_home)
     losses = text_run.eval_losses(Path(text_run.RUN))
-    found = score([f"{text_run.RUN}@{step}" for step in losses], say=str)
+    found = score([f"{text_run.RUN}@{step}" for step in losses])
     assert [one.loss for one in found] == list(losses.values())
     assert all(one.as_recorded and not one.differences for one in found)
     near = found[0]._replace(recorded_loss=found[0].loss * (1 + 1e-12))
@@ -103,7 +103,7 @@ def test_any_number_of_devices(
     devices = jax.devices()[:count]
     monkeypatch.setattr(jax, "device_count", lambda: count)
     monkeypatch.setattr(jax, "devices", lambda: devices)
-    (found,) = score([text_run.RUN], say=str)
+    (found,) = score([text_run.RUN])
     assert found.loss == pytest.approx(text_run.eval_losses(Path(text_run.RUN))[8], rel=1e-5)
     assert found.as_recorded and any("mesh.data: was 8, is" in what for what in found.differences)
 
@@ -115,7 +115,7 @@ def like_tiny(name: str, **config: Any) -> str:
     metadata = read_metadata(path.parent, text_run.BEST)
     data = {**metadata.config["data"], **config.pop("data", {})}
     metadata = replace(metadata, config={**metadata.config, **config, "data": data})
-    _, dataset = prepare_data(metadata.run_config(), str)
+    _, dataset = prepare_data(metadata.run_config())
     metadata = replace(metadata, data_fingerprint=dataset.fingerprint)
     (path / "meta" / "metadata").write_text(json.dumps(metadata.to_json()))
     write_manifest(path)
@@ -129,14 +129,14 @@ def test_pairs_without_common_batches_are_refused(
     said = "runs/tiny@best and runs/{}@best differ in {}, so they have no batches in common"
     short = like_tiny("short", seq_len=16)
     with pytest.raises(ValueError, match=said.format("short", "seq_len")):
-        score([text_run.RUN, short], paired=True, say=str)
+        score([text_run.RUN, short], paired=True)
     fewer = like_tiny("fewer", data={"eval_tokens": 600})
     with pytest.raises(ValueError, match=said.format("fewer", ".*held-out set")):
-        score([text_run.RUN, fewer], paired=True, say=str)
+        score([text_run.RUN, fewer], paired=True)
     # Batches of another size are no hindrance.
     small = like_tiny("small", batch_size=4)
-    sums = [one.sums for one in score([text_run.RUN, small], paired=True, say=str)]
-    assert np.array_equal(*sums) and len(score([small], say=str)[0].sums) == 2 * len(sums[0])
+    sums = [one.sums for one in score([text_run.RUN, small], paired=True)]
+    assert np.array_equal(*sums) and len(score([small])[0].sums) == 2 * len(sums[0])
 
 
 def test_other_data_than_that_of_the_run_is_refused(
@@ -145,7 +145,7 @@ def test_other_data_than_that_of_the_run_is_refused(
     monkeypatch.chdir(own_home)
     (own_home / "texts" / "01.txt").write_text("other words in what is held out " * 99)
     with pytest.raises(ValueError, match="found data .*, expected that of the run, .*--source"):
-        score([text_run.RUN], say=str)
+        score([text_run.RUN])
 
 
 # --- verification, while a trainer is at work

@@ -3,6 +3,7 @@
 import errno
 import functools
 import io
+import logging
 import os
 import pty
 import re
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,91 @@ def at_home(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(*args: str) -> int:
     return launch.run_main(lambda: cli.command(args))
+
+
+# --- log lines
+
+
+def logged_by(name: str = "jaxlm") -> tuple[list[logging.Handler], int, bool]:
+    logger = logging.getLogger(name)
+    return logger.handlers[:], logger.level, logger.propagate
+
+
+def test_lines_go_to_the_innermost_alone_and_then_as_before(caplog: pytest.LogCaptureFixture):
+    log, before = logging.getLogger("jaxlm.x"), logged_by()
+    outer, inner, warned = [], [], []
+    with terminal.log_to(outer.append):
+        log.info("100% of it")
+        log.debug("not for people")
+        with terminal.log_to(inner.append, warned.append):
+            log.info("two")
+            log.warning("three")
+        threads = [threading.Thread(target=log.warning, args=["four"]) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert outer == ["100% of it", *["Warning: four"] * 4]
+    assert (inner, warned) == (["two"], ["Warning: three"])
+    assert logged_by() == before and not caplog.messages
+    log.warning("five")
+    assert caplog.messages == ["five"] and len(outer) == 5
+
+
+def test_what_ends_out_of_turn_takes_no_lines_from_another():
+    log, before, first, second = logging.getLogger("jaxlm.x"), logged_by(), [], []
+    one, two = terminal.log_to(first.append), terminal.log_to(second.append)
+    one.__enter__()
+    two.__enter__()  # as in another thread
+    one.__exit__(None, None, None)
+    log.info("a line")
+    two.__exit__(None, None, None)
+    assert (first, second) == ([], ["a line"]) and logged_by() == before
+
+
+def test_a_handler_of_the_caller_s_own_gets_all(tmp_path: Path):
+    logger, handler = logging.getLogger("jaxlm"), logging.FileHandler(tmp_path / "log")
+    logger.addHandler(handler)
+    try:
+        with terminal.log_to(lambda line: None):
+            logging.getLogger("jaxlm.x").info("a line")
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+    assert (tmp_path / "log").read_text() == "a line\n"
+
+
+@terminal.prints_lines
+def talk(text: str = "a line") -> int:
+    logging.getLogger("jaxlm.x").info(text)
+    return len(text)
+
+
+def test_a_function_prints_its_lines_unless_the_program_listens(capsys, caplog):
+    def printed() -> str:
+        assert talk() == 6
+        return capsys.readouterr().out
+
+    assert printed() == "a line\n" and not caplog.messages
+    with terminal.log_to(lambda line: None):
+        assert printed() == ""
+    with caplog.at_level(logging.WARNING, "jaxlm"):
+        assert printed() == ""
+    with caplog.at_level(logging.INFO):
+        assert not caplog.messages and printed() == "" and caplog.messages == ["a line"]
+
+
+def test_a_line_that_cannot_be_printed_stops_nothing(monkeypatch: pytest.MonkeyPatch):
+    for stream in (Gone(), None):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert talk() == 6
+        with terminal.log_to(Gone().write):
+            assert talk() == 6
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
+    assert talk("größe") == 5
+    sys.stdout.flush()
+    assert raw.getvalue() == b"gr\\xf6\\xdfe\n"
 
 
 # --- colours

@@ -208,7 +208,7 @@ def online(run_dir: Path, tracking: TrackingConfig = ONLINE, **options) -> Metri
         optim=OptimConfig(warmup_steps=10),
         tracking=tracking,
     )
-    return start(config, say=lambda _: None, **options)
+    return start(config, **options)
 
 
 def start(config: Config, run_id: str | None = "abc", restored_step: int = 0, **options) -> Metrics:
@@ -315,11 +315,11 @@ def test_a_new_future_keeps_the_run_only_where_the_server_is_not_ahead(
         assert id_of_start(tmp_path, **options, new_future=True) != old
 
 
-def test_a_tracker_that_fails_is_reported_once_and_the_others_go_on(tmp_path, monkeypatch):
-    said, logged = [], []
+def test_a_tracker_that_fails_is_reported_once_and_the_others_go_on(tmp_path, monkeypatch, lines):
+    logged = []
     server = Server(monkeypatch)
     config = Config(run_dir=str(tmp_path), tracking=ONLINE)
-    trackers = Trackers(config, [], run_id="abc", say=said.append)
+    trackers = Trackers(config, [], run_id="abc")
     trackers._open("Good", lambda: types.SimpleNamespace(log=lambda *row: logged.append(row)))
 
     def fail(*_: object, **__: object) -> None:
@@ -328,14 +328,14 @@ def test_a_tracker_that_fails_is_reported_once_and_the_others_go_on(tmp_path, mo
     trackers._trackers["W&B"]._run.log = fail
     for step in (1, 2, 3):
         trackers.log(step, {"train/loss": 1.0})
-    assert said == [
+    assert lines == [
         "W&B: u",
         "W&B failed; the run goes on without it (ConnectionResetError: Connection lost)",
     ]
     assert [step for step, _ in logged] == [1, 2, 3]
     assert server.runs == {"abc": {}}
     trackers._open("Bad", fail)  # one that cannot even be opened
-    assert said[2].startswith("Bad failed; the run goes on")
+    assert lines[2].startswith("Bad failed; the run goes on")
 
 
 def test_an_interrupt_is_not_mistaken_for_a_failure(tmp_path):

@@ -570,7 +570,7 @@ def test_a_model_of_ones_own_is_not_told_as_that_of_the_config(
 def test_a_run_folder_has_one_trainer(tmp_path: Path) -> None:
     first = tiny_config(tmp_path / "run", checkpoint={"directory": str(tmp_path / "a")})
     second = tiny_config(tmp_path / "run", checkpoint={"directory": str(tmp_path / "b")})
-    with hold_run_folder(first, print):
+    with hold_run_folder(first):
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(
             RuntimeError, match=rf"run is in use .*process {os.getpid()} on .* since"
@@ -603,7 +603,7 @@ def test_a_file_of_another_program_in_the_run_folder_is_refused(tmp_path: Path, 
 
 def test_files_that_no_run_writes_are_nobody_s_business(tmp_path: Path) -> None:
     (tmp_path / "slurm-1.out").write_text("theirs")
-    with hold_run_folder(tiny_config(tmp_path), print):
+    with hold_run_folder(tiny_config(tmp_path)):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["slurm-1.out"]
 

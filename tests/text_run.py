@@ -101,9 +101,7 @@ def save_model(run: Path, model: ModelConfig) -> Any:
     config = Config(model=model, optim=OptimConfig(), data=DataConfig("text:x"), run_dir=str(run))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     blueprint = make_blueprint(lambda _: trained, partial(make_optimizer, config.optim), mesh)
-    checkpoints = Checkpoints(
-        run / "checkpoints", CheckpointConfig(), on_commit=lambda *_: None, warn=print
-    )
+    checkpoints = Checkpoints(run / "checkpoints", CheckpointConfig(), on_commit=lambda *_: None)
     metadata = Metadata(
         step=3,
         tokens_seen=12_288,

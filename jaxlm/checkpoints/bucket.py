@@ -9,7 +9,7 @@ import contextlib
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
@@ -23,8 +23,8 @@ from jaxlm.files.durable import crc32c, link
 from jaxlm.files.ours import check_ours
 from jaxlm.files.publish import published
 from jaxlm.files.strict import parse_json
+from jaxlm.terminal import prints_lines
 
-Say = Callable[[str], None]
 PARTIAL, WHOLE = "copy.partial", "copy.json"
 
 
@@ -32,7 +32,8 @@ class _Copy(TypedDict):
     files: dict[str, list[int]]
 
 
-def upload(run: str, dest: str, *, say: Say = print) -> Copied:
+@prints_lines
+def upload(run: str, dest: str) -> Copied:
     """Copies a run or one step into a bucket, and compares the checksums that the server has.
 
     What an earlier try has sent, and is right, is not sent again. A trainer may be at work in the
@@ -41,7 +42,6 @@ def upload(run: str, dest: str, *, say: Say = print) -> Copied:
     Args:
       run: as `copy_run` takes it.
       dest: such as gs://bucket/path; nothing may be there but what an earlier try has left.
-      say: takes lines for the user.
 
     Raises:
       ValueError: as `copy_run` raises, or there is something else.
@@ -56,7 +56,7 @@ def upload(run: str, dest: str, *, say: Say = print) -> Copied:
         check_ours(links)
         shutil.rmtree(links, ignore_errors=True)  # of one that was killed
         try:
-            found = copy_run(run, str(links), say=say, copy_file=link)
+            found = copy_run(run, str(links), copy_file=link)
             bucket.blob(root + PARTIAL).upload_from_string("{}")
             paths = [path for path in links.rglob("*") if not path.is_dir()]
             files = {path.relative_to(links).as_posix(): path for path in paths}
@@ -75,7 +75,8 @@ def upload(run: str, dest: str, *, say: Say = print) -> Copied:
     return found._replace(folder=dest)
 
 
-def download(url: str, dest: str, *, say: Say = print) -> Copied:
+@prints_lines
+def download(url: str, dest: str) -> Copied:
     """Brings a copy back from a bucket, verified like any copy: whole, or not there.
 
     Raises:
@@ -90,7 +91,7 @@ def download(url: str, dest: str, *, say: Say = print) -> Copied:
                 "unfinished one, and the command that began it goes on with it"
             )
         files = parse_json(bucket.blob(root + WHOLE).download_as_bytes(), _Copy)["files"]
-        with published(Path(dest), say) as partial:
+        with published(Path(dest)) as partial:
             for name, entry in files.items():
                 path = partial / name
                 if ".." in PurePosixPath(name).parts or not path.is_relative_to(partial):

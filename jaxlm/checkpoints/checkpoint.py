@@ -6,6 +6,7 @@ back, and reports only what is true on disk.
 """
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -31,6 +32,8 @@ from jaxlm.files.durable import fsync
 from jaxlm.insides import wait_for_step_metadata
 from jaxlm.tracking.events import Events
 from jaxlm.tracking.rows import Rows
+
+_log = logging.getLogger(__name__)
 
 _RETRY_S, _MAX_RETRY_S = 10.0, 600.0
 # What Orbax and TensorStore raise when the disk refuses, or the memory.
@@ -60,7 +63,7 @@ class Checkpoints(HeldFolder):
     """The checkpoints of a run that trains, in a folder that it has for itself while it does.
 
     Args:
-      folder, config, warn, events: as in `HeldFolder`.
+      folder, config, events: as in `HeldFolder`.
       on_commit: called with (step, path, whether it is the best) once a checkpoint is on disk.
     """
 
@@ -70,10 +73,9 @@ class Checkpoints(HeldFolder):
         config: CheckpointConfig,
         *,
         on_commit: Callable[[int, str, bool], None],
-        warn: Callable[[str], None],
         events: Events | None = None,
     ):
-        super().__init__(folder, config, warn=warn, events=events)
+        super().__init__(folder, config, events=events)
         self._on_commit = on_commit
         self._saving: _Save | None = None
         self._num_failures, self._last_save_s = 0, time.monotonic()
@@ -95,7 +97,7 @@ class Checkpoints(HeldFolder):
         except _SAVE_ERRORS as own:
             if error is None:
                 raise
-            self._warn(str(own))
+            _log.warning(str(own))
         finally:
             # After an interrupt, Orbax's threads may still be writing: the next start cleans up.
             # The end of the process releases the lock.
@@ -262,4 +264,6 @@ class Checkpoints(HeldFolder):
         # With several processes, Orbax's barriers are out of step after an error.
         if self._config.on_save_error == "stop" or jax.process_count() > 1:
             raise CheckpointError(text + "; the same command goes on from the latest") from error
-        self._warn(text + "; training goes on, and tries again (checkpoint.on_save_error is warn)")
+        _log.warning(
+            text + "; training goes on, and tries again (checkpoint.on_save_error is warn)"
+        )

@@ -1,6 +1,7 @@
 """A run, or one step of it, in another place: whole and verified there, or not there."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +23,12 @@ from jaxlm.files.durable import write_file
 from jaxlm.files.ours import mark
 from jaxlm.files.publish import check_free, published
 from jaxlm.files.strict import read_json
-from jaxlm.terminal import track
+from jaxlm.terminal import prints_lines, track
 from jaxlm.tracking.events import NAME as EVENTS
 from jaxlm.tracking.rows import NAME as ROWS
 from jaxlm.tracking.rows import find_damage as find_row_damage
 
-Say = Callable[[str], None]
+_log = logging.getLogger(__name__)
 
 
 class Copied(NamedTuple):
@@ -43,9 +44,8 @@ class Copied(NamedTuple):
     """Steps that are damaged, and were left out."""
 
 
-def copy_run(
-    run: str, dest: str, *, say: Say = print, copy_file: Callable[[str, str], Any] = shutil.copy2
-) -> Copied:
+@prints_lines
+def copy_run(run: str, dest: str, *, copy_file: Callable[[str, str], Any] = shutil.copy2) -> Copied:
     """Copies a run or one step into a new run folder, and verifies every file of the copy.
 
     A trainer may be at work in the source. The copy is a run in its own right: listed, loaded
@@ -55,7 +55,6 @@ def copy_run(
     Args:
       run: a run folder or checkpoint folder, with `@STEP` for one step alone.
       dest: the new folder; it appears under this name when it is whole.
-      say: takes lines for the user.
       copy_file: copies, or links, a file of a step.
 
     Raises:
@@ -72,7 +71,7 @@ def copy_run(
         source, steps = selected.folder, [selected.step]
     check_outside(target, run_dir, source)
     deleted, damaged = [], {}
-    with published(target, say) as partial:
+    with published(target) as partial:
         folder = partial / "checkpoints"
         folder.mkdir()
         mark(partial)
@@ -84,7 +83,7 @@ def copy_run(
                 damage = _copy_step(source / path, folder / path, copy_file)
                 if damage is None:
                     deleted.append(step)
-                    say(f"{step}: deleted by its trainer meanwhile, passed over")
+                    _log.info(f"{step}: deleted by its trainer meanwhile, passed over")
                 elif damage:
                     damaged[step] = damage[0]
             _copy_files(source, folder, TOKENIZER, f"{WEIGHTS}/{TOKENIZER}")
@@ -100,12 +99,12 @@ def copy_run(
             shutil.rmtree(folder / str(step))
             damaged[step] = damage[0]
         for step, damage in damaged.items():
-            say(f"{step}: damaged, left out: {damage}")
+            _log.info(f"{step}: damaged, left out: {damage}")
         if not (copied := list_steps(folder)):
             raise InputError(f"{run}: found no sound checkpoint to copy; look at {source}")
         newest = found.sound[max(found.sound)] if found.sound else None
         for what in find_row_damage(partial / ROWS, newest.rows) if newest else ():
-            say(f"Warning: {ROWS}: {what}")
+            _log.warning(f"{ROWS}: {what}")
     return Copied(target, copied, deleted, damaged)
 
 

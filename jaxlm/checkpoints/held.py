@@ -4,9 +4,10 @@ A damaged step is renamed and reported, never deleted. Only what has a name of o
 """
 
 import contextlib
+import logging
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -31,6 +32,8 @@ from jaxlm.errors import RunError
 from jaxlm.files.lock import Lock, lock, unlock
 from jaxlm.tracking.events import Events
 
+_log = logging.getLogger(__name__)
+
 
 class CheckpointError(RunError):
     """A checkpoint could not be kept or had back; the message says what to do."""
@@ -44,7 +47,6 @@ class HeldFolder:
     Args:
       folder: the folder, made if missing.
       config: when to keep what.
-      warn: called with a line about anything that is not as it should be.
       events: takes what happens to the checkpoints; by default it is not written down.
 
     Attributes:
@@ -53,19 +55,12 @@ class HeldFolder:
       state_bytes: size of a checkpoint, for the disk budget; 0 until it is known.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        config: CheckpointConfig,
-        *,
-        warn: Callable[[str], None],
-        events: Events | None = None,
-    ):
+    def __init__(self, folder: Path, config: CheckpointConfig, *, events: Events | None = None):
         self.folder = folder.absolute()
         self.events = events or Events(None)
         self.run_id = ""
         self.state_bytes = 0
-        self._config, self._warn = config, warn
+        self._config = config
         self._steps: dict[int, Metadata] = {}
         self._purger = Purger(self.folder, config.keep_weights_every)
         self._primary = jax.process_index() == 0
@@ -82,7 +77,7 @@ class HeldFolder:
             on_error.callback(self.release)
             if self._primary:
                 required = self._config.lock == "required"
-                self._lock = lock(self.folder, required=required, warn=self._warn)
+                self._lock = lock(self.folder, required=required)
                 self._opened = self.folder.stat()
                 self._purge()
                 clear_partial(self.folder)
@@ -182,7 +177,7 @@ class HeldFolder:
         """Renames a damaged step to N.corrupt, and reports it."""
         (name,) = self._put_aside([step], CORRUPT, f"damaged: {damage[0]}")
         more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
-        self._warn(f"checkpoint {step} is damaged: {damage[0]}{more}; renamed to {name}")
+        _log.warning(f"checkpoint {step} is damaged: {damage[0]}{more}; renamed to {name}")
 
     def finish_replacing(self, aside: Path) -> None:
         """Keeps the step that was saved again if it is whole, else the one before it, N.replaced.
@@ -194,7 +189,7 @@ class HeldFolder:
             if current.exists():  # not by `_put_aside`: no other process comes here
                 (name,) = put_aside(self.folder, [int(current.name)], CORRUPT)
                 self._write_down({name: "damaged: it is unfinished"})
-                self._warn(f"checkpoint {current.name} is unfinished; renamed to {name}")
+                _log.warning(f"checkpoint {current.name} is unfinished; renamed to {name}")
             aside.rename(current)
         else:
             self._purger.purge(aside)

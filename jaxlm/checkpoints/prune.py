@@ -1,7 +1,6 @@
 """Checkpoints of a run that are no longer wanted, named and then deleted."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,12 +84,11 @@ def plan_pruning(
     return Pruning(folder, dict(sorted(kept.items())), dropped, every)
 
 
-def prune(run: str, *, warn: Callable[[str], None], **rules: Any) -> Pruning:
+def prune(run: str, **rules: Any) -> Pruning:
     """Deletes what `plan_pruning` names, each step by one rename first: a kill leaves it or not.
 
     Args:
       run: a run folder or checkpoint folder.
-      warn: takes a line where the file system has no locks.
       **rules: those of `plan_pruning`.
 
     Raises:
@@ -98,7 +96,7 @@ def prune(run: str, *, warn: Callable[[str], None], **rules: Any) -> Pruning:
       RuntimeError: a trainer is at work in the folder, or what a killed one left cannot be deleted.
     """
     folder = find_checkpoints(run)
-    with locked(folder, required=True, warn=warn):
+    with locked(folder, required=True):
         pruning = plan_pruning(run, **rules)
         if not pruning.dropped:
             return pruning
@@ -110,6 +108,6 @@ def prune(run: str, *, warn: Callable[[str], None], **rules: Any) -> Pruning:
         purger.purge(*(folder / str(step) for step in pruning.dropped))
         if (path := run_folder(run, folder) / NAME).exists():
             why = dict.fromkeys(map(str, pruning.dropped), "jaxlm checkpoints prune")
-            Events(path, warn).compare(list_names(folder), why)
+            Events(path).compare(list_names(folder), why)
         purger.join()
     return pruning

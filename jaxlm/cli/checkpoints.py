@@ -1,9 +1,7 @@
 """`jaxlm checkpoints`: those on disk."""
 
-from functools import partial
-
 from jaxlm.cli.arguments import Folder, Run, RunAtStep, Runs
-from jaxlm.cli.output import note, show
+from jaxlm.cli.output import notes, show
 from jaxlm.errors import InputError
 
 
@@ -97,7 +95,8 @@ def verify(run: Run, *, eval: bool = False, json: bool = False) -> int:
     if aside and not json:
         print(f"damaged, set aside earlier: {', '.join(aside)}")
     if eval:
-        (best,) = score([f"{run}@best"], say=note(json))
+        with notes(json):
+            (best,) = score([f"{run}@best"])
         values["eval"] = best.to_json() | {"as_recorded": best.as_recorded}
         sound = sound and best.as_recorded
         if not json:
@@ -140,8 +139,10 @@ def prune(
     from jaxlm.checkpoints import prune as pruning
     from jaxlm.tracking.console import format_bytes
 
-    plan = partial(pruning.prune, warn=note(json)) if delete else pruning.plan_pruning
-    found = plan(run, keep_latest=keep_latest, keep_every=keep_every, disk_budget_gb=disk_budget_gb)
+    plan = pruning.prune if delete else pruning.plan_pruning
+    rules = {"keep_latest": keep_latest, "keep_every": keep_every, "disk_budget_gb": disk_budget_gb}
+    with notes(json):
+        found = plan(run, **rules)
     verb = "deleted" if delete else "would be deleted"
     lines = {step: f"{step}: kept ({why})" for step, why in found.kept.items()}
     lines |= {step: f"{step}: {verb}, {format_bytes(n)}" for step, n in found.dropped.items()}
@@ -174,7 +175,8 @@ def copy(run: RunAtStep, dest: Folder, *, json: bool = False) -> int:
     if run.startswith("gs://") and dest.startswith("gs://"):
         raise InputError(f"{run} to {dest}: found two buckets, expected one end on this disk")
     copy_there = upload if dest.startswith("gs://") else copy_run
-    found = (download if run.startswith("gs://") else copy_there)(run, dest, say=note(json))
+    with notes(json):
+        found = (download if run.startswith("gs://") else copy_there)(run, dest)
     steps = ", ".join(map(str, found.steps))
     text = f"copied to {found.folder}, and verified there: {steps}"
     show({**found._asdict(), "folder": str(found.folder)}, text, json)
@@ -206,7 +208,8 @@ def average(
 
     if steps == ():
         raise InputError("--steps: found none, expected two or more")
-    found = make_average(run, last=last, steps=steps or (), out=out, warn=note(json))
+    with notes(json):
+        found = make_average(run, last=last, steps=steps or (), out=out)
     best = min(found.parts.values())
     lines = [f"step {step}: loss {loss:.4f}" for step, loss in found.parts.items()]
     word = "better" if found.loss < best else "worse"

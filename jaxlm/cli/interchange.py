@@ -4,7 +4,7 @@ import math
 from typing import Literal
 
 from jaxlm.cli.arguments import Folder, Run, RunAtStep
-from jaxlm.cli.output import note, show
+from jaxlm.cli.output import notes, show
 from jaxlm.errors import InputError
 
 
@@ -36,7 +36,8 @@ def export(
     if not 0 < max_shard_gb * 1e9 < math.inf:
         raise InputError(f"max_shard_gb: found {max_shard_gb}, expected a number above 0")
     size = int(max_shard_gb * 1e9)
-    done = export(run, folder, dtype=dtype, max_shard_bytes=size, push=push, say=note(json))
+    with notes(json):
+        done = export(run, folder, dtype=dtype, max_shard_bytes=size, push=push)
     lines = [
         f"{done.folder}: step {done.step} as {done.architecture}, {done.num_params:,} parameters "
         f"in {done.dtype}",
@@ -67,7 +68,8 @@ def import_folder(folder: Folder, run: Run, *, json: bool = False) -> int:
     """
     from jaxlm.interchange.importing import import_folder
 
-    done = import_folder(folder, run, say=note(json))
+    with notes(json):
+        done = import_folder(folder, run)
     text = (
         f"{done.run}: step 0, {done.num_params:,} parameters from {', '.join(done.dtypes)}\n"
         f"  go on: python launch.py --config {done.config} --data.source text:GLOB\n"

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from jaxlm.cli.arguments import RunAtStep, RunsAtSteps
-from jaxlm.cli.output import note, show
+from jaxlm.cli.output import notes, show
 from jaxlm.errors import InputError
 
 
@@ -49,7 +49,8 @@ def evaluate(
     if not runs or (paired and len(runs) != 2):
         expected = "two of them with --paired" if paired else "at least one"
         raise InputError(f"RUN@STEP: found {len(runs)}, expected {expected}; add or drop some")
-    scores = score(runs, source=source, paired=paired, say=note(json))
+    with notes(json):
+        scores = score(runs, source=source, paired=paired)
     values: list[Any] = [s.to_json() for s in scores]
     lines = [
         f"{s.run} (step {s.step}): loss {s.loss:.4f}, perplexity {s.perplexity:.2f}, "
@@ -75,7 +76,8 @@ def _follow(run: str, source: str | None, out: str | None, poll_s: float, as_jso
         line = f"step {row['step']}: loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f}"
         print(json.dumps(row) if as_json else f"{line}, held out of {row['source']}", flush=True)
 
-    follow(run, source=source, out=out, poll_s=poll_s, say=note(as_json), found=tell)
+    with notes(as_json):
+        follow(run, source=source, out=out, poll_s=poll_s, found=tell)
     return 0
 
 
@@ -111,16 +113,16 @@ def benchmark(
     from jaxlm.files.durable import expand
     from jaxlm.inference.reader import ScoringModel
 
-    reader = ScoringModel(run, batch_size=batch_size, say=note(json))
     names = [name for name in tasks.split(",") if name]
-    found = run_tasks(
-        reader,
-        names,
-        include_path=include_path and expand(include_path, "--include_path"),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        say=note(json),
-    )
+    with notes(json):
+        reader = ScoringModel(run, batch_size=batch_size)
+        found = run_tasks(
+            reader,
+            names,
+            include_path=include_path and expand(include_path, "--include_path"),
+            num_fewshot=num_fewshot,
+            limit=limit,
+        )
     about = ("samples", "version")
     lines = [
         f"{name} ({values['samples']} documents): "
@@ -171,7 +173,8 @@ def sample(
     def write(text: str) -> None:
         print(printable(text), end="", flush=True)
 
-    samples = sample_run(run, prompts, sampling, say=note(True), write=write if streams else None)
+    with notes(True):
+        samples = sample_run(run, prompts, sampling, write=write if streams else None)
     lines = [printable(found.prompt + found.text) for found in samples]
     values = [found._asdict() for found in samples]
     if streams:

@@ -1,15 +1,20 @@
 """What a command prints: for a person, or as JSON for a script."""
 
-import functools
 import json
 import sys
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
+from jaxlm.terminal import log_to, output
 
-def note(as_json: bool) -> Callable[[str], None]:
-    """Takes lines on the way; JSON is alone on standard output."""
-    return functools.partial(print, file=sys.stderr) if as_json else print
+
+def notes(as_json: bool) -> AbstractContextManager[None]:
+    """Prints what is logged meanwhile; JSON is alone on standard output."""
+
+    def write(line: str) -> None:
+        print(line, file=output(sys.stderr if as_json else sys.stdout))
+
+    return log_to(write)
 
 
 def show(values: Any, text: str, as_json: bool) -> None:

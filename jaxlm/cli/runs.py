@@ -7,7 +7,7 @@ import tyro
 from tyro.conf import Positional
 
 from jaxlm.cli.arguments import Runs
-from jaxlm.cli.output import show
+from jaxlm.cli.output import notes, show
 from jaxlm.errors import InputError
 from jaxlm.launch import parse_config, run
 from jaxlm.terminal import progress, track
@@ -42,11 +42,12 @@ def prepare(flags: Positional[tuple[str, ...]] = ()) -> int:
     from jaxlm.data import prepare as preparation
 
     num_tokens = config.num_steps * config.tokens_per_step
-    dataset = preparation.prepare(
-        config.data,
-        vocab_size=config.model.vocab_size,
-        max_tokens=preparation.default_max_tokens(config.data, num_tokens),
-    )
+    with notes(False):
+        dataset = preparation.prepare(
+            config.data,
+            vocab_size=config.model.vocab_size,
+            max_tokens=preparation.default_max_tokens(config.data, num_tokens),
+        )
     print(
         f"{dataset.train.num_tokens:,} training tokens, {dataset.eval.num_tokens:,} held out, in "
         f"{dataset.directory}"

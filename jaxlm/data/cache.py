@@ -1,9 +1,10 @@
 """The folder of prepared data: where it is, what it holds."""
 
 import contextlib
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -12,6 +13,8 @@ import filelock
 from jaxlm.errors import FileError, InputError
 from jaxlm.files.durable import expand
 from jaxlm.files.strict import read_json
+
+_log = logging.getLogger(__name__)
 
 _ELSEWHERE = "name another place with --data.cache-dir or JAXLM_CACHE"
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
@@ -112,7 +115,7 @@ def _describe(folder: Path) -> dict[str, Any]:
     }
 
 
-def locked(folder: Path, log: Callable[[str], object]) -> contextlib.AbstractContextManager[object]:
+def locked(folder: Path) -> contextlib.AbstractContextManager[object]:
     """The lock beside a dataset, which ends with the process however that ends.
 
     Raises:
@@ -129,7 +132,7 @@ def locked(folder: Path, log: Callable[[str], object]) -> contextlib.AbstractCon
     try:
         return lock.acquire(timeout=0)
     except filelock.Timeout:
-        log(f"Another process is preparing {folder.name}: waiting for it")
+        _log.info(f"Another process is preparing {folder.name}: waiting for it")
         return lock.acquire()
 
 

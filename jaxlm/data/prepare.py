@@ -10,6 +10,7 @@ import errno
 import hashlib
 import itertools
 import json
+import logging
 import re
 import shutil
 import sys
@@ -37,7 +38,9 @@ from jaxlm.data.sources import Source, open_source
 from jaxlm.errors import FileError, InputError
 from jaxlm.files.durable import write_file
 from jaxlm.files.strict import read_json
-from jaxlm.terminal import can_draw, progress
+from jaxlm.terminal import can_draw, prints_lines, progress
+
+_log = logging.getLogger(__name__)
 
 FORMAT = 1
 READING = 2
@@ -50,15 +53,14 @@ PIECE_CHARS = 500_000
 """A longer document is tokenized in pieces, to spread it over the cores; a cut splits one word."""
 HOLD_OUT_EVERY = 20
 
-Log = Callable[[str], object]
-
 
 def default_max_tokens(config: DataConfig, num_tokens: int) -> int:
     """Training tokens to prepare for a run of `num_tokens`: 1% more, and at least 10 M."""
     return config.max_tokens or max(num_tokens + num_tokens // 100, 10_000_000)
 
 
-def prepare(config: DataConfig, *, vocab_size: int, max_tokens: int, log: Log = print) -> Dataset:
+@prints_lines
+def prepare(config: DataConfig, *, vocab_size: int, max_tokens: int) -> Dataset:
     """The dataset of `config`, from the cache or made now.
 
     What is in the cache stays as it is: a remote source is not asked again.
@@ -67,7 +69,6 @@ def prepare(config: DataConfig, *, vocab_size: int, max_tokens: int, log: Log = 
       config: what to read, and how to tokenize it.
       vocab_size: the model's; the size to train a tokenizer to, or the most that another may have.
       max_tokens: training tokens at most.
-      log: takes lines for the user.
 
     Raises:
       ValueError: the corpus or the tokenizer does not fit, or a file of the cache is damaged.
@@ -80,10 +81,10 @@ def prepare(config: DataConfig, *, vocab_size: int, max_tokens: int, log: Log = 
     label = re.sub(r"[^A-Za-z0-9]+", "-", f"{kind}-{rest[-30:]}").strip("-")
     folder = data_folder(config.cache_dir) / f"{label}-{digest(recipe)}"
     if not (folder / MANIFEST).exists():
-        with locked(folder, log):
+        with locked(folder):
             if not (folder / MANIFEST).exists():
                 with started(folder):
-                    _make(folder, source, config, vocab_size, max_tokens, log)
+                    _make(folder, source, config, vocab_size, max_tokens)
     return open_dataset(folder, vocab_size)
 
 
@@ -112,13 +113,13 @@ def is_held_out(index: int) -> bool:
 
 
 def _make(
-    folder: Path, source: Source, config: DataConfig, vocab_size: int, max_tokens: int, log: Log
+    folder: Path, source: Source, config: DataConfig, vocab_size: int, max_tokens: int
 ) -> None:
     """Prepares what is not yet, and publishes."""
-    progress = _progress(folder, source, log)
+    progress = _progress(folder, source)
     tokenizer_path = folder / "tokenizer.json"
     if not progress["tokenizer"]:
-        new = _new_tokenizer(source, config, vocab_size, log)
+        new = _new_tokenizer(source, config, vocab_size)
         progress["tokenizer"] = _write(tokenizer_path, new.to_str(pretty=True).encode())
         _write_json(folder / PROGRESS, progress)
     tokenizer = tokenizer_lib.load_tokenizer(tokenizer_path)
@@ -130,7 +131,7 @@ def _make(
     limits = {"train": max_tokens, "eval": config.eval_tokens}
     counts = {split: sum(shard["num_tokens"] for shard in progress[split]) for split in limits}
     waiting: dict[str, list[np.ndarray]] = {split: [] for split in limits}
-    with _progress_bar(max_tokens, log) as show:
+    with _progress_bar(max_tokens) as show:
         # Stopped between the last shard and the manifest: there is nothing left to read.
         chunks = _chunks(source.documents(progress["next_document"]))
         while counts["train"] < max_tokens and (chunk := next(chunks, None)):
@@ -156,7 +157,7 @@ def _make(
     (folder / PROGRESS).unlink()
 
 
-def _progress(folder: Path, source: Source, log: Log) -> dict[str, Any]:
+def _progress(folder: Path, source: Source) -> dict[str, Any]:
     """What an earlier preparation finished before it was stopped, if all of it is sound."""
     fresh = {"source": source.name, "revision": source.revision, "format": FORMAT}
     fresh |= {"next_document": 0, "tokenizer": None, "train": [], "eval": []}
@@ -169,26 +170,26 @@ def _progress(folder: Path, source: Source, log: Log) -> dict[str, Any]:
         if min([found["next_document"], *(shard["num_tokens"] for shard in shards)]) < 0:
             problem = f"{PROGRESS} was altered"
         if problem is None:
-            log(f"Going on with the preparation, from document {found['next_document']:,}")
+            _log.info(f"Going on with the preparation, from document {found['next_document']:,}")
             return found
     except FileNotFoundError:
         return fresh
     except ValueError as error:
         problem = str(error)
-    log(f"Starting the preparation over: {problem}")
+    _log.info(f"Starting the preparation over: {problem}")
     shutil.rmtree(folder)
     folder.mkdir()
     return fresh
 
 
-def _new_tokenizer(source: Source, config: DataConfig, vocab_size: int, log: Log) -> Tokenizer:
+def _new_tokenizer(source: Source, config: DataConfig, vocab_size: int) -> Tokenizer:
     name = config.tokenizer
     if name != "train":
         tokenizer = tokenizer_lib.load_tokenizer(name)
         check_vocabulary(name, tokenizer_lib.num_ids(tokenizer), vocab_size)
         tokenizer_lib.mark_eos(tokenizer, tokenizer_lib.find_eos(tokenizer, config.eos_token))
         return tokenizer
-    log(f"Training a tokenizer of {vocab_size:,} tokens on {source.name}")
+    _log.info(f"Training a tokenizer of {vocab_size:,} tokens on {source.name}")
     documents = enumerate(source.documents(0))
     training = (document for index, document in documents if not is_held_out(index))
     return tokenizer_lib.train_tokenizer(training, vocab_size)
@@ -275,7 +276,7 @@ def _encode(
 
 
 @contextlib.contextmanager
-def _progress_bar(limit: int, log: Log) -> Iterator[Callable[[int, float], None]]:
+def _progress_bar(limit: int) -> Iterator[Callable[[int, float], None]]:
     """A bar in a terminal, else a line now and then.
 
     Yields:
@@ -292,6 +293,8 @@ def _progress_bar(limit: int, log: Log) -> Iterator[Callable[[int, float], None]
             before = share
             if not can_draw(sys.stderr) and time.monotonic() - last_s >= 10:
                 last_s = time.monotonic()
-                log(f"Preparing tokens: {num_tokens:,} of at most {limit:,} ({share:.0%} done)")
+                _log.info(
+                    f"Preparing tokens: {num_tokens:,} of at most {limit:,} ({share:.0%} done)"
+                )
 
         yield show

@@ -1,7 +1,7 @@
 """The mean of the weights of several checkpoints of a run, in a folder of its own."""
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from jaxlm.evaluation.score import score
 from jaxlm.files.durable import write_file
 from jaxlm.files.ours import mark
 from jaxlm.files.publish import check_free, published
-from jaxlm.terminal import progress
+from jaxlm.terminal import log_to, prints_lines, progress
 from jaxlm.tracking.rows import Rows
 
 
@@ -40,13 +40,9 @@ class Averaged(NamedTuple):
     """Step -> held-out loss of each part."""
 
 
+@prints_lines
 def average(
-    run: str,
-    *,
-    last: int = 5,
-    steps: Sequence[int] = (),
-    out: str | None = None,
-    warn: Callable[[str], None] = print,
+    run: str, *, last: int = 5, steps: Sequence[int] = (), out: str | None = None
 ) -> Averaged:
     """Averages the weights of checkpoints, evaluates the result and writes it beside the run.
 
@@ -58,7 +54,6 @@ def average(
       last: average so many of the newest sound checkpoints, or as many as there are.
       steps: average these instead.
       out: the new folder; by default RUN-average-FIRST-LAST.
-      warn: takes a line where the file system has no locks.
 
     Raises:
       ValueError: no such run or step, fewer than two, one is damaged, `out` is there already, or
@@ -76,7 +71,7 @@ def average(
     run_dir = run_folder(run, folder)
     target = check_free(out or f"{run_dir.resolve()}-average-{chosen[0]}-{chosen[-1]}")
     check_outside(target, run_dir, folder)
-    with published(target, warn) as partial:
+    with published(target) as partial:
         params, newest = _mean_params(folder, chosen)
         path = partial / "checkpoints" / str(newest.step)
         _save(path, params)
@@ -97,7 +92,8 @@ def average(
         if (folder / TOKENIZER).is_file():
             write_file(path.parent / TOKENIZER, (folder / TOKENIZER).read_bytes())
         names = [f"{partial}@{newest.step}", *(f"{folder}@{step}" for step in chosen)]
-        own, *others = score(names, say=lambda line: None)  # of what is on the disk, so it loads
+        with log_to(lambda line: None):  # the folder is about to get another name
+            own, *others = score(names)
         known = {"eval_loss": own.loss, "best_eval_loss": own.loss}
         _describe(path, replace(metadata, **known, environment=own.environment))
     losses = {step: other.loss for step, other in zip(chosen, others, strict=True)}

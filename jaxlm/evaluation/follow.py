@@ -1,9 +1,11 @@
 """`jaxlm eval --follow`: each new checkpoint of a running job is scored, from another process."""
 
+import contextlib
 import functools
+import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jaxlm.checkpoints.entries import identity
@@ -13,15 +15,19 @@ from jaxlm.checkpoints.restore import DamagedArrays
 from jaxlm.errors import InputError
 from jaxlm.evaluation.evals import NAME, Eval, EvalLog, checkpoint_id
 from jaxlm.evaluation.score import Scorer
+from jaxlm.inference.load import log_selected
+from jaxlm.terminal import prints_lines
+
+_log = logging.getLogger(__name__)
 
 
+@prints_lines
 def follow(
     run: str,
     *,
     source: str | None = None,
     out: str | None = None,
     poll_s: float,
-    say: Callable[[str], None] = print,
     found: Callable[[Eval], None] = lambda _: None,
 ) -> None:
     """Evaluates the checkpoints of a run, oldest first, until one is final and all have a row.
@@ -34,7 +40,6 @@ def follow(
       source: another `data.source`, of whose held-out documents to take the tokens instead.
       out: the file to append to; by default `evals.jsonl` in the run folder.
       poll_s: time between two looks at the folder (s).
-      say: takes lines for the user.
       found: takes each row, once it is on disk.
 
     Raises:
@@ -45,9 +50,11 @@ def follow(
     if not 0 < poll_s < math.inf:
         raise InputError(f"--poll_s: found {poll_s}, expected seconds above 0")
     folder = find_checkpoints(run)
-    say_once = functools.cache(say)  # the same lines come with each checkpoint
-    scorer = Scorer(source, say_once)
-    with EvalLog(Path(out) if out else run_folder(run, folder) / NAME) as log:
+    scorer, warn_once = Scorer(source), functools.cache(_log.warning)
+    with (
+        _each_line_once(log_selected.__module__),
+        EvalLog(Path(out) if out else run_folder(run, folder) / NAME) as log,
+    ):
         damaged: set[tuple[int, str, str]] = set()
         looked_at: set[int] = set()
         while True:
@@ -61,11 +68,11 @@ def follow(
                     row = _evaluate(f"{folder}@{step}", folder / str(step), scorer)
                 except DamagedArrays as error:
                     damaged.add(key)
-                    say(f"Warning: step {step} is damaged, and was passed over ({error})")
+                    _log.warning(f"step {step} is damaged, and was passed over ({error})")
                     continue
                 if row is None:
                     missed = True
-                    say(f"step {step} was deleted or replaced before it could be evaluated")
+                    _log.info(f"step {step} was deleted or replaced before it could be evaluated")
                 else:
                     log.append(row)
                     found(row)
@@ -74,11 +81,28 @@ def follow(
                 final = bool(steps) and steps[max(steps)].final
                 for step in now.damaged if final else now.damaged.keys() & looked_at:
                     what = now.damaged[step][0]  # at a first look, it may be half committed
-                    say_once(f"Warning: step {step} is damaged, and was passed over ({what})")
+                    warn_once(f"step {step} is damaged, and was passed over ({what})")
                 looked_at = set(now.damaged)
                 if final:
                     return
                 time.sleep(poll_s)
+
+
+@contextlib.contextmanager
+def _each_line_once(name: str) -> Iterator[None]:
+    # Of the lines about each checkpoint, the best loss so far is mostly the same.
+    logger, seen = logging.getLogger(name), set[str]()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        num_before = len(seen)
+        seen.add(record.getMessage())
+        return len(seen) > num_before
+
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
 
 
 def _evaluate(run: str, path: Path, scorer: Scorer) -> Eval | None:

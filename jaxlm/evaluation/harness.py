@@ -1,6 +1,7 @@
 """A checkpoint as a model of EleutherAI's lm-eval (the extra `lm-eval`), and its tasks run."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -17,7 +18,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from jaxlm.errors import InputError
 from jaxlm.inference.reader import Pair, ScoringModel
-from jaxlm.terminal import progress
+from jaxlm.terminal import prints_lines, progress
+
+_log = logging.getLogger(__name__)
 
 _MAX_NEW_TOKENS = 256  # where a task names no number, as lm-eval's own adapters
 
@@ -110,6 +113,7 @@ def _with_progress(reader: ScoringModel, pairs: Sequence[Pair]) -> list[Any]:
         return reader.likelihoods(pairs, advance)
 
 
+@prints_lines
 def run_tasks(
     reader: ScoringModel,
     tasks: Sequence[str],
@@ -117,7 +121,6 @@ def run_tasks(
     include_path: str | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
-    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Runs tasks of lm-eval.
 
@@ -128,7 +131,6 @@ def run_tasks(
         which takes half a minute.
       num_fewshot: examples in a prompt, where not what the task says.
       limit: documents of each task at most.
-      say: takes lines for the user.
 
     Returns:
       `tasks`: for each the metrics, `samples` (documents) and `version`.
@@ -138,7 +140,7 @@ def run_tasks(
     """
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if missing := [task for task in tasks if task not in manager.all_tasks]:
-        say(f"looking for {', '.join(missing)} among the tasks of lm-eval")
+        _log.info(f"looking for {', '.join(missing)} among the tasks of lm-eval")
         manager = TaskManager(include_path=include_path)
     for task in tasks:
         if task not in manager.all_tasks:

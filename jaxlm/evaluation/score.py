@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from jaxlm.device.step import make_eval_step
 from jaxlm.errors import InputError
 from jaxlm.evaluation.evals import checkpoint_id
 from jaxlm.inference.load import log_selected, restore_params
-from jaxlm.terminal import progress
+from jaxlm.terminal import prints_lines, progress
 from jaxlm.tracking.metrics import perplexity
 from jaxlm.tracking.rows import NAME as ROWS
 from jaxlm.tracking.rows import find_damage as find_row_damage
@@ -43,7 +43,6 @@ from jaxlm.training.environment import compare_environments, describe_environmen
 from jaxlm.training.evaluate import batch_sums, means
 from jaxlm.training.setup import held_out_batches, hold_out, mask_id, prepare_data
 
-Say = Callable[[str], None]
 TOLERANCE = 1e-3
 """Relative difference of the losses of equal params in float32 and in bfloat16."""
 
@@ -130,39 +129,37 @@ class _Candidate(NamedTuple):
     dataset: Dataset
 
 
-def score(
-    runs: Sequence[str], *, source: str | None = None, paired: bool = False, say: Say = print
-) -> list[Score]:
+@prints_lines
+def score(runs: Sequence[str], *, source: str | None = None, paired: bool = False) -> list[Score]:
     """Evaluates checkpoints on the held-out sets of their runs, on any number of devices.
 
     Args:
       runs: `RUN@STEP` each; best, where no STEP is given.
       source: another `data.source`, of whose held-out documents to take the tokens instead.
       paired: evaluate all in the batches of the first.
-      say: takes lines for the user.
 
     Raises:
       ValueError: a run or step is not there, or is damaged; the data is no longer that of the run;
         or `paired`, and the runs have other held-out sets or tokenizers.
     """
-    scorer = Scorer(source, say)
+    scorer = Scorer(source)
     found = [scorer.find(run) for run in runs]
     if paired:
         found = [_in_batches_of(found[0], candidate) for candidate in found]
-    return [_score(candidate, source, say) for candidate in found]
+    return [_score(candidate, source) for candidate in found]
 
 
 class Scorer:
     """Evaluates one checkpoint after the other; data that they share is prepared once."""
 
-    def __init__(self, source: str | None, say: Say):
+    def __init__(self, source: str | None):
         """Arguments are those of `score`."""
-        self._source, self._say = source, say
-        self._prepare = functools.lru_cache(maxsize=1)(lambda config: prepare_data(config, say))
+        self._source = source
+        self._prepare = functools.lru_cache(maxsize=1)(prepare_data)
 
     def __call__(self, run: str) -> Score:
         """The score of `RUN@STEP`; raises what `score` does."""
-        return _score(self.find(run), self._source, self._say)
+        return _score(self.find(run), self._source)
 
     def find(self, run: str) -> _Candidate:
         """`RUN@STEP`, and the data to evaluate it on."""
@@ -206,11 +203,11 @@ def _in_batches_of(first: _Candidate, other: _Candidate) -> _Candidate:
     return other._replace(config=dataclasses.replace(other.config, **batch))
 
 
-def _score(candidate: _Candidate, source: str | None, say: Say) -> Score:
+def _score(candidate: _Candidate, source: str | None) -> Score:
     run, first, config, dataset = candidate
     mesh = _choose_mesh(first.metadata.environment["mesh"], config.micro_batch_size)
     selected, (blueprint, params) = read(run, lambda s: (s, restore_params(s, mesh)), first=first)
-    log_selected(selected, say)
+    log_selected(selected)
     held_out = hold_out(config, mesh, held_out_batches(config, dataset))
     next_token = next_token_loss(eos_id=mask_id(config, dataset), num_chunks=config.loss_chunks)
     eval_step = make_eval_step(blueprint, next_token, mesh)

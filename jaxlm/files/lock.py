@@ -4,10 +4,11 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -15,6 +16,8 @@ from jaxlm.errors import RunError
 from jaxlm.files.durable import write_file
 from jaxlm.files.ours import MARKER, check_ours, mark
 from jaxlm.files.strict import read_json
+
+_log = logging.getLogger(__name__)
 
 HOLDER = "holder.json"
 """Who has the lock: for people, and for the processes of a run to find each other's disk."""
@@ -51,19 +54,12 @@ class Lock(NamedTuple):
     """The names that were in the folder before."""
 
 
-def lock(
-    folder: Path,
-    *,
-    required: bool,
-    warn: Callable[[str], None],
-    files: Collection[str] | None = None,
-) -> Lock:
+def lock(folder: Path, *, required: bool, files: Collection[str] | None = None) -> Lock:
     """Locks a folder of ours, made if missing; the kernel frees it when its holder dies.
 
     Args:
       folder: the folder.
       required: raise where the file system has no locks; else warn, and go on without.
-      warn: takes that warning.
       files: as in `check_ours`.
 
     Returns:
@@ -78,13 +74,13 @@ def lock(
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     try:
-        return Lock(folder, _lock(folder, required, warn), made, found)
+        return Lock(folder, _lock(folder, required), made, found)
     except (OSError, RuntimeError):
         _remove_empty(made)
         raise
 
 
-def _lock(folder: Path, required: bool, warn: Callable[[str], None]) -> int:
+def _lock(folder: Path, required: bool) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -109,7 +105,7 @@ def _lock(folder: Path, required: bool, warn: Callable[[str], None]) -> int:
                 "--checkpoint_dir, or make sure of that yourself and add "
                 "--checkpoint.lock if_possible"
             ) from error
-        warn(f"{text}: see to it that there is no second trainer")
+        _log.warning(f"{text}: see to it that there is no second trainer")
     _held.add(descriptor)
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.ctime()}
     try:
@@ -134,15 +130,9 @@ def unlock(held: Lock) -> None:
 
 
 @contextlib.contextmanager
-def locked(
-    folder: Path,
-    *,
-    required: bool,
-    warn: Callable[[str], None],
-    files: Collection[str] | None = None,
-) -> Iterator[None]:
+def locked(folder: Path, *, required: bool, files: Collection[str] | None = None) -> Iterator[None]:
     """Has the lock meanwhile; arguments and errors are those of `lock`."""
-    held = lock(folder, required=required, warn=warn, files=files)
+    held = lock(folder, required=required, files=files)
     try:
         yield
     finally:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxlm.errors import InputError
@@ -36,14 +36,13 @@ def _partial(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def published(target: Path, warn: Callable[[str], None]) -> Iterator[Path]:
+def published(target: Path) -> Iterator[Path]:
     """A new folder to be filled, which gets its name once all of it is on the disk.
 
     An error leaves nothing; a kill leaves `.NAME.partial`, which the next try clears.
 
     Args:
       target: the name that it gets.
-      warn: takes a line where the file system has no locks.
 
     Raises:
       ValueError: there is something of that name, or a `.NAME.partial` that is not ours.
@@ -52,7 +51,7 @@ def published(target: Path, warn: Callable[[str], None]) -> Iterator[Path]:
     target = Path(os.path.abspath(check_free(target)))  # "." has no name
     partial = _partial(target)
     try:
-        with locked(partial, required=False, warn=warn):
+        with locked(partial, required=False):
             new = partial / target.name
             shutil.rmtree(new, ignore_errors=True)  # of a try that was killed
             new.mkdir()

@@ -1,6 +1,6 @@
 """A trained model back from disk, for evals and for use."""
 
-from collections.abc import Callable
+import logging
 from typing import Any
 
 from flax import nnx
@@ -15,16 +15,15 @@ from jaxlm.config import MeshConfig
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import Blueprint, ModelFactory, Own, Params, blueprint_of
 from jaxlm.errors import InputError
-from jaxlm.terminal import progress
+from jaxlm.terminal import prints_lines, progress
 from jaxlm.tracking.console import format_count
 
+_log = logging.getLogger(__name__)
 
+
+@prints_lines
 def load_model(
-    run: str,
-    *,
-    mesh: Mesh | None = None,
-    model: ModelFactory | None = None,
-    say: Callable[[str], None] = print,
+    run: str, *, mesh: Mesh | None = None, model: ModelFactory | None = None
 ) -> tuple[Any, Metadata]:
     """The model of `RUN@STEP`, verified, and what its checkpoint says of itself.
 
@@ -35,7 +34,6 @@ def load_model(
         number may follow.
       mesh: where to put it; by default all devices, data-parallel. Any will do.
       model: the factory that was given to `train`, if one was.
-      say: prints which checkpoint was loaded.
 
     Returns:
       An `nnx.Module` (`jaxlm.device.model.Transformer`, from int32 tokens [B, T] to float32 logits
@@ -46,7 +44,7 @@ def load_model(
     """
     mesh = mesh or make_mesh(MeshConfig())
     selected, (blueprint, params) = read(run, lambda s: (s, restore_params(s, mesh, model)))
-    log_selected(selected, say)
+    log_selected(selected)
     return nnx.merge(blueprint.graphdef, params), selected.metadata
 
 
@@ -84,11 +82,11 @@ def restore_params(
         return blueprint, restore_weights(selected.path, metadata, blueprint.abstract.params)
 
 
-def log_selected(selected: Selected, say: Callable[[str], None]) -> None:
+def log_selected(selected: Selected) -> None:
     """Which checkpoint it is, and what it was passed over for."""
     metadata = selected.metadata
     for step, damage in selected.passed_over.items():
-        say(f"Warning: step {step} is damaged ({damage[0]}) and was passed over")
-    say(f"Loaded step {metadata.step} of {selected.folder}")
-    say(f"Best eval loss: {metadata.best_eval_loss:.4f}")
-    say(f"Tokens seen: {format_count(metadata.tokens_seen)}")
+        _log.warning(f"step {step} is damaged ({damage[0]}) and was passed over")
+    _log.info(f"Loaded step {metadata.step} of {selected.folder}")
+    _log.info(f"Best eval loss: {metadata.best_eval_loss:.4f}")
+    _log.info(f"Tokens seen: {format_count(metadata.tokens_seen)}")

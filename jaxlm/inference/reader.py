@@ -20,6 +20,7 @@ from jaxlm.device.sharding import batch_sharding, make_mesh
 from jaxlm.errors import InputError
 from jaxlm.inference.load import load_selected, log_selected
 from jaxlm.inference.sample import Sampling, bucket, stream
+from jaxlm.terminal import prints_lines
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """The tokens of a context, and those of its continuation."""
@@ -44,15 +45,13 @@ class ScoringModel:
       seq_len: tokens that the model was trained to look at.
     """
 
-    def __init__(
-        self, run: str, *, batch_size: int = 8, say: Callable[[str], None] = print
-    ) -> None:
+    @prints_lines
+    def __init__(self, run: str, *, batch_size: int = 8) -> None:
         """Restores the weights of `RUN@STEP` (best, where no STEP is given) on all devices.
 
         Args:
           run: `RUN@STEP`.
           batch_size: rows at a time; rounded up to a multiple of the devices.
-          say: takes lines for the user.
 
         Raises:
           ValueError: there is no such checkpoint, it is damaged, or it has no tokenizer.
@@ -61,7 +60,7 @@ class ScoringModel:
             raise InputError(f"batch_size: found {batch_size}, expected at least 1")
         self._mesh = make_mesh(MeshConfig())
         selected, blueprint, self._params = load_selected(run, self._mesh)
-        log_selected(selected, say)
+        log_selected(selected)
         config, eos_id = selected.metadata.run_config(), selected.metadata.eos_id
         if eos_id is None:
             raise InputError(

@@ -1,6 +1,7 @@
 """New tokens from a trained model, and the text that they are."""
 
 import dataclasses
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +20,11 @@ from jaxlm.device.sharding import AXES_OF
 from jaxlm.errors import InputError
 from jaxlm.files.strict import shown
 from jaxlm.inference.load import load_selected, log_selected
+from jaxlm.terminal import log_to, prints_lines
 from jaxlm.training.at_end import Complete
 from jaxlm.training.preflight import sample_tokens
+
+_log = logging.getLogger(__name__)
 
 _MAX_TOKENS = 256
 _CHUNK = 8  # new tokens a call of the device, and so at a time on the screen
@@ -206,12 +210,12 @@ class Sample(NamedTuple):
     """Whether the model ended the document, and not max_tokens."""
 
 
+@prints_lines
 def sample_run(
     run: str,
     prompts: Sequence[str],
     sampling: Sampling = Sampling(),
     *,
-    say: Callable[[str], None] = print,
     write: Callable[[str], None] | None = None,
 ) -> list[Sample]:
     """Text of the model of `RUN@STEP` after each prompt.
@@ -220,7 +224,6 @@ def sample_run(
       run: as in `load_model`.
       prompts: texts; an empty one is the beginning of a document.
       sampling: how tokens are chosen.
-      say: prints which checkpoint was loaded.
       write: takes the first prompt and its text as it comes, in whole characters.
 
     Raises:
@@ -240,7 +243,7 @@ def sample_run(
     tokenizer = load_tokenizer(path)
     ids = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
     ids = [row or ([] if eos_id is None else [eos_id]) for row in ids]
-    log_selected(selected, say)
+    log_selected(selected)
     model = nnx.merge(blueprint.graphdef, params)
     steps, decoder, written = [], DecodeStream(skip_special_tokens=True), ""
     coming = stream(model, ids, sampling, eos_id=eos_id, seq_len=config.seq_len)
@@ -271,11 +274,12 @@ def sample_at_end(run: Complete) -> None:
     sampling = Sampling(sample_tokens(config), temperature=0.8, top_k=50)
     source, prompts = f"{config.checkpoint_dir}@{step}", [config.sample_prompt]
     try:
-        (found,) = sample_run(source, prompts, sampling, say=lambda _: None)
+        with log_to(lambda line: None):  # the run's last lines name the best checkpoint
+            (found,) = sample_run(source, prompts, sampling)
     except (ValueError, RuntimeError, OSError) as error:  # the run is complete, whatever this does
-        run.console.warn(f"no sample: {error}")
+        _log.warning(f"no sample: {error}")
         return
     text = printable(found.prompt + found.text)
-    run.console.say(f"sample: {text}")
+    _log.info(f"sample: {text}")
     run.events.add("sample", step, "at the end", prompt=found.prompt, text=found.text)
     run.show("sample", lambda: text)

@@ -1,7 +1,7 @@
 """A checkpoint as a folder of Hugging Face transformers, which the tools around it read."""
 
 import json
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,8 +30,10 @@ from jaxlm.interchange.mapping import (
     tensor_of,
     to_hf_config,
 )
-from jaxlm.terminal import track
+from jaxlm.terminal import prints_lines, track
 from jaxlm.tracking.metrics import perplexity
+
+_log = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -51,6 +53,7 @@ class Exported(NamedTuple):
     """Where it was pushed to."""
 
 
+@prints_lines
 def export(
     run: str,
     folder: str,
@@ -58,7 +61,6 @@ def export(
     dtype: Dtype = "float32",
     max_shard_bytes: int = 5 * 10**9,
     push: str | None = None,
-    say: Callable[[str], None] = print,
 ) -> Exported:
     """Writes the weights of `RUN@STEP`, its tokenizer and what it says of itself.
 
@@ -68,7 +70,6 @@ def export(
       dtype: of the weights, which are float32 in the run.
       max_shard_bytes: a file of weights holds no more, but for a single tensor that is larger.
       push: a repo of the Hugging Face Hub (OWNER/NAME) to upload it to, private if it is new.
-      say: takes lines for the user.
 
     Raises:
       ValueError: no such checkpoint, it is damaged or of a model of your own; the folder is taken;
@@ -84,11 +85,11 @@ def export(
     check_outside(target, selected.folder)
     mesh = make_mesh(MeshConfig())
     selected, (_, params) = read(run, lambda s: (s, restore_params(s, mesh)))
-    log_selected(selected, say)
+    log_selected(selected)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-    with published(target, say) as partial:
+    with published(target) as partial:
         _write_weights(partial, params, dtype, max_shard_bytes)
-        own = _write_about(partial, selected, dtype, say)
+        own = _write_about(partial, selected, dtype)
         (partial / "README.md").write_text(_card(selected, target.name, num_params, dtype))
         files = sorted(path.name for path in partial.iterdir())
     url = _push(target, push) if push else None
@@ -131,9 +132,7 @@ def _write_shard(path: Path, shard: dict[str, jax.Array], dtype: Dtype) -> list[
     return list(tensors)
 
 
-def _write_about(
-    folder: Path, selected: Selected, dtype: Dtype, say: Callable[[str], None]
-) -> bool:
+def _write_about(folder: Path, selected: Selected, dtype: Dtype) -> bool:
     # Configs and tokenizer; whether the tokenizer is of our own making.
     metadata = selected.metadata
     config, eos_id = metadata.run_config(), metadata.eos_id
@@ -157,7 +156,7 @@ def _write_about(
         # A file is perhaps one that another run has trained.
         own = config.data.tokenizer == "train" or Path(config.data.tokenizer).name == TOKENIZER
     else:
-        say(f"Warning: {selected.folder} holds no {TOKENIZER}: the folder gets none either")
+        _log.warning(f"{selected.folder} holds no {TOKENIZER}: the folder gets none either")
     return own
 
 

@@ -6,8 +6,9 @@ is executed, and what is not exactly the tensors of its config is refused.
 
 import dataclasses
 import json
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -30,8 +31,10 @@ from jaxlm.files.ours import mark
 from jaxlm.files.publish import check_free, published
 from jaxlm.files.strict import read_json, shown
 from jaxlm.interchange.mapping import CONFIG, INDEX, WEIGHTS, Tensor, from_hf_config, tensor_of
-from jaxlm.terminal import progress, track
+from jaxlm.terminal import prints_lines, progress, track
 from jaxlm.training.environment import describe_environment
+
+_log = logging.getLogger(__name__)
 
 CONTINUE = "continue.py"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -61,13 +64,13 @@ class _Found(NamedTuple):
     dtype: str
 
 
-def import_folder(folder: str, run: str, *, say: Callable[[str], None] = print) -> Imported:
+@prints_lines
+def import_folder(folder: str, run: str) -> Imported:
     """Makes a run whose step 0 has the weights of the folder, and the tokenizer beside it.
 
     Args:
       folder: of transformers: config.json, safetensors, tokenizer.json.
       run: the run folder; must not be there, or be empty. It is made whole or not at all.
-      say: takes lines for the user.
 
     Raises:
       ValueError: the run folder is taken; or the folder is not there, is of another architecture,
@@ -89,7 +92,7 @@ def import_folder(folder: str, run: str, *, say: Callable[[str], None] = print) 
             f"{source / CONFIG}: num_hidden_layers: found {model.num_layers:,}, expected at most "
             f"as many as the {len(found)} tensors in the folder; one is not whole, get it anew"
         )
-    tokenizer, eos_token, eos_id = _tokenizer(source, hf_config, model.vocab_size, say)
+    tokenizer, eos_token, eos_id = _tokenizer(source, hf_config, model.vocab_size)
     kept = target / "checkpoints" / TOKENIZER
     config = Config(
         model=model,
@@ -102,14 +105,11 @@ def import_folder(folder: str, run: str, *, say: Callable[[str], None] = print) 
     blueprint = blueprint_of(config, mesh)
     abstract = blueprint.abstract.params
     _check_tensors(source, abstract, found)
-    with published(target, say) as partial:
+    with published(target) as partial:
         mark(partial)
         state = blueprint.make(0)._replace(params=_read_params(abstract, found))
         checkpoints = Checkpoints(
-            partial / "checkpoints",
-            CheckpointConfig(),
-            on_commit=lambda *_: None,
-            warn=lambda line: say(f"Warning: {line}"),
+            partial / "checkpoints", CheckpointConfig(), on_commit=lambda *_: None
         )
         with checkpoints, progress("Saving the run"):
             checkpoints.save(state, _metadata(config, eos_id, describe_environment(mesh), folder))
@@ -223,12 +223,12 @@ def _read_params(abstract: Any, found: dict[str, _Found]) -> Any:
 
 
 def _tokenizer(
-    folder: Path, hf_config: dict[str, Any], vocab_size: int, say: Callable[[str], None]
+    folder: Path, hf_config: dict[str, Any], vocab_size: int
 ) -> tuple[bytes | None, str | None, int | None]:
     # The file, and the token that ends a document, by name and id.
     path = folder / TOKENIZER
     if not path.is_file():
-        say(f"Warning: {folder} holds no {TOKENIZER}; the run can only go on with its own batches")
+        _log.warning(f"{folder} holds no {TOKENIZER}; the run can only go on with its own batches")
         return None, None, None
     tokenizer = load_tokenizer(path)
     check_vocabulary(str(path), num_ids(tokenizer), vocab_size)

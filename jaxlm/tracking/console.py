@@ -1,14 +1,16 @@
 """What a person sees of a run: a progress bar in a terminal, plain lines anywhere else."""
 
+import functools
 import math
 import sys
 import time
+from contextlib import AbstractContextManager
 from typing import Any, TextIO
 
 import rich.console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from jaxlm.terminal import can_draw, output
+from jaxlm.terminal import can_draw, log_to, output
 from jaxlm.tracking.metrics import perplexity
 
 _RULE = "=" * 60
@@ -76,8 +78,12 @@ class Console:
             )
             self._task = self._bar.add_task("", total=num_steps, loss="", left="")
 
-    def say(self, text: str, *, style: str | None = None) -> None:
-        """Prints a line, above the bar where there is one."""
+    def lines(self) -> AbstractContextManager[None]:
+        """Prints what is logged meanwhile; what asks for attention is yellow."""
+        return log_to(self._print, functools.partial(self._print, style="yellow"))
+
+    def _print(self, text: str, *, style: str | None = None) -> None:
+        # Above the bar, where there is one.
         if self._bar is None:
             self._stream.write(text + "\n")
             self._stream.flush()
@@ -85,10 +91,6 @@ class Console:
             self._bar.console.print(
                 text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True
             )
-
-    def warn(self, text: str) -> None:
-        """Prints a line that asks for attention."""
-        self.say(f"Warning: {text}", style="yellow")
 
     def step(self, step: int, row: dict[str, Any], seconds_left: float | None) -> None:
         """Prints a training row.
@@ -113,7 +115,7 @@ class Console:
         left = "" if seconds_left is None else f"{format_duration(seconds_left)} left"
         if left and self._bar is None:  # the bar has it, and a line of more than 100 columns wraps
             parts.append(left)
-        self.say(" | ".join([*parts, _now()]))
+        self._print(" | ".join([*parts, _now()]))
         self._update(step, loss=f"Loss {loss:.4f}", left=left)
 
     def evaluation(self, step: int, loss: float, best_loss: float | None, improved: bool) -> None:
@@ -130,12 +132,12 @@ class Console:
             verdict = self._with_emoji("🎯", "New best eval loss!")
         lines = [f"Evaluation at step {step} | {_now()}", f"  Eval Loss: {loss:.4f}"]
         lines += [f"  Eval PPL: {_number(perplexity(loss))}", f"  {verdict}"]
-        self.say("\n".join(["", _RULE, *lines, _RULE, ""]))
+        self._print("\n".join(["", _RULE, *lines, _RULE, ""]))
 
     def saved(self, step: int, path: str, best: bool) -> None:
         """Says that a checkpoint is committed; called once it is, from any thread."""
         kind = "Best model checkpoint" if best else "Checkpoint"
-        self.say(self._with_emoji("💾", f"{kind} saved: {path} | {_now()}"))
+        self._print(self._with_emoji("💾", f"{kind} saved: {path} | {_now()}"))
 
     def progress(self, step: int) -> None:
         """Moves the bar; cheap enough for every step."""

@@ -8,15 +8,18 @@ at the next start, where the history is held against the checkpoints on disk.
 import contextlib
 import datetime
 import json
+import logging
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from jaxlm.errors import InputError
 from jaxlm.files.durable import DiskError, read_file
 from jaxlm.files.strict import parse_json
+
+_log = logging.getLogger(__name__)
 
 NAME = "events.jsonl"
 CHECKPOINT_KINDS = ("save", "best", "deletion", "set aside")
@@ -99,12 +102,10 @@ class Events:
 
     Args:
       path: the file, made with its first event; None to write none.
-      warn: takes a line if the file cannot be used.
     """
 
-    def __init__(self, path: Path | None, warn: Callable[[str], None] = print):
+    def __init__(self, path: Path | None):
         self._path = path
-        self._warn = warn
         self._left: dict[str, int] | None = None
         self._unwritten = b""  # what the disk would not take so far
 
@@ -165,6 +166,6 @@ class Events:
                     if torn := len(content) - content.rfind(b"\n") - 1:
                         os.truncate(self._path, len(content) - torn)
             except (OSError, ValueError, DiskError) as error:
-                self._warn(f"{self._path}: what happens is not written down: {error}")
+                _log.warning(f"{self._path}: what happens is not written down: {error}")
                 self._path = None
         return self._left

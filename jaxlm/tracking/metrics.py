@@ -10,6 +10,7 @@ Keys are `step` and the metric names. JSON has no NaN and no infinities, so thes
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from jaxlm.files.strict import parse_json, spell, validate
 from jaxlm.tracking.events import Events
 from jaxlm.tracking.rows import CORRUPT, MAX_BYTES, NAME, Rows, longest_proven
 from jaxlm.tracking.trackers import OpenTracker, Row, Trackers, require
+
+_log = logging.getLogger(__name__)
 
 _CHEAP_BYTES = 1 << 26  # up to this size, each flush reads the file again
 
@@ -90,7 +93,6 @@ class Metrics:
         proofs: Proofs = dict,
         events: Events | None = None,
         trackers: Sequence[OpenTracker] = (),
-        say: Callable[[str], None] = print,
     ):
         """Cuts the file back and opens the trackers.
 
@@ -102,7 +104,6 @@ class Metrics:
           proofs: step -> rows of the checkpoints on disk, asked for where rows are not as written.
           events: takes what happens to the rows; by default it is not written down.
           trackers: the caller's own, beside those that the config asks for.
-          say: takes a line for the person who watches the run.
 
         Raises:
           ImportError: a tracker's package is missing. Nothing has been touched then.
@@ -110,7 +111,7 @@ class Metrics:
         """
         require(config.tracking)
         self._path = path = Path(config.run_dir) / NAME
-        self._proofs, self._events, self._say = proofs, events or Events(None), say
+        self._proofs, self._events = proofs, events or Events(None)
         path.parent.mkdir(parents=True, exist_ok=True)
         if run_id is None:  # also where it branches from another run
             self._make_room(config, new_future)
@@ -124,9 +125,7 @@ class Metrics:
             self._recover(content, "the rows are not as they were written")
         self._file = path.open("a+b", buffering=0)
         kept = read_metrics(path) if self.rows.num_bytes else []
-        self.trackers = Trackers(
-            config, kept, run_id=run_id, new_future=new_future, own=trackers, say=say
-        )
+        self.trackers = Trackers(config, kept, run_id=run_id, new_future=new_future, own=trackers)
         self.run_id = self.trackers.run_id
 
     def __enter__(self) -> "Metrics":
@@ -142,7 +141,7 @@ class Metrics:
         finally:
             self._file.close()
         if self.rows.lacking:
-            self._say(f"Warning: {self._path} is not complete: it lacks {self.rows.lacking}")
+            _log.warning(f"{self._path} is not complete: it lacks {self.rows.lacking}")
 
     def log(self, step: int, row: dict[str, float]) -> None:
         """Appends one row, then hands it to the trackers; what a full disk refuses waits."""
@@ -210,7 +209,7 @@ class Metrics:
             f"; what was there is in {aside}" * bool(aside)
         )
         self._events.add("rows", self._step, found)
-        self._say(f"Warning: {self._path}: {found}")
+        _log.warning(f"{self._path}: {found}")
 
     def _make_room(self, config: Config, new_future: bool) -> None:
         # Rows without a checkpoint belong to an earlier run, and would precede those of a new one.
@@ -220,8 +219,8 @@ class Metrics:
         if not new_future and last >= 2 * config.checkpoint.save_interval:
             aside = self._path.with_name(f"metrics-{datetime.now():%Y%m%d-%H%M%S-%f}.jsonl")
             self._path.rename(aside)
-            self._say(
-                f"Warning: {self._path} has rows up to step {last}, and {config.checkpoint_dir} "
+            _log.warning(
+                f"{self._path} has rows up to step {last}, and {config.checkpoint_dir} "
                 f"has no checkpoint, so the run begins anew; they are kept in {aside.name}. If the "
                 "disk of the checkpoints is not mounted, stop, and bring it back"
             )

@@ -1,17 +1,20 @@
 """Weights & Biases: rows of metrics.jsonl as one curve, over any number of starts."""
 
 import html
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxlm.config import Config, to_dict
 from jaxlm.tracking.trackers import Row
 
+_log = logging.getLogger(__name__)
+
 
 def open_tracker(
-    config: Config, history: Sequence[Row], run_id: str, earlier: str | None, say: Callable
+    config: Config, history: Sequence[Row], run_id: str, earlier: str | None
 ) -> "Wandb":
     """Goes on with the W&B run `earlier`, or begins `run_id`.
 
@@ -20,9 +23,9 @@ def open_tracker(
     if earlier and earlier != run_id and config.tracking.wandb == "online":
         run = _init(config, earlier)
         if run.step <= (history[-1]["step"] + 1 if history else 0):
-            return Wandb(config, run, earlier, history, say)
+            return Wandb(config, run, earlier, history)
         run.finish()
-    return Wandb(config, _init(config, run_id), run_id, history, say)
+    return Wandb(config, _init(config, run_id), run_id, history)
 
 
 def _init(config: Config, run_id: str) -> Any:
@@ -58,16 +61,14 @@ class Wandb:
       run_id: identity of the W&B run.
     """
 
-    def __init__(
-        self, config: Config, run: Any, run_id: str, history: Sequence[Row], say: Callable
-    ):
+    def __init__(self, config: Config, run: Any, run_id: str, history: Sequence[Row]):
         self.run_id = run_id
         self._config, self._run, self._step = config, run, 0
         self._pending: Row = {}
         self._online = config.tracking.wandb == "online"
         run.config.update(to_dict(config), allow_val_change=True)
         if self._online:
-            say(f"W&B: {run.url}")
+            _log.info(f"W&B: {run.url}")
         first = run.step
         for row in history:
             if row["step"] >= first:

@@ -1,18 +1,21 @@
 """A trace of some steps, for XProf, TensorBoard and ui.perfetto.dev."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import jax
+
+_log = logging.getLogger(__name__)
 
 X = TypeVar("X")
 _WARM_UP = 5  # Steps that are unlike the others: first calls, first logs.
 
 
 def traced(
-    batches: Iterable[tuple[int, X]], folder: Path, num_steps: int, say: Callable[[str], None]
+    batches: Iterable[tuple[int, X]], folder: Path, num_steps: int
 ) -> Iterator[tuple[int, X]]:
     """The (step, batch) pairs; of what the caller does with the sixth and on, there is a trace.
 
@@ -20,12 +23,11 @@ def traced(
       batches: what to give.
       folder: where the trace goes, made when it begins.
       num_steps: how many steps to trace; with 0, none.
-      say: prints where the trace is, once it is written.
     """
     with contextlib.ExitStack() as trace:
         for count, (step, batch) in enumerate(batches):
             if num_steps and count == _WARM_UP:
-                trace.enter_context(_trace(folder, say))
+                trace.enter_context(_trace(folder))
             if count == _WARM_UP + num_steps:
                 trace.close()
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -33,10 +35,10 @@ def traced(
 
 
 @contextlib.contextmanager
-def _trace(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _trace(folder: Path) -> Iterator[None]:
     with jax.profiler.trace(folder, create_perfetto_trace=True):
         yield
-    say(
+    _log.info(
         f"trace: {folder}; open perfetto_trace.json.gz below it at ui.perfetto.dev, or the folder "
         "with xprof"
     )

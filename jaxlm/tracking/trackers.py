@@ -4,6 +4,7 @@ A tracker is a convenience: once training has begun, one that fails is reported 
 """
 
 import importlib
+import logging
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from typing import Any, Protocol
 
 from jaxlm.config import Config, TrackingConfig
 from jaxlm.extras import MODULES, needs
+
+_log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -51,7 +54,6 @@ class Trackers:
         run_id: str | None = None,
         new_future: bool = False,
         own: Sequence[OpenTracker] = (),
-        say: Callable[[str], None] = print,
     ):
         """Opens the trackers, and gives each the rows it lacks.
 
@@ -61,14 +63,12 @@ class Trackers:
           run_id: the W&B run so far, or None for a new one.
           new_future: the rows after the history may differ from those made before.
           own: further ones of the caller.
-          say: takes a line for the person who watches the run.
         """
         self._trackers: dict[str, Tracker] = {}
-        self._say = say
         self.run_id = new_id = run_id if run_id and not new_future else secrets.token_hex(4)
         if config.tracking.wandb != "off":
             module = importlib.import_module("jaxlm.tracking.to_wandb")
-            self._open("W&B", lambda: module.open_tracker(config, history, new_id, run_id, say))
+            self._open("W&B", lambda: module.open_tracker(config, history, new_id, run_id))
             self.run_id = getattr(self._trackers.get("W&B"), "run_id", new_id)
         if config.tracking.tensorboard:
             module = importlib.import_module("jaxlm.tracking.to_tensorboard")
@@ -107,7 +107,7 @@ class Trackers:
         except Exception as error:  # The border to the trackers: no failure there may stop a run.
             self._trackers.pop(name, None)
             reason = f"{type(error).__name__}: {error}"
-            self._say(f"{name} failed; the run goes on without it ({reason})")
+            _log.info(f"{name} failed; the run goes on without it ({reason})")
 
 
 def require(tracking: TrackingConfig) -> None:

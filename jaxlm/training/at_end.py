@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from jaxlm.checkpoints.folder import Best
 from jaxlm.config import Config
-from jaxlm.tracking.console import Console
 from jaxlm.tracking.events import Events
 from jaxlm.tracking.metrics import Metrics
 
@@ -19,7 +18,6 @@ class Complete(NamedTuple):
     config: Config
     step: int
     best: Best | None
-    console: Console
     events: Events
     metrics: Metrics | None
     """None in all processes but one."""

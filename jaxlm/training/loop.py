@@ -1,5 +1,6 @@
 """The loop: steps, evals and saves, in an order in which nothing is ever lost."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from jaxlm.training.resume import is_at_end
 from jaxlm.training.setup import TrainSetup
 from jaxlm.training.signals import StopRequest
 from jaxlm.training.start import Start
+
+_log = logging.getLogger(__name__)
 
 Callback = Callable[[int, dict[str, float]], None]
 
@@ -86,7 +89,7 @@ class Loop:
         batches = prefetch(self.parts.put, step, stop, depth=config.data.prefetch)
         batches, folder = self.clock.waiting(batches), Path(config.run_dir) / "profile"
         self.clock.rate(step)
-        for index, batch in traced(batches, folder, config.profile, self.console.say):
+        for index, batch in traced(batches, folder, config.profile):
             state, step_metrics = train_step(state, batch)
             self.read_metrics()  # those of an earlier step: the device is busy with this one
             step = index + 1
@@ -157,7 +160,7 @@ class Loop:
         finite = all(map(math.isfinite, values.values()))
         why = "loss or gradient norm is an outlier" if finite else "loss or gradient is not finite"
         found = f"loss {values['loss']:.4f}, gradient norm {values['grad_norm']:.4g}"
-        self.console.warn(f"step {step} was not applied: its {why} ({found})")
+        _log.warning(f"step {step} was not applied: its {why} ({found})")
         self.checkpoints.events.add("skipped", step, f"its {why} ({found})")
         if (in_a_row := int(values["skipped_run"])) >= self.config.guard.max_skipped:
             raise RunError(
@@ -216,7 +219,7 @@ class Loop:
                     means |= {f"{name}/{metric}": mean for metric, mean in found.items()}
                     means[f"{name}/perplexity"] = perplexity(found["loss"])
             except Stopped:
-                self.console.say(f"the eval of step {step} was cut short; the next start makes it")
+                _log.info(f"the eval of step {step} was cut short; the next start makes it")
                 return None, False
             except Exception as error:
                 failure = error

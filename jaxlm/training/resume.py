@@ -1,7 +1,7 @@
 """What a resume may change."""
 
 import dataclasses
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from jaxlm.config import Change, Config, changes
 from jaxlm.device.optim import make_schedule
 from jaxlm.errors import InputError
 
-Say = Callable[[str], None]
+_log = logging.getLogger(__name__)
 
 
 class Plan(NamedTuple):
@@ -123,13 +123,13 @@ def _allowed_changes(latest: Metadata, config: Config, folder: Path) -> list[Cha
     return differing
 
 
-def log_changes(restored: Metadata, config: Config, recorded: list[Change], say: Say) -> None:
+def log_changes(restored: Metadata, config: Config, recorded: list[Change]) -> None:
     """The recorded changes, and what they do to the learning rate."""
     for change in recorded:
-        say(f"changed from step {restored.step} on: {change}")
+        _log.info(f"changed from step {restored.step} on: {change}")
     if any(change.name.startswith(("optim.", "num_steps")) for change in recorded):
         was, now = (_learning_rate(c, restored.step) for c in (restored.run_config(), config))
-        say(f"learning rate at step {restored.step}: was {was:.3e}, is {now:.3e}")
+        _log.info(f"learning rate at step {restored.step}: was {was:.3e}, is {now:.3e}")
 
 
 def _check_owner(restored: Metadata, config: Config) -> None:

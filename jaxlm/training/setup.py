@@ -1,6 +1,7 @@
 """The parts of a run, from its config or from a caller's own model, loss and data."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,11 +23,14 @@ from jaxlm.device.sharding import AXES_OF, make_mesh, put_batch, replicated
 from jaxlm.device.state import AS_CONFIGURED, Blueprint, Own, blueprint_of
 from jaxlm.device.step import TrainStep, make_eval_step, make_train_step, scheduled
 from jaxlm.errors import InputError
+from jaxlm.terminal import prints_lines
 from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.throughput import peak_flops
 from jaxlm.training.evaluate import EvalSet, EvalStep
 from jaxlm.training.first_look import check_given, look_at
 from jaxlm.training.preflight import check_prompt
+
+_log = logging.getLogger(__name__)
 
 
 class TrainSet(Protocol):
@@ -78,6 +82,7 @@ class TrainSetup(NamedTuple):
         return due and step > 0 and any(of.num_batches for of in self.held_out.values())
 
 
+@prints_lines
 def set_up(
     config: Config,
     *,
@@ -86,7 +91,6 @@ def set_up(
     eval_loss: Loss | None = None,
     batches: TrainSet | None = None,
     eval_batches: EvalSet | Mapping[str, EvalSet] | None = None,
-    say: Callable[[str], None] = print,
     clock: Clock | None = None,
 ) -> TrainSetup:
     """Prepares the data, lays the model out on the mesh and compiles the step.
@@ -103,7 +107,7 @@ def set_up(
     blueprint = blueprint_of(config, mesh, own)  # refuses a model before any data is prepared
     dataset = None
     if batches is None:
-        config, dataset = prepare_data(config, say)
+        config, dataset = prepare_data(config)
         batches = TrainBatches(
             dataset.train,
             batch_size=config.batch_size,
@@ -113,7 +117,7 @@ def set_up(
         )
         if own.model is None:  # a caller's own model makes no sample
             check_prompt(config, dataset.tokenizer_path)
-        _log_epochs(config, dataset, batches.windows_per_epoch, say)
+        _log_epochs(config, dataset, batches.windows_per_epoch)
         sets = sets or name_sets(held_out_batches(config, dataset))
     rows_of = recorded(batches, os.environ.get("JAXLM_RECORD_BATCHES"))
     train_loss, eval_of = _losses(config, dataset, loss, eval_loss)
@@ -215,22 +219,22 @@ def held_out_batches(config: Config, dataset: Dataset) -> EvalBatches:
     return EvalBatches(dataset.eval, batch_size=config.micro_batch_size, seq_len=config.seq_len)
 
 
-def prepare_data(config: Config, say: Callable[[str], None]) -> tuple[Config, Dataset]:
+def prepare_data(config: Config) -> tuple[Config, Dataset]:
     """The config with what was left open filled in, and its data, from the cache or made now."""
     max_tokens = default_max_tokens(config.data, config.num_steps * config.tokens_per_step)
     data = dataclasses.replace(config.data, max_tokens=max_tokens)
-    dataset = prepare(data, vocab_size=config.model.vocab_size, max_tokens=max_tokens, log=say)
+    dataset = prepare(data, vocab_size=config.model.vocab_size, max_tokens=max_tokens)
     return dataclasses.replace(config, data=data), dataset
 
 
-def _log_epochs(config: Config, dataset: Dataset, windows: int, say: Callable[[str], None]) -> None:
+def _log_epochs(config: Config, dataset: Dataset, windows: int) -> None:
     epochs = config.num_steps * config.batch_size / windows
-    say(
+    _log.info(
         f"data: {dataset.train.num_tokens:,} training tokens from {config.data.source}, "
         f"{dataset.eval.num_tokens:,} held out; the run goes through them {epochs:.2f} times"
     )
     if epochs > 4 and not config.overfit_one_batch:
-        say(
+        _log.info(
             f"the run is far larger than its data ({epochs:.1f} epochs): expect it to overfit; "
             "--stop_after_worse_evals 3 ends it when it does"
         )

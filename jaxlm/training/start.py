@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from jaxlm.device.state import Own, TrainState, blueprint_of
 from jaxlm.errors import InputError
 from jaxlm.files.durable import write_file
 from jaxlm.files.lock import HOLDER, locked
-from jaxlm.tracking.console import Console, format_count
+from jaxlm.tracking.console import format_count
 from jaxlm.tracking.events import NAME as EVENTS
 from jaxlm.tracking.metrics import Metrics
 from jaxlm.tracking.rows import NAME as ROWS
@@ -30,6 +31,8 @@ from jaxlm.tracking.trackers import OpenTracker
 from jaxlm.training.environment import compare_environments, describe_environment
 from jaxlm.training.resume import goes_back, is_at_end, log_changes
 from jaxlm.training.setup import TrainSetup
+
+_log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 
@@ -78,15 +81,12 @@ def check_beginning(config: Config, own: Own) -> None:
     check_layout(selected.metadata.fingerprints, wanted, selected.path)
 
 
-def start_state(
-    parts: TrainSetup, checkpoints: Checkpoints, console: Console
-) -> tuple[TrainState, Start]:
+def start_state(parts: TrainSetup, checkpoints: Checkpoints) -> tuple[TrainState, Start]:
     """The state to go on from, restored or new.
 
     Args:
       parts: the parts of the run.
       checkpoints: its folder.
-      console: prints where training starts.
 
     Raises:
       CheckpointError: the folder holds checkpoints, and none is sound.
@@ -101,34 +101,30 @@ def start_state(
         checkpoints.go_back(restored[1].step, "--resume best")
     restored = restored or checkpoints.restore_latest(abstract)
     if restored:
-        return restored[0], _resumed(parts, checkpoints, *restored, console)
+        return restored[0], _resumed(parts, checkpoints, *restored)
     if config.branch_from:
-        return _branch(parts, config.branch_from, console)
+        return _branch(parts, config.branch_from)
     state = parts.blueprint.make(config.seed)
     if config.init_from:
-        return _with_weights_of(parts, config.init_from, state, console)
+        return _with_weights_of(parts, config.init_from, state)
     return state, Start()
 
 
 def _resumed(
-    parts: TrainSetup,
-    checkpoints: Checkpoints,
-    state: TrainState,
-    metadata: Metadata,
-    console: Console,
+    parts: TrainSetup, checkpoints: Checkpoints, state: TrainState, metadata: Metadata
 ) -> Start:
     config, lineage = parts.config, metadata.lineage
     _check_data(parts, metadata)
     begun = any(entry.keys() & {"branched_from", "initialized_from"} for entry in lineage)
     if (config.branch_from or config.init_from) and not begun:
-        console.warn("branch_from and init_from begin a new run; this one has begun, and goes on")
+        _log.warning("branch_from and init_from begin a new run; this one has begun, and goes on")
     # Compare with the checkpoint that was restored: after damage, it is older than the latest.
     recorded = [c for c in changes(metadata.run_config(), config) if c.policy == "recorded"]
-    log_changes(metadata, config, recorded, console.say)
+    log_changes(metadata, config, recorded)
     if recorded:
         lineage = [*lineage, {"step": metadata.step, "changed": list(map(str, recorded))}]
-    console.say(f"Resuming from step {metadata.step} of {checkpoints.folder}")
-    _tell(metadata, console)
+    _log.info(f"Resuming from step {metadata.step} of {checkpoints.folder}")
+    _log_best(metadata)
     off = (
         ["deterministic is off"]
         if deterministic_options(parts.mesh) and not config.deterministic
@@ -136,7 +132,7 @@ def _resumed(
     )
     now = describe_environment(parts.mesh)
     for difference in compare_environments(metadata.environment, now) + off:
-        console.warn(f"bits may differ from a run in one piece: {difference}")
+        _log.warning(f"bits may differ from a run in one piece: {difference}")
     at_end = is_at_end(config, metadata.step, metadata.num_worse_evals)
     # A run that drops its moving average keeps the checkpoint that still holds one.
     drops_average = state.ema_params is None and metadata.weights_item == "ema_params"
@@ -167,12 +163,12 @@ def _check_data(parts: TrainSetup, metadata: Metadata) -> None:
         )
 
 
-def _branch(parts: TrainSetup, source: str, console: Console) -> tuple[TrainState, Start]:
-    selected = _selected(parts, source, console)
+def _branch(parts: TrainSetup, source: str) -> tuple[TrainState, Start]:
+    selected = _selected(parts, source)
     metadata, path = selected.metadata, selected.path
     state = restore_state(path, metadata, parts.blueprint.abstract)
-    console.say(f"Branching from step {selected.step} of {selected.folder}")
-    _tell(metadata, console)
+    _log.info(f"Branching from step {selected.step} of {selected.folder}")
+    _log_best(metadata)
     return state, Start(
         step=selected.step,
         tokens_seen=metadata.tokens_seen,
@@ -183,38 +179,32 @@ def _branch(parts: TrainSetup, source: str, console: Console) -> tuple[TrainStat
     )
 
 
-def _with_weights_of(
-    parts: TrainSetup, source: str, state: TrainState, console: Console
-) -> tuple[TrainState, Start]:
-    selected = _selected(parts, source, console)
+def _with_weights_of(parts: TrainSetup, source: str, state: TrainState) -> tuple[TrainState, Start]:
+    selected = _selected(parts, source)
     abstract = parts.blueprint.abstract.params
     state = state._replace(params=restore_weights(selected.path, selected.metadata, abstract))
     state = state if state.ema_params is None else state.begin_ema()
-    console.say(f"Beginning with the weights of step {selected.step} of {selected.folder}")
-    _tell(selected.metadata, console)
+    _log.info(f"Beginning with the weights of step {selected.step} of {selected.folder}")
+    _log_best(selected.metadata)
     lineage = [*selected.metadata.lineage, {"step": 0, "initialized_from": str(selected.path)}]
     why = f"new, with the weights of {selected.path}"
     return state, Start(why=why, lineage=lineage)
 
 
-def _selected(parts: TrainSetup, source: str, console: Console) -> Selected:
+def _selected(parts: TrainSetup, source: str) -> Selected:
     # Process 0 chooses: the best may be another one when the next process looks.
     chosen = select(source) if jax.process_index() == 0 else None
     step = agree(chosen and chosen.step)
     selected = chosen or select(f"{split_step(source)[0]}@{step}", contents=False)
     if selected.metadata.data_fingerprint != parts.data_fingerprint:
-        console.warn(f"the data is not that of {source}; its tokens must mean the same")
+        _log.warning(f"the data is not that of {source}; its tokens must mean the same")
     for step, damage in selected.passed_over.items():
-        console.warn(f"step {step} of {source} is damaged ({damage[0]}) and was passed over")
+        _log.warning(f"step {step} of {source} is damaged ({damage[0]}) and was passed over")
     return selected
 
 
 def open_run_folder(
-    parts: TrainSetup,
-    checkpoints: Checkpoints,
-    start: Start,
-    console: Console,
-    trackers: Sequence[OpenTracker] = (),
+    parts: TrainSetup, checkpoints: Checkpoints, start: Start, trackers: Sequence[OpenTracker] = ()
 ) -> AbstractContextManager[Metrics | None]:
     """Writes what lies beside the checkpoints, and opens the metrics where the run goes on.
 
@@ -237,11 +227,10 @@ def open_run_folder(
         proofs=lambda: {s: found.rows for s, found in scan_folder(checkpoint_dir).sound.items()},
         events=checkpoints.events,
         trackers=trackers,
-        say=console.say,
     )
 
 
-def hold_run_folder(config: Config, warn: Callable[[str], None]) -> AbstractContextManager[None]:
+def hold_run_folder(config: Config) -> AbstractContextManager[None]:
     """Keeps other trainers out of the run folder meanwhile; process 0 alone does so.
 
     Raises:
@@ -253,12 +242,12 @@ def hold_run_folder(config: Config, warn: Callable[[str], None]) -> AbstractCont
     if same or jax.process_index() != 0:
         return contextlib.nullcontext()
     files = (CONFIG, ROWS, EVENTS, HOLDER)
-    return locked(run_dir, required=config.checkpoint.lock == "required", warn=warn, files=files)
+    return locked(run_dir, required=config.checkpoint.lock == "required", files=files)
 
 
-def _tell(metadata: Metadata, console: Console) -> None:
+def _log_best(metadata: Metadata) -> None:
     best = f"{metadata.best_eval_loss:.4f} at step {metadata.best_step}"
-    console.say(
+    _log.info(
         f"  best eval loss so far: {'none' if metadata.best_step is None else best}; "
         f"tokens seen: {format_count(metadata.tokens_seen)}"
     )

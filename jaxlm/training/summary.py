@@ -1,5 +1,6 @@
 """What is said of a run before its first step and after its last."""
 
+import logging
 from pathlib import Path
 
 from jaxlm.checkpoints.folder import Best
@@ -8,13 +9,15 @@ from jaxlm.config import Change, Config
 from jaxlm.device.state import num_bytes
 from jaxlm.errors import InputError
 from jaxlm.tracking.clock import Clock
-from jaxlm.tracking.console import Console, format_bytes, format_duration
+from jaxlm.tracking.console import format_bytes, format_duration
 from jaxlm.training import preflight
 from jaxlm.training.resume import goes_back
 from jaxlm.training.setup import TrainSetup
 
+_log = logging.getLogger(__name__)
 
-def log_start(parts: TrainSetup, console: Console) -> None:
+
+def log_start(parts: TrainSetup) -> None:
     """The config in short, what it needs, and what looks wrong about it.
 
     Raises:
@@ -27,15 +30,15 @@ def log_start(parts: TrainSetup, console: Console) -> None:
         f"{model.head_dim} ({model.num_kv_heads} for keys and values), vocabulary "
         f"{model.vocab_size}"
     )
-    console.say(
+    _log.info(
         f"run {config.run_dir}: {'a model of your own' if parts.own.model else shape}; "
         f"{config.num_steps} steps of {config.batch_size} x {config.seq_len} tokens; "
         f"{optim.schedule} schedule, learning rate {optim.learning_rate:g}"
     )
     memory = parts.compiled.memory_analysis()
-    console.say(preflight.describe(config, abstract, memory, parts.mesh.size))
+    _log.info(preflight.describe(config, abstract, memory, parts.mesh.size))
     state_bytes = num_bytes(abstract)
-    console.say(
+    _log.info(
         f"checkpoints: {format_bytes(state_bytes)} each, at most "
         f"{format_bytes(preflight.checkpoint_bytes(config, abstract))} on disk, every "
         f"{config.checkpoint.save_interval} steps in {config.checkpoint_dir}"
@@ -43,31 +46,29 @@ def log_start(parts: TrainSetup, console: Console) -> None:
     if shortage := preflight.disk_shortage(config, abstract):
         if config.checkpoint.on_low_disk == "refuse":
             raise InputError(f"{shortage}, or add --checkpoint.on_low_disk warn")
-        console.warn(shortage)
+        _log.warning(shortage)
     if not config.intervals_nest:
-        console.warn(
+        _log.warning(
             f"save_interval {config.checkpoint.save_interval} and eval_interval "
             f"{config.eval_interval} seldom meet; keep them equal to have a checkpoint at each eval"
         )
 
 
-def log_resume_best(
-    config: Config, latest: Metadata | None, best: Best | None, console: Console
-) -> None:
+def log_resume_best(config: Config, latest: Metadata | None, best: Best | None) -> None:
     """Why `--resume best` does not go back, where it does not."""
     if config.resume != "best" or not (latest and best) or goes_back(config, latest, best):
         return
     if best.step == latest.step:
-        console.say(f"the best, step {best.step}, is the latest: there is nothing to go back from")
+        _log.info(f"the best, step {best.step}, is the latest: there is nothing to go back from")
         return
-    console.warn(
+    _log.warning(
         f"a run with --resume best made step {latest.step}, so it goes on from there; to begin "
         f"again at step {best.step}, add --branch_from {config.run_dir}@best --run_dir NEW"
     )
 
 
 def log_complete(
-    config: Config, latest: Metadata, best: Best | None, changed: list[Change], console: Console
+    config: Config, latest: Metadata, best: Best | None, changed: list[Change]
 ) -> None:
     """That there is nothing left to train, and how to go on.
 
@@ -88,46 +89,44 @@ def log_complete(
             + "\n  ".join(recorded)
             + f"\nadd --run_dir for a new run, {more} to go on with these, or set them back"
         )
-    console.say(f"run {config.run_dir} {reason}")
+    _log.info(f"run {config.run_dir} {reason}")
     for change in changed:
-        console.say(f"  this command differs in {change}")
-    console.say(f"to go on with it, add {more}; for a new run, add --run_dir")
-    _log_where(config, best, console)
+        _log.info(f"  this command differs in {change}")
+    _log.info(f"to go on with it, add {more}; for a new run, add --run_dir")
+    _log_where(config, best)
 
 
-def log_time(clock: Clock, console: Console) -> None:
+def log_time(clock: Clock) -> None:
     """What this start of the run spent its time on, the most first."""
     seconds = sorted(clock.seconds().items(), key=lambda item: -item[1])
     total_s = sum(s for _, s in seconds)
     shares = ", ".join(f"{kind} {s / total_s:.1%}" for kind, s in seconds if s > 0.0005 * total_s)
-    console.say(f"time: {format_duration(total_s)}, of it {shares}")
+    _log.info(f"time: {format_duration(total_s)}, of it {shares}")
 
 
-def log_end(config: Config, step: int, complete: bool, best: Best | None, console: Console) -> None:
+def log_end(config: Config, step: int, complete: bool, best: Best | None) -> None:
     """Where everything is, and what to type next."""
     if not complete:
-        console.say(
-            f"stopped at step {step} of {config.num_steps}, saved; the same command goes on"
-        )
+        _log.info(f"stopped at step {step} of {config.num_steps}, saved; the same command goes on")
         return
-    console.say(f"done: {step} steps")
+    _log.info(f"done: {step} steps")
     if best and best.step < step:
         evals = -(-(step - best.step) // config.eval_interval)
         flags = f"--branch_from {config.run_dir}@best --run_dir {config.run_dir}-2"
         if config.checkpoint.directory:
             flags += f" --checkpoint_dir {config.checkpoint.directory}-2"
-        console.say(
+        _log.info(
             f"best was {evals} eval(s) ago, at step {best.step}; to go on from there with other "
             f"settings (a lower --optim.learning_rate, say), the same command with\n  {flags}"
         )
-    _log_where(config, best, console)
+    _log_where(config, best)
 
 
-def _log_where(config: Config, best: Best | None, console: Console) -> None:
+def _log_where(config: Config, best: Best | None) -> None:
     run = config.run_dir
     if best:
-        console.say(f"best model: {run}@best (step {best.step}, eval loss {best.loss:.4f})")
-    console.say(
+        _log.info(f"best model: {run}@best (step {best.step}, eval loss {best.loss:.4f})")
+    _log.info(
         f"metrics: {Path(run) / 'metrics.jsonl'}; checkpoints: {config.checkpoint_dir}\n"
         f"next: jaxlm checkpoints list {run}"
     )

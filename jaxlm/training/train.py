@@ -1,6 +1,7 @@
 """A run from its config to its end: folders, resume and messages."""
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ from jaxlm.training.summary import (
     log_start,
     log_time,
 )
+
+_log = logging.getLogger(__name__)
 
 _training = threading.Lock()
 
@@ -98,56 +101,52 @@ def train(
     clock, own = Clock(), Own(model, optimizer, frozen)
     primary = jax.process_index() == 0
     console = Console(config.num_steps, stream=None if primary else output(None))
-    events = Events(Path(config.run_dir) / NAME if primary else None, console.warn)
-    with contextlib.ExitStack() as stack:
-        stack.callback(console.close)
-        stack.enter_context(quiet_orbax())
-        stack.enter_context(_alone_in_process())
-        stack.enter_context(hold_run_folder(config, console.warn))
-        check_folders(config)
-        checkpoints = stack.enter_context(
-            Checkpoints(
-                Path(config.checkpoint_dir),
-                config.checkpoint,
-                on_commit=console.saved,
-                warn=console.warn,
-                events=events,
+    events = Events(Path(config.run_dir) / NAME if primary else None)
+    with _alone_in_process(), console.lines():
+        with contextlib.ExitStack() as stack:
+            stack.callback(console.close)
+            stack.enter_context(quiet_orbax())
+            stack.enter_context(hold_run_folder(config))
+            check_folders(config)
+            checkpoints = stack.enter_context(
+                Checkpoints(
+                    Path(config.checkpoint_dir),
+                    config.checkpoint,
+                    on_commit=console.saved,
+                    events=events,
+                )
             )
-        )
-        plan = plan_resume(config, checkpoints)
-        log_resume_best(config, checkpoints.latest, checkpoints.best, console)
-        if plan.complete and (latest := checkpoints.latest):
-            return _leave_complete(plan, latest, checkpoints, console)
-        if checkpoints.latest is None:
-            check_beginning(config, own)
-        parts = set_up(
-            plan.config,
-            own=own,
-            loss=loss,
-            eval_loss=eval_loss,
-            batches=batches,
-            eval_batches=eval_batches,
-            say=console.say,
-            clock=clock,
-        )
-        check_alike("data", {"fingerprint": parts.data_fingerprint})
-        log_start(parts, console)
-        stack.push(events.failed)
-        acts = find_tools() if at_end is None and not (model or batches) else at_end or ()
-        watchers = Watchers(callbacks, hooks, trackers, acts)
-        result = _train_to_end(parts, checkpoints, console, clock, watchers)
-    log_end(parts.config, result.step, result.complete, result.best, console)
+            plan = plan_resume(config, checkpoints)
+            log_resume_best(config, checkpoints.latest, checkpoints.best)
+            if plan.complete and (latest := checkpoints.latest):
+                return _leave_complete(plan, latest, checkpoints)
+            if checkpoints.latest is None:
+                check_beginning(config, own)
+            parts = set_up(
+                plan.config,
+                own=own,
+                loss=loss,
+                eval_loss=eval_loss,
+                batches=batches,
+                eval_batches=eval_batches,
+                clock=clock,
+            )
+            check_alike("data", {"fingerprint": parts.data_fingerprint})
+            log_start(parts)
+            stack.push(events.failed)
+            acts = find_tools() if at_end is None and not (model or batches) else at_end or ()
+            watchers = Watchers(callbacks, hooks, trackers, acts)
+            result = _train_to_end(parts, checkpoints, console, clock, watchers)
+        log_end(parts.config, result.step, result.complete, result.best)
     return result
 
 
-def _leave_complete(
-    plan: Plan, latest: Metadata, checkpoints: Checkpoints, console: Console
-) -> Result:
+def _leave_complete(plan: Plan, latest: Metadata, checkpoints: Checkpoints) -> Result:
     checkpoints.retain()
-    log_complete(plan.config, latest, checkpoints.best, plan.changed, console)
+    log_complete(plan.config, latest, checkpoints.best, plan.changed)
     if jax.process_index() == 0:
         for lost in find_losses(Path(plan.config.run_dir) / ROWS, latest.rows):
-            console.warn(f"{ROWS}: {lost}; bring back a copy of it, if there is one")
+            _log.warning(f"{ROWS}: {lost}; bring back a copy of it, if there is one")
     return Result(latest.step, True, checkpoints.best)
 
 
@@ -177,10 +176,8 @@ def _train_to_end(
     with contextlib.ExitStack() as stack:
         request = stack.enter_context(stop_requests(parts.mesh))
         with clock.spent("restore" if checkpoints.latest else "start"):
-            state, start = start_state(parts, checkpoints, console)
-        metrics = stack.enter_context(
-            open_run_folder(parts, checkpoints, start, console, watchers.trackers)
-        )
+            state, start = start_state(parts, checkpoints)
+        metrics = stack.enter_context(open_run_folder(parts, checkpoints, start, watchers.trackers))
         loop = Loop(
             parts, checkpoints, metrics, console, watchers.callbacks, watchers.hooks, start, clock
         )
@@ -191,9 +188,9 @@ def _train_to_end(
         stopped_by = request.received or "another process"
         why = f"of {config.num_steps} steps" if result.complete else stopped_by
         events.add("end" if result.complete else "stop", result.step, why)
-        log_time(clock, console)
+        log_time(clock)
         if result.complete:  # while the trackers still listen
-            run = Complete(config, result.step, result.best, console, events, metrics)
+            run = Complete(config, result.step, result.best, events, metrics)
             for act in watchers.at_end:
                 act(run)
     return result

@@ -169,7 +169,7 @@ def _data_readers(home: Path) -> dict[str, Reader]:
         def resume(place: Path = place) -> None:
             source: Any = types.SimpleNamespace(name="text:x", revision="r")
             sound = {path: path.read_bytes() for path in place.iterdir()}
-            read = prepare._progress(place, source, lambda line: None)
+            read = prepare._progress(place, source)
             assert read["next_document"] >= 0 and sum(s["num_tokens"] for s in read["train"]) >= 0
             for path, content in sound.items() if not any(place.iterdir()) else ():
                 path.write_bytes(content)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import text_run
 from safetensors.numpy import load_file, save_file
-from test_interchange import LLAMA, MODELS, quiet
+from test_interchange import LLAMA, MODELS
 
 from jaxlm.inference.load import load_model
 from jaxlm.interchange.export import export
@@ -26,7 +26,7 @@ FORMS = [pytest.param(k, "bfloat16", marks=SLOW) for k in MODELS] + [(k, "float3
 
 
 def logits_of(run: str) -> np.ndarray:
-    return np.asarray(load_model(run, say=quiet)[0](TOKENS))
+    return np.asarray(load_model(run)[0](TOKENS))
 
 
 def reference(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
@@ -53,7 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if (kind, dtype) not in found:
             folder = found[kind, dtype] = tmp_path_factory.mktemp(f"{kind}-{dtype}")
             text_run.save_model(folder / "run", MODELS[kind])
-            export(str(folder / "run"), str(folder / "out"), dtype=dtype, say=quiet)
+            export(str(folder / "run"), str(folder / "out"), dtype=dtype)
         return found[kind, dtype]
 
     return make
@@ -64,7 +64,7 @@ def test_transformers_computes_the_same_logits(made, kind: str, dtype: str, tmp_
     folder, run = made(kind, dtype), f"{made(kind, dtype)}/run"
     if dtype == "bfloat16":  # of the rounded weights
         run = f"{tmp_path}/back@0"
-        import_folder(str(folder / "out"), str(tmp_path / "back"), say=quiet)
+        import_folder(str(folder / "out"), str(tmp_path / "back"))
     theirs, told = reference(folder / "out")
     assert told and not any(told.values()), told
     assert gap(logits_of(run), theirs) < 1e-4
@@ -85,7 +85,7 @@ def test_the_comparison_sees_a_wrong_key_and_a_missing_tensor(made, tmp_path: Pa
 
 
 def test_transformers_reads_several_files(made, tmp_path: Path):
-    export(f"{made('llama')}/run", str(tmp_path / "out"), max_shard_bytes=6000, say=quiet)
+    export(f"{made('llama')}/run", str(tmp_path / "out"), max_shard_bytes=6000)
     theirs, told = reference(tmp_path / "out")
     assert not any(told.values())
     assert gap(logits_of(f"{made('llama')}/run"), theirs) < 1e-4
@@ -120,7 +120,9 @@ def test_names_and_shapes_are_those_of_a_model_without_memory(made, kind: str):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3-tied"])
 @pytest.mark.parametrize("size", ["1GB", "10KB"])
-def test_what_transformers_saves_is_imported(kind: str, size: str, tmp_path: Path):
+def test_what_transformers_saves_is_imported(
+    kind: str, size: str, tmp_path: Path, lines: list[str]
+):
     torch.manual_seed(0)
     model, name = MODELS[kind], "Qwen3" if MODELS[kind].qk_norm else "Llama"
     config = getattr(transformers, f"{name}Config")(
@@ -139,11 +141,10 @@ def test_what_transformers_saves_is_imported(kind: str, size: str, tmp_path: Pat
     theirs = getattr(transformers, f"{name}ForCausalLM")(config)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size=size)
     assert (tmp_path / "theirs/model.safetensors.index.json").exists() == (size == "10KB")
-    said: list[str] = []
-    import_folder(str(tmp_path / "theirs"), str(tmp_path / "run"), say=said.append)
-    assert "no tokenizer.json" in said[0]
+    import_folder(str(tmp_path / "theirs"), str(tmp_path / "run"))
+    assert "no tokenizer.json" in lines[0]
     assert gap(logits_of(f"{tmp_path}/run@0"), reference(tmp_path / "theirs")[0]) < 1e-4
-    export(f"{tmp_path}/run@0", str(tmp_path / "again"), say=quiet)
+    export(f"{tmp_path}/run@0", str(tmp_path / "again"))
     assert gap(reference(tmp_path / "again")[0], reference(tmp_path / "theirs")[0]) == 0
 
 
@@ -153,7 +154,7 @@ def test_ctranslate2_computes_the_same(kind: str, tmp_path: Path):
     # Of Llama, it takes only heads that are as wide together as the model.
     model = MODELS[kind] if MODELS[kind].qk_norm else replace(MODELS[kind], head_dim=4)
     text_run.save_model(tmp_path / "run", model)
-    export(f"{tmp_path}/run", str(tmp_path / "out"), say=quiet)
+    export(f"{tmp_path}/run", str(tmp_path / "out"))
     convert = ctranslate2.converters.TransformersConverter(str(tmp_path / "out"))
     convert.convert(str(tmp_path / "converted"))
     generator = ctranslate2.Generator(str(tmp_path / "converted"), compute_type="float32")

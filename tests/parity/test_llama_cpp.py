@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import text_run
-from test_interchange import MODELS, quiet
+from test_interchange import MODELS
 
 from jaxlm.inference.load import load_model
 from jaxlm.interchange.export import export
@@ -60,8 +60,8 @@ def convert(source: Path, exported: Path, gguf: Path) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_same_greedy_tokens(source: Path, kind: str, tmp_path: Path):
     text_run.save_model(tmp_path / "run", MODELS[kind])
-    export(str(tmp_path / "run"), str(tmp_path / "out"), say=quiet)
-    model, _ = load_model(str(tmp_path / "run"), say=quiet)
+    export(str(tmp_path / "run"), str(tmp_path / "out"))
+    model, _ = load_model(str(tmp_path / "run"))
     tokens = list(PROMPT)
     for _ in range(NUM_NEW):
         logits_V = np.asarray(model(np.array([tokens], np.int32)))[0, -1]
