@@ -89,9 +89,9 @@ def _listening() -> list[_Lines]:
 def log_to(
     write: Callable[[str], None], warn: Callable[[str], None] | None = None
 ) -> Iterator[None]:
-    """Sends what jaxlm logs meanwhile to `write`, and not to that of an outer `log_to`.
+    """Sends log records of jaxlm to `write`, as lines; an outer `log_to` gets none meanwhile.
 
-    A handler that the caller has given to the logger "jaxlm" gets the records as well.
+    A handler of the caller's own on the logger "jaxlm" gets the records as well.
 
     Args:
       write: takes a line, in any thread.
@@ -111,10 +111,10 @@ def log_to(
 
 
 def prints_lines(function: Callable[Args, Item]) -> Callable[Args, Item]:
-    """A function that prints what it logs, unless the program listens to the logger "jaxlm".
+    """A function that prints its log records, unless the program has set a level for them.
 
-    A program listens by a level, of this logger or INFO of the root; a handler is no sign, since
-    Orbax gives one to the root as it is imported.
+    The level is that of the logger "jaxlm", or INFO at the root. A handler is no sign of a program
+    that listens: the import of Orbax gives one to the root logger.
     """
 
     @functools.wraps(function)

@@ -90,7 +90,7 @@ def no_wandb_service() -> Iterator[None]:
 
 @pytest.fixture
 def lines() -> Iterator[list[str]]:
-    """What jaxlm logs meanwhile, as a person reads it; a run and a command print theirs instead."""
+    """Log records of jaxlm, as lines; a run and a command print theirs instead."""
     found: list[str] = []
     with log_to(found.append):
         yield found

@@ -358,7 +358,7 @@ def test_a_damaged_latest_is_told_set_aside_and_the_next_one_restored(
     assert reports and metadata == read_metadata(pristine, 9)
     had, reports = trained_on(folder)
     assert had == saved(pristine, step=9)
-    assert len(reports) == 1 and reports[0].startswith(f"checkpoint {LATEST} is damaged: ")
+    assert len(reports) == 1 and reports[0].startswith(f"Warning: checkpoint {LATEST} is damaged: ")
     assert reports[0].endswith(f"; renamed to {LATEST}.corrupt")
     assert list_steps(folder) == [3, 6, 9] and list_corrupt(folder) == [f"{LATEST}.corrupt"]
 
@@ -373,7 +373,7 @@ def test_a_damaged_best_does_not_block_the_next(folder: Path, pristine: Path, ki
     assert reports and metadata == read_metadata(pristine, 6)
     had, reports = trained_on(folder)
     assert had == saved(pristine, step=LATEST, best=6)
-    assert reports[0].startswith(f"checkpoint {BEST} is damaged: ")
+    assert reports[0].startswith(f"Warning: checkpoint {BEST} is damaged: ")
 
 
 def test_of_two_runs_in_equal_parts_neither_is_touched(folder: Path) -> None:

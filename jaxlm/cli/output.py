@@ -9,7 +9,7 @@ from jaxlm.terminal import log_to, output
 
 
 def notes(as_json: bool) -> AbstractContextManager[None]:
-    """Prints what is logged meanwhile; JSON is alone on standard output."""
+    """Prints log records meanwhile; JSON is alone on standard output."""
 
     def write(line: str) -> None:
         print(line, file=output(sys.stderr if as_json else sys.stdout))

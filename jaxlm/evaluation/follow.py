@@ -90,7 +90,7 @@ def follow(
 
 @contextlib.contextmanager
 def _each_line_once(name: str) -> Iterator[None]:
-    # Of the lines about each checkpoint, the best loss so far is mostly the same.
+    # Else the best loss so far would be logged again with each checkpoint.
     logger, seen = logging.getLogger(name), set[str]()
 
     def is_new(record: logging.LogRecord) -> bool:

@@ -79,7 +79,7 @@ class Console:
             self._task = self._bar.add_task("", total=num_steps, loss="", left="")
 
     def lines(self) -> AbstractContextManager[None]:
-        """Prints what is logged meanwhile; what asks for attention is yellow."""
+        """Prints log records meanwhile, warnings in yellow."""
         return log_to(self._print, functools.partial(self._print, style="yellow"))
 
     def _print(self, text: str, *, style: str | None = None) -> None:
