@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm.config import ModelConfig
 from jaxlm.device.attention import Attention, cached_attention, for_platform, reference_attention
 from jaxlm.device.kv_cache import KVCache, Past, end
-from jaxlm.device.sharding import constrain, gathered_after
+from jaxlm.device.sharding import constrain, delay_all_gather
 
 
 def compute_dtype(config: ModelConfig, platform: str) -> jnp.dtype:
@@ -280,7 +280,7 @@ class Transformer(nnx.Module):
             pasts = [*cache.begin(positions_BT)]
         before_BTD = x_BTD
         for number, layer in enumerate(self.layers):
-            layer, before_BTD = gathered_after(before_BTD, layer), x_BTD
+            layer, before_BTD = delay_all_gather(before_BTD, layer), x_BTD
             x_BTD, pasts[number] = apply(layer, x_BTD, segment_ids_BT, pasts[number])
         cache = end([past for past in pasts if past]) if cache is not None else None
         return self.final_norm(x_BTD), cache

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxlm.device.guard import judge
 from jaxlm.device.loss import Batch, Loss, Totals, total
-from jaxlm.device.sharding import batch_sharding, replicated, split_at_once
+from jaxlm.device.sharding import batch_sharding, replicated, shard_grads
 from jaxlm.device.state import Blueprint, Params, TrainState, cast_like, in_float32, jit_with_model
 
 StepMetrics = dict[str, jax.Array]
@@ -53,7 +53,7 @@ def make_train_step(
             sums, grads = sums_and_grads(params, batch, key)
         else:
             sums, grads = _accumulate(sums_and_grads, params, batch, key, num_microbatches)
-        grads = split_at_once(grads, shardings.params)
+        grads = shard_grads(grads, shardings.params)
         return sums.means(), jax.tree.map(lambda x: x / sums.weight, grads)
 
     def train_step(

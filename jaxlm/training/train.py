@@ -11,7 +11,7 @@ import optax
 
 from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.metadata import Metadata
-from jaxlm.cluster import check_alike
+from jaxlm.cluster import check_equal
 from jaxlm.config import Config
 from jaxlm.device.loss import Loss
 from jaxlm.device.state import ModelFactory, Own
@@ -130,7 +130,7 @@ def train(
             say=console.say,
             clock=clock,
         )
-        check_alike("data", {"fingerprint": parts.data_fingerprint})
+        check_equal("data", {"fingerprint": parts.data_fingerprint})
         log_start(parts, console)
         stack.push(events.failed)
         acts = find_tools() if at_end is None and not (model or batches) else at_end or ()
