@@ -137,16 +137,12 @@ def find_tensors(folder: Path) -> dict[str, _Found]:
     for file in files:
         for name, tensor in _header(file):
             if name in found:
-                raise InputError(
-                    f"tensor {name} is in both {found[name].file.name} and {file.name}; {_ANEW}"
-                )
+                raise InputError(f"{name} is in {found[name].file.name} and {file.name}; {_ANEW}")
             if index is not None and index.get(name) != file.name:
-                raise InputError(
-                    f"tensor {name} is in {file.name} but {INDEX} does not list it there; {_ANEW}"
-                )
+                raise InputError(f"{name} is in {file.name}, but {INDEX} does not list it; {_ANEW}")
             found[name] = tensor
     if missing := sorted((index or {}).keys() - found.keys()):
-        raise InputError(f"{INDEX} lists tensor {missing[0]}, which is in no file; {_ANEW}")
+        raise InputError(f"{INDEX} lists tensor {missing[0]}, but no file holds it; {_ANEW}")
     return found
 
 
