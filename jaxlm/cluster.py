@@ -1,4 +1,4 @@
-"""Several processes that train as one: how they start, and how none of them outlives another."""
+"""The processes of a run: joined at the start, and all ended when one fails or is lost."""
 
 import ctypes
 import itertools
@@ -22,23 +22,23 @@ from jaxlm.insides import coordination_client
 from jaxlm.terminal import STOPPED, write_error
 
 _HEARTBEAT_TIMEOUT_S = 10
-_LINGER_S = 0.5
-_PATIENCE_MS = 3_600_000
-_SLICE_MS = 1_000  # in which Python's signal handlers have their turn
-_LATE_S = 60.0  # a network disk may show one machine for so long what was
+_EXIT_DELAY_S = 0.5
+_WATCH_TIMEOUT_MS = 3_600_000
+_POLL_MS = 1_000  # A longer wait would block Python's signal handlers.
+_VISIBLE_TIMEOUT_S = 60.0  # A shared disk may show another machine's writes this late.
 _VERDICT = "jaxlm/verdict"
 _rounds = itertools.count()
-# How the loss of a process reads, in a collective or at a barrier.
+# In the message of a collective or barrier that failed because a process was lost.
 _SIGNS = ("Gloo", "NCCL", "UNAVAILABLE")
-_ADVICE = "start all processes again, and they go on from the latest"
+_ADVICE = "restart all processes: the run resumes from its latest checkpoint"
 
 
 class Cluster:
     """The processes of a run, while they train.
 
-    The first that ends in an error tells all, and each of them prints that error and exits with
-    its code, wherever it is. One that can tell nothing any more is missed: at once in a collective,
-    else within seconds. They leave by `os._exit`, since the usual way out waits for the lost one.
+    The first process to fail publishes its error; every process prints it and exits with its code.
+    A killed or frozen process publishes nothing: the others fail in a collective, or lose its
+    heartbeat after about 10 s. Exit is by `os._exit`: normal shutdown would wait for the lost one.
 
     Args:
       explain: error -> exit code and message; no message for a bug, which keeps its traceback.
@@ -50,9 +50,9 @@ class Cluster:
         self._watcher = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> None:
-        # Its own SIGTERM service would make our handlers deaf.
+        # JAX's preemption service would take SIGTERM from our handlers.
         jax.config.update("jax_enable_preemption_service", False)
-        # Where a cluster does not say which process this is, these two do.
+        # JAX cannot detect the process index outside a known cluster.
         count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
         jax.distributed.initialize(
             num_processes=int(count) if count else None,
@@ -67,7 +67,7 @@ class Cluster:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None:
             self._over = True
-            jax.distributed.shutdown()  # waits for all, and ends the watch
+            jax.distributed.shutdown()  # Waits for every process; ends the wait of the watcher.
             self._watcher.join()
             signal.signal(signal.SIGABRT, signal.SIG_DFL)
             return
@@ -75,7 +75,7 @@ class Cluster:
         if text is None:
             traceback.print_exception(error)
             text = f"{type(error).__name__}: {error}"
-        tell_all(code, text)
+        publish_verdict(code, text)
         self._watcher.join(_HEARTBEAT_TIMEOUT_S)
         os._exit(code)
 
@@ -83,7 +83,7 @@ class Cluster:
         verdict = None
         while verdict is None:
             try:
-                verdict = coordination_client().blocking_key_value_get(_VERDICT, _PATIENCE_MS)
+                verdict = coordination_client().blocking_key_value_get(_VERDICT, _WATCH_TIMEOUT_MS)
             except JaxRuntimeError as error:
                 if self._over:
                     return
@@ -91,44 +91,44 @@ class Cluster:
                     _leave(STOPPED, f"process 0 was lost ({_first_line(error)}); {_ADVICE}")
         code, text = json.loads(verdict)
         if jax.process_index() == 0:
-            time.sleep(_LINGER_S)  # the others are told by this one
+            # Process 0 serves the verdict: its exit would cut off peers still reading.
+            time.sleep(_EXIT_DELAY_S)
         _leave(code, text)
 
 
-def tell_all(code: int, text: str) -> None:
-    """Ends every process of the run with this exit code and message, unless one was told before."""
+def publish_verdict(code: int, text: str) -> None:
+    """Ends every process of the run with this exit code and message; the first verdict wins."""
     index, count = jax.process_index(), jax.process_count()
     verdict = json.dumps([code, f"process {index} of {count}: {text}"])
-    with suppress(JaxRuntimeError):  # another was first, or there is nobody left to tell
+    with suppress(JaxRuntimeError):  # An earlier verdict stands, or process 0 is lost.
         coordination_client().key_value_set(_VERDICT, verdict)
 
 
 def barrier(*, key: str, timeout_ms: int) -> None:
-    """Orbax's barrier, where a save that has failed here waits for nobody.
+    """Orbax's `barrier_sync_fn`; re-raises an error being handled here instead of waiting.
 
-    After an error Orbax comes here all the same, waits for those who wait elsewhere, and tells in
-    the end of that alone.
+    Orbax enters its barriers even after an error, then waits for its peers and reports only the
+    failed wait.
 
     Raises:
-      Exception: the error on the way here; one of a saving thread is told to all.
+      Exception: the error being handled; from a saving thread, it first goes to every process.
     """
     if error := sys.exc_info()[1]:
         if threading.current_thread() is not threading.main_thread():
-            told = f"error: a save failed: {error}; look at the disk, then {_ADVICE}"
-            tell_all(*(_if_lost(error) or (1, told)))
+            text = f"error: a save failed: {error}; look at the disk, then {_ADVICE}"
+            publish_verdict(*(_if_lost(error) or (1, text)))
         raise error
     coordination_client().wait_at_barrier(key, timeout_ms)
 
 
 def agree(value: Any, combine: Callable[[list[Any]], Any] = operator.itemgetter(0)) -> Any:
-    """What holds for all processes, each of which must come here as often as every other.
+    """One value for all processes: `combine` of their values.
 
-    None of them goes on before all are here.
+    A collective: a process that skips a call mixes the values of different calls.
 
     Args:
-      value: what this process found, as JSON values.
-      combine: makes one of the values of all, in the order of the processes; by default it takes
-        that of process 0.
+      value: JSON value of this process.
+      combine: list of values, in process order -> result; by default process 0's value.
     """
     if jax.process_count() == 1:
         return combine([value])
@@ -137,41 +137,42 @@ def agree(value: Any, combine: Callable[[list[Any]], Any] = operator.itemgetter(
     coordination_client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
     if jax.process_index() == 0:
         found = [_get(f"{key}/{index}") for index in range(jax.process_count())]
-        coordination_client().key_value_delete(f"jaxlm/agree/{number - 1}/")  # which all have read
+        # Every process has read the previous result: it took part in this call.
+        coordination_client().key_value_delete(f"jaxlm/agree/{number - 1}/")
         coordination_client().key_value_set(f"{key}/all", json.dumps(combine(found)))
     return _get(f"{key}/all")
 
 
 def all_fail(key: str, error: Exception) -> bool:
-    """Whether every process comes here with an error, and none with that of a lost one.
+    """Whether every process arrives with an error, and no error is the loss of a peer.
 
     Args:
-      key: names this place, once a run.
-      error: what this process found.
+      key: barrier name, unique within the run.
+      error: the error of this process.
     """
     if jax.process_count() == 1:
         return True
     if _if_lost(error):
         return False
-    with suppress(JaxRuntimeError):  # the others are in a collective, which waits for this one
+    with suppress(JaxRuntimeError):  # Timeout: a peer without an error is in a collective.
         coordination_client().wait_at_barrier(key, 1000 * _HEARTBEAT_TIMEOUT_S // 2)
         return True
     return False
 
 
-def see(look: Callable[[], bool]) -> bool:
-    """Whether something is seen on a shared disk, which may show it late."""
-    deadline = time.monotonic() + _LATE_S
+def wait_until_visible(look: Callable[[], bool]) -> bool:
+    """Polls `look` until it is true; False if another machine's write stays invisible."""
+    deadline = time.monotonic() + _VISIBLE_TIMEOUT_S
     while not (seen := look()) and time.monotonic() < deadline:
         time.sleep(0.5)
     return seen
 
 
-def check_alike(name: str, value: dict[str, Any]) -> None:
-    """Refuses a process whose settings or data are not those of process 0.
+def check_equal(name: str, value: dict[str, Any]) -> None:
+    """Refuses a process whose settings or data differ from those of process 0.
 
     Args:
-      name: what is compared, for the message.
+      name: "settings" or "data", for the message.
       value: names and JSON values.
 
     Raises:
@@ -186,15 +187,15 @@ def check_alike(name: str, value: dict[str, Any]) -> None:
     ]
     if differing:
         raise InputError(
-            f"{name}: the processes of a run must be started alike, by the same command with the "
-            "same files, but found\n  " + "\n  ".join(differing)
+            f"{name}: every process of a run must be started by the same command with the same "
+            "files, but found\n  " + "\n  ".join(differing)
         )
 
 
 def _get(key: str) -> Any:
-    while True:  # one that is lost ends the others by itself
+    while True:  # No deadline: the heartbeat timeout ends this process if a peer dies.
         try:
-            return json.loads(coordination_client().blocking_key_value_get(key, _SLICE_MS))
+            return json.loads(coordination_client().blocking_key_value_get(key, _POLL_MS))
         except JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
@@ -208,7 +209,7 @@ def _if_lost(error: BaseException) -> tuple[int, str] | None:
 
 
 def _is_loss(error: BaseException) -> bool:
-    # What fails as a program is dispatched comes as a ValueError, what fails later as the other.
+    # Errors at dispatch are ValueErrors, later ones JaxRuntimeErrors.
     of_jax = isinstance(error, JaxRuntimeError | ValueError)
     return of_jax and any(sign in str(error) for sign in _SIGNS)
 

@@ -136,11 +136,11 @@ def run(config: Config) -> int:
 def _train(config: Config) -> int:
     import jax  # after the flags: --help and a wrong flag answer at once
 
-    from jaxlm.cluster import check_alike
+    from jaxlm.cluster import check_equal
     from jaxlm.training.preflight import device_advice
     from jaxlm.training.train import train
 
-    check_alike("settings", {name: value for name, (value, _) in leaves(config).items()})
+    check_equal("settings", {name: value for name, (value, _) in leaves(config).items()})
     try:
         return 0 if train(config).complete else STOPPED
     except jax.errors.JaxRuntimeError as error:

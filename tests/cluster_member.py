@@ -23,7 +23,7 @@ from jaxlm import cluster
 from jaxlm.checkpoints import folder, manifest, multihost
 from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.metadata import Metadata
-from jaxlm.cluster import Cluster, agree, barrier, check_alike
+from jaxlm.cluster import Cluster, agree, barrier, check_equal
 from jaxlm.config import DataConfig, MeshConfig, OptimConfig
 from jaxlm.device.state import TrainState
 from jaxlm.launch import explain, run_main
@@ -56,7 +56,7 @@ def wait(mine: bool) -> None:
 def differ(mine: bool) -> None:
     """One has another seed."""
     ready()
-    check_alike("settings", {"seed": int(mine), "steps": [1, 2]})
+    check_equal("settings", {"seed": int(mine), "steps": [1, 2]})
     time.sleep(120)
 
 
@@ -70,8 +70,8 @@ def fail(mine: bool) -> None:
 
 def end(mine: bool) -> None:
     """All is well, and one is late."""
-    check_alike("settings", {"seed": 0})
-    check_alike("data", {"fingerprint": "a"})
+    check_equal("settings", {"seed": 0})
+    check_equal("data", {"fingerprint": "a"})
     ready()
     time.sleep(2 * mine)
 
@@ -222,7 +222,7 @@ def share(mine: bool) -> None:
 
 def apart(mine: bool) -> None:
     """Each has a disk of its own."""
-    cluster._LATE_S = 1
+    cluster._VISIBLE_TIMEOUT_S = 1
     ready()
     train(tiny_config(f"{sys.argv[3]}-{jax.process_index()}"), **data())
 

@@ -320,7 +320,7 @@ def test_the_folder_deleted_under_the_run(tmp_path: Path, how: str) -> None:
 
     if how == "deleted in a save":
         set_fault("write", 0, "*/4.orbax*", times=4, delay_ms=1000)
-    with pytest.raises(CheckpointError, match="deleted or replaced while the run was training"):
+    with pytest.raises(CheckpointError, match="deleted or replaced during training"):
         run(tmp_path, callback=at, eval_interval=12)
     assert list_steps(folder) == []  # nor does TensorStore, which makes it again, commit there
     if how == "deleted":

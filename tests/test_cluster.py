@@ -118,7 +118,9 @@ def test_a_process_killed_in_a_collective_takes_the_others_along_at_once(
     for end in ends_after(tmp_path, "collectives", signal.SIGKILL, who):
         assert end.code == 75 and end.after_s < AT_ONCE_S, end
         assert "lost" in end.output.splitlines()[-1]
-        assert end.output.endswith("start all processes again, and they go on from the latest\n")
+        assert end.output.endswith(
+            "restart all processes: the run resumes from its latest checkpoint\n"
+        )
 
 
 @pytest.mark.slow
@@ -236,7 +238,7 @@ def test_processes_without_a_disk_in_common_are_refused(tmp_path: Path) -> None:
         ends = members.ends()
     for end in ends:
         assert end.code == 1
-        told = "process 1 of 2: error: .*run-1/checkpoints: this process does not see there who"
+        told = "process 1 of 2: error: .*run-1/checkpoints: this process does not see process 0's"
         assert re.search(told, end.output.splitlines()[-1]), end
     assert not (tmp_path / "run-1").exists()
 

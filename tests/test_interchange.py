@@ -233,7 +233,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut": (cut, "not a sound file of safetensors"),
     "long header": (with_long_header, "not a sound file of safetensors"),
     "index out": (with_index({"x": "../a.safetensors"}), "is not a file beside it"),
-    "index of none": (with_index({"x": "a.safetensors"}), "does not say so"),
+    "index of none": (with_index({"x": "a.safetensors"}), "does not list it"),
     "config": (lambda out: (out / "config.json").write_text("[]"), "config.json: found"),
     "tokenizer": (lambda out: (out / "tokenizer.json").write_text("{}"), "tokenizer"),
 }

@@ -19,7 +19,7 @@ from jaxlm.checkpoints.names import split_step
 from jaxlm.checkpoints.restore import restore_numpy
 from jaxlm.config import Config, MeshConfig, ModelConfig
 from jaxlm.device.sharding import make_mesh
-from jaxlm.files.durable import check_out
+from jaxlm.files.durable import check_output_path
 from jaxlm.files.publish import check_free
 from jaxlm.inference.load import load_model
 from jaxlm.report.history import read_history
@@ -221,5 +221,6 @@ def test_a_tilde_is_the_home_folder(shared_home: Path, monkeypatch: pytest.Monke
     assert run_folder(f"~/{text_run.RUN}", found.folder) == shared_home / text_run.RUN
     assert read_history(f"~/{text_run.RUN}").checkpoints
     assert (
-        check_free("~/new") == shared_home / "new" and check_out(Path("~/x")) == shared_home / "x"
+        check_free("~/new") == shared_home / "new"
+        and check_output_path(Path("~/x")) == shared_home / "x"
     )

@@ -436,7 +436,7 @@ def test_the_command(no_compiler, capsys: pytest.CaptureFixture):
 def test_a_refusal_of_the_compiler_is_told(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(planning, "examine", lambda *_: {"refused": "RESOURCE_EXHAUSTED: 15.75G"})
     lines = describe(make_plan(CONFIG, Settings("v5e-1", max_compiles=3)))
-    assert lines[1] == "no: RESOURCE_EXHAUSTED: 15.75G" and len(lines) == 4
+    assert lines[1] == "does not fit: RESOURCE_EXHAUSTED: 15.75G" and len(lines) == 4
     assert all(line.startswith("does not fit with --num_microbatches") for line in lines[2:])
 
 

@@ -616,7 +616,7 @@ def test_a_full_disk(corpus, tmp_path, limit, name, monkeypatch):
     last = failed.stderr.strip().splitlines()[-1]
     error = "jaxlm.errors.FileError: [Errno 27] File too large while writing"
     assert last.startswith(error) and name in last
-    assert "make room, or name another place with --data.cache-dir" in last
+    assert "make room, or set another --data.cache-dir" in last
     left = {path.name for path in (tmp_path / "full").rglob("*") if path.is_file()}
     assert not [file for file in left if file.endswith((".tmp", ".bin"))]
     assert ("progress.json" in left) == (name != "tokenizer.json")

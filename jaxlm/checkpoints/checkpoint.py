@@ -22,7 +22,7 @@ from jaxlm.checkpoints.folder import scan_folder
 from jaxlm.checkpoints.held import CheckpointError, HeldFolder
 from jaxlm.checkpoints.manager import args_of, open_manager
 from jaxlm.checkpoints.metadata import Metadata
-from jaxlm.checkpoints.multihost import rows_alike
+from jaxlm.checkpoints.multihost import agree_on_rows
 from jaxlm.checkpoints.restore import DamagedArrays, items_of, restore_state
 from jaxlm.cluster import agree
 from jaxlm.config import CheckpointConfig
@@ -173,7 +173,7 @@ class Checkpoints(HeldFolder):
         try:
             if jax.process_count() > 1:  # all refuse alike; in its saving thread, one alone would
                 self._saving.proven()
-            rows = rows_alike(before())
+            rows = agree_on_rows(before())
             self._saving = replace(self._saving, metadata=replace(metadata, rows=rows))
             self._manager.save(metadata.step, args=args_of(items), metrics=metrics, force=True)
         except _SAVE_ERRORS as error:

@@ -1,6 +1,6 @@
-"""The checkpoint folder that a trainer has for itself: what is in it, and what goes out of it.
+"""The checkpoint folder that a trainer has locked: its steps, retention and quarantine.
 
-A damaged step is renamed and reported, never deleted. Only what has a name of ours is touched.
+A damaged step is renamed and reported, never deleted. Only names that jaxlm gives are touched.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from jaxlm.checkpoints.entries import (
 )
 from jaxlm.checkpoints.folder import WEIGHTS, Best, find_best
 from jaxlm.checkpoints.metadata import Metadata
-from jaxlm.checkpoints.multihost import find_damage_together, scan_folder_alike
+from jaxlm.checkpoints.multihost import agree_on_scan, find_damage_together
 from jaxlm.checkpoints.quarantine import Purger, clear_partial, list_old_superseded, put_aside
 from jaxlm.checkpoints.retention import choose_kept, why_dropped
 from jaxlm.cluster import agree
@@ -36,18 +36,19 @@ _log = logging.getLogger(__name__)
 
 
 class CheckpointError(RunError):
-    """A checkpoint could not be kept or had back; the message says what to do."""
+    """A checkpoint could not be saved or restored; the message says what to do."""
 
 
 class HeldFolder:
     """A checkpoint folder, and the steps in it that are sound.
 
-    Of several processes, each makes the same calls in the same order, `best` and `latest` included.
+    `best`, `latest` and `steps` are collectives: every process reads them in the same order, or
+    `agree` mixes the values.
 
     Args:
       folder: the folder, made if missing.
-      config: when to keep what.
-      events: takes what happens to the checkpoints; by default it is not written down.
+      config: the rules of retention.
+      events: records what happens to the checkpoints; by default nothing is recorded.
 
     Attributes:
       events: as above.
@@ -67,7 +68,7 @@ class HeldFolder:
         self._lock: Lock | None = None
 
     def hold(self) -> None:
-        """Locks the folder, clears what a killed run left half-done, and sets damaged steps aside.
+        """Locks the folder, removes a killed run's unfinished files, sets damaged steps aside.
 
         Raises:
           ValueError: jaxlm did not make the folder.
@@ -81,11 +82,11 @@ class HeldFolder:
                 self._opened = self.folder.stat()
                 self._purge()
                 clear_partial(self.folder)
-                self._write_down({})  # what a kill kept from being written down
+                self._write_down({})  # Record changes that a kill left out of events.jsonl.
                 for path in list_named(self.folder, REPLACED):
                     self.finish_replacing(path)
-            # The others wait in this one until process 0 has done all of that.
-            found = scan_folder_alike(self.folder, check=self._config.verify != "off")
+            # The scan begins with `agree`, so the others wait here until process 0 has cleaned up.
+            found = agree_on_scan(self.folder, check=self._config.verify != "off")
             self._opened = self.folder.stat()
             self._steps = found.sound
             self.run_id = agree(found.run_id or secrets.token_hex(8))
@@ -94,7 +95,7 @@ class HeldFolder:
             on_error.pop_all()
 
     def release(self) -> None:
-        """Frees the lock; a folder in which nothing was made is left as it was found."""
+        """Frees the lock, and removes what `lock` made if nothing else was written."""
         self._purger.join()
         if self._lock:
             unlock(self._lock)
@@ -105,7 +106,7 @@ class HeldFolder:
         return self.best_with(-1, None)
 
     def best_with(self, step: int, eval_loss: float | None) -> Best | None:
-        """The best, once a checkpoint of this step and eval loss is on disk too."""
+        """The best checkpoint, as if one with this step and eval loss were on disk too."""
         losses = {s: found.eval_loss for s, found in self.steps.items()}
         return find_best({**losses, step: eval_loss})
 
@@ -116,24 +117,24 @@ class HeldFolder:
 
     @property
     def steps(self) -> dict[int, Metadata]:
-        """The sound checkpoints, without those that were deleted by hand.
+        """Step -> metadata of the sound checkpoints, without those that were deleted by hand.
 
-        Of several processes, the first one looks: others may see a shared disk as it was some
-        seconds ago, and all must decide alike.
+        Process 0 looks for all: the others may see a shared disk as it was some seconds ago, and
+        would decide otherwise.
         """
         there = agree([step for step in self._steps if (self.folder / str(step)).exists()])
         self._steps = {step: self._steps[step] for step in there}
         return self._steps
 
     def damage(self, step: int) -> list[str]:
-        """What of a step's files is not as it was written; all processes share in the reading."""
+        """A line for each damaged file of a step; the processes share the reading."""
         return find_damage_together(self.folder / str(step))
 
     def add(self, metadata: Metadata, why: str) -> bool:
-        """Takes in a step that was committed, and drops what need not stay.
+        """Adds a committed step, and deletes the checkpoints that retention drops.
 
         Returns:
-          Whether it is the best.
+          Whether the step is the best.
         """
         self._steps[metadata.step] = metadata
         self.retain({str(metadata.step): why})
@@ -143,10 +144,12 @@ class HeldFolder:
         return is_best
 
     def retain(self, why: dict[str, str] | None = None) -> None:
-        """Deletes what retention drops; a kill may have come between a commit and its deletions.
+        """Deletes the checkpoints that retention drops.
+
+        Starts call it too: a kill between a commit and its deletions leaves extra ones.
 
         Args:
-          why: the reason for what else has changed, by the name of its folder.
+          why: reasons for the other changes to record, by folder name.
         """
         there = [step for step in sorted(self._steps) if (self.folder / str(step)).exists()]
         losses = {step: self._steps[step].eval_loss for step in there}
@@ -156,10 +159,10 @@ class HeldFolder:
         self._write_down((why or {}) | dict.fromkeys(dropped, why_dropped(self._config)))
 
     def go_back(self, to: int, why: str) -> None:
-        """Sets all that came after step `to` aside as N.superseded.
+        """Renames every step after `to` to N.superseded.
 
-        In ascending order: until the last one is renamed, the latest stays the latest, and a start
-        after a kill goes back as this one did.
+        Ascending order keeps the latest until last, so a start after a kill sees the same latest
+        and goes back again.
         """
         weights = self.folder / WEIGHTS
         if self._primary and (newer := [step for step in list_steps(weights) if step > to]):
@@ -180,13 +183,13 @@ class HeldFolder:
         _log.warning(f"checkpoint {step} is damaged: {damage[0]}{more}; renamed to {name}")
 
     def finish_replacing(self, aside: Path) -> None:
-        """Keeps the step that was saved again if it is whole, else the one before it, N.replaced.
+        """Keeps a re-saved step if complete; otherwise restores its older copy from N.replaced.
 
         Called in process 0 alone.
         """
         current = aside.with_name(aside.name.removesuffix(REPLACED))
         if manifest.find_damage(current, contents=False):
-            if current.exists():  # not by `_put_aside`: no other process comes here
+            if current.exists():  # `_put_aside` would wait in `agree` for the other processes.
                 (name,) = put_aside(self.folder, [int(current.name)], CORRUPT)
                 self._write_down({name: "damaged: it is unfinished"})
                 _log.warning(f"checkpoint {current.name} is unfinished; renamed to {name}")
@@ -195,25 +198,25 @@ class HeldFolder:
             self._purger.purge(aside)
 
     def clear_partial(self) -> None:
-        """Removes what a failed save has written."""
-        if self._primary and self._is_ours():
+        """Removes the files of a failed save."""
+        if self._primary and self._is_opened_folder():
             clear_partial(self.folder)
 
     def check_folder(self) -> None:
         """Raises CheckpointError unless the path still leads to the folder that was opened."""
-        if not self._is_ours():
+        if not self._is_opened_folder():
             raise CheckpointError(
-                f"{self.folder} was deleted or replaced while the run was training; nothing more "
-                "is written there. Bring it back, and the same command goes on from its latest"
+                f"{self.folder} was deleted or replaced during training; nothing more is written "
+                "there. Bring it back: the same command resumes from the latest checkpoint"
             )
 
-    def _is_ours(self) -> bool:
+    def _is_opened_folder(self) -> bool:
         with contextlib.suppress(OSError):
             return os.path.samestat(self.folder.stat(), self._opened)
         return False
 
     def _put_aside(self, steps: Sequence[int], suffix: str, why: str) -> list[str]:
-        # The new names, of steps on which all processes have agreed.
+        # Renames `steps`, the same on every process; returns their new names.
         names = agree(put_aside(self.folder, steps, suffix) if self._primary else [])
         self._write_down(dict.fromkeys(names, why))
         for step in steps:
@@ -221,10 +224,10 @@ class HeldFolder:
         return names
 
     def _write_down(self, why: dict[str, str]) -> None:
-        # What has become of the checkpoints since the last time.
+        # Records the checkpoints that came, went or were renamed since the last call.
         self.events.compare(list_names(self.folder), why)
 
     def _purge(self, *paths: Path) -> None:
-        if self._primary and self._is_ours():
-            with contextlib.suppress(OSError):  # what stays is for the next time
+        if self._primary and self._is_opened_folder():
+            with contextlib.suppress(OSError):  # The next purge tries again.
                 self._purger.purge(*paths)

@@ -129,11 +129,11 @@ def report(runs: Runs, *, out: Path = Path("report.html"), json: bool = False) -
       jaxlm report runs/tiny
       jaxlm report runs/tiny runs/tiny-2 --out both.html
     """
-    from jaxlm.files.durable import check_out, write_file
+    from jaxlm.files.durable import check_output_path, write_file
     from jaxlm.report.history import read_history
     from jaxlm.report.page import make_report
 
-    out = check_out(out)
+    out = check_output_path(out)
     if out.suffix != ".html":
         raise InputError(f"--out: found {out}, expected a name that ends in .html")
     if not runs:

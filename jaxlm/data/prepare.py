@@ -1,8 +1,8 @@
 """Text -> token shards: resumable at any instant, published at once, checked at each use.
 
-A dataset is a folder of the cache, named after its source and a hash of all that determines its
-content. It holds `tokenizer.json`, the shards and, written last, `manifest.json`: a folder
-without one is unfinished, and goes on from its `progress.json`.
+A dataset is a folder of the cache, named after its source and a hash of everything that determines
+its content. It holds `tokenizer.json`, the shards and, written last, `manifest.json`: a folder
+without one is unfinished, and its preparation resumes from `progress.json`.
 """
 
 import contextlib
@@ -43,19 +43,21 @@ from jaxlm.terminal import can_draw, prints_lines, progress
 _log = logging.getLogger(__name__)
 
 FORMAT = 1
-READING = 2
-"""Raised where the same source gives other tokens than before; the older ones are not taken."""
+TOKENS_VERSION = 2
+"""Bump when the same source yields other tokens.
+
+As part of the cache key, it keeps older datasets from being reused."""
 SHARD_TOKENS = 2**25
-"""Tokens that make a shard (64 MB of uint16); a kill loses the work on one at most."""
+"""Tokens of a shard (64 MB of uint16); a kill loses the work on one at most."""
 CHUNK_CHARS = 4_000_000
 """Text tokenized at once, on all cores."""
 PIECE_CHARS = 500_000
-"""A longer document is tokenized in pieces, to spread it over the cores; a cut splits one word."""
+"""A longer document is tokenized in pieces, on several cores; a cut may split a word."""
 HOLD_OUT_EVERY = 20
 
 
 def default_max_tokens(config: DataConfig, num_tokens: int) -> int:
-    """Training tokens to prepare for a run of `num_tokens`: 1% more, and at least 10 M."""
+    """Training tokens to prepare: `config.max_tokens`, else 1% more than the run, at least 10 M."""
     return config.max_tokens or max(num_tokens + num_tokens // 100, 10_000_000)
 
 
@@ -63,16 +65,16 @@ def default_max_tokens(config: DataConfig, num_tokens: int) -> int:
 def prepare(config: DataConfig, *, vocab_size: int, max_tokens: int) -> Dataset:
     """The dataset of `config`, from the cache or made now.
 
-    What is in the cache stays as it is: a remote source is not asked again.
+    A cached dataset is reused without asking a remote source for changes.
 
     Args:
       config: what to read, and how to tokenize it.
-      vocab_size: the model's; the size to train a tokenizer to, or the most that another may have.
-      max_tokens: training tokens at most.
+      vocab_size: of the model: size of a trained tokenizer, and the limit for a given one.
+      max_tokens: limit of training tokens.
 
     Raises:
       ValueError: the corpus or the tokenizer does not fit, or a file of the cache is damaged.
-      FileNotFoundError, ImportError, ConnectionError: source or tokenizer cannot be had.
+      FileNotFoundError, ImportError, ConnectionError: source or tokenizer is not available.
       OSError: the disk is full.
     """
     source = open_source(config)
@@ -89,7 +91,7 @@ def prepare(config: DataConfig, *, vocab_size: int, max_tokens: int) -> Dataset:
 
 
 def _recipe(config: DataConfig, source: Source, vocab_size: int, max_tokens: int) -> dict[str, Any]:
-    """All that determines the content, as far as it can be known without a network."""
+    """Everything that determines the content, as far as it is known without a network."""
     tokenizer = config.tokenizer
     if tokenizer == "train":
         tokenizer = f"train {vocab_size}"
@@ -97,9 +99,8 @@ def _recipe(config: DataConfig, source: Source, vocab_size: int, max_tokens: int
         tokenizer = tokenizer_lib.fingerprint(tokenizer_lib.load_tokenizer(tokenizer))
     fields = ("source", "split", "text_field", "eos_token", "eval_tokens")
     recipe = {name: getattr(config, name) for name in fields}
-    return recipe | {
-        "reading": READING, "key": source.key, "tokenizer": tokenizer, "max_tokens": max_tokens
-    }  # fmt: skip
+    recipe |= {"reading": TOKENS_VERSION, "key": source.key}
+    return recipe | {"tokenizer": tokenizer, "max_tokens": max_tokens}
 
 
 def is_held_out(index: int) -> bool:
@@ -115,7 +116,7 @@ def is_held_out(index: int) -> bool:
 def _make(
     folder: Path, source: Source, config: DataConfig, vocab_size: int, max_tokens: int
 ) -> None:
-    """Prepares what is not yet, and publishes."""
+    """Prepares the missing part of a dataset, and publishes it."""
     progress = _progress(folder, source)
     tokenizer_path = folder / "tokenizer.json"
     if not progress["tokenizer"]:
@@ -125,14 +126,14 @@ def _make(
     tokenizer = tokenizer_lib.load_tokenizer(tokenizer_path)
     num_ids = tokenizer_lib.num_ids(tokenizer)
     eos_id = tokenizer_lib.find_eos(tokenizer, config.eos_token)
-    # A special token that is spelled out in a document is text.
+    # Special tokens in a document are encoded as text: they would act as control tokens.
     tokenizer.encode_special_tokens = True
     dtype = np.dtype("<u2" if num_ids <= 2**16 else "<u4")
     limits = {"train": max_tokens, "eval": config.eval_tokens}
     counts = {split: sum(shard["num_tokens"] for shard in progress[split]) for split in limits}
     waiting: dict[str, list[np.ndarray]] = {split: [] for split in limits}
     with _progress_bar(max_tokens) as show:
-        # Stopped between the last shard and the manifest: there is nothing left to read.
+        # After a kill before the manifest, the limit may be reached already: read nothing.
         chunks = _chunks(source.documents(progress["next_document"]))
         while counts["train"] < max_tokens and (chunk := next(chunks, None)):
             for ids in _encode(tokenizer, chunk, eos_id, dtype):
@@ -158,7 +159,7 @@ def _make(
 
 
 def _progress(folder: Path, source: Source) -> dict[str, Any]:
-    """What an earlier preparation finished before it was stopped, if all of it is sound."""
+    """Progress of an interrupted preparation if all of it is sound; else that of a new one."""
     fresh = {"source": source.name, "revision": source.revision, "format": FORMAT}
     fresh |= {"next_document": 0, "tokenizer": None, "train": [], "eval": []}
     try:
@@ -213,7 +214,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _write(path: Path, data: bytes) -> dict[str, Any]:
-    """Writes a whole file, and gives the record of it that `find_damage` goes by."""
+    """Writes a file atomically; returns its record, for `find_damage`."""
     try:
         write_file(path, data)
     except OSError as error:
@@ -223,8 +224,7 @@ def _write(path: Path, data: bytes) -> dict[str, Any]:
         raise FileError(
             error.errno,
             f"{error.strerror} while writing {len(data):,} bytes ({free:,} free): make room, or "
-            "name another place with --data.cache-dir or JAXLM_CACHE. What was finished is kept, "
-            "and the same command goes on from there",
+            "set another --data.cache-dir or JAXLM_CACHE; the same command keeps finished shards",
             str(path),
         ) from error
     return {"name": path.name, "num_bytes": len(data), "crc32c": google_crc32c.value(data)}
@@ -259,7 +259,7 @@ def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
 def _encode(
     tokenizer: Tokenizer, documents: list[str], eos_id: int, dtype: np.dtype
 ) -> Iterator[np.ndarray]:
-    """The tokens of each document, EOS at the end; none for one without text."""
+    """The tokens of each document, with EOS at the end; an empty document has none."""
     pieces = [
         (number, text[start : start + PIECE_CHARS])
         for number, text in enumerate(documents)
@@ -277,11 +277,11 @@ def _encode(
 
 @contextlib.contextmanager
 def _progress_bar(limit: int) -> Iterator[Callable[[int, float], None]]:
-    """A bar in a terminal, else a line now and then.
+    """A bar in a terminal, else a line every 10 s.
 
     Yields:
-      What to call with the tokens so far, and how much of the source they came from (0 to 1): the
-      end is that of the source, or the limit.
+      A function of tokens so far and fraction of the source read (0 to 1); the bar shows the larger
+      share.
     """
     last_s, before = time.monotonic(), 0.0
     with progress("Preparing tokens", 1) as advance:

@@ -1,4 +1,4 @@
-"""Causal attention, in the form that suits the platform.
+"""Causal attention: a reference, and a fast implementation for each platform.
 
 Dims: B batch, T query time, S key time, N query heads, K key/value heads, G queries per key head,
 H head dim.
@@ -27,7 +27,7 @@ def for_platform(platform: str) -> Attention:
 def reference_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None
 ) -> jax.Array:
-    """Softmax attention over the past and the present, in one piece.
+    """Causal softmax attention, with all scores in memory at once.
 
     Args:
       q: queries [B, T, N, H].
@@ -48,9 +48,9 @@ def blocked_attention(
     segment_ids: jax.Array | None = None,
     block_size: int = 64,
 ) -> jax.Array:
-    """`reference_attention` by blocks of queries, each over the keys up to its own end.
+    """`reference_attention` by blocks of queries, each over the keys up to the block's end.
 
-    Leaves out about half of the products, and keeps a block's scores in the cache of a CPU.
+    Skips about half of the FLOPs, and keeps the scores of a block in the cache of a CPU.
     """
     outs = []
     for start in range(0, q.shape[1], block_size):
@@ -68,17 +68,17 @@ def splash_attention(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """`reference_attention` by JAX's own kernel for TPU, which never holds the scores (2205.14135).
+    """`reference_attention` by JAX's splash kernel for TPU, without storing scores (2205.14135).
 
-    For times that are a multiple of 128; for others it is `reference_attention`. `interpret` runs
-    the kernel on a CPU, slowly.
+    For times that are a multiple of 128, else by `reference_attention`. `interpret` runs the kernel
+    on a CPU, slowly.
     """
     if q.shape[1] % 128:
         return reference_attention(q, k, v, segment_ids)
     attend = partial(_splash, interpret=interpret)
     if jax.sharding.get_abstract_mesh().empty:
         return attend(q, k, v, segment_ids)
-    # A kernel is not split by GSPMD: each device calls it for its own rows and heads.
+    # GSPMD does not shard a kernel: each device calls the kernel for its own rows and heads.
     rows, heads = P(AXES_OF["batch"]), P(AXES_OF["batch"], None, *AXES_OF["heads"])
     specs = heads, heads, heads, None if segment_ids is None else rows
     attend = jax.shard_map(attend, in_specs=specs, out_specs=heads, check_vma=False)
@@ -88,7 +88,7 @@ def splash_attention(
 def _splash(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, *, interpret: bool
 ) -> jax.Array:
-    # Only for a TPU: they take a second to import.
+    # Imported for a TPU only: the import takes a second.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -118,31 +118,31 @@ def _splash(
 def cudnn_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None
 ) -> jax.Array:
-    """`reference_attention` by cuDNN's kernel, which never holds the scores.
+    """`reference_attention` by cuDNN's kernel, without storing scores.
 
-    For two-byte floats, heads of at most 128 dims, a multiple of 8, no segments, and where cuDNN
-    is; else it is `reference_attention`.
+    For two-byte floats, heads of at most 128 dims (a multiple of 8), no segments, and with cuDNN
+    installed; else by `reference_attention`.
     """
     H = q.shape[-1]
     if q.dtype.itemsize != 2 or H > 128 or H % 8 or segment_ids is not None:
         return reference_attention(q, k, v, segment_ids)
     try:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    except RuntimeError:  # a plan is made where there is no GPU, and no cuDNN
+    except RuntimeError:  # `jaxlm plan` compiles without a GPU and cuDNN
         return reference_attention(q, k, v)
 
 
 def cached_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, key_positions: jax.Array
 ) -> jax.Array:
-    """`reference_attention` over keys and values in slots, of which each holds any position.
+    """`reference_attention` over cached keys and values, whose slots hold any positions.
 
     Args:
       q: queries [B, T, N, H].
       k: keys [B, K, S, H], heads first: a step of one token then reads them without a copy.
       v: values [B, K, S, H].
       positions: of the queries in their rows, [B, T].
-      key_positions: of the keys, [B, S]; a query sees those at its own position or before.
+      key_positions: of the keys, [B, S]; a query sees keys at its position or before.
 
     Returns:
       [B, T, N, H], in the dtype of `q`; the softmax is in float32.
@@ -165,7 +165,7 @@ def _attend(
     segment_ids_BS: jax.Array | None,
     start: int,
 ) -> jax.Array:
-    # The queries are those of times start .. start + T; the keys those of times 0 .. S.
+    # Queries are at times start .. start + T, keys at times 0 .. S.
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5

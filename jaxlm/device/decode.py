@@ -1,4 +1,4 @@
-"""New tokens from a model, one after the other: arrays in, arrays out.
+"""Decoding: new tokens from a model, one after the other. Arrays in, arrays out.
 
 Dims: B batch, P prompt, S slots, C candidates, V vocabulary, T new tokens.
 """
@@ -18,20 +18,20 @@ from jaxlm.device.state import Params
 
 
 class Rule(NamedTuple):
-    """How a token is chosen; a program is compiled for each value of these."""
+    """Static settings of sampling; each value compiles another program."""
 
     greedy: bool = False
-    """The most likely one, always."""
+    """Always choose the most likely token."""
     top_k: int | None = None
-    """Among this many of the most likely."""
+    """Sample among this number of the most likely tokens."""
     use_top_p: bool = False
-    """Among the fewest most likely whose probabilities add up to top_p."""
+    """Sample among the fewest most likely tokens whose probabilities add up to top_p."""
     eos_id: int | None = None
-    """The token after which a row is at its end."""
+    """The token that ends a row."""
 
 
 class Knobs(NamedTuple):
-    """The rest of it, which a program takes as arguments."""
+    """Settings of sampling that a program takes as arguments."""
 
     seed: ArrayLike
     """uint32 []."""
@@ -42,21 +42,21 @@ class Knobs(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """Between two tokens."""
+    """The state between two tokens."""
 
     cache: KVCache
     token_B: jax.Array
-    """The last one of each row, int32."""
+    """The last token of each row, int32."""
     position_B: jax.Array
-    """Its position in its row, int32."""
+    """Position of the last token in its row, int32."""
     ended_B: jax.Array
-    """Whether the row is at its end."""
+    """Whether the row has ended."""
     num_new: jax.Array
     """New tokens so far, int32 []."""
 
 
 class Programs(NamedTuple):
-    """Compiled, once for each shape of their arrays; `decode` consumes its state (donation)."""
+    """Jitted functions, compiled once for each shape; `decode` donates its state."""
 
     prefill: Callable[..., tuple[Decoding, jax.Array]]
     """`(params, tokens_BP, length_B, knobs, num_slots) -> (state, first new token_B)`."""
@@ -69,7 +69,7 @@ def candidates(
 ) -> tuple[jax.Array, jax.Array]:
     """The tokens to choose from, and their logits, most likely first.
 
-    Top-k first, then top-p (1904.09751) of what is left, as in Hugging Face transformers.
+    Top-k first, then top-p (1904.09751) of the rest, as in Hugging Face transformers.
 
     Returns:
       float32 [B, C], -inf where a token is left out, and int32 [B, C].
@@ -105,7 +105,7 @@ def narrow(params: Params, dtype: jnp.dtype) -> Params:
 
 @functools.lru_cache(maxsize=8)
 def make_programs(graphdef: Any, mesh: Mesh | None, rule: Rule) -> Programs:
-    """Those of a model (`Transformer`) and a rule.
+    """The programs of a model (`Transformer`) and a rule.
 
     Args:
       graphdef: of the model, from `nnx.split`.

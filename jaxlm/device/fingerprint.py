@@ -17,11 +17,11 @@ def fingerprint(tree: Any) -> dict[str, list[Any]]:
     """The fingerprint of each array: leaf name -> [dtype, shape, lane, lane].
 
     A lane is the sum, modulo 2^32, of the leaf's 32-bit words, each mixed with its place in the
-    *global* array. Integers add up to the same whatever the sharding; a single changed word changes
-    both lanes for certain, any other damage goes unseen with odds of 2^-64.
+    *global* array. Integer sums are equal under any sharding. A single changed word always changes
+    both lanes; any other damage is missed with probability 2^-64.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    # One after the other: of arrays of numpy, all at once may not fit on the device.
+    # One after the other: numpy arrays may not fit on the device all at once.
     of_each = (fingerprint_async({path_name(path): leaf})()[0] for path, leaf in leaves)
     return {name: entry for entries in of_each for name, entry in entries.items()}
 
@@ -31,10 +31,10 @@ PendingFingerprint = Callable[[], tuple[dict[str, list[Any]], list[str]]]
 
 
 def fingerprint_async(tree: Any) -> PendingFingerprint:
-    """Begins one pass over the memory of all leaves, which may be donated from then on."""
+    """Starts one pass over all leaves; the caller may donate them once this returns."""
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     about = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in leaves.items()}
-    # A program for each layer: they are alike, and few enough that the host need not wait for room.
+    # One call a layer: equal layers share a program, and a call a leaf would fill the queue.
     names = sorted(leaves, key=_layer_of)
     groups = itertools.groupby(names, _layer_of)
     on_device = [_fingerprint_group([leaves[name] for name in group]) for _, group in groups]
@@ -66,7 +66,7 @@ def _words(x: jax.Array) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    # The finalizer of MurmurHash3 (public domain): one to one, and every bit decides half of them.
+    # The finalizer of MurmurHash3 (public domain): a bijection; each bit affects half of the bits.
     # Weighted words are not enough: two flipped signs cancel under any weights.
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
@@ -98,8 +98,8 @@ def _fingerprint_leaf(x: jax.Array) -> jax.Array:
     is_float = jnp.issubdtype(x.dtype, jnp.inexact)
     bad = ~jnp.isfinite(x) if is_float else jnp.zeros(x.shape, bool)
     bad = bad.reshape(*x.shape, *[1] * (words.ndim - x.ndim))
-    # One reduce of three operands: as sums of their own they take 25 times as long, and temporaries
-    # of the size of the leaf.
+    # One reduce of three operands: three separate sums take 25 times as long, and temporaries of
+    # the size of the leaf.
     found = jax.lax.reduce(
         (
             _mix(words ^ _spread(place, 0x9E3779B1)),

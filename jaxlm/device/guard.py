@@ -1,4 +1,4 @@
-"""Which steps are applied: those that are finite and no outliers. Arrays in, arrays out."""
+"""The guard: applies only steps that are finite and no outliers. Arrays in, arrays out."""
 
 from typing import NamedTuple
 
@@ -6,20 +6,20 @@ import jax
 import jax.numpy as jnp
 
 WINDOW = 128
-"""Applied steps remembered; no step is an outlier before there are as many."""
+"""Applied steps remembered; no step is an outlier before so many have been applied."""
 # The median absolute deviation of a normal distribution, in standard deviations.
 _MAD_OF_NORMAL = 0.6745
-# A loss or norm that hardly varies must not make an outlier of noise.
+# Without a minimum, noise would be an outlier of a loss or norm that hardly varies.
 _MIN_DEVIATION = 0.01
 
 
 class Guard(NamedTuple):
-    """Part of the state, so that a resumed run judges as the run in one piece would."""
+    """Counters and history of the guard; in the state, so a resume rejects the same steps."""
 
     skipped_steps: jax.Array
     """int32 []: steps that were not applied."""
     skipped_run: jax.Array
-    """int32 []: those of them in a row, up to now."""
+    """int32 []: steps not applied since the last applied one."""
     losses: jax.Array
     """float32 [WINDOW]: of the last applied steps, newest last; NaN before there are any."""
     grad_norms: jax.Array
@@ -36,11 +36,11 @@ def make_guard() -> Guard:
 def judge(
     guard: Guard, loss: jax.Array, grad_norm: jax.Array, finite: jax.Array, zscore: float | None
 ) -> tuple[jax.Array, Guard]:
-    """Whether a step is applied, bool [], and the guard after it.
+    """Whether a step is applied, bool [], and the guard after the step.
 
-    A loss or gradient norm is an outlier if it lies more than `zscore` standard deviations above
-    the median of the window, the deviation being estimated from the median absolute one: neither
-    is moved by the outlier itself (Iglewicz and Hoaglin, 1993).
+    A loss or gradient norm is an outlier if its value exceeds the median of the window by more than
+    `zscore` standard deviations, estimated from the median absolute deviation: outliers move
+    neither (Iglewicz and Hoaglin, 1993).
 
     Args:
       guard: before the step.
@@ -66,6 +66,6 @@ def judge(
 
 
 def _is_outlier(window: jax.Array, value: jax.Array, zscore: float) -> jax.Array:
-    median = jnp.median(window)  # NaN until the window is full, and then nothing is above it
+    median = jnp.median(window)  # NaN until the window is full: no value is above NaN
     deviation = jnp.median(jnp.abs(window - median)) / _MAD_OF_NORMAL
     return value > median + zscore * jnp.maximum(deviation, _MIN_DEVIATION)

@@ -1,4 +1,4 @@
-"""What a model has seen of its rows: keys and values, so that a new token costs a step of one.
+"""The KV cache: keys and values of earlier tokens, so that a new token costs one step of one.
 
 Dims: B batch, T time of this call, S slots, K key/value heads, H head dim.
 """
@@ -13,11 +13,11 @@ from jaxlm.config import ModelConfig
 from jaxlm.device.sharding import constrain
 
 NOWHERE = 2**30
-"""The position of no token: of padding, and of slots that are not filled. No token sees it."""
+"""Position of padding and of empty slots, which no token attends to."""
 
 
 class Past(NamedTuple):
-    """The share of one layer, and where the tokens of this call stand in it."""
+    """The cache of one layer, and the positions of the tokens of this call."""
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
@@ -26,7 +26,7 @@ class Past(NamedTuple):
     start: jax.Array
 
     def extend(self, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "Past":
-        """With the keys and values of this call in their slots."""
+        """The same, with the keys and values of this call in their slots."""
 
         def write(old_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
             new_BKTH = jnp.swapaxes(new_BTKH, 1, 2)
@@ -37,21 +37,21 @@ class Past(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys and values in slots, which are filled in the order of the calls, for all rows alike.
+    """Keys and values in slots, filled in the order of the calls, the same slot in every row.
 
-    Rows of different lengths are padded with tokens at `NOWHERE`, so that all of them write to the
+    Rows of different lengths are padded with tokens at `NOWHERE`, so that every row writes to the
     same slot in each step.
     """
 
     layers: tuple[tuple[jax.Array, jax.Array], ...]
     """Of each layer, [B, K, S, H]."""
     positions_BS: jax.Array
-    """The position in its row of the token in each slot, int32."""
+    """Position, in its row, of the token in each slot, int32."""
     size: jax.Array
-    """Slots that are filled, int32 []."""
+    """Number of filled slots, int32 []."""
 
     def begin(self, positions_BT: jax.Array) -> list[Past]:
-        """Each layer's share, for tokens at these positions of their rows."""
+        """The cache of each layer, for tokens at these positions of their rows."""
         positions_BS = jax.lax.dynamic_update_slice_in_dim(
             self.positions_BS, positions_BT, self.size, axis=1
         )
@@ -59,13 +59,13 @@ class KVCache(NamedTuple):
 
 
 def end(pasts: Sequence[Past]) -> KVCache:
-    """The cache, once each layer has extended its share."""
+    """The cache, from the extended cache of each layer."""
     layers = tuple((past.k_BKSH, past.v_BKSH) for past in pasts)
     return KVCache(layers, pasts[0].positions_BS, pasts[0].start + pasts[0].positions_BT.shape[1])
 
 
 def make_cache(config: ModelConfig, batch: int, num_slots: int, dtype: jnp.dtype) -> KVCache:
-    """An empty one."""
+    """An empty cache."""
     zeros_BKSH = jnp.zeros((batch, config.num_kv_heads, num_slots, config.head_dim), dtype)
     nowhere_BS = jnp.full((batch, num_slots), NOWHERE, jnp.int32)
     layers = ((zeros_BKSH, zeros_BKSH),) * config.num_layers

@@ -1,4 +1,4 @@
-"""What a model makes of given tokens: how likely each is.
+"""Log-probabilities of given tokens under a model.
 
 Arrays in, arrays out. Dims: B batch, T time, V vocabulary.
 """
@@ -22,7 +22,7 @@ def make_token_scores(blueprint: Blueprint, mesh: Mesh, eos_id: int | None) -> T
     Args:
       blueprint: of the model.
       mesh: the mesh.
-      eos_id: where given, attention stays within a document; documents end at this token.
+      eos_id: if given, attention stays within a document; documents end at this token.
 
     Returns:
       A function of params and a batch of `inputs` and `targets`, int32 [B, T], that gives float32

@@ -1,7 +1,7 @@
 """Losses: sums over the tokens of a batch, so that the parts of a batch add up.
 
-A loss is a function `(model, batch) -> (sum, number of tokens)`. In place of the sum, a dict adds
-terms of the objective to `loss`. A dict as a third value holds metrics, which no gradient sees.
+A loss is a function `(model, batch) -> (sum, number of tokens)`. A dict instead of the sum adds
+terms of the objective to `loss`. A dict as a third value holds metrics, without a gradient.
 """
 
 import inspect
@@ -17,25 +17,25 @@ from jaxlm.errors import InputError
 Batch = dict[str, jax.Array]
 Sums = jax.Array | dict[str, jax.Array]
 Loss = Callable[..., tuple[Sums, jax.Array] | tuple[Sums, jax.Array, dict[str, jax.Array]]]
-"""Called as `loss(model, batch)`, or `loss(model, batch, key=…)` where it has such a parameter."""
+"""Called as `loss(model, batch)`, or `loss(model, batch, key=…)` if the loss has this parameter."""
 
 
 class Totals(NamedTuple):
-    """What a loss returns, with a place for each of its kinds. All but `weight` are named sums."""
+    """The sums that a loss returns, by kind. All but `weight` are named sums."""
 
     loss: jax.Array
     terms: dict[str, jax.Array]
-    """Parts of the objective that are no part of the loss."""
+    """Auxiliary terms of the objective, not part of the loss."""
     metrics: dict[str, jax.Array]
     weight: jax.Array
     """Number of tokens."""
 
     def objective(self) -> jax.Array:
-        """The sum whose gradient is taken: the loss and its terms."""
+        """The sum to differentiate: the loss and its terms."""
         return sum(self.terms.values(), self.loss)
 
     def means(self) -> "Totals":
-        """Each sum by the number of tokens."""
+        """Each sum, divided by the number of tokens."""
         loss, terms, metrics = jax.tree.map(lambda x: x / self.weight, self[:3])
         return Totals(loss, terms, metrics, self.weight)
 
@@ -63,16 +63,15 @@ def next_token_loss(*, z_loss: float = 0.0, eos_id: int | None = None, num_chunk
     Args:
       z_loss: weight of the term `z_loss`, the squared log-normalizer, which keeps logits from
         drifting (PaLM, 2204.02311).
-      eos_id: where given, attention stays within a document; documents end at this token.
-      num_chunks: parts of the sequence whose logits are made one after the other, and again in the
-        backward pass, so that no [B, T, V] is ever in memory. More than one takes a model with
+      eos_id: if given, attention stays within a document; documents end at this token.
+      num_chunks: parts of the sequence whose logits are computed one after the other, and again in
+        the backward pass, so that [B, T, V] is never in memory. More than one needs a model with
         `hidden(tokens_BT, segment_ids_BT) -> (x_BTD, None)` and `readout()(x_BTD) -> logits_BTV`.
 
     Returns:
       A loss of a model `(tokens_BT, segment_ids_BT or None) -> logits_BTV` and a batch of
-      `inputs` and `targets`, int32 [B, T], and optionally `loss_mask`, float32 [B, T]. A model with
-      a parameter `rngs` (in `hidden` too) is given `nnx.Rngs` of this batch for it, and None in
-      evals.
+      `inputs` and `targets`, int32 [B, T], and optionally `loss_mask`, float32 [B, T]. A parameter
+      `rngs` of the model (and of `hidden`) receives `nnx.Rngs` of this batch, and None in evals.
     """
 
     def loss(model: Any, batch: Batch, key: jax.Array | None = None) -> tuple[Sums, jax.Array]:
@@ -88,8 +87,8 @@ def next_token_loss(*, z_loss: float = 0.0, eos_id: int | None = None, num_chunk
                     "calls; expected it in both, or loss_chunks 1"
                 )
             x_BTD, _ = model.hidden(inputs_BT, segment_ids_BT, **_rngs_for(model.hidden, key))
-            # The readout is made out here, so that gradients of its weights are summed, and sent
-            # between devices, in the dtype that it casts them to.
+            # The readout is made outside of the loop: inside, the gradients of its weights would be
+            # summed, and sent between devices, in float32.
             losses_BT, log_normalizer_BT = _in_chunks(
                 model.readout(), x_BTD, batch["targets"], num_chunks
             )
@@ -108,7 +107,7 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 
 
 def _token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # The cross-entropy and the log-normalizer, log(sum exp logits), of each token.
+    # Cross-entropy and log-normalizer, log(sum exp logits), of each token.
     logits_BTV = logits_BTV.astype(jnp.float32)
     log_normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
@@ -139,6 +138,6 @@ def _in_chunks(
 
 
 def segments(tokens_BT: jax.Array, eos_id: int) -> jax.Array:
-    """Which document of its row each token belongs to, int32 [B, T]; an EOS ends its document."""
+    """Document number of each token in its row, int32 [B, T]; an EOS ends its document."""
     ends_BT = (tokens_BT == eos_id).astype(jnp.int32)
     return jnp.cumsum(ends_BT, axis=1) - ends_BT

@@ -1,7 +1,7 @@
 """The decoder transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases.
 
-The function is that of `LlamaForCausalLM` (and, with `qk_norm`, `Qwen3ForCausalLM`) of Hugging
-Face transformers, so that weights interchange.
+Computes the same function as `LlamaForCausalLM` (with `qk_norm`, `Qwen3ForCausalLM`) of Hugging
+Face transformers, so that weights can be exchanged.
 
 Dims: B batch, T time, D model, F feed-forward, N query heads, K key/value heads, H head dim,
 V vocabulary.
@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm.config import ModelConfig
 from jaxlm.device.attention import Attention, cached_attention, for_platform, reference_attention
 from jaxlm.device.kv_cache import KVCache, Past, end
-from jaxlm.device.sharding import constrain, gathered_after
+from jaxlm.device.sharding import constrain, delay_all_gather
 
 
 def compute_dtype(config: ModelConfig, platform: str) -> jnp.dtype:
@@ -45,10 +45,10 @@ def _zeros(shape: tuple[int, ...], dims: tuple[str | None, ...]):
 
 @jax.custom_vjp
 def silu(x: jax.Array) -> jax.Array:
-    """The function x * sigmoid(x), which keeps its derivative for the backward pass.
+    """The function x * sigmoid(x), with its derivative kept for the backward pass.
 
-    Left to itself, XLA recomputes the sigmoid in every consumer that it fuses it into: on a CPU
-    that costs a fifth of the step.
+    By default XLA fuses the sigmoid into every consumer and recomputes it there: on a CPU that
+    costs a fifth of the step.
     """
     return x * jax.nn.sigmoid(x)
 
@@ -67,10 +67,10 @@ silu.defvjp(_silu_forward, _silu_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def widen(x_BTD: jax.Array, w_DF: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`x @ w` in a dtype, where F is much larger than D; all gradients are in the dtype of `x`.
+    """`x @ w` in a dtype, for F much larger than D; all gradients are in the dtype of `x`.
 
-    JAX would make the gradient of `w` from that of the result and `x`, in this order, for which XLA
-    makes a transposed copy of the former: on a CPU a quarter of the step. Here it is `x` first.
+    The gradient of `w` multiplies `x` first: in JAX's order, XLA would copy and transpose the
+    gradient of the result, on a CPU a quarter of the step.
     """
     return jnp.matmul(x_BTD, w_DF, preferred_element_type=dtype)
 
@@ -175,14 +175,14 @@ class SwiGLU(nnx.Module):
         dtype = x_BTD.dtype
         gate_BTF = widen(x_BTD, self.w_gate_DF[...].astype(dtype), dtype)
         up_BTF = widen(x_BTD, self.w_up_DF[...].astype(dtype), dtype)
-        # By name, since the policy for products does not see into `widen`.
+        # By name: the remat policy for products does not look into the custom gradient of `widen`.
         gate_BTF, up_BTF = (checkpoint_name(x, "product") for x in (gate_BTF, up_BTF))
         gate_BTF, up_BTF = (constrain(x, "batch", None, "mlp") for x in (gate_BTF, up_BTF))
         return (silu(gate_BTF) * up_BTF) @ self.w_down_FD[...].astype(dtype)
 
 
 class Block(nnx.Module):
-    """Attention, then SwiGLU, each on a normed residual stream; at first it adds nothing to it."""
+    """Attention, then SwiGLU, each on the normed residual stream; initially both add zero."""
 
     def __init__(self, config: ModelConfig, attention: Attention, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -259,14 +259,14 @@ class Transformer(nnx.Module):
         cache: KVCache | None = None,
         positions_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """What `readout` takes, and the cache with these tokens in it if one was given.
+        """Activations for `readout`, and the given cache with these tokens added.
 
         Args:
           tokens_BT: int32 [B, T].
           segment_ids_BT: as in a call of the model; only without a cache.
-          cache: what the tokens attend to besides each other; it must have T free slots.
-          positions_BT: of the tokens in their rows, int32 [B, T], where there is a cache; `NOWHERE`
-            for padding, which no other token sees.
+          cache: earlier tokens to attend to; must have T free slots.
+          positions_BT: with a cache, positions of the tokens in their rows, int32 [B, T]; `NOWHERE`
+            for padding, which no other token attends to.
 
         Returns:
           [B, T, D], in the dtype of the activations.
@@ -280,13 +280,13 @@ class Transformer(nnx.Module):
             pasts = [*cache.begin(positions_BT)]
         before_BTD = x_BTD
         for number, layer in enumerate(self.layers):
-            layer, before_BTD = gathered_after(before_BTD, layer), x_BTD
+            layer, before_BTD = delay_all_gather(before_BTD, layer), x_BTD
             x_BTD, pasts[number] = apply(layer, x_BTD, segment_ids_BT, pasts[number])
         cache = end([past for past in pasts if past]) if cache is not None else None
         return self.final_norm(x_BTD), cache
 
     def readout(self) -> Callable[[jax.Array], jax.Array]:
-        """What makes logits, float32 [B, T, V], of `hidden`; weights are cast here, once."""
+        """A function from `hidden` to logits, float32 [B, T, V]; weights are cast here, once."""
         if self.config.tie_embeddings:
             w_DV = self.embedding_VD[...].astype(self.dtype).T
         else:

@@ -13,7 +13,7 @@ from jaxlm.config import OptimConfig
 from jaxlm.device.sharding import Dims
 
 Path = tuple[Any, ...]
-"""The keys that lead to a param, such as `("layers", 0, "mlp", "w_up_DF")`."""
+"""The keys of a param, such as `("layers", 0, "mlp", "w_up_DF")`."""
 
 # The dims that a hidden matrix has on its two sides, and the one that stacks matrices.
 _SIDES = ("model", "mlp", "heads", "kv_heads", "head_dim")
@@ -27,7 +27,7 @@ _NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
     """Step -> learning rate: a linear warmup, then the rest by `config.schedule`."""
     peak, warmup = config.learning_rate, config.warmup_steps
-    # The rate of step 0 is peak / warmup, not 0: an update of nothing would be a step wasted.
+    # The rate of step 0 is peak / warmup: with 0, the first step would change nothing.
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
     return optax.join_schedules([rise, SCHEDULES[config.schedule](config, num_steps)], [warmup])
 
@@ -43,7 +43,7 @@ def _cosine(config: OptimConfig, num_steps: int) -> optax.Schedule:
 
 def _warmup_stable_decay(config: OptimConfig, num_steps: int) -> optax.Schedule:
     # Constant, then linear over the last `decay_fraction` of the run (2404.06395). A warmup that
-    # reaches into the decay shortens it; the end stays where it is.
+    # reaches into the decay shortens the decay, not the run.
     peak, after_warmup = config.learning_rate, num_steps - config.warmup_steps
     decay_steps = min(round(config.decay_fraction * num_steps), after_warmup)
     fall = optax.linear_schedule(peak, peak * config.min_lr_ratio, max(decay_steps, 1))
@@ -56,16 +56,16 @@ SCHEDULES: dict[str, Callable[[OptimConfig, int], optax.Schedule]] = {
     "cosine": _cosine,
     "wsd": _warmup_stable_decay,
 }
-"""Name -> what follows the warmup, from (config, steps of the run, warmup included)."""
+"""Name -> schedule after the warmup, from (config, steps of the run, warmup included)."""
 
 
 def make_optimizer(
     config: OptimConfig, dims: Mapping[Path, Dims | None]
 ) -> optax.GradientTransformation:
-    """Clip, the optimizer by its name, and decoupled weight decay (1711.05101).
+    """Clipping, the optimizer by its name, and decoupled weight decay (1711.05101).
 
-    The learning rate is left out: the caller multiplies by that of its own step counter, which also
-    counts steps that were not applied and changed nothing here.
+    The caller multiplies by the learning rate: its step counter also counts steps that were not
+    applied, which a counter in here would miss.
 
     Args:
       config: the settings.
@@ -84,8 +84,8 @@ def _adam(config: OptimConfig, dims: Mapping[Path, Dims | None]) -> optax.Gradie
 
 
 def _muon(config: OptimConfig, dims: Mapping[Path, Dims | None]) -> optax.GradientTransformation:
-    # Muon (kellerjordan.github.io/posts/muon) for the hidden matrices, Adam for all else. Muon's
-    # updates get one size whatever the shape of the matrix (2502.16982), so they share the rate.
+    # Muon (kellerjordan.github.io/posts/muon) for the hidden matrices, Adam for the others. Muon's
+    # updates are scaled to one RMS for any shape (2502.16982), so that both share the rate.
     matrices = {path: axes for path, names in dims.items() if (axes := matrix_axes(names))}
     orthogonal = optax.contrib.scale_by_muon(
         _NEWTON_SCHULZ,
@@ -120,12 +120,12 @@ class Matrix(NamedTuple):
 
 
 def matrix_axes(dims: Dims | None) -> Matrix | None:
-    """The two sides of a hidden matrix, which is for Muon; None for all else.
+    """The axes of a hidden matrix, which Muon updates; None for other params.
 
-    A hidden matrix goes from or to the residual stream, the dim `model`, and all its other dims are
-    its other side. A table of tokens has `vocab`, and its rows have gradients of their own. With
-    `experts`, each expert is a matrix of its own. A dim without a name may be anything, and all
-    experts as one matrix would train wrong without a sign of it: so each must be named.
+    A hidden matrix maps from or to the residual stream, the dim `model`; its other dims form the
+    other side. Embedding and head have `vocab`, and are for Adam. With `experts`, each expert is a
+    separate matrix. Every dim must be named: Muon on all experts as one matrix would train wrong
+    silently.
 
     Args:
       dims: the names of a param's dims; None for a param that names none.

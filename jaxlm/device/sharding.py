@@ -1,4 +1,4 @@
-"""Devices into a mesh, and the named dims of an array onto its axes.
+"""The mesh of devices, and the shardings of arrays from the names of their dims.
 
 A mesh has *axes* (`data`, `fsdp`, `tensor`); an array has *dims* (`batch`, `vocab`, `heads`, …).
 `AXES_OF` is the one table between the two.
@@ -57,12 +57,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over all data-parallel devices; the other dims of any rank are whole."""
+    """The sharding of a batch: rows over the data and fsdp axes, other dims replicated."""
     return NamedSharding(mesh, P(AXES_OF["batch"]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same array on every device."""
+    """The sharding of an array that every device holds in full."""
     return NamedSharding(mesh, P())
 
 
@@ -104,20 +104,21 @@ def param_sharding(
 
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
-    """Pins an activation to the mesh in context; without a mesh, `x` as it is.
+    """`x` constrained to these dims on the mesh in context; unchanged without a mesh.
 
-    GSPMD is free to split an activation by any of its inputs. Params split by `fsdp` would
-    otherwise win over the batch, and the activations would be gathered instead of the params.
+    Otherwise GSPMD may shard an activation like a param that `fsdp` splits, and all-gather the
+    activations instead of the params.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, P(*(AXES_OF[dim] or None for dim in dims)))
 
 
-def gathered_after(x: jax.Array, module: nnx.Module) -> nnx.Module:
-    """The module, its params on hold until `x` is there; without a split by `fsdp`, as it is.
+def delay_all_gather(x: jax.Array, module: nnx.Module) -> nnx.Module:
+    """The module, with the all-gather of its params delayed until `x` is computed.
 
-    XLA would gather the params of all blocks before the first of them begins.
+    Unchanged without fsdp. XLA would otherwise all-gather every block's params before the first
+    block runs.
     """
     if not _split_here():
         return module
@@ -126,10 +127,10 @@ def gathered_after(x: jax.Array, module: nnx.Module) -> nnx.Module:
     return nnx.merge(graphdef, params)
 
 
-def split_at_once(grads: Any, shardings: Any) -> Any:
-    """The gradients, of which each device keeps its part; without a split by `fsdp`, as they are.
+def shard_grads(grads: Any, shardings: Any) -> Any:
+    """Gradients constrained to `shardings` as soon as they exist; unchanged without fsdp.
 
-    XLA would keep the whole of each on every device, and slice it once more wherever it is used.
+    XLA would otherwise keep each gradient replicated and slice it at every use.
     """
     if not _split_here():
         return grads
@@ -144,19 +145,19 @@ def _split_here() -> bool:
 def put_batch(
     rows_of: Callable[[slice], dict[str, np.ndarray]], mesh: Mesh, batch_size: int
 ) -> dict[str, jax.Array]:
-    """A global batch on the mesh, of which this process makes only the rows of its own devices.
+    """A global batch on the mesh; this process makes only the rows of its own devices.
 
     Args:
-      rows_of: `rows_of(rows)` gives those rows of the batch, as host arrays [rows, …].
+      rows_of: slice of rows -> those rows of the batch, as host arrays [rows, …].
       mesh: the mesh.
-      batch_size: rows of the whole batch.
+      batch_size: rows of the global batch.
     """
     sharding = batch_sharding(mesh)
 
     @cache
     def made(start: int, stop: int) -> dict[str, np.ndarray]:
-        # A copy: on a CPU the batch is the host array itself, where that is aligned, and a caller
-        # that fills the same buffers for the next batch would change this one under the step.
+        # Copy: on a CPU, JAX uses an aligned host array in place, and a caller that refills its
+        # buffers for the next batch would change this one under the step.
         return {
             key: np.array(value, order="C") for key, value in rows_of(slice(start, stop)).items()
         }
@@ -176,11 +177,11 @@ def put_batch(
 
 
 def deterministic_options(mesh: Mesh) -> dict[str, Any]:
-    """Compiler options with which a program gives the same bits each time, on these devices.
+    """Compiler options under which a program gives the same bits each time, on these devices.
 
-    Left alone, XLA for GPUs takes kernels that add in any order, and of several whichever was the
-    fastest when it tried them. Its own kernels for matrix products would have to be tried, too, so
-    all products go to cuBLAS. CPU and TPU need no option.
+    By default XLA:GPU uses reductions of varying order and chooses kernels by autotuning. Triton
+    GEMMs need autotuning too, so they are off and cuBLAS computes every matmul. CPU and TPU need
+    no option.
     """
     if mesh.devices.flat[0].platform != "gpu":
         return {}
@@ -190,9 +191,9 @@ def deterministic_options(mesh: Mesh) -> dict[str, Any]:
 def compiler_options(mesh: Mesh, deterministic: bool) -> dict[str, Any]:
     """Compiler options of XLA for a step on these devices.
 
-    XLA for TPUs would make a product with a param that `fsdp` splits of each part as it comes, and
-    read and write the activations anew for each: it shall gather the param first. With `tensor` the
-    activations are in parts themselves, so there it is left alone.
+    XLA:TPU would run a matmul with an fsdp-sharded param as a windowed einsum, one shard at a time,
+    and reread the activations for each shard. The high threshold makes XLA all-gather the param
+    first. With `tensor`, the activations are sharded too, so the default stays.
     """
     options = deterministic_options(mesh) if deterministic else {}
     if mesh.devices.flat[0].platform == "tpu" and mesh.shape["fsdp"] > 1 == mesh.shape["tensor"]:

@@ -1,4 +1,4 @@
-"""The train state: what it holds, how it is made on a mesh, and its fingerprint."""
+"""The train state, its abstract form, and its sharded initialization."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from jaxlm.errors import InputError
 Params = Any  # nested dicts of arrays
 ModelFactory = Callable[[nnx.Rngs], nnx.Module]
 Optimizer = Callable[[Mapping[Path, Dims | None]], optax.GradientTransformation]
-"""From the names of each param's dims, where it has any."""
+"""Path -> dim names of each param (None without names) -> optimizer."""
 
 _OUTSIDE = (
     "a checkpoint holds params, so keep other state out of the model (dropout takes the `rngs` of "
@@ -30,32 +30,32 @@ _PARAM_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class TrainState(NamedTuple):
-    """All that a step changes."""
+    """Everything that a step changes."""
 
     params: Params
     opt_state: optax.OptState
     step: jax.Array
     """int32 []: batches taken in."""
     guard: Guard
-    """What decides whether a step is applied."""
+    """History that decides whether a step is applied."""
     ema_params: Params | None = None
-    """The moving average of the params, float32 at least, where the run keeps one."""
+    """Moving average of the params, float32 or wider; None if the run keeps none."""
 
     @property
     def weights(self) -> Params:
-        """What is evaluated, and used: the average where there is one, else the params."""
+        """The weights to evaluate and use: the average if the run keeps one, else the params."""
         return self.params if self.ema_params is None else cast_like(self.ema_params, self.params)
 
     def begin_ema(self) -> "TrainState":
-        """The same state, with an average of no more than its own params."""
+        """The same state, with its params as the start of the moving average."""
         return self._replace(ema_params=jax.tree.map(jnp.copy, in_float32(self.params)))
 
 
 def in_float32(tree: Any) -> Any:
-    """Params, gradients or sums, of which narrower ones are widened to float32.
+    """Params, gradients or sums, with narrower dtypes widened to float32.
 
-    In bfloat16, moments and moving averages stand still: a change below 1/256 is rounded away. In
-    float16, the norm of a gradient overflows: 256 squared is infinite.
+    In bfloat16, moments and moving averages would stand still: a change below 1/256 is rounded
+    away. In float16, the norm of a gradient would overflow: 256 squared is infinite.
     """
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
@@ -81,10 +81,10 @@ class Blueprint(NamedTuple):
 def jit_with_model(
     function: Callable[[Any, Any], Any], blueprint: Blueprint, mesh: Mesh
 ) -> Callable[[Params, Any], Any]:
-    """Compiles `(model, batch) -> arrays` as `(params, batch) -> arrays`, the same on all devices.
+    """`(model, batch) -> arrays` compiled as `(params, batch) -> replicated arrays`.
 
     Args:
-      function: takes the model and a batch, whose arrays are split by rows.
+      function: takes the model and a batch, whose arrays are sharded by rows.
       blueprint: of the model.
       mesh: the mesh.
     """
@@ -115,17 +115,18 @@ def make_blueprint(
     ema: bool = False,
     deterministic: bool = True,
 ) -> Blueprint:
-    """Works out shapes and shardings by abstract evaluation.
+    """The blueprint of a model and optimizer; shapes and shardings by abstract evaluation.
 
     Args:
       model: makes the module.
       optimizer: makes the optimizer.
       mesh: the devices.
       ema: keep an average of the params.
-      deterministic: compile for the same bits each time, on devices that do not do so anyway.
+      deterministic: compile for the same bits each time (a GPU needs options for that).
 
     Raises:
-      ValueError: the model holds other than `nnx.Param` of floats, or the mesh does not divide it.
+      ValueError: the model holds state other than `nnx.Param` of floats, or the mesh does not
+        divide a param.
     """
     graphdef, variables = _split(model)
     of_params: dict[Path, Any] = {}
@@ -151,7 +152,7 @@ def make_blueprint(
     def sharding_of(leaf: Any, sharding: NamedSharding, param: Any) -> Any:
         if isinstance(leaf, optax.MaskedNode):
             return leaf
-        return sharding if leaf.shape == param.shape else whole  # as Adafactor's factors are
+        return sharding if leaf.shape == param.shape else whole  # Adafactor's factors are smaller
 
     opt_state_shardings = optax.tree_utils.tree_map_params(
         tx,
@@ -171,7 +172,7 @@ def make_blueprint(
 
 
 def _split(model: ModelFactory) -> tuple[nnx.GraphDef, nnx.State]:
-    # The structure and the variables, without an array.
+    # The graphdef and the abstract variables; no array is allocated.
     try:
         return nnx.split(nnx.eval_shape(lambda: model(nnx.Rngs(params=0))))
     except (AttributeError, KeyError) as error:
@@ -194,13 +195,13 @@ def _check_variable(name: str, variable: Any) -> None:
 
 
 class Own(NamedTuple):
-    """What a caller has put in the place of the config's."""
+    """Model, optimizer and frozen params of the caller, instead of the config's."""
 
     model: ModelFactory | None = None
     optimizer: optax.GradientTransformation | None = None
-    """Whose updates are added to the params as they are, learning rate included."""
+    """Its updates, learning rate included, are added to the params."""
     frozen: Callable[[str], bool] | None = None
-    """Name of a param, such as `layers/0/mlp/w_up_DF` -> whether training leaves it as it is."""
+    """Name of a param, such as `layers/0/mlp/w_up_DF` -> whether the param is frozen."""
 
 
 AS_CONFIGURED = Own()
@@ -239,7 +240,8 @@ def _in_place_of(tx: optax.GradientTransformation, own: Own) -> optax.GradientTr
         )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        # Before, so that the norm is that of what is trained; after, because of weight decay.
+        # Zero gradients before: frozen params would count in the norm. Zero updates after: weight
+        # decay would change frozen params.
         updates, state = tx.update(hold(updates), state, params)
         if own.optimizer is not None:  # the step subtracts updates
             updates = jax.tree.map(jnp.negative, updates)
@@ -255,5 +257,5 @@ def model_of(config: Config, state: TrainState, model: ModelFactory | None = Non
 
 
 def num_bytes(tree: Any) -> int:
-    """Bytes of all leaves, each counted once however many devices hold it."""
+    """Bytes of all leaves; a leaf counts once, whatever its sharding."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

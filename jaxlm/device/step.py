@@ -1,4 +1,4 @@
-"""One update: loss, gradient, and what becomes of the state. Arrays in, arrays out."""
+"""The train step: loss, gradient, update. Arrays in, arrays out."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxlm.device.guard import judge
 from jaxlm.device.loss import Batch, Loss, Totals, total
-from jaxlm.device.sharding import batch_sharding, replicated, split_at_once
+from jaxlm.device.sharding import batch_sharding, replicated, shard_grads
 from jaxlm.device.state import Blueprint, Params, TrainState, cast_like, in_float32, jit_with_model
 
 StepMetrics = dict[str, jax.Array]
@@ -27,11 +27,11 @@ def make_train_step(
     outlier_zscore: float | None = None,
     ema_decay: float | None = None,
 ) -> jax.stages.Wrapped:
-    """The update, to be compiled; it consumes the state that it is given (donation).
+    """The jitted update; the state is donated.
 
-    The batch is taken in `num_microbatches` parts of its rows, whose loss and gradient sums add up
-    to those of the whole batch. A step that `judge` does not apply leaves params, optimizer and
-    `ema_params` (kept with `ema_decay`) as they were.
+    The rows of the batch are split into `num_microbatches` parts, whose loss and gradient sums add
+    up to those of the batch. A step that `judge` rejects leaves params, optimizer and `ema_params`
+    (kept with `ema_decay`) unchanged.
 
     Returns:
       `(state, batch, learning_rate, key) -> (state, metrics)`, metrics being float32 [] `loss`
@@ -53,7 +53,7 @@ def make_train_step(
             sums, grads = sums_and_grads(params, batch, key)
         else:
             sums, grads = _accumulate(sums_and_grads, params, batch, key, num_microbatches)
-        grads = split_at_once(grads, shardings.params)
+        grads = shard_grads(grads, shardings.params)
         return sums.means(), jax.tree.map(lambda x: x / sums.weight, grads)
 
     def train_step(
@@ -100,9 +100,9 @@ def make_train_step(
 def scheduled(
     update: Callable[..., Any], schedule: optax.Schedule, mesh: Mesh, seed: int = 0
 ) -> TrainStep:
-    """What `make_train_step` gives, with the learning rate and the randomness of each step.
+    """The update of `make_train_step`, called with the learning rate and the key of each step.
 
-    Neither is a constant of the update, which is compiled once for any plan, rate and seed.
+    Both are arguments, so another schedule or seed does not recompile the update.
     """
 
     def rate_and_key(step: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -114,8 +114,8 @@ def scheduled(
 
 
 def _average(state: TrainState, params: Params, ema_decay: float | None) -> Params | None:
-    # With a lower decay in a run's first steps, so that its initial weights are soon forgotten
-    # (as in TensorFlow's ExponentialMovingAverage).
+    # A lower decay in the first steps forgets the initial weights quickly (as in TensorFlow's
+    # ExponentialMovingAverage).
     if ema_decay is None:
         return None
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
@@ -129,7 +129,7 @@ def _accumulate(
     key: jax.Array,
     num_microbatches: int,
 ) -> tuple[Totals, Params]:
-    # Part m takes rows m, m + M, …: each device goes on with its own rows, and none is moved.
+    # Part m takes rows m, m + M, …: contiguous parts would move rows between devices.
     parts = jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(-1, num_microbatches, *x.shape[1:]), 0, 1), batch
     )

@@ -13,7 +13,7 @@ from typing import TypedDict
 
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.errors import InputError
-from jaxlm.files.durable import check_out, read_file
+from jaxlm.files.durable import check_output_path, read_file
 from jaxlm.files.strict import parse_json, spell
 
 NAME = "evals.jsonl"
@@ -77,7 +77,7 @@ class EvalLog:
         Raises:
           ValueError: another process has it open, it has other rows, or there is no such folder.
         """
-        path = check_out(path)
+        path = check_output_path(path)
         self._file = path.open("ab", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

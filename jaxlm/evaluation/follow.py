@@ -1,4 +1,4 @@
-"""`jaxlm eval --follow`: each new checkpoint of a running job is scored, from another process."""
+"""`jaxlm eval --follow`: scores each new checkpoint of a running job, from another process."""
 
 import contextlib
 import functools
@@ -30,22 +30,23 @@ def follow(
     poll_s: float,
     found: Callable[[Eval], None] = lambda _: None,
 ) -> None:
-    """Evaluates the checkpoints of a run, oldest first, until one is final and all have a row.
+    """Evaluates a run's checkpoints, oldest first, until the newest is final and all have a row.
 
     Nothing in the checkpoint folder is changed. A checkpoint that retention deletes before its turn
-    is passed over, and so is a damaged one; both are said. What has a row is not evaluated again.
+    is skipped, and so is a damaged one; both are logged. A checkpoint with a row is not evaluated
+    again.
 
     Args:
       run: a run folder or checkpoint folder.
-      source: another `data.source`, of whose held-out documents to take the tokens instead.
+      source: another `data.source`, whose held-out documents to use instead.
       out: the file to append to; by default `evals.jsonl` in the run folder.
       poll_s: time between two looks at the folder (s).
-      found: takes each row, once it is on disk.
+      found: called with each row, once the row is on disk.
 
     Raises:
       ValueError: there is no such run, another process writes the file, or the data is no longer
         that of the run.
-      DiskError: the disk gives no answer.
+      DiskError: the disk does not respond.
     """
     if not 0 < poll_s < math.inf:
         raise InputError(f"--poll_s: found {poll_s}, expected seconds above 0")
@@ -80,7 +81,7 @@ def follow(
             if not missed and now.sound.keys() == steps.keys():
                 final = bool(steps) and steps[max(steps)].final
                 for step in now.damaged if final else now.damaged.keys() & looked_at:
-                    what = now.damaged[step][0]  # at a first look, it may be half committed
+                    what = now.damaged[step][0]  # A second scan: the first may see half a commit.
                     warn_once(f"step {step} is damaged, and was passed over ({what})")
                 looked_at = set(now.damaged)
                 if final:
@@ -106,7 +107,7 @@ def _each_line_once(name: str) -> Iterator[None]:
 
 
 def _evaluate(run: str, path: Path, scorer: Scorer) -> Eval | None:
-    # None for a checkpoint that was deleted, or committed anew, meanwhile.
+    # None if the checkpoint was deleted or saved again meanwhile.
     before = identity(path)
     try:
         score = scorer(run)

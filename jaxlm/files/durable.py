@@ -1,4 +1,4 @@
-"""Files that are, after a kill or a power cut at any instant, whole or absent."""
+"""Atomic writes: after a kill or a power cut, a file is complete or absent."""
 
 import contextlib
 import errno
@@ -13,20 +13,20 @@ import google_crc32c
 from jaxlm.errors import InputError, RunError
 
 NO_ANSWER = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
-"""What says nothing about a file but that it cannot be had now."""
+"""Errnos of storage that does not respond; the file may be intact."""
 _MAX_NAME_BYTES = 255
-"""Of a file's name: ext4, XFS, APFS and NFS take no more."""
+"""Longest file name on ext4, XFS, APFS and NFS."""
 _MAX_PATH_BYTES = 4096
-"""Of a path: Linux takes one byte less."""
+"""Linux PATH_MAX, with the terminating NUL."""
 
 
 class DiskError(RunError):
-    """A disk or its server gives no answer about a file, which may be sound for all we know."""
+    """A disk or its server does not respond; the file may be intact."""
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raises `DiskError` where the disk gives no answer."""
+    """Turns an OSError of storage that does not respond into `DiskError`."""
     try:
         yield
     except OSError as error:
@@ -36,7 +36,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def no_answer(path: Path, reason: str) -> DiskError:
-    """The error to raise."""
+    """The `DiskError` of a file that cannot be read."""
     return DiskError(
         f"{path} cannot be read ({reason}), and may be sound: it was left as it is. "
         "Look at its disk, then start again"
@@ -44,7 +44,7 @@ def no_answer(path: Path, reason: str) -> DiskError:
 
 
 def fsync(path: Path) -> None:
-    """Puts a file or a folder on the disk itself."""
+    """Flushes a file or a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -53,10 +53,11 @@ def fsync(path: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replaces a file as a whole.
+    """Replaces a file atomically.
 
     Raises:
-      OSError: it could not be written; the old file is as it was, and nothing is left of the new.
+      OSError: the write failed and the old file is intact; if only the fsync of the folder failed,
+        the new file is in place.
     """
     partial = path.with_name(f".{path.name}.tmp")
     try:
@@ -72,12 +73,12 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
-    """All of a file that is not too large; nothing that would have to be waited for.
+    """The content of a regular file of at most `max_bytes`.
 
     Raises:
-      OSError: it cannot be read.
-      ValueError: it is no regular file (a pipe, a device, a folder), or larger; names it.
-      DiskError: the disk gives no answer.
+      OSError: the file cannot be read.
+      ValueError: the file is larger or not regular; a FIFO would block the reader.
+      DiskError: the disk does not respond.
     """
     with reading(path):
         found = path.stat()
@@ -92,8 +93,8 @@ def crc32c(path: Path, chunk_bytes: int = 1 << 22) -> int:
     """The checksum of a file's content, read in chunks.
 
     Raises:
-      OSError: it cannot be read.
-      DiskError: the disk gives no answer.
+      OSError: the file cannot be read.
+      DiskError: the disk does not respond.
     """
     checksum = google_crc32c.Checksum()
     with reading(path), path.open("rb", buffering=0) as file:
@@ -103,7 +104,7 @@ def crc32c(path: Path, chunk_bytes: int = 1 << 22) -> int:
 
 
 def folder_bytes(folder: Path) -> int:
-    """The size of the files in a folder, without those that go while we look."""
+    """Bytes of all files in a folder; files deleted meanwhile are left out."""
     num_bytes = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -113,7 +114,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def free_path(path: Path) -> Path:
-    """The path, or the first of `PATH-2`, `PATH-3`, … that is not there yet."""
+    """The path, or the first of `PATH-2`, `PATH-3`, … that does not exist."""
     found, number = path, 2
     while found.exists():
         found, number = path.with_name(f"{path.name}-{number}"), number + 1
@@ -121,7 +122,7 @@ def free_path(path: Path) -> Path:
 
 
 def link(source: str, target: str) -> None:
-    """A hard link to a file that is never written again; a copy, where there are no links."""
+    """Hard-links a file that is never written again; copies it on a disk without links."""
     try:
         os.link(source, target)
     except OSError:
@@ -129,14 +130,14 @@ def link(source: str, target: str) -> None:
 
 
 def expand(path: str, what: str) -> str:
-    """A path as a person gives it, with the home folder in the place of `~`.
+    """A path given by a user, with `~` expanded.
 
     Args:
-      path: of a file or folder that may not be there yet.
-      what: the setting, flag or argument that it is of, for the message.
+      path: of a file or folder that need not exist.
+      what: name of the setting, flag or argument, for the message.
 
     Raises:
-      ValueError: it, or a name in it, is longer than file systems take.
+      ValueError: the path, or a name in it, is longer than file systems allow.
     """
     if (num_bytes := len(os.fsencode(path))) >= _MAX_PATH_BYTES:
         raise InputError(
@@ -152,15 +153,15 @@ def expand(path: str, what: str) -> str:
     return os.path.expanduser(path)
 
 
-def check_out(path: Path) -> Path:
-    """The path with `~` as the home folder.
+def check_output_path(path: Path) -> Path:
+    """The `--out` path, with `~` expanded.
 
     Raises:
-      ValueError: no file can be written, or replaced, under this name.
+      ValueError: the path is too long, in a missing folder, a symlink, or no regular file.
     """
     path = Path(expand(str(path), "--out"))
-    expand(f".{path.name}.tmp", "--out")  # the name that the file has while it is written
-    # A device or a pipe would be replaced as well.
+    expand(f".{path.name}.tmp", "--out")  # `write_file` writes under this name first.
+    # A rename would replace a device or a pipe.
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise InputError(f"--out: found {path}, which is no plain file; name another")
     if not path.parent.is_dir():

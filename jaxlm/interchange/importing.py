@@ -1,7 +1,7 @@
-"""A folder of Hugging Face transformers as a run to go on from.
+"""Imports a Hugging Face model folder as a run to train on.
 
-Whoever wrote the folder is not trusted: every size is checked before it is allocated, nothing in it
-is executed, and what is not exactly the tensors of its config is refused.
+The folder is not trusted: every size is checked before memory is allocated, nothing in it is
+executed, and anything but exactly the tensors of its config is refused.
 """
 
 import dataclasses
@@ -39,19 +39,19 @@ _log = logging.getLogger(__name__)
 CONTINUE = "continue.py"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MAX_SEQ_LEN = 2048
-_ANEW = "get the folder anew from its maker"
+_ANEW = "download the folder again"
 _DTYPES = ("F32", "BF16", "F16")  # float32 holds each of their values
 
 
 class Imported(NamedTuple):
-    """What was made."""
+    """The run that an import made."""
 
     run: str
     num_params: int
     dtypes: list[str]
-    """Those of the tensors that were read."""
+    """Of the tensors in the Hugging Face folder."""
     config: str
-    """A config file that goes on from it."""
+    """Path of a config file that trains on from the run."""
 
 
 class _Index(TypedDict):
@@ -69,12 +69,12 @@ def import_folder(folder: str, run: str) -> Imported:
     """Makes a run whose step 0 has the weights of the folder, and the tokenizer beside it.
 
     Args:
-      folder: of transformers: config.json, safetensors, tokenizer.json.
-      run: the run folder; must not be there, or be empty. It is made whole or not at all.
+      folder: Hugging Face model folder: config.json, safetensors, tokenizer.json.
+      run: the run folder, missing or empty; it appears only when it is complete.
 
     Raises:
-      ValueError: the run folder is taken; or the folder is not there, is of another architecture,
-        has pickled weights, or holds not exactly the tensors of its config.
+      ValueError: the run folder is taken; or the folder is missing, is of another architecture,
+        has pickled weights, or its tensors are not exactly those of its config.
     """
     source, target = Path(expand(folder, "FOLDER")), check_free(run)
     run = str(target)
@@ -90,7 +90,7 @@ def import_folder(folder: str, run: str) -> Imported:
     if model.num_layers > len(found):
         raise InputError(
             f"{source / CONFIG}: num_hidden_layers: found {model.num_layers:,}, expected at most "
-            f"as many as the {len(found)} tensors in the folder; one is not whole, get it anew"
+            f"as many as the {len(found)} tensors in the folder; {_ANEW}"
         )
     tokenizer, eos_token, eos_id = _tokenizer(source, hf_config, model.vocab_size)
     kept = target / "checkpoints" / TOKENIZER
@@ -127,7 +127,7 @@ def find_tensors(folder: Path) -> dict[str, _Found]:
     """Name -> file, shape and dtype of each tensor, from the headers alone.
 
     Raises:
-      ValueError: no safetensors, a file of them that is damaged, or an index that does not fit.
+      ValueError: no safetensors, a damaged file of them, or an index that does not match them.
     """
     index = _index(folder)
     files = [folder / name for name in sorted(set(index.values()) if index else {WEIGHTS})]
@@ -137,17 +137,17 @@ def find_tensors(folder: Path) -> dict[str, _Found]:
     for file in files:
         for name, tensor in _header(file):
             if name in found:
-                raise InputError(f"{name}: in {found[name].file.name} and {file.name}; {_ANEW}")
+                raise InputError(f"{name} is in {found[name].file.name} and {file.name}; {_ANEW}")
             if index is not None and index.get(name) != file.name:
-                raise InputError(f"{name}: {file.name} has it, {INDEX} does not say so; {_ANEW}")
+                raise InputError(f"{name} is in {file.name}, but {INDEX} does not list it; {_ANEW}")
             found[name] = tensor
     if missing := sorted((index or {}).keys() - found.keys()):
-        raise InputError(f"{missing[0]}: {INDEX} names it, and it is in no file; {_ANEW}")
+        raise InputError(f"{INDEX} lists tensor {missing[0]}, but no file holds it; {_ANEW}")
     return found
 
 
 def _index(folder: Path) -> dict[str, str] | None:
-    # Name -> file, where the weights are in several.
+    # Tensor -> file name; None unless the weights are in several files.
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         return None
     index = read_json(folder / INDEX, _Index)["weight_map"]
@@ -169,10 +169,10 @@ def _without_weights(folder: Path) -> str:
 
 
 def _header(path: Path) -> Iterator[tuple[str, _Found]]:
-    # The library bounds the header, and checks each size and place against the file's length.
+    # safetensors bounds the header, and checks each offset and size against the file's length.
     try:
         with safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
+            for name in file.keys():  # noqa: SIM118 - safe_open is no dict
                 about = file.get_slice(name)
                 yield name, _Found(path, tuple(about.get_shape()), str(about.get_dtype()))
     except SafetensorError as error:
@@ -182,13 +182,11 @@ def _header(path: Path) -> Iterator[tuple[str, _Found]]:
 def _check_tensors(folder: Path, abstract: Any, found: dict[str, _Found]) -> None:
     wanted = {tensor.name: shape for _, tensor, shape in _leaves(abstract)}
     if missing := [name for name in wanted if name not in found]:
-        raise InputError(
-            f"{folder}: {missing[0]} is missing (and {len(missing) - 1} more); {_ANEW}"
-        )
+        raise InputError(f"{folder}: tensor {missing[0]} is missing{_more(missing)}; {_ANEW}")
     if extra := sorted(found.keys() - wanted.keys()):
         raise InputError(
-            f"{folder}: {shown(extra[0])[1:-1]} has no place in this model (and {len(extra) - 1} "
-            f"more), so its {CONFIG} is of another; {_ANEW}"
+            f"{folder}: tensor {shown(extra[0])[1:-1]} has no place in this model{_more(extra)}, "
+            f"so {CONFIG} describes another model; {_ANEW}"
         )
     for name, shape in wanted.items():
         tensor = found[name]
@@ -203,8 +201,12 @@ def _check_tensors(folder: Path, abstract: Any, found: dict[str, _Found]) -> Non
             )
 
 
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if names[1:] else ""
+
+
 def _leaves(abstract: Any) -> Iterator[tuple[Any, Tensor, tuple[int, ...]]]:
-    # Each leaf, its tensor there, and the shape there.
+    # Each leaf, its tensor in the Hugging Face file, and the shape there.
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
         tensor = tensor_of(path_name(path))
         yield leaf, tensor, tensor.shape(leaf.shape)
@@ -225,7 +227,7 @@ def _read_params(abstract: Any, found: dict[str, _Found]) -> Any:
 def _tokenizer(
     folder: Path, hf_config: dict[str, Any], vocab_size: int
 ) -> tuple[bytes | None, str | None, int | None]:
-    # The file, and the token that ends a document, by name and id.
+    # Content of tokenizer.json, and the token that ends a document, by name and id.
     path = folder / TOKENIZER
     if not path.is_file():
         _log.warning(f"{folder} holds no {TOKENIZER}; the run can only go on with its own batches")
@@ -267,7 +269,7 @@ def _config_file(config: Config, run: str) -> str:
         if (value := getattr(config.model, f.name)) != f.default
     )
     data = config.data
-    return f'''"""Goes on from weights that were imported. All but the model is yours to change."""
+    return f'''"""Trains on from imported weights. Every setting but the model may change."""
 
 from jaxlm.config import Config, DataConfig, ModelConfig, OptimConfig
 

@@ -1,4 +1,4 @@
-"""What a run will need on devices that are not here: memory, time, batch, and when to save."""
+"""Memory, step time, largest batch and save interval of a run, on devices that are not here."""
 
 import math
 import re
@@ -9,27 +9,27 @@ from typing import Any
 from jaxlm.config import Config
 from jaxlm.errors import InputError
 from jaxlm.plan.ahead import examine
-from jaxlm.tracking.console import format_bytes, format_count
+from jaxlm.tracking.console import format_bytes
 from jaxlm.tracking.throughput import find_device, flops_per_token
 
 _NUM_AXES = {"v5e": 2, "v6e": 2, "v5p": 3}
-"""TPU generation -> axes of its network."""
+"""TPU generation -> dimensions of its torus."""
 Compile = Callable[[Config], dict[str, Any] | None]
-"""What `assess` says of the step of a config, or None where enough has been compiled."""
+"""Config -> `assess` of its step; None once `max_compiles` is used up."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is planned; the other flags are those of launch.py."""
+    """The flags of `jaxlm plan`, in addition to those of launch.py."""
 
     topology: str = ""
     """The devices, required, such as v5e-16, v6e-16, v5p-8, v5e:4x8 or h100x8."""
     save_cost_s: float | None = None
-    """How long a save holds the run up, as measured (seconds)."""
+    """Time that a save blocks the training loop, as measured (seconds)."""
     mtbf_hours: float | None = None
     """Mean time between failures of the whole machine (hours)."""
     max_compiles: int = 16
-    """Steps to compile at most, in search of the largest batch or of what fits."""
+    """Train-step programs to compile at most, for the largest batch or for flags that fit."""
     json: bool = False
     """Print JSON."""
 
@@ -46,7 +46,7 @@ def parse_topology(name: str) -> tuple[str, str]:
     """A topology's name -> platform and layout, as its compiler takes them.
 
     Raises:
-      ValueError: it is none of those that are known.
+      ValueError: the name is not known.
     """
     if gpus := re.fullmatch(r"h100x([1-8])", name):
         return "cuda", f"1x1x{gpus[1]}"
@@ -68,10 +68,12 @@ def parse_topology(name: str) -> tuple[str, str]:
 
 
 def plan(config: Config, settings: Settings) -> dict[str, Any]:
-    """Compiles the step of a config for a topology, and others that answer what follows from it.
+    """Memory and time of a config's train step on a topology.
+
+    Also the largest batch if the step fits, else flags that may make it fit.
 
     Returns:
-      What `describe` prints, as JSON values; counts and bytes are of one device.
+      The report for `describe`, as JSON values; counts and bytes are of one device.
 
     Raises:
       ValueError: the topology is not known, or the config does not fit it.
@@ -101,9 +103,9 @@ def plan(config: Config, settings: Settings) -> dict[str, Any]:
 
 
 def assess(config: Config, found: dict[str, Any]) -> dict[str, Any]:
-    """What `examine` found, with whether it fits and how long a step takes at least.
+    """The findings of `examine`, with whether the step fits and a lower bound of its time.
 
-    Compute, memory and links are taken to overlap in full, each at its peak.
+    The bound assumes that compute, memory and links overlap in full, each at its peak.
     """
     if "refused" in found:
         return {"fits": False, **found}
@@ -115,7 +117,7 @@ def assess(config: Config, found: dict[str, Any]) -> dict[str, Any]:
     costs, needed = found["costs"], sum(found["memory"].values())
     sent_bytes = sum(kind["num_bytes"] for kind in costs["collectives"].values())
     times = {
-        # A kernel may hide its products from who reads the program.
+        # Custom kernels hide their matmul FLOPs from the HLO text: count at least the model's.
         "compute": max(costs["flops"], model_flops) / device.flops,
         "memory": costs["memory_bytes"] / device.memory_bytes_per_s,
         "interconnect": sent_bytes / device.link_bytes_per_s,
@@ -135,17 +137,17 @@ def assess(config: Config, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def largest_batch(config: Config, step: dict[str, Any], compile_step: Compile) -> dict[str, Any]:
-    """The largest power of two of rows a device (of each microbatch) that fits, or those it has.
+    """The largest batch that fits, over powers of two of rows a device and microbatch.
 
     Args:
-      config: one that fits.
-      step: what `assess` says of it.
-      compile_step: the same for another config.
+      config: a config whose step fits.
+      step: its `assess`.
+      compile_step: compiles and assesses another config.
     """
     unit = step["mesh"]["data"] * step["mesh"]["fsdp"] * config.num_microbatches
     rows = config.batch_size // unit
     fits, too_large = rows.bit_length() - 1, None
-    # Temporaries grow with the rows, so the first guess is mostly right; then one more says so.
+    # Temporaries grow with the rows: the first guess is mostly right, and one more proves it.
     temporary_bytes = step["memory"]["temporaries"]
     room = (step["memory_there"] - step["memory_needed"]) / max(temporary_bytes, 1) + 1
     guess = max(fits + 1, math.floor(math.log2(room * rows)))
@@ -161,15 +163,15 @@ def largest_batch(config: Config, step: dict[str, Any], compile_step: Compile) -
 
 
 def find_changes(config: Config, num_devices: int, compile_step: Compile) -> list[dict[str, Any]]:
-    """What makes a step fit that does not: smaller microbatches, logits in parts, remat, fsdp.
+    """Flags that may make a step fit: smaller microbatches, logits in parts, remat, fsdp.
 
     Args:
-      config: one that does not fit.
-      num_devices: on how many.
-      compile_step: what `assess` says of another config.
+      config: a config whose step does not fit.
+      num_devices: of the topology.
+      compile_step: compiles and assesses another config.
 
     Returns:
-      The changes that were tried, as flags: those that fit first, and of these the fastest first.
+      The changes tried, as flags: those that fit come first, the fastest of them at the front.
     """
     products, full = "--model.remat products", "--model.remat full"
     chunks, fsdp = "--loss_chunks 8", "--mesh.data 1 --mesh.fsdp -1"
@@ -197,7 +199,7 @@ def find_changes(config: Config, num_devices: int, compile_step: Compile) -> lis
             change = {"flags": " ".join([*flags, *parts])}
             try:
                 found = compile_step(replace(changed, num_microbatches=num))
-            except ValueError as error:  # the mesh divides neither batch nor model
+            except ValueError as error:  # The mesh does not divide the batch or the model.
                 found = {"fits": False, "wrong": str(error)}
             if found is None or "wrong" in found:
                 break
@@ -212,9 +214,9 @@ def save_interval(save_cost_s: float, mtbf_s: float, step_s: float) -> dict[str,
     """The interval between saves that costs least (Young 1974; Daly 2006, first order).
 
     Args:
-      save_cost_s: how long a save holds the run up.
+      save_cost_s: time that a save blocks the training loop.
       mtbf_s: mean time between failures.
-      step_s: a step.
+      step_s: time of a step.
     """
     num_steps = max(round(math.sqrt(2 * save_cost_s * mtbf_s) / step_s), 1)
     interval_s = num_steps * step_s
@@ -228,12 +230,14 @@ def save_interval(save_cost_s: float, mtbf_s: float, step_s: float) -> dict[str,
 
 
 def describe(report: dict[str, Any]) -> list[str]:
-    """The report, for a person."""
+    """The report, as lines of text."""
     lines = [
         f"{report['topology']} ({report['layout']}): batch {report['batch_size']} of "
         f"{report['seq_len']} tokens in {report['num_microbatches']} microbatch(es)"
     ]
-    lines += _describe_step(report) if "memory" in report else [f"no: {report['refused']}"]
+    lines += (
+        _describe_step(report) if "memory" in report else [f"does not fit: {report['refused']}"]
+    )
     if batch := report.get("largest_batch"):
         least = "" if batch["certain"] else "at least "
         rows = f"{batch['rows_per_device']} rows a device at once"
@@ -260,7 +264,7 @@ def _describe_step(report: dict[str, Any]) -> list[str]:
     costs, times = report["costs"], report["roofline"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
     kinds = [
-        f"{kind} {format_bytes(found['num_bytes'])} in {found['num']}"
+        f"{kind} {format_bytes(found['num_bytes'])} in {found['num']} operations"
         for kind, found in costs["collectives"].items()
     ]
     memory = [f"{k.replace('_', ' ')} {format_bytes(n)}" for k, n in report["memory"].items()]
@@ -274,7 +278,7 @@ def _describe_step(report: dict[str, Any]) -> list[str]:
         f"memory {'fits' if report['fits'] else 'does not fit'}: "
         f"{format_bytes(report['memory_needed'])} of {format_bytes(report['memory_there'])}",
         f"  {', '.join(memory)}",
-        f"work of a step: {format_count(costs['flops'])}FLOP in products, "
+        f"work of a step: {format_bytes(costs['flops'])[:-1]}FLOP in matmuls, "  # as bytes scale
         f"{format_bytes(costs['memory_bytes'])} to and from memory",
         f"  sent: {', '.join(kinds) or 'nothing'}",
         *([f"  {unknown} loop(s) of unknown length are counted once"] if unknown else []),

@@ -21,7 +21,7 @@ from jaxlm.checkpoints.folder import scan_folder
 from jaxlm.config import Config, to_dict
 from jaxlm.data.prepare import default_max_tokens
 from jaxlm.errors import InputError
-from jaxlm.files.durable import check_out
+from jaxlm.files.durable import check_output_path
 from jaxlm.launch import STOPPED
 from jaxlm.proof.attempt import Attempt, Kill, compare_runs, facts_of
 
@@ -49,7 +49,7 @@ class Settings:
             if (found := getattr(self, name)) < least:
                 raise InputError(f"{name}: found {found}, expected at least {least}")
         if self.out:
-            object.__setattr__(self, "out", check_out(self.out))
+            object.__setattr__(self, "out", check_output_path(self.out))
 
 
 def prove(config: Config, flags: Sequence[str], settings: Settings) -> dict[str, Any]:

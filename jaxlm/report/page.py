@@ -1,7 +1,7 @@
-"""The report of one run or several: one HTML page that needs nothing else.
+"""The report of one run or several: one self-contained HTML page.
 
-All that comes from disk is escaped, and the page's own policy lets no script run but ours, by its
-checksum, and nothing be loaded.
+Data from disk is escaped. A Content-Security-Policy allows only the inlined script, by hash, and no
+external resource.
 """
 
 import base64
@@ -32,9 +32,9 @@ CHARTS: dict[str, dict[str, Any]] = {
     "train/mfu": {"unit": "share of peak FLOP/s"},
     "goodput": {"unit": "% of time on steps", "bounds": (0, 100)},
 }
-"""Metric -> how it is drawn, in order; one that no run has is left out."""
+"""Metric -> how its chart is drawn, in order of the page; a metric that no run has is left out."""
 _MAX_ROWS = 100
-"""Of a table, for each run."""
+"""Rows of a table, for each run."""
 _MAX_SOURCES = 8
 _MAX_SAMPLES, _MAX_SAMPLE_CHARS = 3, 4000
 _ON_TIMELINE = (*RUN_KINDS, *CHECKPOINT_KINDS)
@@ -53,7 +53,7 @@ Promise.all(specs.charts.map((spec, i) => vegaEmbed("#chart-" + i, spec, options
 
 
 def make_report(histories: Sequence[History]) -> str:
-    """The page.
+    """The report as one HTML page.
 
     Raises:
       ValueError: there is no run, or there are more than can be told apart.

@@ -1,4 +1,4 @@
-"""What is done with a complete run, by functions that training does not import."""
+"""Functions that act on a complete run (sample, report), which training does not import."""
 
 import pkgutil
 from collections.abc import Callable
@@ -13,7 +13,7 @@ _TOOLS = ("jaxlm.inference.sample:sample_at_end", "jaxlm.report.page:report_at_e
 
 
 class Complete(NamedTuple):
-    """A run at the end of its plan, with its trackers still open."""
+    """A complete run, with its trackers still open."""
 
     config: Config
     step: int

@@ -1,4 +1,4 @@
-"""The environment of a run: what its bits depend on in addition to config and data."""
+"""The environment of a run: versions, devices and settings that change its bits."""
 
 import os
 import platform
@@ -59,7 +59,7 @@ def describe_environment(mesh: Mesh) -> dict[str, Any]:
 
 
 def compare_environments(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs, one `name: was …, is …` each."""
+    """The differences, each as `name: was …, is …`."""
     was, is_now = flat(before), flat(now)
     return [
         f"{name}: was {was.get(name, 'not set')}, is {is_now.get(name, 'not set')}"
@@ -75,9 +75,9 @@ def _processor() -> str:
 
 def _flags_that_matter(variable: str) -> str:
     flags = xla_flags() if variable == "XLA_FLAGS" else os.environ.get(variable, "")
-    if not flags.startswith("-"):  # a number, or why a file cannot be read
+    if not flags.startswith("-"):  # a number, or the error of reading a file of flags
         return flags
-    # Of two settings of a flag the last holds, and their order among others means nothing.
+    # The last setting of a flag wins; the order of different flags does not matter.
     by_name = {flag.lstrip("-").partition("=")[0]: flag for flag in flags.split()}
     return " ".join(sorted(f for name, f in by_name.items() if not name.startswith(_HARMLESS)))
 

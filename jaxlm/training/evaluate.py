@@ -14,7 +14,7 @@ from jaxlm.device.state import Params
 EvalStep = Callable[[Params, Batch], dict[str, jax.Array]]
 """The sums of a batch by name, `loss` (nats) and `tokens` among them."""
 Sums = dict[str, np.ndarray]
-"""Name -> float64 [count], that sum of each batch."""
+"""Name -> float64 [count], one sum for each batch."""
 
 
 class EvalSet(Protocol):
@@ -23,12 +23,12 @@ class EvalSet(Protocol):
     def __len__(self) -> int: ...
 
     def __call__(self, index: int, rows: slice) -> dict[str, np.ndarray]:
-        """Those rows of batch `index`, as host arrays."""
+        """The given rows of batch `index`, as host arrays."""
         ...
 
 
 class Stopped(Exception):
-    """An eval was asked to stop before its end."""
+    """A stop request cut an eval short."""
 
 
 def batch_sums(
@@ -50,7 +50,7 @@ def batch_sums(
       stops: called before each batch; whether to stop.
 
     Raises:
-      Stopped: `stops` said so.
+      Stopped: `stops` returned True.
     """
     sums = []
     with closing(prefetch(put, 0, count, depth=2)) as batches:
@@ -58,7 +58,7 @@ def batch_sums(
             if stops():
                 raise Stopped
             sums.append(eval_step(params, batch))
-            # Else the host would queue the whole set, and have nothing left to stop.
+            # Without this wait the host would queue the whole set, and a stop would come too late.
             jax.block_until_ready(sums[-2:-1])
     fetched = jax.device_get(sums)
     return {name: np.array([of[name] for of in fetched], np.float64) for name in fetched[0]}
@@ -73,13 +73,13 @@ def evaluate(
 ) -> dict[str, float]:
     """The means per token over the whole set, `loss` (nats) first; arguments as in `batch_sums`.
 
-    Every token weighs the same, whatever batch it is in.
+    Every token has the same weight, also in a shorter last batch.
     """
     return means(batch_sums(eval_step, params, put, count, stops))
 
 
 def means(sums: Sums) -> dict[str, float]:
-    """Each sum of `batch_sums` by the number of tokens, `loss` first."""
+    """Each sum of `batch_sums`, divided by the number of tokens; `loss` first."""
     names = ["tokens", "loss", *sorted(sums.keys() - {"loss", "tokens"})]
     num_tokens, *totals = np.stack([sums[name] for name in names], axis=1).sum(axis=0)
     return {name: float(x / num_tokens) for name, x in zip(names[1:], totals, strict=True)}

@@ -1,4 +1,4 @@
-"""What a caller gives in place of a config's parts, checked before anything is compiled."""
+"""Checks of a caller's own model, losses and batches, before anything is compiled."""
 
 from collections.abc import Callable, Mapping, Sized
 from functools import partial
@@ -24,7 +24,7 @@ _TAKEN = {"perplexity", "tokens", "best_loss", "grad_norm", "learning_rate", *Gu
 
 
 def check_given(model: Any, batches: Any, eval_batches: Any) -> None:
-    """Refuses what is not of its kind.
+    """Refuses arguments of the wrong kind.
 
     Raises:
       ValueError: names the argument, what was found and what was expected.
@@ -51,7 +51,7 @@ def look_at(
     """Calls a caller's model or losses on batch 0, abstractly.
 
     Raises:
-      ValueError: one cannot be called so, or returns something of another kind or shape.
+      ValueError: the call fails, or returns a value of another kind or shape.
     """
     if loss is None and own.model is not None:
         _look_at_model(blueprint, batch)
@@ -77,7 +77,7 @@ def _look_at_model(blueprint: Blueprint, batch: Batch) -> None:
             f"model: found logits {found} of tokens {inputs.shape}, expected "
             f"[rows, time, vocabulary], so {(*inputs.shape, '…')}"
         )
-    # Beyond the last logit, each loss would be a NaN.
+    # A target beyond the last logit would make the loss NaN.
     if (largest := int(targets.max())) >= found[-1]:
         raise InputError(
             f"model: found logits for {found[-1]} tokens, expected at least {largest + 1}: "

@@ -1,4 +1,4 @@
-"""The loop: steps, evals and saves, in an order in which nothing is ever lost."""
+"""The training loop: steps, evals and saves; rows reach the disk before their checkpoint."""
 
 import logging
 import math
@@ -41,9 +41,9 @@ class Hook(NamedTuple):
     """A function of the state between two steps."""
 
     call: Callable[[int, TrainState, dict[str, float]], None]
-    """Called with the step, the state after it, and the row of this step, empty if none is due."""
+    """(step, state after it, row of this step) -> None; the row is empty if none is due."""
     every: int = 1
-    """After each step that is a multiple of it. Reading the row waits for the step."""
+    """Interval of the calls (steps). A call waits for the step, since it gets its row."""
 
 
 class Result(NamedTuple):
@@ -52,14 +52,14 @@ class Result(NamedTuple):
     step: int
     """Steps done."""
     complete: bool
-    """Whether the plan is at its end; else the run was stopped, and goes on when called again."""
+    """Whether training is complete; else the run was stopped, and another call resumes it."""
     best: Best | None
     """The best checkpoint on disk."""
 
 
 @dataclass
 class Loop:
-    """A run in progress: what the loop holds in addition to the state."""
+    """A run in progress: everything of the loop but the train state."""
 
     parts: TrainSetup
     checkpoints: Checkpoints
@@ -79,7 +79,7 @@ class Loop:
         self.environment = describe_environment(self.parts.mesh)
 
     def run(self, state: TrainState, request: StopRequest) -> Result:
-        """Steps to the end of the plan, or until asked to stop."""
+        """Trains to the last step, or until a stop is requested."""
         config, train_step = self.config, self.parts.train_step
         step, stopping = self.start.step, False
         if self.start.owes_eval or self.start.owes_end:
@@ -91,7 +91,7 @@ class Loop:
         self.clock.rate(step)
         for index, batch in traced(batches, folder, config.profile):
             state, step_metrics = train_step(state, batch)
-            self.read_metrics()  # those of an earlier step: the device is busy with this one
+            self.read_metrics()  # The previous step's: reading this one's would idle the device.
             step = index + 1
             self.unread = step, step_metrics
             eval_loss, improved = None, False
@@ -113,8 +113,9 @@ class Loop:
         with self.clock.spent("save"):
             self.checkpoints.wait()
         latest = self.checkpoints.latest
-        owed = ended and self.start.owes_end and latest is not None and not latest.final
-        if (ended or stopping) and (latest is None or latest.step < step or owed):
+        # The re-save that marks the checkpoint final failed.
+        final_missing = ended and self.start.owes_end and latest is not None and not latest.final
+        if (ended or stopping) and (latest is None or latest.step < step or final_missing):
             raise CheckpointError(
                 f"the run is at step {step}, and the newest checkpoint on disk is "
                 f"{latest.step if latest else 'none'}: its last save failed. Look at the disk of "
@@ -131,16 +132,16 @@ class Loop:
             hook.call(step, state, self.row[1] if self.row[0] == step else {})
 
     def at_end(self, step: int) -> bool:
-        """Whether the plan ends here."""
+        """Whether training ends at this step."""
         return is_at_end(self.config, step, self.num_worse_evals)
 
     def tokens_seen(self, step: int) -> int:
-        """Tokens trained on after so many steps; a Python integer, since 2^31 are soon reached."""
+        """Tokens trained on up to this step; a Python integer, since int32 would overflow."""
         done = step - self.start.step
         return self.start.tokens_seen + done * self.config.tokens_per_step
 
     def read_metrics(self) -> None:
-        """Looks at the step that is waiting, if any, and logs it if it is due.
+        """Fetches the metrics of the unread step, and logs them if due.
 
         Raises:
           RuntimeError: too many steps in a row were not applied.
@@ -156,7 +157,7 @@ class Loop:
             self.log_step(step, values)
 
     def report_skipped(self, step: int, values: dict[str, float]) -> None:
-        """That a step was not applied, and why; raises RuntimeError after too many in a row."""
+        """Warns that a step was not applied, and why; RuntimeError after too many in a row."""
         finite = all(map(math.isfinite, values.values()))
         why = "loss or gradient norm is an outlier" if finite else "loss or gradient is not finite"
         found = f"loss {values['loss']:.4f}, gradient norm {values['grad_norm']:.4g}"
@@ -169,7 +170,7 @@ class Loop:
             )
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
-        """One training row, for all that keep or show rows."""
+        """Logs the training row of a step."""
         steps_per_s = self.clock.rate(step)
         tokens_per_s = steps_per_s * self.config.tokens_per_step
         row = {
@@ -193,22 +194,22 @@ class Loop:
         self.console.step(step, row, (self.config.num_steps - step) / steps_per_s)
 
     def log(self, step: int, row: dict[str, float]) -> None:
-        """One row for metrics.jsonl, the trackers and the callbacks."""
+        """Sends a row to metrics.jsonl, the trackers and the callbacks."""
         if self.metrics:
             self.metrics.log(step, row)
         for callback in self.callbacks:
             callback(step, row)
 
     def flush(self) -> Rows:
-        """Brings every row so far to the disk; returns what proves them."""
+        """Flushes every row to disk; returns their length and checksum."""
         return self.metrics.flush() if self.metrics else Rows()
 
     def evaluate(
         self, step: int, state: TrainState, stops: Callable[[], bool]
     ) -> tuple[float | None, bool]:
-        """The held-out loss, and whether it is better than the best checkpoint on disk.
+        """The held-out loss, and whether it beats the best checkpoint on disk.
 
-        None in place of the loss if it was asked to stop: the next start makes this eval.
+        The loss is None if a stop cut the eval short: the next start runs it.
         """
         self.read_metrics()
         with self.clock.spent("eval"):
@@ -223,13 +224,14 @@ class Loop:
                 return None, False
             except Exception as error:
                 failure = error
-            if failure:  # out of the `except`, in which Orbax's barriers would raise this error
-                # A process that fails alone would wait in the save for the others.
+            # Outside the `except`: `cluster.barrier` re-raises an error being handled.
+            if failure:
+                # Save only if all fail: one process alone would wait in the save.
                 if step > self.start.step and all_fail(f"jaxlm/eval/{step}", failure):
                     self.save(step, state, None, ["eval failed"])
                     self.checkpoints.wait()
                 raise failure
-            self.checkpoints.wait()  # only what is on disk counts as best
+            self.checkpoints.wait()  # Best is chosen among checkpoints on disk.
             before = self.checkpoints.best
             loss = means["eval/loss"]
             best = self.checkpoints.best_with(step, loss)
@@ -250,16 +252,18 @@ class Loop:
             self.checkpoints.save(state, metadata, self.flush, ", ".join(why))
 
     def run_owed_eval(self, state: TrainState, stops: Callable[[], bool]) -> bool:
-        """Makes what a stop left out, the eval and the end of the plan, and commits it.
+        """Runs the eval that a stop skipped, and saves the checkpoint again with its loss.
+
+        If training ends here, the new save marks the checkpoint final.
 
         Returns:
-          Whether that is done; False if it was asked to stop.
+          False if a stop cut the eval short again.
         """
         step, loss = self.start.step, self.start.eval_loss
         if self.start.owes_eval:
             loss, _ = self.evaluate(step, state, stops)
             if loss is None:
-                if self.checkpoints.latest is None:  # it has just branched from another run
+                if self.checkpoints.latest is None:  # The run has just branched: nothing is saved.
                     self.save(step, state, None, ["stop"])
                 return False
         metadata = self.metadata(step, loss, final=self.at_end(step))
@@ -267,7 +271,7 @@ class Loop:
         return True
 
     def metadata(self, step: int, eval_loss: float | None, final: bool) -> Metadata:
-        """What a checkpoint of this step says of itself."""
+        """The metadata of a checkpoint of this step."""
         best = self.checkpoints.best_with(step, eval_loss)
         return Metadata(
             step=step,

@@ -1,4 +1,4 @@
-"""What a run will need, found before its first step."""
+"""Memory and disk of a run, checked before its first step; advice when memory runs out."""
 
 import shutil
 from pathlib import Path
@@ -41,7 +41,7 @@ def describe(config: Config, abstract: TrainState, memory: Any, mesh_size: int) 
 
 
 def checkpoint_bytes(config: Config, abstract: TrainState) -> int:
-    """Bytes that the checkpoints of this plan take at most.
+    """Upper bound of the bytes of all checkpoints of a run.
 
     The newest, the best, the milestones of `keep_every`, and those in transit; and the weights of
     `keep_weights_every`, which come on top of a `disk_budget_gb`.
@@ -67,7 +67,7 @@ def checkpoint_bytes(config: Config, abstract: TrainState) -> int:
 
 
 def disk_shortage(config: Config, abstract: TrainState) -> str | None:
-    """What to do if the checkpoints will not fit on their disk, or None if they will."""
+    """Advice if the checkpoints will not fit on their disk, else None."""
     needed = checkpoint_bytes(config, abstract)
     folder = Path(config.checkpoint_dir).absolute()
     used = folder_bytes(folder)
@@ -89,12 +89,12 @@ def disk_shortage(config: Config, abstract: TrainState) -> str | None:
 
 
 def sample_tokens(config: Config) -> int:
-    """New tokens after `sample_prompt`."""
+    """Number of new tokens to sample after `sample_prompt`."""
     return min(64, config.seq_len // 2 or 1)
 
 
 def check_prompt(config: Config, tokenizer_path: Path) -> None:
-    """Raises ValueError if `sample_prompt` is too long: else that would come out after training."""
+    """Raises ValueError if `sample_prompt` is too long, which would else fail after training."""
     if not config.sample_prompt:
         return
     tokens = load_tokenizer(tokenizer_path).encode(config.sample_prompt, add_special_tokens=False)
@@ -107,12 +107,12 @@ def check_prompt(config: Config, tokenizer_path: Path) -> None:
 
 
 def device_advice(error: BaseException, config: Config) -> str | None:
-    """What to try, if the error says that memory ran out, or comes from a GPU; else None."""
+    """Flags to try if the device ran out of memory or a deterministic GPU step fails; else None."""
     if not any(sign in str(error) for sign in _OUT_OF_MEMORY):
         if config.deterministic and jax.default_backend() == "gpu":
             return "--no-deterministic takes any kernel; a resumed run may then differ by rounding"
         return None
-    parts = 2 * config.num_microbatches
+    parts = 2 * config.num_microbatches  # half the rows at once
     num_groups = jax.device_count() // config.mesh.tensor  # of devices, among which rows are split
     halves = config.batch_size % (parts * num_groups) == 0
     tries = []

@@ -1,4 +1,4 @@
-"""What a resume may change."""
+"""The config of a resume, checked against the newest checkpoint."""
 
 import dataclasses
 import logging
@@ -18,22 +18,22 @@ _log = logging.getLogger(__name__)
 
 
 class Plan(NamedTuple):
-    """How a run goes on."""
+    """The config of a resumed run, and its differences from the checkpoint."""
 
     config: Config
     """The config to train with."""
     changed: list[Change]
     """Fields that differ from those of the newest checkpoint; none of them fixed."""
     complete: bool
-    """Whether there is nothing left to do, and latest and best are sound."""
+    """Whether no step is left to train, and latest and best are sound."""
 
 
 def check_folders(config: Config) -> None:
-    """Refuses what can be refused before anything is made or locked.
+    """Refuses wrong folders before anything is made or locked.
 
     Raises:
-      ValueError: the folders hold another run, or must not hold any, or the checkpoint to begin
-        from is not there.
+      ValueError: the folders hold another run, or must not hold any, or the checkpoint to start
+        from does not exist.
     """
     run_dir, folder = Path(config.run_dir), Path(config.checkpoint_dir)
     if run_dir.resolve() != folder.resolve():
@@ -73,7 +73,7 @@ def _check_roles(run_dir: Path, folder: Path) -> None:
 
 
 def plan_resume(config: Config, checkpoints: Checkpoints) -> Plan:
-    """Holds the config against what its checkpoint folder was trained with.
+    """Compares the config with that of the newest checkpoint.
 
     Raises:
       ValueError: a fixed field differs.
@@ -83,7 +83,7 @@ def plan_resume(config: Config, checkpoints: Checkpoints) -> Plan:
         return Plan(config, [], False)
     before = latest.run_config()
     if config.data.max_tokens is None:
-        # Resolved at the run's start: a longer run goes through the same tokens more often.
+        # Set at the run's start: more steps train on the same tokens more often.
         data = dataclasses.replace(config.data, max_tokens=before.data.max_tokens)
         config = dataclasses.replace(config, data=data)
     changed = _allowed_changes(latest, config, checkpoints.folder)
@@ -96,17 +96,17 @@ def plan_resume(config: Config, checkpoints: Checkpoints) -> Plan:
 
 
 def goes_back(config: Config, latest: Metadata, best: Best) -> bool:
-    """Whether `--resume best` is still to go back.
+    """Whether `--resume best` must still go back to the best.
 
-    A run that went back saves this setting in each checkpoint: when it is started again with the
-    same command, it goes on.
+    A run that went back saves this setting in each checkpoint, so the same command then resumes
+    from the latest.
     """
     asked = config.resume == "best" and best.step < latest.step
     return asked and latest.run_config().resume != "best"
 
 
 def is_at_end(config: Config, step: int, num_worse_evals: int) -> bool:
-    """Whether the plan ends here: by its steps, or by evals that were no better."""
+    """Whether training ends at this step: by `num_steps`, or by `stop_after_worse_evals`."""
     limit = config.stop_after_worse_evals
     return step >= config.num_steps or (limit is not None and num_worse_evals >= limit)
 

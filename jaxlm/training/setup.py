@@ -1,4 +1,4 @@
-"""The parts of a run, from its config or from a caller's own model, loss and data."""
+"""Mesh, model, compiled step and data of a run, from its config or a caller's own parts."""
 
 import dataclasses
 import logging
@@ -36,12 +36,12 @@ _log = logging.getLogger(__name__)
 class TrainSet(Protocol):
     """Batch n of the training data: a pure function of n, so that a resume needs no state.
 
-    A `fingerprint` attribute, where there is one, is kept in each checkpoint, and a resume with
-    another is refused.
+    An optional attribute `fingerprint` is kept in each checkpoint, and a resume with another one is
+    refused.
     """
 
     def __call__(self, index: int, rows: slice) -> dict[str, np.ndarray]:
-        """Those rows of batch `index`, as host arrays; our loss takes `inputs` and `targets`."""
+        """The given rows of batch `index`, as host arrays (`inputs`, `targets` by default)."""
         ...
 
 
@@ -54,24 +54,24 @@ class HeldOut(NamedTuple):
 
 
 class TrainSetup(NamedTuple):
-    """What the loop works with."""
+    """The parts that the training loop runs."""
 
     config: Config
-    """With what was left open filled in."""
+    """The config, with `data.max_tokens` filled in."""
     mesh: Mesh
     blueprint: Blueprint
     train_step: TrainStep
     compiled: jax.stages.Compiled
-    """The update that it makes."""
+    """The compiled update of `train_step`."""
     own: Own
-    """What is the caller's, and not that of the config."""
+    """Model, optimizer and frozen params of the caller."""
     peak_flops: float | None
-    """Of all devices together (FLOP/s), where it is known, as is the work of a step."""
+    """Peak of all devices together (FLOP/s); None if unknown, or for a caller's own model."""
     eval_step: EvalStep
     put: Callable[[int], Batch]
     """Index -> that batch on the mesh."""
     held_out: dict[str, HeldOut]
-    """The first part of its metrics' names -> a held-out set; that of `eval` decides on best."""
+    """Prefix of metric names -> held-out set; the set `eval` decides the best."""
     data_fingerprint: str
     eos_id: int | None
     tokenizer_path: Path | None
@@ -93,11 +93,11 @@ def set_up(
     eval_batches: EvalSet | Mapping[str, EvalSet] | None = None,
     clock: Clock | None = None,
 ) -> TrainSetup:
-    """Prepares the data, lays the model out on the mesh and compiles the step.
+    """Prepares the data, shards the model on the mesh and compiles the step.
 
     Raises:
       ValueError: the mesh does not divide the batch or the model, or the data does not fit.
-      OSError, ImportError: the data is not there.
+      OSError, ImportError: the data is not available.
     """
     check_given(own.model, batches, eval_batches)
     sets = name_sets(eval_batches)
@@ -154,7 +154,7 @@ def set_up(
 def _losses(
     config: Config, dataset: Dataset | None, loss: Loss | None, eval_loss: Loss | None
 ) -> tuple[Loss, Loss]:
-    # Those of training and of evals, which leave out the z-loss.
+    # The losses of training and of evals; evals leave out the z-loss.
     next_token = partial(
         next_token_loss, eos_id=mask_id(config, dataset), num_chunks=config.loss_chunks
     )
@@ -164,7 +164,7 @@ def _losses(
 def lower_step(
     config: Config, blueprint: Blueprint, loss: Loss, mesh: Mesh, example: Any
 ) -> jax.stages.Lowered:
-    """The train step of a run, to be compiled for the devices of the mesh, which need not be here.
+    """The lowered train step; the devices of the mesh need not be on this machine.
 
     `example` is a batch, or its `jax.ShapeDtypeStruct`s with their shardings.
     """
@@ -182,7 +182,7 @@ def lower_step(
 
 
 def name_sets(given: EvalSet | Mapping[str, EvalSet] | None) -> dict[str, EvalSet]:
-    """Held-out sets by the beginning of the names of their metrics; the first is `eval`."""
+    """Held-out sets by the prefix of their metric names; the first is `eval`."""
     if not isinstance(given, Mapping):
         return {} if given is None else {"eval": given}
     names = [f"eval/{name}" if number else "eval" for number, name in enumerate(given)]
@@ -210,7 +210,7 @@ def check_batch(config: Config, mesh: Mesh) -> None:
 
 
 def mask_id(config: Config, dataset: Dataset | None) -> int | None:
-    """The token at whose end attention stops, where the model keeps to documents."""
+    """The EOS that bounds attention with `document_mask`, else None."""
     return dataset.eos_id if dataset and config.model.document_mask else None
 
 

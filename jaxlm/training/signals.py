@@ -16,7 +16,7 @@ from jaxlm.terminal import catch, write_error
 
 
 class StopRequest:
-    """Whether this run was asked to stop.
+    """Requests to stop or save, agreed upon by all processes.
 
     Attributes:
       received: the name of the signal that this process got, or empty.
@@ -30,9 +30,10 @@ class StopRequest:
         self._saves = False
 
     def wanted(self, *, save: bool) -> tuple[bool, bool]:
-        """Call once a step: whether to stop and whether to save, alike on every process.
+        """Whether to stop and whether to save; call once a step, on every process.
 
-        With several processes, what any of them wanted at the last call of this or `stops`.
+        With several processes, the answer is the same on each: any request made by the last call
+        of `wanted` or `stops` on any process.
 
         Args:
           save: whether this process would save now.
@@ -44,13 +45,13 @@ class StopRequest:
         return stop, wanted
 
     def stops(self) -> bool:
-        """Call once an eval batch: whether to stop, alike on every process."""
+        """Whether to stop, the same on every process; call once an eval batch."""
         return self._agreed(False)[0]
 
     def _agreed(self, save: bool) -> tuple[bool, bool]:
         if jax.process_count() == 1:
             return bool(self.received), save
-        # Reduced on the devices and read at the next call, so that none of them ever waits.
+        # Reduced on the devices and read at the next call: reading at once would block the host.
         mine = np.array([[bool(self.received), save]], np.int32)
         shape = (self._sharding.mesh.size, 2)
         flags = jax.make_array_from_callback(shape, self._sharding, lambda _: mine)

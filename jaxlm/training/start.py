@@ -67,22 +67,22 @@ class Start(NamedTuple):
 
 
 def check_beginning(config: Config, own: Own) -> None:
-    """Refuses to begin with a checkpoint of another model, before any data is prepared.
+    """Refuses to start from a checkpoint of another model, before any data is prepared.
 
     Raises:
-      ValueError: its arrays are not those of this run.
+      ValueError: the checkpoint has other arrays than this run.
     """
     if not (source := config.branch_from or config.init_from):
         return
     selected, mesh = select(source, contents=False), make_mesh(config.mesh)
     items = items_of(blueprint_of(config, mesh, own).abstract)
-    items.pop("ema_params", None)  # which may begin here
+    items.pop("ema_params", None)  # A moving average may start here.
     wanted = items if config.branch_from else {"params": items["params"]}
     check_layout(selected.metadata.fingerprints, wanted, selected.path)
 
 
 def start_state(parts: TrainSetup, checkpoints: Checkpoints) -> tuple[TrainState, Start]:
-    """The state to go on from, restored or new.
+    """The state to train from, restored or new, and where training starts.
 
     Args:
       parts: the parts of the run.
@@ -97,7 +97,7 @@ def start_state(parts: TrainSetup, checkpoints: Checkpoints) -> tuple[TrainState
     if latest and best and goes_back(config, latest, best):
         restored = checkpoints.restore_best(abstract)
     if restored:
-        _check_data(parts, restored[1])  # before newer ones are set aside
+        _check_data(parts, restored[1])  # before newer checkpoints are set aside
         checkpoints.go_back(restored[1].step, "--resume best")
     restored = restored or checkpoints.restore_latest(abstract)
     if restored:
@@ -192,7 +192,7 @@ def _with_weights_of(parts: TrainSetup, source: str, state: TrainState) -> tuple
 
 
 def _selected(parts: TrainSetup, source: str) -> Selected:
-    # Process 0 chooses: the best may be another one when the next process looks.
+    # Process 0 chooses: another process might see a newer best.
     chosen = select(source) if jax.process_index() == 0 else None
     step = agree(chosen and chosen.step)
     selected = chosen or select(f"{split_step(source)[0]}@{step}", contents=False)
@@ -206,9 +206,9 @@ def _selected(parts: TrainSetup, source: str) -> Selected:
 def open_run_folder(
     parts: TrainSetup, checkpoints: Checkpoints, start: Start, trackers: Sequence[OpenTracker] = ()
 ) -> AbstractContextManager[Metrics | None]:
-    """Writes what lies beside the checkpoints, and opens the metrics where the run goes on.
+    """Writes the config and the tokenizer, and opens metrics.jsonl at the start of training.
 
-    One process of several does this, and the others get None.
+    Process 0 alone does this; the others get None.
     """
     if jax.process_index() != 0:
         return contextlib.nullcontext()
@@ -231,11 +231,11 @@ def open_run_folder(
 
 
 def hold_run_folder(config: Config) -> AbstractContextManager[None]:
-    """Keeps other trainers out of the run folder meanwhile; process 0 alone does so.
+    """Locks the run folder while in context; process 0 alone does so.
 
     Raises:
-      ValueError: it holds files of another program, under names that the run would write.
-      RuntimeError: another trainer is at work in it, or it cannot be written.
+      ValueError: the folder holds files of another program, under names that the run would write.
+      RuntimeError: another trainer holds the folder, or the folder cannot be written.
     """
     run_dir = Path(config.run_dir)
     same = run_dir.resolve() == Path(config.checkpoint_dir).resolve()  # which has its own lock

@@ -1,4 +1,4 @@
-"""What is said of a run before its first step and after its last."""
+"""Lines logged before the first step and after the last."""
 
 import logging
 from pathlib import Path
@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 def log_start(parts: TrainSetup) -> None:
-    """The config in short, what it needs, and what looks wrong about it.
+    """Logs a summary of the config, its memory and disk, and warnings about it.
 
     Raises:
       ValueError: the disk is too small, and `on_low_disk` is `refuse`.
@@ -55,7 +55,7 @@ def log_start(parts: TrainSetup) -> None:
 
 
 def log_resume_best(config: Config, latest: Metadata | None, best: Best | None) -> None:
-    """Why `--resume best` does not go back, where it does not."""
+    """Logs the reason if `--resume best` does not go back."""
     if config.resume != "best" or not (latest and best) or goes_back(config, latest, best):
         return
     if best.step == latest.step:
@@ -70,7 +70,7 @@ def log_resume_best(config: Config, latest: Metadata | None, best: Best | None) 
 def log_complete(
     config: Config, latest: Metadata, best: Best | None, changed: list[Change]
 ) -> None:
-    """That there is nothing left to train, and how to go on.
+    """Logs that the run is complete, and how to train on.
 
     Raises:
       ValueError: the run was trained with other recorded settings, beside `num_steps`.
@@ -81,7 +81,7 @@ def log_complete(
     else:
         reason = f"is complete at step {latest.step} (num_steps is {config.num_steps})"
         more = "a larger --num_steps"
-    # A run that is past the plan of this command has fulfilled it.
+    # A run that already has more steps than this command asks for counts as complete.
     recorded = [str(c) for c in changed if c.policy == "recorded" and c.name != "num_steps"]
     if recorded:
         raise InputError(
@@ -97,7 +97,7 @@ def log_complete(
 
 
 def log_time(clock: Clock) -> None:
-    """What this start of the run spent its time on, the most first."""
+    """Logs the time of this start by kind of work, largest first."""
     seconds = sorted(clock.seconds().items(), key=lambda item: -item[1])
     total_s = sum(s for _, s in seconds)
     shares = ", ".join(f"{kind} {s / total_s:.1%}" for kind, s in seconds if s > 0.0005 * total_s)
@@ -105,7 +105,7 @@ def log_time(clock: Clock) -> None:
 
 
 def log_end(config: Config, step: int, complete: bool, best: Best | None) -> None:
-    """Where everything is, and what to type next."""
+    """Logs the result, the paths and the next command."""
     if not complete:
         _log.info(f"stopped at step {step} of {config.num_steps}, saved; the same command goes on")
         return

@@ -12,7 +12,7 @@ import optax
 
 from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.metadata import Metadata
-from jaxlm.cluster import check_alike
+from jaxlm.cluster import check_equal
 from jaxlm.config import Config
 from jaxlm.device.loss import Loss
 from jaxlm.device.state import ModelFactory, Own
@@ -51,7 +51,7 @@ _training = threading.Lock()
 
 
 class Watchers(NamedTuple):
-    """What a caller has called while the run goes, and at its end; see `train`."""
+    """The caller's functions during the run and at its end; see `train`."""
 
     callbacks: Sequence[Callback]
     hooks: Sequence[Hook]
@@ -74,29 +74,29 @@ def train(
     trackers: Sequence[OpenTracker] = (),
     at_end: Sequence[AtEnd] | None = None,
 ) -> Result:
-    """Trains to the end of the plan, from the latest sound checkpoint if there is one.
+    """Trains until the run is complete, from the latest sound checkpoint if there is one.
 
     Args:
       config: the run.
       model: `nnx.Rngs -> nnx.Module` of `nnx.Param` alone; by default that of `config.model`.
       loss: `(model, batch) -> (sum over tokens, number of tokens)`; by default next-token
         cross-entropy. See `jaxlm.device.loss`.
-      eval_loss: that of evals; by default `loss`.
+      eval_loss: the loss of evals; by default `loss`.
       optimizer: of Optax, with its own learning rate; by default that of `config.optim`.
-      frozen: name of a param, such as `layers/0/mlp/w_up_DF` -> whether it stays as it is.
+      frozen: name of a param, such as `layers/0/mlp/w_up_DF` -> whether the param is frozen.
       batches: `(index, rows) -> host arrays` of training batch `index`; by default `config.data`.
       eval_batches: the held-out set; by default that of `config.data`, and none with own `batches`.
-        Of several by name, the first decides what is best.
+        Of several named sets, the first decides the best.
       callbacks: each called with (step, row) for every row of metrics.jsonl.
       hooks: each called with (step, state, row) between two steps.
-      trackers: each called once with (config, rows so far), and then fed as W&B is.
-      at_end: each called once with the complete run; by default the sample and the report, where
+      trackers: each called once with (config, rows so far); the tracker then receives every row.
+      at_end: each called once with the complete run; by default the sample and the report, if
         model and data are those of `config`.
 
     Raises:
       ValueError: the config, the data or the checkpoints do not fit each other.
-      CheckpointError: the checkpoints cannot be had or kept.
-      RuntimeError: another trainer is at work in these folders, or in this process.
+      CheckpointError: a checkpoint cannot be restored or saved.
+      RuntimeError: another trainer holds these folders, or runs in this process.
     """
     clock, own = Clock(), Own(model, optimizer, frozen)
     primary = jax.process_index() == 0
@@ -131,7 +131,7 @@ def train(
                 eval_batches=eval_batches,
                 clock=clock,
             )
-            check_alike("data", {"fingerprint": parts.data_fingerprint})
+            check_equal("data", {"fingerprint": parts.data_fingerprint})
             log_start(parts)
             stack.push(events.failed)
             acts = find_tools() if at_end is None and not (model or batches) else at_end or ()
@@ -189,7 +189,7 @@ def _train_to_end(
         why = f"of {config.num_steps} steps" if result.complete else stopped_by
         events.add("end" if result.complete else "stop", result.step, why)
         log_time(clock)
-        if result.complete:  # while the trackers still listen
+        if result.complete:  # while the trackers are still open
             run = Complete(config, result.step, result.best, events, metrics)
             for act in watchers.at_end:
                 act(run)
