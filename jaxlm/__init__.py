@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 from jaxlm.extras import VERSION as __version__
 
 if TYPE_CHECKING:
+    from jaxlm.checkpoints.folder import select as select
     from jaxlm.config import Config as Config
     from jaxlm.device.state import model_of as model_of
+    from jaxlm.evaluation.score import score as score
     from jaxlm.inference.load import load_model as load_model
     from jaxlm.inference.sample import sample as sample
     from jaxlm.tracking.trackers import Tracker as Tracker
@@ -22,6 +24,8 @@ _HOMES = {
     "model_of": "jaxlm.device.state",
     "Tracker": "jaxlm.tracking.trackers",
     "sample": "jaxlm.inference.sample",
+    "score": "jaxlm.evaluation.score",
+    "select": "jaxlm.checkpoints.folder",
     "train": "jaxlm.training.train",
 }
 __all__ = [
@@ -32,6 +36,8 @@ __all__ = [
     "load_model",
     "model_of",
     "sample",
+    "score",
+    "select",
     "train",
 ]
 

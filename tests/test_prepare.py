@@ -314,7 +314,7 @@ def test_a_cache_that_cannot_be_written_is_named_before_any_work(
 
 def test_a_cache_that_may_only_be_read_serves_what_it_has(corpus, tmp_path, monkeypatch):
     dataset = run(config_of(corpus, tmp_path))
-    monkeypatch.setattr(cache, "locked", None)
+    monkeypatch.setattr(prepare, "lock_data", None)
     monkeypatch.setattr(os, "utime", Mock(side_effect=PermissionError))
     assert run(config_of(corpus, tmp_path)).fingerprint == dataset.fingerprint
 

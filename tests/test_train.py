@@ -30,7 +30,7 @@ from jaxlm.inference.load import load_model
 from jaxlm.proof.attempt import untimed_rows
 from jaxlm.report.diff import diff_checkpoints
 from jaxlm.tracking.events import read_events
-from jaxlm.tracking.rows import find_damage
+from jaxlm.tracking.rows import find_row_damage
 from jaxlm.training.signals import StopRequest, stop_requests
 from jaxlm.training.start import hold_run_folder
 from jaxlm.training.train import _alone_in_process
@@ -653,7 +653,7 @@ def test_every_flipped_bit_of_the_rows_is_found_by_verify(straight: Path, tmp_pa
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
-        assert find_damage(path, newest.rows)
+        assert find_row_damage(path, newest.rows)
     assert verify_rows(str(run), run / "checkpoints")[0]
     path.unlink()
     assert "missing" in verify_rows(str(run), run / "checkpoints")[0][0]

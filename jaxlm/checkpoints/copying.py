@@ -26,7 +26,7 @@ from jaxlm.files.strict import read_json
 from jaxlm.terminal import prints_lines, track
 from jaxlm.tracking.events import NAME as EVENTS
 from jaxlm.tracking.rows import NAME as ROWS
-from jaxlm.tracking.rows import find_damage as find_row_damage
+from jaxlm.tracking.rows import find_row_damage
 
 _log = logging.getLogger(__name__)
 

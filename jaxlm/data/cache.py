@@ -115,7 +115,7 @@ def _describe(folder: Path) -> dict[str, Any]:
     }
 
 
-def locked(folder: Path) -> contextlib.AbstractContextManager[object]:
+def lock_data(folder: Path) -> contextlib.AbstractContextManager[object]:
     """The lock beside a dataset, which ends with the process however that ends.
 
     Raises:

@@ -77,11 +77,11 @@ def _check(folder: Path, manifest: Manifest) -> None:
     sound = all(fit) and manifest["train"] and manifest["eval"]
     if manifest["fingerprint"] != manifest_fingerprint(manifest) or not sound:
         raise InputError(f"{MANIFEST} was altered")
-    if damage := find_damage(folder, [manifest["tokenizer"], *shards]):
+    if damage := find_shard_damage(folder, [manifest["tokenizer"], *shards]):
         raise InputError(damage)
 
 
-def find_damage(folder: Path, records: Iterable[Record]) -> str | None:
+def find_shard_damage(folder: Path, records: Iterable[Record]) -> str | None:
     """How a file differs from its record, or None if none does; reads all of it."""
     for record in records:
         path = folder / record["name"]

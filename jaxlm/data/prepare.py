@@ -25,12 +25,12 @@ from tokenizers import Tokenizer
 
 from jaxlm.config import DataConfig
 from jaxlm.data import tokenizer as tokenizer_lib
-from jaxlm.data.cache import MANIFEST, PROGRESS, Progress, data_folder, locked, started
+from jaxlm.data.cache import MANIFEST, PROGRESS, Progress, data_folder, lock_data, started
 from jaxlm.data.dataset import (
     Dataset,
     check_vocabulary,
     digest,
-    find_damage,
+    find_shard_damage,
     manifest_fingerprint,
     open_dataset,
 )
@@ -83,7 +83,7 @@ def prepare(config: DataConfig, *, vocab_size: int, max_tokens: int) -> Dataset:
     label = re.sub(r"[^A-Za-z0-9]+", "-", f"{kind}-{rest[-30:]}").strip("-")
     folder = data_folder(config.cache_dir) / f"{label}-{digest(recipe)}"
     if not (folder / MANIFEST).exists():
-        with locked(folder):
+        with lock_data(folder):
             if not (folder / MANIFEST).exists():
                 with started(folder):
                     _make(folder, source, config, vocab_size, max_tokens)
@@ -96,7 +96,7 @@ def _recipe(config: DataConfig, source: Source, vocab_size: int, max_tokens: int
     if tokenizer == "train":
         tokenizer = f"train {vocab_size}"
     elif tokenizer_lib.local_tokenizer(tokenizer):
-        tokenizer = tokenizer_lib.fingerprint(tokenizer_lib.load_tokenizer(tokenizer))
+        tokenizer = tokenizer_lib.content_hash(tokenizer_lib.load_tokenizer(tokenizer))
     fields = ("source", "split", "text_field", "eos_token", "eval_tokens")
     recipe = {name: getattr(config, name) for name in fields}
     recipe |= {"reading": TOKENS_VERSION, "key": source.key}
@@ -165,7 +165,7 @@ def _progress(folder: Path, source: Source) -> dict[str, Any]:
     try:
         found = {**read_json(folder / PROGRESS, Progress)}
         shards = [*found["train"], *found["eval"]]
-        problem = find_damage(folder, filter(None, [found["tokenizer"], *shards]))
+        problem = find_shard_damage(folder, filter(None, [found["tokenizer"], *shards]))
         if found["revision"] != fresh["revision"]:
             problem = f"the source was {found['revision']}, is {fresh['revision']}"
         if min([found["next_document"], *(shard["num_tokens"] for shard in shards)]) < 0:
@@ -214,7 +214,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _write(path: Path, data: bytes) -> dict[str, Any]:
-    """Writes a file atomically; returns its record, for `find_damage`."""
+    """Writes a file atomically; returns its record, for `find_shard_damage`."""
     try:
         write_file(path, data)
     except OSError as error:

@@ -174,7 +174,7 @@ def _spelled_out(tokenizer: Tokenizer, text: str, eos_id: int) -> list[int]:
     return list(itertools.chain.from_iterable(encoding.ids for encoding in encodings))
 
 
-def fingerprint(tokenizer: Tokenizer) -> str:
+def content_hash(tokenizer: Tokenizer) -> str:
     """16 hex digits that two tokenizers share if, and only if, their JSON is the same."""
     canonical = json.dumps(json.loads(tokenizer.to_str()), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -38,7 +38,7 @@ from jaxlm.inference.load import log_selected, restore_params
 from jaxlm.terminal import prints_lines, progress
 from jaxlm.tracking.metrics import perplexity
 from jaxlm.tracking.rows import NAME as ROWS
-from jaxlm.tracking.rows import find_damage as find_row_damage
+from jaxlm.tracking.rows import find_row_damage
 from jaxlm.training.environment import compare_environments, describe_environment
 from jaxlm.training.evaluate import batch_sums, means
 from jaxlm.training.setup import held_out_batches, hold_out, mask_id, prepare_data

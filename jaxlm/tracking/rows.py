@@ -52,7 +52,7 @@ def longest_proven(content: bytes, proofs: dict[int, Rows]) -> tuple[int, Rows]:
     return max(held.items(), key=lambda item: (item[1].num_bytes, item[0]), default=(0, Rows()))
 
 
-def find_damage(path: Path, rows: Rows) -> list[str]:
+def find_row_damage(path: Path, rows: Rows) -> list[str]:
     """What differs between a file and the rows that it should begin with; empty if nothing does.
 
     Raises:
@@ -71,5 +71,5 @@ def find_damage(path: Path, rows: Rows) -> list[str]:
 
 
 def find_losses(path: Path, rows: Rows) -> list[str]:
-    """As `find_damage`, and what the run has lost of its rows before."""
-    return find_damage(path, rows) + ([f"it lacks {rows.lacking}"] if rows.lacking else [])
+    """As `find_row_damage`, and what the run has lost of its rows before."""
+    return find_row_damage(path, rows) + ([f"it lacks {rows.lacking}"] if rows.lacking else [])

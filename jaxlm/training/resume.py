@@ -17,7 +17,7 @@ from jaxlm.errors import InputError
 _log = logging.getLogger(__name__)
 
 
-class Plan(NamedTuple):
+class ResumePlan(NamedTuple):
     """The config of a resumed run, and its differences from the checkpoint."""
 
     config: Config
@@ -72,7 +72,7 @@ def _check_roles(run_dir: Path, folder: Path) -> None:
         )
 
 
-def plan_resume(config: Config, checkpoints: Checkpoints) -> Plan:
+def plan_resume(config: Config, checkpoints: Checkpoints) -> ResumePlan:
     """Compares the config with that of the newest checkpoint.
 
     Raises:
@@ -80,7 +80,7 @@ def plan_resume(config: Config, checkpoints: Checkpoints) -> Plan:
     """
     latest, best = checkpoints.latest, checkpoints.best
     if latest is None:
-        return Plan(config, [], False)
+        return ResumePlan(config, [], False)
     before = latest.run_config()
     if config.data.max_tokens is None:
         # Set at the run's start: more steps train on the same tokens more often.
@@ -90,9 +90,9 @@ def plan_resume(config: Config, checkpoints: Checkpoints) -> Plan:
     _check_owner(latest, config)
     complete = latest.final and is_at_end(config, latest.step, latest.num_worse_evals)
     if not complete or (best and goes_back(config, latest, best)):
-        return Plan(config, changed, False)
+        return ResumePlan(config, changed, False)
     to_verify = {latest.step, best.step if best else latest.step}
-    return Plan(config, changed, not any(map(checkpoints.damage, to_verify)))
+    return ResumePlan(config, changed, not any(map(checkpoints.damage, to_verify)))
 
 
 def goes_back(config: Config, latest: Metadata, best: Best) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlm.checkpoints.checkpoint import Checkpoints
+from jaxlm.checkpoints.checkpoint import Checkpoints, Restored
 from jaxlm.checkpoints.folder import TOKENIZER, Selected, scan_folder, select
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.names import split_step
@@ -82,24 +82,20 @@ def check_beginning(config: Config, own: Own) -> None:
 
 
 def start_state(parts: TrainSetup, checkpoints: Checkpoints) -> tuple[TrainState, Start]:
-    """The state to train from, restored or new, and where training starts.
+    """The state to train from, and where training starts: the first of these that there is.
 
-    Args:
-      parts: the parts of the run.
-      checkpoints: its folder.
+    1. With `--resume best`, once: the best of the run's own checkpoints. Newer ones are set aside.
+    2. The latest of the run's own checkpoints.
+    3. With `branch_from`: the state of another run's checkpoint.
+    4. With `init_from`: a new state with the weights of another run's checkpoint.
+    5. A new state.
 
     Raises:
       CheckpointError: the folder holds checkpoints, and none is sound.
       ValueError: the checkpoint is of another model, or of other data.
     """
-    config, latest, best = parts.config, checkpoints.latest, checkpoints.best
-    abstract, restored = parts.blueprint.abstract, None
-    if latest and best and goes_back(config, latest, best):
-        restored = checkpoints.restore_best(abstract)
-    if restored:
-        _check_data(parts, restored[1])  # before newer checkpoints are set aside
-        checkpoints.go_back(restored[1].step, "--resume best")
-    restored = restored or checkpoints.restore_latest(abstract)
+    config, abstract = parts.config, parts.blueprint.abstract
+    restored = _go_back_to_best(parts, checkpoints) or checkpoints.restore_latest(abstract)
     if restored:
         return restored[0], _resumed(parts, checkpoints, *restored)
     if config.branch_from:
@@ -108,6 +104,17 @@ def start_state(parts: TrainSetup, checkpoints: Checkpoints) -> tuple[TrainState
     if config.init_from:
         return _with_weights_of(parts, config.init_from, state)
     return state, Start()
+
+
+def _go_back_to_best(parts: TrainSetup, checkpoints: Checkpoints) -> Restored | None:
+    latest, best = checkpoints.latest, checkpoints.best
+    if not (latest and best and goes_back(parts.config, latest, best)):
+        return None
+    restored = checkpoints.restore_best(parts.blueprint.abstract)
+    if restored:
+        _check_data(parts, restored[1])  # before newer checkpoints are set aside
+        checkpoints.go_back(restored[1].step, "--resume best")
+    return restored
 
 
 def _resumed(

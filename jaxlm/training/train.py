@@ -28,7 +28,7 @@ from jaxlm.tracking.trackers import OpenTracker
 from jaxlm.training.at_end import AtEnd, Complete, find_tools
 from jaxlm.training.evaluate import EvalSet
 from jaxlm.training.loop import Callback, Hook, Loop, Result
-from jaxlm.training.resume import Plan, check_folders, plan_resume
+from jaxlm.training.resume import ResumePlan, check_folders, plan_resume
 from jaxlm.training.setup import TrainSet, TrainSetup, set_up
 from jaxlm.training.signals import stop_requests
 from jaxlm.training.start import (
@@ -141,7 +141,7 @@ def train(
     return result
 
 
-def _leave_complete(plan: Plan, latest: Metadata, checkpoints: Checkpoints) -> Result:
+def _leave_complete(plan: ResumePlan, latest: Metadata, checkpoints: Checkpoints) -> Result:
     checkpoints.retain()
     log_complete(plan.config, latest, checkpoints.best, plan.changed)
     if jax.process_index() == 0:
