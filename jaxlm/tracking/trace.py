@@ -14,12 +14,12 @@ _WARM_UP = 5  # Steps that are unlike the others: first calls, first logs.
 def traced(
     batches: Iterable[tuple[int, X]], folder: Path, num_steps: int, say: Callable[[str], None]
 ) -> Iterator[tuple[int, X]]:
-    """The (step, batch) pairs; of what the caller does with the sixth and on, there is a trace.
+    """The (step, batch) pairs; traces the caller's work from the sixth on.
 
     Args:
-      batches: what to give.
-      folder: where the trace goes, made when it begins.
-      num_steps: how many steps to trace; with 0, none.
+      batches: the pairs.
+      folder: folder of the trace, made when the trace starts.
+      num_steps: number of steps to trace; 0 for none.
       say: prints where the trace is, once it is written.
     """
     with contextlib.ExitStack() as trace:
