@@ -33,14 +33,14 @@ class _Copy(TypedDict):
 
 
 def upload(run: str, dest: str, *, say: Say = print) -> Copied:
-    """Copies a run or one step into a bucket, and compares the server's checksums.
+    """Copies a run or one step into a bucket, and compares the checksums that the server has.
 
     Intact objects of an earlier try are not sent again. A trainer may be training the run: hard
     links beside it keep files that the trainer deletes meanwhile. One process at a time.
 
     Args:
       run: as `copy_run` takes it.
-      dest: such as gs://bucket/path; must be empty, or hold an earlier try of this copy.
+      dest: such as gs://bucket/path; nothing may be there but what an earlier try has left.
       say: takes lines for the user.
 
     Raises:
@@ -76,7 +76,7 @@ def upload(run: str, dest: str, *, say: Say = print) -> Copied:
 
 
 def download(url: str, dest: str, *, say: Say = print) -> Copied:
-    """Downloads a copy from a bucket, verified like any copy: complete, or absent.
+    """Brings a copy back from a bucket, verified like any copy: whole, or not there.
 
     Raises:
       ValueError: there is no complete copy, the copy is damaged, or `dest` exists.

@@ -53,7 +53,7 @@ def copy_run(
 
     Args:
       run: a run folder or checkpoint folder, with `@STEP` for one step alone.
-      dest: the new folder; appears under this name once it is complete.
+      dest: the new folder; it appears under this name when it is whole.
       say: takes lines for the user.
       copy_file: copies, or links, a file of a step.
 

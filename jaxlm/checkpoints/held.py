@@ -44,9 +44,9 @@ class HeldFolder:
 
     Args:
       folder: the folder, made if missing.
-      config: the rules of retention.
+      config: when to keep what.
       warn: called with a line about anything that is not as it should be.
-      events: records what happens to the checkpoints; by default nothing is recorded.
+      events: takes what happens to the checkpoints; by default it is not written down.
 
     Attributes:
       events: as above.

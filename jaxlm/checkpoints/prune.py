@@ -86,7 +86,7 @@ def plan_pruning(
 
 
 def prune(run: str, *, warn: Callable[[str], None], **rules: Any) -> Pruning:
-    """Deletes the steps that `plan_pruning` drops, each by one rename first: atomic under a kill.
+    """Deletes what `plan_pruning` names, each step by one rename first: a kill leaves it or not.
 
     Args:
       run: a run folder or checkpoint folder.

@@ -67,8 +67,8 @@ def prepare(config: DataConfig, *, vocab_size: int, max_tokens: int, log: Log = 
 
     Args:
       config: what to read, and how to tokenize it.
-      vocab_size: of the model: size of a trained tokenizer, and the limit for a given one.
-      max_tokens: limit of training tokens.
+      vocab_size: the model's; the size to train a tokenizer to, or the most that another may have.
+      max_tokens: training tokens at most.
       log: takes lines for the user.
 
     Raises:
@@ -158,7 +158,7 @@ def _make(
 
 
 def _progress(folder: Path, source: Source, log: Log) -> dict[str, Any]:
-    """Progress of an interrupted preparation if all of it is sound; else that of a new one."""
+    """What an earlier preparation finished before it was stopped, if all of it is sound."""
     fresh = {"source": source.name, "revision": source.revision, "format": FORMAT}
     fresh |= {"next_document": 0, "tokenizer": None, "train": [], "eval": []}
     try:
@@ -276,7 +276,7 @@ def _encode(
 
 @contextlib.contextmanager
 def _progress_bar(limit: int, log: Log) -> Iterator[Callable[[int, float], None]]:
-    """A bar in a terminal, else a line every 10 s.
+    """A bar in a terminal, else a line now and then.
 
     Yields:
       A function of tokens so far and fraction of the source read (0 to 1); the bar shows the larger

@@ -36,7 +36,7 @@ def follow(
       out: the file to append to; by default `evals.jsonl` in the run folder.
       poll_s: time between two looks at the folder (s).
       say: takes lines for the user.
-      found: called with each row, once the row is on disk.
+      found: takes each row, once it is on disk.
 
     Raises:
       ValueError: there is no such run, another process writes the file, or the data is no longer
@@ -74,7 +74,7 @@ def follow(
             if not missed and now.sound.keys() == steps.keys():
                 final = bool(steps) and steps[max(steps)].final
                 for step in now.damaged if final else now.damaged.keys() & looked_at:
-                    what = now.damaged[step][0]  # A second scan: the first may see half a commit.
+                    what = now.damaged[step][0]  # at a first look, it may be half committed
                     say_once(f"Warning: step {step} is damaged, and was passed over ({what})")
                 looked_at = set(now.damaged)
                 if final:

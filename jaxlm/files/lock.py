@@ -142,7 +142,7 @@ def locked(
     warn: Callable[[str], None],
     files: Collection[str] | None = None,
 ) -> Iterator[None]:
-    """Holds the lock while in context; arguments and errors are those of `lock`."""
+    """Has the lock meanwhile; arguments and errors are those of `lock`."""
     held = lock(folder, required=required, warn=warn, files=files)
     try:
         yield

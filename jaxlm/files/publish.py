@@ -37,12 +37,12 @@ def _partial(target: Path) -> Path:
 
 @contextlib.contextmanager
 def published(target: Path, warn: Callable[[str], None]) -> Iterator[Path]:
-    """A new folder to be filled; renamed to `target` once all of it is flushed to disk.
+    """A new folder to be filled, which gets its name once all of it is on the disk.
 
     An error leaves nothing; a kill leaves `.NAME.partial`, which the next try removes.
 
     Args:
-      target: the final path.
+      target: the name that it gets.
       warn: takes a line where the file system has no locks.
 
     Raises:

@@ -65,8 +65,8 @@ def import_folder(folder: str, run: str, *, say: Callable[[str], None] = print) 
     """Makes a run whose step 0 has the weights of the folder, and the tokenizer beside it.
 
     Args:
-      folder: Hugging Face model folder: config.json, safetensors, tokenizer.json.
-      run: the run folder, missing or empty; it appears only when it is complete.
+      folder: of transformers: config.json, safetensors, tokenizer.json.
+      run: the run folder; must not be there, or be empty. It is made whole or not at all.
       say: takes lines for the user.
 
     Raises:

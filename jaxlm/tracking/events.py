@@ -98,7 +98,7 @@ class Events:
     """Appends events to the file; for the process that holds the lock of the checkpoints.
 
     Args:
-      path: the file, made with its first event; None writes nothing.
+      path: the file, made with its first event; None to write none.
       warn: takes a line if the file cannot be used.
     """
 

@@ -17,9 +17,9 @@ def traced(
     """The (step, batch) pairs; traces the caller's work from the sixth on.
 
     Args:
-      batches: the pairs.
-      folder: folder of the trace, made when the trace starts.
-      num_steps: number of steps to trace; 0 for none.
+      batches: what to give.
+      folder: where the trace goes, made when it begins.
+      num_steps: how many steps to trace; with 0, none.
       say: prints where the trace is, once it is written.
     """
     with contextlib.ExitStack() as trace:

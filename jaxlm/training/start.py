@@ -198,7 +198,7 @@ def _with_weights_of(
 
 
 def _selected(parts: TrainSetup, source: str, console: Console) -> Selected:
-    # Process 0 chooses: another process might see a newer best.
+    # Process 0 chooses: the best may be another one when the next process looks.
     chosen = select(source) if jax.process_index() == 0 else None
     step = agree(chosen and chosen.step)
     selected = chosen or select(f"{split_step(source)[0]}@{step}", contents=False)
@@ -242,7 +242,7 @@ def open_run_folder(
 
 
 def hold_run_folder(config: Config, warn: Callable[[str], None]) -> AbstractContextManager[None]:
-    """Locks the run folder while in context; process 0 alone does so.
+    """Keeps other trainers out of the run folder meanwhile; process 0 alone does so.
 
     Raises:
       ValueError: the folder holds files of another program, under names that the run would write.

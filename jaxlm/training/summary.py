@@ -15,7 +15,7 @@ from jaxlm.training.setup import TrainSetup
 
 
 def log_start(parts: TrainSetup, console: Console) -> None:
-    """Logs a summary of the config, its memory and disk, and warnings about it.
+    """The config in short, what it needs, and what looks wrong about it.
 
     Raises:
       ValueError: the disk is too small, and `on_low_disk` is `refuse`.
@@ -96,7 +96,7 @@ def log_complete(
 
 
 def log_time(clock: Clock, console: Console) -> None:
-    """Logs the time of this start by kind of work, largest first."""
+    """What this start of the run spent its time on, the most first."""
     seconds = sorted(clock.seconds().items(), key=lambda item: -item[1])
     total_s = sum(s for _, s in seconds)
     shares = ", ".join(f"{kind} {s / total_s:.1%}" for kind, s in seconds if s > 0.0005 * total_s)
@@ -104,7 +104,7 @@ def log_time(clock: Clock, console: Console) -> None:
 
 
 def log_end(config: Config, step: int, complete: bool, best: Best | None, console: Console) -> None:
-    """Logs the result, the paths and the next command."""
+    """Where everything is, and what to type next."""
     if not complete:
         console.say(
             f"stopped at step {step} of {config.num_steps}, saved; the same command goes on"
