@@ -87,7 +87,7 @@ def download(url: str, dest: str, *, say: Say = print) -> Copied:
         if WHOLE not in there:
             raise InputError(
                 f"{url}: found no {WHOLE}, which is written last: no copy is there, or an "
-                "unfinished one, and the command that began it goes on with it"
+                "unfinished one, which the command that started it resumes"
             )
         files = parse_json(bucket.blob(root + WHOLE).download_as_bytes(), _Copy)["files"]
         with published(Path(dest), say) as partial:
@@ -118,13 +118,13 @@ def _bucket(url: str) -> Iterator[tuple[Any, str]]:
 
     name, _, path = url.removeprefix("gs://").partition("/")
     if not (name and path.strip("/")):
-        raise InputError(f"{url}: expected gs://BUCKET/PATH, a place of its own for the copy")
+        raise InputError(f"{url}: expected gs://BUCKET/PATH, a path for the copy")
     try:
         yield storage.Client().bucket(name), path.rstrip("/") + "/"
     except (OSError, GoogleAPIError, GoogleAuthError) as error:
         raise RunError(
             f"{url}: the copy was cut short ({error}); look at the bucket, the disk and the "
-            "sign-in (`gcloud auth application-default login`); the same command goes on"
+            "sign-in (`gcloud auth application-default login`); the same command resumes"
         ) from error
 
 

@@ -262,5 +262,5 @@ class Checkpoints(HeldFolder):
         text += f". Look at the disk of {self.folder}"
         # With several processes, Orbax's barriers are out of step after an error.
         if self._config.on_save_error == "stop" or jax.process_count() > 1:
-            raise CheckpointError(text + "; the same command goes on from the latest") from error
+            raise CheckpointError(text + "; the same command resumes from the latest") from error
         self._warn(text + "; training goes on, and tries again (checkpoint.on_save_error is warn)")

@@ -93,7 +93,7 @@ def tfds(data: DataConfig) -> Source:
 
 def _prepared_builder(library: Any, name: str, what: str) -> Any:
     needs("tensorflow_datasets.text", what)  # It registers c4 and wiki40b.
-    elsewhere = "prepare it where that is to be had, and give the folder, as tfds_dir:FOLDER"
+    elsewhere = "prepare it on a machine with network and TensorFlow, then give tfds_dir:FOLDER"
     builder = library.builder(name, file_format="array_record")
     if not builder.data_path.exists():
         require_network("https://storage.googleapis.com", what, elsewhere)

@@ -174,4 +174,4 @@ def describe_holder(folder: Path) -> str:
         holder = read_json(folder / HOLDER, _Holder)
         return f"process {holder['pid']} on {holder['host']} since {holder['started']}"
     except (OSError, ValueError):
-        return "it has not said which"
+        return "holder unknown"
