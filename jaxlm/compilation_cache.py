@@ -1,4 +1,4 @@
-"""The cache of compiled programs, so that the next start need not compile again."""
+"""The cache of compiled programs, so that the next start does not compile again."""
 
 import os
 import platform
@@ -13,16 +13,16 @@ import jax
 from jaxlm.data.cache import cache_root
 
 PROGRAMS = "programs"
-"""All compiled programs, where names are given."""
+"""Stands for all compiled programs in a list of names."""
 MAX_BYTES = 4 * 10**9
 _LOCK = ".lockfile"  # JAX's own
 _MIN_COMPILE_S = 0.2
 
 
 def keep_compiled(cache_dir: str | None) -> None:
-    """Has JAX keep what it compiles, in a folder for machines like this one.
+    """Turns on JAX's persistent cache, in a folder for machines like this one.
 
-    Does nothing where JAX has its orders (`JAX_COMPILATION_CACHE_DIR`, or
+    Does nothing if the environment configures the cache (`JAX_COMPILATION_CACHE_DIR`, or
     `JAX_ENABLE_COMPILATION_CACHE=false`), or the folder cannot be written.
     """
     orders: dict[str, Any] = jax.config.values
@@ -40,12 +40,12 @@ def keep_compiled(cache_dir: str | None) -> None:
 
 
 def compiled_folder(cache_dir: str | None) -> Path:
-    """Where compiled programs are kept, each kind of machine in a folder of its own."""
+    """The folder of compiled programs; one for each kind of machine."""
     return cache_root(cache_dir) / "compiled"
 
 
 def compiled_bytes(cache_dir: str | None) -> int:
-    """What they take on disk."""
+    """Bytes of all compiled programs on disk."""
     return sum(path.stat().st_size for path in compiled_folder(cache_dir).rglob("*-cache"))
 
 

@@ -1,6 +1,6 @@
-"""What a run is: frozen dataclasses, one per component, each field with its unit and its rule.
+"""The settings of a run: frozen dataclasses, one per component, each field with unit and rule.
 
-Every field says what a resume may do with it:
+Every field has a policy for a resume:
 
 - `free`: a new value is simply applied (logging, intervals, retention, mesh);
 - `recorded`: a new value is applied, listed, and written to the run's lineage;
@@ -24,7 +24,7 @@ Policy = Literal["free", "recorded", "fixed"]
 
 
 class Bounds(NamedTuple):
-    """What a number may be; None, where a field may be None, is within all bounds."""
+    """Bounds of a number; a field that may be None is not checked when None."""
 
     least: float = -math.inf
     above: float = -math.inf
@@ -32,7 +32,7 @@ class Bounds(NamedTuple):
     most: float = math.inf
 
     def hold(self, value: float) -> bool:
-        """Whether a number is within them."""
+        """Whether a number is within the bounds."""
         return self.least <= value <= self.most and self.above < value < self.below
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ def _field(default: T, policy: Policy, bounds: Bounds, *, is_folder: bool = Fals
 
 
 def free(default: T, **bounds: float) -> T:
-    """A field that a resume may change without a word; the bounds are those of `Bounds`."""
+    """A field that a resume may change silently; the bounds are those of `Bounds`."""
     return _field(default, "free", Bounds(**bounds))
 
 
@@ -58,7 +58,7 @@ def folder(default: T) -> T:
 
 
 def recorded(default: T, **bounds: float) -> T:
-    """A field that a resume may change, and that is then listed and kept in the lineage."""
+    """A field that a resume may change; the change is listed and kept in the lineage."""
     return _field(default, "recorded", Bounds(**bounds))
 
 
@@ -67,7 +67,7 @@ def fixed(default: T, **bounds: float) -> T:
     return _field(default, "fixed", Bounds(**bounds))
 
 
-# A config is shown and written to many places: none is for a URL with a password or a signed query.
+# A config is printed and stored in many places: refuse URLs with a password or a signed query.
 _KEY_IN_URL = re.compile(
     r"(?<=://)(?:[^/\s]*@|[^\s?]*\?(?:\S*&)?[\w.-]*"
     r"(?:key|key_?id|access_?id|token|sig|signature|secret|passw(?:or)?d|pwd|credentials?|auth)"
@@ -75,10 +75,10 @@ _KEY_IN_URL = re.compile(
     re.IGNORECASE,
 )
 _MAX_SIZE = 2**31 - 1
-"""Of a dim and of the step counter, which are int32 on the device."""
+"""Limit of dims and of the step counter, which are int32 on the device."""
 _MAX_DISK_GB = 10**9
 _MAX_TEXT_BYTES = 1 << 16
-"""Of a string: the metadata of a checkpoint, which holds the config, is bounded."""
+"""Limit of a string: the metadata of a checkpoint, which holds the config, is bounded."""
 _MAX_TIMEOUT_S = 86_400
 
 
@@ -89,10 +89,10 @@ def _check(ok: bool, name: str, found: object, expected: str) -> None:
 
 
 class _Part:
-    """A config, or a part of one: of a known set of fields, each of the type of its annotation.
+    """Base of a config or a part of one: checks field names, types and bounds.
 
-    A value that JSON does not give back as it was would let a run train that cannot be resumed. So
-    every type is checked when a config is made, by the reader of checkpoints.
+    A value that does not survive JSON would train a run that cannot be resumed. So the reader of
+    checkpoints checks every type when a config is made.
     """
 
     _prefix: ClassVar[str]
@@ -101,7 +101,7 @@ class _Part:
         cls._prefix = prefix
 
     def __new__(cls, *_: Any, **values: Any) -> Self:
-        """Refuses a name that is no field, and proposes the nearest ones."""
+        """Refuses an unknown field name, and proposes the nearest ones."""
         for name in values.keys() - cls.__annotations__.keys():
             raise InputError(
                 f"{cls._prefix}{name}: not a field of {cls.__name__}; "
@@ -110,7 +110,7 @@ class _Part:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Checks types and bounds; a subclass goes on with rules that take several fields."""
+        """Checks types and bounds; subclasses add rules over several fields."""
         hints = hints_of(type(self))
         for field in dataclasses.fields(cast(Any, self)):
             name, value = self._prefix + field.name, getattr(self, field.name)
@@ -188,13 +188,12 @@ class ModelConfig(_Part, prefix="model."):
     document_mask: bool = fixed(False)
     """Attend only within a document (documents end at the tokenizer's EOS)."""
     init_std: float = fixed(0.02, above=0)
-    """Standard deviation of the initial weights; outputs of a block and an own head are 0."""
+    """Standard deviation of initial weights; output projections and an untied head start at 0."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = recorded("auto")
     """Dtype of activations; auto is bfloat16 on TPU and GPU, float32 on CPU. Params are float32."""
     remat: Literal["none", "products", "full"] = free("none")
-    """Which activations of a block are kept for the backward pass: all, the results of its matrix
-    products, or its input alone. Each choice needs less memory than the one before, and more
-    time."""
+    """Activations of a block that are kept for the backward pass: all, the results of its matmuls,
+    or its input alone. Each choice needs less memory than the one before, and more time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,17 +210,18 @@ class DataConfig(_Part, prefix="data."):
     split: str = fixed("train")
     """Split to read, where the source has several (tfds, hf)."""
     text_field: str = fixed("text")
-    """Field that holds the text (jsonl, parquet, tfds, hf); meta.text is one within another."""
+    """Field that holds the text (jsonl, parquet, tfds, hf); meta.text is a nested field."""
     tokenizer: str = fixed("train")
-    """train (a byte-level BPE on this corpus), or a tokenizer.json: its path, or its hub name."""
+    """train (a byte-level BPE on this corpus), or a tokenizer.json: its path or name on the Hub."""
     eos_token: str | None = fixed(None)
     """The token that ends a document; found by its usual names if not given."""
     max_tokens: int | None = fixed(None, least=1)
-    """Training tokens to prepare at most; by default what num_steps needs, and at least 10 M."""
+    """Limit of training tokens to prepare; by default 1% more than num_steps needs, or 10 M."""
     eval_tokens: int = fixed(2_000_000, least=1)
-    """Held-out tokens to prepare at most; from documents that are never trained on."""
+    """Limit of held-out tokens to prepare, from documents that are never trained on."""
     cache_dir: str | None = folder(None)
-    """Where prepared tokens are kept; by default $JAXLM_CACHE, else ~/.cache/jaxlm."""
+    """Folder of prepared tokens and compiled programs; by default $JAXLM_CACHE, else
+    ~/.cache/jaxlm."""
     prefetch: int = free(2, least=1)
     """Batches made ahead on a host thread."""
 
@@ -268,13 +268,13 @@ class OptimConfig(_Part, prefix="optim."):
     clip_norm: float | None = recorded(1.0, above=0)
     """Clip the gradient to this global norm; None does not clip."""
     ema_decay: float | None = recorded(None, least=0, below=1)
-    """Decay of the moving average of the weights; where there is one, it is what evals and all use
-    of the model take. A resume may begin it, with the weights as they are, or drop it."""
+    """Decay of a moving average of the weights, which evals and all uses of the model then take.
+    A resume may start the average, from the current weights, or drop it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(_Part, prefix="mesh."):
-    """Devices per mesh axis; at most one may be -1, which takes what is left."""
+    """Devices per mesh axis; at most one may be -1: all remaining devices."""
 
     data: int = free(-1)
     """Data parallel: batch split, params copied."""
@@ -298,38 +298,38 @@ class CheckpointConfig(_Part, prefix="checkpoint."):
     directory: Annotated[str | None, tyro.conf.arg(aliases=["--checkpoint-dir"])] = folder(None)
     """Folder of the checkpoints; by default RUN_DIR/checkpoints."""
     save_interval: Annotated[int, tyro.conf.arg(aliases=["--save-interval"])] = free(500, least=1)
-    """Save every so many steps, whatever the evals do (steps)."""
+    """Interval between saves, independent of evals (steps)."""
     save_interval_min: float | None = free(None, above=0)
     """Save also when this much time has passed since the last save (minutes)."""
     keep_latest: int = free(3, least=1)
     """Newest checkpoints to keep, in addition to the best."""
     keep_every: int | None = free(None, least=1)
-    """Keep for good each checkpoint whose step is a multiple of this (steps)."""
+    """Keep permanently each checkpoint whose step is a multiple of this (steps)."""
     keep_weights_every: int | None = free(None, least=1)
-    """Of those that go, keep the weights alone if the step is a multiple of this (steps)."""
+    """Keep the weights of deleted checkpoints whose step is a multiple of this (steps)."""
     on_save_error: Literal["stop", "warn"] = free("stop")
-    """A save that failed stops the run, or is reported while training goes on (one process)."""
+    """A failed save stops the run, or is reported while training continues (one process only)."""
     save_timeout_s: int = free(300, least=1, most=_MAX_TIMEOUT_S)
-    """With several processes: how long a save may take until all stop with an error (seconds)."""
+    """With several processes: time limit of a save; then all stop with an error (seconds)."""
     verify: Literal["full", "fast", "off"] = free("full")
     """At restore: full checks every file and array, fast sizes and small files, off nothing."""
     disk_budget_gb: float | None = free(None, above=0, most=_MAX_DISK_GB)
-    """Bytes that the checkpoints may take (10^9); milestones of `keep_every` are thinned to it."""
+    """Size limit of the checkpoints (10^9 bytes); milestones of `keep_every` are thinned to fit."""
     on_low_disk: Literal["warn", "refuse"] = free("warn")
-    """Before the first step, if the disk is smaller than the plan: warn, or do not begin."""
+    """Before the first step, if the checkpoints will not fit on the disk: warn, or do not start."""
     lock: Literal["required", "if_possible"] = free("required")
-    """Where the file system has no locks: do not begin, or warn and trust that no other does."""
+    """If the file system has no locks: do not start, or warn and rely on you to start no other."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig(_Part, prefix="guard."):
-    """Steps that are not applied: params and optimizer stay as they were."""
+    """Rejection of bad steps: params and optimizer stay unchanged."""
 
     outlier_zscore: float | None = recorded(None, above=0)
-    """Do not apply a step whose loss or gradient norm lies so many standard deviations above the
-    median of the last 128 applied; by default, every finite step is applied."""
+    """Do not apply a step whose loss or gradient norm exceeds the median of the last 128 applied
+    steps by this many standard deviations; by default, every finite step is applied."""
     max_skipped: int = recorded(10, least=1)
-    """Steps in a row that were not applied, after which the run stops."""
+    """Stop the run after this many steps in a row that were not applied (steps)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,7 +346,7 @@ class TrackingConfig(_Part, prefix="tracking."):
 
 @dataclasses.dataclass(frozen=True)
 class Config(_Part):
-    """A whole run."""
+    """All settings of a run."""
 
     model: ModelConfig = fixed(ModelConfig())
     """The model."""
@@ -369,39 +369,39 @@ class Config(_Part):
     seq_len: int = fixed(256, least=1, most=_MAX_SIZE)
     """Tokens per sequence."""
     num_microbatches: int = recorded(1, least=1)
-    """Gradient accumulation: a step takes its batch in this many parts, one after the other."""
+    """Gradient accumulation: number of parts of a batch, computed one after the other."""
     loss_chunks: int = free(1, least=1)
-    """The logits are made for one part of the sequence at a time, of this many, and again in the
+    """Parts of the sequence whose logits are computed one after the other, and again in the
     backward pass: a large vocabulary then takes less memory, and the step a little longer."""
     z_loss: float = recorded(0.0, least=0)
-    """Weight of the squared log-normalizer (PaLM used 1e-4), a term that the gradient takes in and
+    """Weight of the squared log-normalizer (PaLM used 1e-4), a term of the gradient that
     `train/loss` leaves out."""
     deterministic: bool = recorded(True)
-    """On a GPU: XLA takes only kernels that give the same bits each time, and the same ones at each
-    start. Without it a resumed run differs by rounding. CPU and TPU give the same bits anyway."""
+    """On a GPU: use only deterministic kernels, the same at each start. Otherwise a resumed run
+    differs by rounding. CPU and TPU give the same bits anyway."""
     seed: int = fixed(0, least=0, most=2**32 - 1)
     """Seed of the initial weights and of the data order."""
     eval_interval: int = free(500, least=1)
-    """Evaluate every so many steps, and save if the best improved (steps)."""
+    """Interval between evals, which save if the best improved (steps)."""
     stop_after_worse_evals: int | None = free(None, least=1)
-    """End the run after this many evals in a row without a new best; by default it goes on."""
+    """End the run after this many evals in a row without a new best; by default never."""
     log_interval: int = free(10, least=1)
-    """Print and log every so many steps (steps)."""
+    """Interval between logged and printed rows (steps)."""
     profile: int = free(0, least=0)
     """Trace this many steps, from the sixth of this start on, to RUN_DIR/profile (steps)."""
     sample_prompt: str | None = free(None)
-    """Once the plan is complete, print what the best model makes of this text; None prints none."""
+    """Once the run is complete, print the best model's continuation of this text, if given."""
     overfit_one_batch: bool = fixed(False)
-    """Train on batch 0 forever: a first check that the model can learn."""
+    """Train on batch 0 only: a first check that the model can learn."""
     branch_from: str | None = free(None)
-    """Begin a new run with the full state of RUN@STEP (STEP: best, latest, final or a number)."""
+    """Start a new run from the full state of RUN@STEP (STEP: best, latest, final or a number)."""
     init_from: str | None = free(None)
-    """Begin a new run, at step 0, with the weights alone of RUN@STEP."""
+    """Start a new run, at step 0, from the weights of RUN@STEP alone."""
     run_dir: str = folder("runs/default")
     """Folder of the run; launch.py names it runs/CONFIG by default."""
     resume: Literal["auto", "best", "never"] = free("auto")
-    """Where there are checkpoints, `auto` goes on from the latest sound one, `best` goes back to
-    the best, once, and `never` ends with an error: the run must be new."""
+    """If there are checkpoints, `auto` resumes from the latest sound one, `best` goes back to the
+    best, once, and `never` ends with an error: the run must be new."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -428,7 +428,7 @@ class Config(_Part):
 
     @property
     def micro_batch_size(self) -> int:
-        """Sequences that a step, or an eval, takes at once."""
+        """Sequences in one microbatch, and in one batch of an eval."""
         return self.batch_size // self.num_microbatches
 
     @property
@@ -452,7 +452,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     """The inverse of `to_dict`.
 
     Raises:
-      ValueError: an unknown field, or a value of another type or that its rule refuses.
+      ValueError: an unknown field, a value of another type, or one that its rule refuses.
     """
     return validate(values, Config)
 
@@ -483,7 +483,7 @@ def leaves(config: Any, prefix: str = "") -> dict[str, tuple[Any, Policy]]:
 
 
 def changes(old: Config, new: Config) -> list[Change]:
-    """The fields that differ, with what a resume may do about each."""
+    """The fields that differ, with the policy of each."""
     before, after = leaves(old), leaves(new)
     return [
         Change(name, before[name][0], value, policy)

@@ -1,4 +1,4 @@
-"""Kills the real launch command again and again, and compares with a run in one piece.
+"""Kills the real launch command again and again, and compares with an uninterrupted run.
 
     python tests/chaos.py --kills 200 --seed 0
 

@@ -48,8 +48,8 @@ def test_signals_one_and_two_in_a_row(name: str):
 @pytest.mark.parametrize(
     ("sabotage", "told"),
     [
-        ("batches", r"step \d+: batch, rows 0:8: \w+ in one piece, \w+ \w+ resumed"),
-        ("metrics", r"step \d+: \S+: (\S+) in one piece, \1 \1 resumed"),
+        ("batches", r"step \d+: batch, rows 0:8: \w+ uninterrupted, \w+ \w+ resumed"),
+        ("metrics", r"step \d+: \S+: (\S+) uninterrupted, \1 \1 resumed"),
     ],
 )
 def test_a_resume_that_goes_wrong_is_noticed(sabotage: str, told: str):

@@ -506,7 +506,7 @@ def test_a_deleted_holder_file_lets_no_second_trainer_in(tmp_path: Path) -> None
             (tmp_path / "holder.json").unlink(missing_ok=True)
             if text:
                 (tmp_path / "holder.json").write_text(text)
-            with pytest.raises(RuntimeError, match="it has not said which"):
+            with pytest.raises(RuntimeError, match="holder unknown"):
                 _open(tmp_path).__enter__()
 
 

@@ -76,7 +76,7 @@ def test_every_kind_of_difference_is_found(pair: tuple[Path, Path]):
     edit_rows(broken, last_bit)
     (found,) = compare_runs(whole, broken)
     assert re.fullmatch(
-        r"step 8: eval/loss: 0x1\.\w+p\+\d in one piece, 0x1\.\w+p\+\d resumed", found
+        r"step 8: eval/loss: 0x1\.\w+p\+\d uninterrupted, 0x1\.\w+p\+\d resumed", found
     )
 
     shutil.copy(whole / "metrics.jsonl", broken)
@@ -92,7 +92,7 @@ def test_every_kind_of_difference_is_found(pair: tuple[Path, Path]):
     rows = [json.loads(line) for line in Path(f"{broken}.batches").read_text().splitlines()]
     write_batches(broken, [*rows, rows[5] | {"sha256": "another"}])
     (found,) = compare_runs(whole, broken)
-    assert found.startswith("step 6: batch, rows 0:8: hash 5 in one piece, hash 5 another resumed")
+    assert found.startswith("step 6: batch, rows 0:8: hash 5 uninterrupted, hash 5 another resumed")
 
     write_batches(broken, rows)
     shutil.rmtree(broken / "checkpoints" / "12")

@@ -610,7 +610,7 @@ def test_files_that_no_run_writes_are_nobody_s_business(tmp_path: Path) -> None:
 
 def test_two_trainings_in_one_process_are_refused(tmp_path: Path) -> None:
     with _alone_in_process():
-        with pytest.raises(RuntimeError, match="another training is under way in this process"):
+        with pytest.raises(RuntimeError, match="another training runs in this process"):
             train_table(tiny_config(tmp_path / "b"))
     assert list(tmp_path.iterdir()) == []
 

@@ -1,7 +1,7 @@
-"""A copy of a run in a Google Cloud Storage bucket: sent there, and brought back.
+"""Copies a run to a Google Cloud Storage bucket, and back.
 
-No folder can be renamed in a bucket. So the first object of a copy is `copy.partial`, and the last
-one is `copy.json`, which lists the others with their checksums: without it, a copy is unfinished.
+A bucket has no rename. So the first object of a copy is `copy.partial`, and the last one is
+`copy.json`, which lists the others with their checksums: without it, a copy is unfinished.
 """
 
 import base64
@@ -36,16 +36,16 @@ class _Copy(TypedDict):
 def upload(run: str, dest: str) -> Copied:
     """Copies a run or one step into a bucket, and compares the checksums that the server has.
 
-    What an earlier try has sent, and is right, is not sent again. A trainer may be at work in the
-    run: hard links beside it hold what it deletes meanwhile. One process at a time.
+    Intact objects of an earlier try are not sent again. A trainer may be training the run: hard
+    links beside it keep files that the trainer deletes meanwhile. One process at a time.
 
     Args:
       run: as `copy_run` takes it.
       dest: such as gs://bucket/path; nothing may be there but what an earlier try has left.
 
     Raises:
-      ValueError: as `copy_run` raises, or there is something else.
-      RuntimeError: the copy was cut short, and the same command goes on with it.
+      ValueError: as `copy_run` raises, or `dest` holds other objects.
+      RuntimeError: the upload was interrupted; the same command resumes it.
     """
     base = Path(split_step(run)[0]).resolve()
     links = base.with_name(f".{base.name}.upload-{zlib.crc32(dest.encode()):08x}")
@@ -80,7 +80,7 @@ def download(url: str, dest: str) -> Copied:
     """Brings a copy back from a bucket, verified like any copy: whole, or not there.
 
     Raises:
-      ValueError: there is no whole copy, it is damaged, or `dest` is there already.
+      ValueError: there is no complete copy, the copy is damaged, or `dest` exists.
       RuntimeError: the bucket cannot be read, or the disk not written.
     """
     with _bucket(url) as (bucket, root):
@@ -88,7 +88,7 @@ def download(url: str, dest: str) -> Copied:
         if WHOLE not in there:
             raise InputError(
                 f"{url}: found no {WHOLE}, which is written last: no copy is there, or an "
-                "unfinished one, and the command that began it goes on with it"
+                "unfinished one, which the command that started it resumes"
             )
         files = parse_json(bucket.blob(root + WHOLE).download_as_bytes(), _Copy)["files"]
         with published(Path(dest)) as partial:
@@ -112,25 +112,25 @@ def download(url: str, dest: str) -> Copied:
 
 @contextlib.contextmanager
 def _bucket(url: str) -> Iterator[tuple[Any, str]]:
-    # The bucket, and what its names begin with.
+    # The bucket, and the prefix of its object names.
     storage = needs(MODULES["gcs"], f"a copy in {url}")
     from google.api_core.exceptions import GoogleAPIError
     from google.auth.exceptions import GoogleAuthError
 
     name, _, path = url.removeprefix("gs://").partition("/")
     if not (name and path.strip("/")):
-        raise InputError(f"{url}: expected gs://BUCKET/PATH, a place of its own for the copy")
+        raise InputError(f"{url}: expected gs://BUCKET/PATH, a path for the copy")
     try:
         yield storage.Client().bucket(name), path.rstrip("/") + "/"
     except (OSError, GoogleAPIError, GoogleAuthError) as error:
         raise RunError(
             f"{url}: the copy was cut short ({error}); look at the bucket, the disk and the "
-            "sign-in (`gcloud auth application-default login`); the same command goes on"
+            "sign-in (`gcloud auth application-default login`); the same command resumes"
         ) from error
 
 
 def _list(bucket: Any, root: str) -> dict[str, list[int]]:
-    # Name -> size, and the checksum that the server computed of what it keeps.
+    # Name -> size and checksum of the stored object, computed by the server.
     return {
         found.name.removeprefix(root): [
             found.size,

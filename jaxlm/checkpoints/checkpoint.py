@@ -1,8 +1,8 @@
-"""Saves and restores the states of a run, so that none that matters is ever lost.
+"""Saves and restores the states of a run, with verification.
 
-A step is committed by one rename; it carries the manifest of its files and the fingerprint of its
-arrays. Orbax's `CheckpointManager` writes and commits; this module decides when, verifies what came
-back, and reports only what is true on disk.
+A step is committed by one rename, with the manifest of its files and the fingerprints of its
+arrays. Orbax's `CheckpointManager` writes and commits; this module decides when, verifies restored
+states, and reports a save only once it is on disk.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from jaxlm.tracking.rows import Rows
 _log = logging.getLogger(__name__)
 
 _RETRY_S, _MAX_RETRY_S = 10.0, 600.0
-# What Orbax and TensorStore raise when the disk refuses, or the memory.
+# The errors of Orbax and TensorStore if the disk or the memory is full or fails.
 _SAVE_ERRORS = (OSError, ValueError, RuntimeError, MemoryError)
 
 Flush = Callable[[], Rows]
@@ -45,14 +45,14 @@ Restored = tuple[TrainState, Metadata]
 
 @dataclass(frozen=True)
 class _Save:
-    """A save under way: what its checkpoint says, the reason, and what the device finds."""
+    """A save in progress: metadata, reason, and the fingerprint being computed."""
 
     metadata: Metadata
     why: str
     fingerprint: PendingFingerprint
 
     def proven(self) -> Metadata:
-        """The metadata with the fingerprints, for which it waits; raises CheckpointError."""
+        """Waits for the fingerprints, and adds them; CheckpointError for NaN or infinite params."""
         fingerprints, nonfinite = self.fingerprint()
         if spoilt := next((name for name in nonfinite if name.startswith("params/")), None):
             raise CheckpointError(f"{spoilt} holds values that are not finite")
@@ -60,7 +60,7 @@ class _Save:
 
 
 class Checkpoints(HeldFolder):
-    """The checkpoints of a run that trains, in a folder that it has for itself while it does.
+    """The checkpoints of a run in training, in a locked folder.
 
     Args:
       folder, config, events: as in `HeldFolder`.
@@ -81,7 +81,7 @@ class Checkpoints(HeldFolder):
         self._num_failures, self._last_save_s = 0, time.monotonic()
 
     def __enter__(self) -> "Checkpoints":
-        """Takes the folder; errors are those of `hold`."""
+        """Locks and opens the folder; errors are those of `hold`."""
         self.hold()
         with contextlib.ExitStack() as on_error:
             on_error.callback(self.release)
@@ -90,7 +90,7 @@ class Checkpoints(HeldFolder):
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        """Waits for the save under way; an error of the run itself goes first."""
+        """Waits for the save in progress; an error of the run takes precedence over its error."""
         try:
             self.wait()
             self._manager.close()
@@ -107,7 +107,7 @@ class Checkpoints(HeldFolder):
 
     @property
     def due_by_time(self) -> bool:
-        """Whether the clock wants a save: for its interval, or to try a failed one again."""
+        """Whether a save is due by time: `save_interval_min`, or a retry of a failed save."""
         since_s = time.monotonic() - self._last_save_s
         if self._num_failures and not self._saving:
             return since_s >= min(_RETRY_S * 2 ** (self._num_failures - 1), _MAX_RETRY_S)
@@ -115,7 +115,7 @@ class Checkpoints(HeldFolder):
         return minutes is not None and since_s >= 60 * minutes
 
     def restore_latest(self, abstract: TrainState) -> Restored | None:
-        """The newest state that is proven sound, or None in a folder that never held one.
+        """The newest sound state, verified; None in a folder that never held one.
 
         Raises:
           CheckpointError: the folder holds checkpoints, and none is sound.
@@ -136,7 +136,7 @@ class Checkpoints(HeldFolder):
         return restored
 
     def restore_best(self, abstract: TrainState) -> Restored | None:
-        """The best state that is proven sound, or None if there is none."""
+        """The best sound state, verified; None if there is none."""
         restored = None
         while restored is None and (best := self.best):
             restored = self._restore(self._steps[best.step], abstract)
@@ -145,14 +145,14 @@ class Checkpoints(HeldFolder):
     def save(
         self, state: TrainState, metadata: Metadata, before: Flush = Rows, why: str = ""
     ) -> None:
-        """Starts to save; returns once the state may be given to the next step.
+        """Starts a save; returns once the next step may consume the state.
 
         Args:
           state: the state.
-          metadata: what the checkpoint says of it.
-          before: brings the rows to the disk, which must be there first, and returns what proves
-            them; if it fails, so does the save.
-          why: the reason, for people.
+          metadata: of the state, still without fingerprints.
+          before: flushes the rows, which must be on disk first, and returns their length and
+            checksum; if it fails, so does the save.
+          why: human-readable reason.
 
         Raises:
           CheckpointError: this or the last save failed (by `on_save_error`), the folder is gone,
@@ -162,7 +162,7 @@ class Checkpoints(HeldFolder):
         self.check_folder()
         self.clear_partial()
         if set(self._manager.all_steps()) != set(list_steps(self.folder)):
-            self._manager.reload()  # Orbax would keep what is gone, and delete what is the best
+            self._manager.reload()  # Orbax caches the list of steps, which has changed on disk.
         items = items_of(state)
         self.state_bytes = num_bytes(items)
         metadata = replace(metadata, run_id=self.run_id)
@@ -171,7 +171,7 @@ class Checkpoints(HeldFolder):
         self._saving = _Save(metadata, why, fingerprint_async(items))
         self._last_save_s = time.monotonic()
         try:
-            if jax.process_count() > 1:  # all refuse alike; in its saving thread, one alone would
+            if jax.process_count() > 1:  # All reject NaN now: only process 0 runs `_seal`.
                 self._saving.proven()
             rows = agree_on_rows(before())
             self._saving = replace(self._saving, metadata=replace(metadata, rows=rows))
@@ -180,7 +180,7 @@ class Checkpoints(HeldFolder):
             self._save_failed(error)
 
     def replace(self, state: TrainState, metadata: Metadata, before: Flush = Rows) -> None:
-        """Saves a step that may be there already; at any instant, the one or the other is."""
+        """Saves a step again; at any instant, the old or the new copy is on disk."""
         self.wait()
         current = self.folder / str(metadata.step)
         if not agree(current.exists()):
@@ -194,12 +194,12 @@ class Checkpoints(HeldFolder):
             self.save(state, metadata, before)
             self.wait()
         finally:
-            if self._primary and aside.exists():  # a folder that is gone has its error already
+            if self._primary and aside.exists():  # False if the folder was deleted: `save` raised
                 self.finish_replacing(aside)
         agree(None)
 
     def poll(self) -> None:
-        """Reports a save that has ended; costs nothing while the save runs."""
+        """Finishes and reports the save if its writing has ended; never blocks."""
         if self._saving and not self._manager.is_saving_in_progress():
             self.wait()
 
@@ -207,16 +207,17 @@ class Checkpoints(HeldFolder):
         """Waits until the last save is on disk.
 
         Raises:
-          CheckpointError: it failed, and `on_save_error` is `stop`; or its state was not finite.
+          CheckpointError: the save failed and `on_save_error` is `stop`, or its params are not
+            finite.
         """
         if self._saving is None:
             return
         try:
             self._manager.wait_until_finished()
-            if self._primary:  # the others may not see it yet
+            if self._primary:  # Other processes may not see the step yet.
                 step_folder = self.folder / str(self._saving.metadata.step)
                 for path in (*step_folder.iterdir(), step_folder, self.folder):
-                    fsync(path)  # Orbax's own files too; and the step is there at all
+                    fsync(path)  # Covers Orbax's last files; raises if the step is missing.
         except _SAVE_ERRORS as error:
             return self._save_failed(error)
         metadata, why, self._saving = self._saving.proven(), self._saving.why, None
@@ -228,7 +229,7 @@ class Checkpoints(HeldFolder):
         # Runs in the saving thread of the primary process, after the arrays and before the rename.
         assert self._saving is not None
         wait_for_step_metadata(self._manager)
-        self.check_folder()  # TensorStore makes a deleted one again, with half of the arrays
+        self.check_folder()  # TensorStore recreates a deleted folder, with half of the arrays.
         metadata = self._saving.proven()
         partial = self.folder / f"{metadata.step}{UNFINISHED}"
         metadata.write(partial)
@@ -241,7 +242,7 @@ class Checkpoints(HeldFolder):
         try:
             return restore_state(path, metadata, abstract, verify=verify), metadata
         except DamagedArrays as error:
-            if jax.process_count() > 1:  # the others may have read it well
+            if jax.process_count() > 1:  # Other processes may have read the step correctly.
                 raise CheckpointError(
                     f"{error}; look at the disk and the memory of this machine, then start all "
                     "processes again"
@@ -263,7 +264,7 @@ class Checkpoints(HeldFolder):
         text += f". Look at the disk of {self.folder}"
         # With several processes, Orbax's barriers are out of step after an error.
         if self._config.on_save_error == "stop" or jax.process_count() > 1:
-            raise CheckpointError(text + "; the same command goes on from the latest") from error
+            raise CheckpointError(text + "; the same command resumes from the latest") from error
         _log.warning(
             text + "; training goes on, and tries again (checkpoint.on_save_error is warn)"
         )

@@ -1,4 +1,4 @@
-"""A run, or one step of it, in another place: whole and verified there, or not there."""
+"""Copies a run, or one step of it, to another place: complete and verified, or absent."""
 
 import json
 import logging
@@ -32,25 +32,24 @@ _log = logging.getLogger(__name__)
 
 
 class Copied(NamedTuple):
-    """What a copy holds."""
+    """The result of a copy."""
 
     folder: Path | str
-    """The run folder that it is, or its address."""
+    """The new run folder, or its address."""
     steps: list[int]
-    """Each verified there."""
+    """Steps copied and verified."""
     deleted: list[int]
     """Steps that the trainer deleted meanwhile."""
     damaged: dict[int, str]
-    """Steps that are damaged, and were left out."""
+    """Step -> damage, of the steps left out."""
 
 
 @prints_lines
 def copy_run(run: str, dest: str, *, copy_file: Callable[[str, str], Any] = shutil.copy2) -> Copied:
     """Copies a run or one step into a new run folder, and verifies every file of the copy.
 
-    A trainer may be at work in the source. The copy is a run in its own right: listed, loaded
-    and resumed as the source is. Config, metrics, events, the sound steps and milestones are
-    copied, no more.
+    A trainer may be training the source. The copy is an independent run, which can be listed,
+    loaded and resumed. Only config, metrics, events, sound steps and milestones are copied.
 
     Args:
       run: a run folder or checkpoint folder, with `@STEP` for one step alone.
@@ -58,15 +57,16 @@ def copy_run(run: str, dest: str, *, copy_file: Callable[[str, str], Any] = shut
       copy_file: copies, or links, a file of a step.
 
     Raises:
-      ValueError: no such run or step, `dest` is there already or within the source, or no step is
+      ValueError: no such run or step, `dest` exists or lies within the source, or no step is
         sound.
       RuntimeError: a file could not be read or written.
     """
     name, at = split_step(run)
     source, target = find_checkpoints(name), check_free(dest)
-    run_dir, steps = run_folder(name, source), list_steps(source)[::-1]  # the newest stays longest
+    # Newest first: a trainer deletes old steps meanwhile.
+    run_dir, steps = run_folder(name, source), list_steps(source)[::-1]
     milestones = [] if at else list_steps(source / WEIGHTS)
-    if at:  # of a milestone, its weights are the checkpoint
+    if at:  # the folder `weights/` for a milestone
         selected = select(run)
         source, steps = selected.folder, [selected.step]
     check_outside(target, run_dir, source)
@@ -95,7 +95,7 @@ def copy_run(run: str, dest: str, *, copy_file: Callable[[str, str], Any] = shut
                 "look at the disks, then start again"
             ) from error
         found = scan_folder(folder)
-        for step, damage in found.damaged.items():  # of another run than the others
+        for step, damage in found.damaged.items():  # such as steps of another run
             shutil.rmtree(folder / str(step))
             damaged[step] = damage[0]
         for step, damage in damaged.items():
@@ -109,7 +109,7 @@ def copy_run(run: str, dest: str, *, copy_file: Callable[[str, str], Any] = shut
 
 
 def check_outside(target: Path, *folders: Path) -> None:
-    """Raises ValueError if something new is to be made inside one of these folders."""
+    """Raises ValueError if `target` lies inside one of these folders."""
     if inside := [path for path in folders if target.resolve().is_relative_to(path.resolve())]:
         raise InputError(f"{target}: lies within {inside[0]}, expected a place outside of the run")
 
@@ -117,7 +117,7 @@ def check_outside(target: Path, *folders: Path) -> None:
 def _copy_step(source: Path, target: Path, copy_file: Callable[..., Any]) -> list[str] | None:
     def copy() -> list[str]:
         shutil.rmtree(target, ignore_errors=True)
-        if damage := find_damage(source, contents=False):  # links and pipes are not followed
+        if damage := find_damage(source, contents=False):  # reports links and pipes as damage
             return damage
         try:
             shutil.copytree(source, target, copy_function=copy_file)

@@ -1,4 +1,4 @@
-"""The names of what lies in a checkpoint folder. Of these alone, anything is renamed or deleted."""
+"""The names in a checkpoint folder. Entries with other names are never renamed or deleted."""
 
 import re
 import time
@@ -6,24 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 CORRUPT = ".corrupt"
-"""Ends the name of a step that was found damaged."""
+"""Suffix of a damaged step."""
 SUPERSEDED = ".superseded"
-"""Ends the name of a step that the run has gone back from."""
+"""Suffix of a step that the run went back from."""
 REPLACED = ".replaced"
-"""Ends the name of a step while it is saved again."""
+"""Suffix of the old copy while a step is saved again."""
 UNFINISHED = ".orbax-checkpoint-tmp"
-"""Ends the name of a step while it is written."""
+"""Suffix of a step while it is written."""
 DELETING = "deleting"
-"""What is to be deleted is renamed into this folder first, so that it goes at once."""
+"""Folder into which a step is renamed before its deletion, which is thereby atomic."""
 _NAME = re.compile(
     rf"(0|[1-9][0-9]{{0,17}})(({CORRUPT}|{SUPERSEDED})(-[0-9]+)?|{REPLACED}|{UNFINISHED})?"
 )
 
-_COMMIT_S = 0.5  # within this time, a step that is being renamed or deleted has changed
+_COMMIT_S = 0.5  # time in which a step that is being renamed or deleted changes
 
 
 def list_named(folder: Path, suffix: str = "") -> list[Path]:
-    """What has exactly a name that a run gives, with this suffix if one is named; ascending."""
+    """The entries named exactly `STEP` plus this suffix, by ascending step."""
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     return [path for path in found if suffix in path.name and _NAME.fullmatch(path.name)]
 
@@ -37,20 +37,20 @@ def list_steps(folder: Path) -> list[int]:
 
 
 def list_corrupt(folder: Path) -> list[str]:
-    """The names of checkpoints that were found damaged and renamed."""
+    """The names of damaged checkpoints, `N.corrupt`."""
     return [path.name for path in list_named(folder, CORRUPT)]
 
 
 def list_names(folder: Path) -> list[str]:
-    """The folders of all checkpoints, those set aside included; one being replaced is its step."""
+    """The names of all checkpoints, those set aside included; `N.replaced` counts as N."""
     there = [path.name for path in list_named(folder) if path.is_dir()]
     return sorted({name.removesuffix(REPLACED) for name in there if UNFINISHED not in name})
 
 
 def when_settled(path: Path, look: Callable[[], list[str]]) -> list[str] | None:
-    """What `look` finds wrong with a step, at which a trainer may be at work.
+    """The damage that `look` finds in a step that a trainer may be writing.
 
-    It looks again if the trainer has put another one there, or finished its commit.
+    Looks again if the trainer has replaced the step meanwhile, or finished its commit.
 
     Returns:
       Empty for a sound step; None for one that was deleted meanwhile.
@@ -65,7 +65,7 @@ def when_settled(path: Path, look: Callable[[], list[str]]) -> list[str] | None:
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """What changes when another step is put there, or this one's commit goes on."""
+    """Identity of a step folder: changes if the step is replaced, or its commit continues."""
     try:
         found = path.stat()
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""What lies in a checkpoint folder: steps, their metadata, and which is best, latest and final.
+"""Reads a checkpoint folder: steps, their metadata, and which is best, latest and final.
 
-Reading only; `jaxlm.checkpoints.checkpoint` writes. Anyone may read while a trainer runs.
+Changes nothing, and may be used while a trainer writes (`jaxlm.checkpoints.checkpoint`).
 """
 
 import math
@@ -19,11 +19,11 @@ from jaxlm.terminal import progress
 
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "weights"
-"""The folder, beside the steps, of those of which the weights alone were kept."""
+"""The folder, beside the steps, of deleted steps whose weights were kept."""
 
 
 MAX_CHOICES = 20
-"""How often another step is chosen in place of one that a trainer has deleted meanwhile."""
+"""Limit of choices, if a trainer deletes one chosen step after the other."""
 
 
 class Best(NamedTuple):
@@ -37,7 +37,7 @@ def read_metadata(folder: Path, step: int) -> Metadata:
     """The metadata of one step.
 
     Raises:
-      ValueError: it is missing or cannot be read.
+      ValueError: the metadata is missing or cannot be read.
     """
     path = folder / str(step) / "meta" / "metadata"
     try:
@@ -52,25 +52,25 @@ def read_metadata(folder: Path, step: int) -> Metadata:
 
 
 class FolderScan(NamedTuple):
-    """What a quick look at a checkpoint folder finds."""
+    """The result of a quick check of a checkpoint folder."""
 
     sound: dict[int, Metadata]
-    """Ascending. Of large files, only the size was looked at."""
+    """Step, ascending -> metadata. Of large files, only the size was checked."""
     damaged: dict[int, list[str]]
-    """Step -> what is wrong with it."""
+    """Step -> lines about its damage."""
     run_id: str
-    """The run that they are of; empty where there is none."""
+    """The run of these steps; empty without steps."""
 
 
 def scan_folder(folder: Path, *, check: bool = True) -> FolderScan:
-    """Looks at every step; nothing is changed on disk, and a trainer may be at work there.
+    """Checks every step quickly; changes nothing, and a trainer may be writing there.
 
     Args:
       folder: the checkpoint folder.
       check: compare the files with the manifest.
 
     Raises:
-      ValueError: as many checkpoints are of one run as of another, or `check` is off and metadata
+      ValueError: two runs have equally many checkpoints there, or `check` is off and metadata
         cannot be read.
     """
     found, damaged = {}, {}
@@ -83,7 +83,7 @@ def scan_folder(folder: Path, *, check: bool = True) -> FolderScan:
                 found[step] = read_metadata(folder, step)
         except (OSError, ValueError):
             if not check or (folder / str(step)).exists():
-                raise  # whole, but of another version; else it was deleted between the two looks
+                raise  # a complete step of another version; a deleted one is skipped
     run_id, foreign = _run_and_others(folder, {s: m.run_id for s, m in found.items()})
     for step in foreign:
         other = found.pop(step).run_id
@@ -92,7 +92,7 @@ def scan_folder(folder: Path, *, check: bool = True) -> FolderScan:
 
 
 def _run_and_others(folder: Path, run_ids: dict[int, str]) -> tuple[str, list[int]]:
-    # The run that most checkpoints are of, and the steps that are of others.
+    # The run of most checkpoints, and the steps of other runs.
     ranked = Counter(run_ids.values()).most_common(2)
     if len(ranked) == 2 and ranked[0][1] == ranked[1][1]:
         found = ", ".join(f"{step} of run {run_id}" for step, run_id in run_ids.items())
@@ -105,7 +105,7 @@ def _run_and_others(folder: Path, run_ids: dict[int, str]) -> tuple[str, list[in
 
 
 def find_best(eval_losses: dict[int, float | None]) -> Best | None:
-    """The step of the lowest finite loss; of equal ones the first."""
+    """The step of the lowest finite loss; the first of equal ones."""
     finite = [Best(s, x) for s, x in eval_losses.items() if x is not None and math.isfinite(x)]
     return min(finite, key=lambda best: (best.loss, best.step), default=None)
 
@@ -122,8 +122,8 @@ def recorded_directory(run_dir: Path) -> str | None:
     """`checkpoint.directory` in the config.json of a run folder.
 
     Raises:
-      OSError: it cannot be read.
-      ValueError: it is not a config.
+      OSError: the file cannot be read.
+      ValueError: the file is not a config.
     """
     return read_json(run_dir / "config.json", _Recorded)["checkpoint"]["directory"]
 
@@ -160,22 +160,22 @@ def find_checkpoints(run: str) -> Path:
 
 
 def run_folder(run: str, folder: Path) -> Path:
-    """The run folder of a run that is named by it, or by its checkpoint folder."""
+    """The run folder of `run`, which names the run folder or its checkpoint folder."""
     path = Path(expand(run, "RUN"))
     is_run = (path / "config.json").is_file() or path != folder
     return path if is_run else folder.parent
 
 
 class Selected(NamedTuple):
-    """A checkpoint that was asked for."""
+    """The checkpoint that RUN@STEP names."""
 
     folder: Path
     step: int
     metadata: Metadata
     passed_over: dict[int, list[str]]
-    """Damaged steps that would have come first, or may have, and what is wrong with them."""
+    """Damaged steps that would, or might, have been chosen -> lines about their damage."""
     identity: tuple[int, int] | None
-    """That of the step folder which was verified; it changes once a trainer is at work there."""
+    """`identity` of the verified step folder, to detect a later change by a trainer."""
 
     @property
     def path(self) -> Path:
@@ -186,15 +186,15 @@ class Selected(NamedTuple):
 def select(run: str, default: str = "best", *, contents: bool = True) -> Selected:
     """Finds `RUN@STEP`: STEP is `best`, `latest`, `final` or a number.
 
-    A damaged best or latest is passed over for the next one, and named in the result.
+    A damaged best or latest is skipped for the next one, and listed in `passed_over`.
 
     Args:
       run: a run folder or checkpoint folder, with `@STEP` or without.
-      default: the STEP where none is given.
+      default: the STEP if none is given.
       contents: verify the array files too.
 
     Raises:
-      ValueError: no such run or step, or it is damaged.
+      ValueError: no such run or step, or the step is damaged.
     """
     name, which = split_step(run)
     which = which or default
@@ -206,7 +206,7 @@ def select(run: str, default: str = "best", *, contents: bool = True) -> Selecte
 
 
 def deleted_each_time(run: str) -> ValueError:
-    """The error to raise where a trainer was quicker MAX_CHOICES times."""
+    """The error to raise after a trainer deleted MAX_CHOICES chosen steps."""
     return InputError(
         f"{run}: chosen {MAX_CHOICES} times, and deleted by its trainer each time before it was "
         "read; wait for the run to end, or start it again with a larger --checkpoint.keep_latest"
@@ -214,11 +214,11 @@ def deleted_each_time(run: str) -> ValueError:
 
 
 def _choose(name: str, folder: Path, which: str, contents: bool) -> Selected | None:
-    # None where a trainer has deleted or replaced the step meanwhile.
+    # None if a trainer has deleted or replaced the step meanwhile.
     found = scan_folder(folder)
     if which.isdigit() and not (folder / which).exists() and (folder / WEIGHTS / which).exists():
         return select(f"{folder / WEIGHTS}@{which}", contents=contents)
-    # A damaged step may have been the best or a final one; its metadata is not to be trusted.
+    # A damaged step may have been the best or a final one; its metadata cannot be trusted.
     passed_over = found.damaged if which in ("best", "final") else {}
     for step in _candidates(found, which):
         path = folder / str(step)

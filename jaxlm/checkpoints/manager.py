@@ -1,4 +1,4 @@
-"""Orbax's `CheckpointManager`, which writes and commits, set up as we need it."""
+"""The settings of Orbax's `CheckpointManager`, which writes and commits checkpoints."""
 
 import functools
 from collections.abc import Callable
@@ -13,20 +13,20 @@ from jaxlm.checkpoints.restore import ITEMS, without_empty
 from jaxlm.cluster import barrier
 
 LEAST_PART = 4 * 2**20
-"""Of an array that several devices hold, what one of them writes at least (bytes)."""
+"""Smallest part of a replicated array that one device writes (bytes)."""
 
 FILE_BYTES = 64 * 2**20
-"""Where Orbax begins the next file of arrays (bytes)."""
+"""Size at which Orbax starts another file of arrays (bytes)."""
 
 
 def open_manager(
     folder: Path, timeout_s: int, before_commit: Callable[[], None]
 ) -> ocp.CheckpointManager:
-    """The manager of a folder; it saves when it is called to, and never deletes.
+    """The Orbax manager of a folder; saves only when called, and never deletes.
 
     Args:
       folder: the checkpoint folder.
-      timeout_s: how long the processes wait for each other (s).
+      timeout_s: timeout of the barriers between processes (s).
       before_commit: called in the saving thread of the primary process, after the arrays are
         written and before the rename.
     """
@@ -34,9 +34,9 @@ def open_manager(
         best_fn=lambda metrics: metrics["eval_loss"],
         best_mode="min",
         save_decision_policy=checkpoint_managers.AnySavePolicy([]),
-        # To delete step 2, it would take `2.orbax-checkpoint-tmp-x` of somebody else for the step.
+        # Deleting step 2, Orbax would take a foreign `2.orbax-checkpoint-tmp-x` for the step.
         preservation_policy=checkpoint_managers.LatestN(n=None),
-        # It would delete whatever has `.orbax-checkpoint-tmp` anywhere in its name.
+        # Cleaning up, Orbax would delete every name that contains `.orbax-checkpoint-tmp`.
         cleanup_tmp_directories=False,
         async_options=ocp.AsyncOptions(
             timeout_secs=timeout_s,
@@ -44,8 +44,8 @@ def open_manager(
             post_finalization_callback=before_commit,
         ),
     )
-    # Devices that hold the same array write a part of it each. That pays where the parts are large;
-    # else the loop waits for thousands of slices to be made.
+    # Devices that hold the same array each write a part of it. With small parts, the loop would
+    # wait for thousands of slices.
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=LEAST_PART)
     types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     # Uncompressed: zstd would save 8% of the bytes and double the time.
@@ -59,8 +59,8 @@ def open_manager(
 
 
 def args_of(items: dict[str, Any]) -> ocp.args.Composite:
-    """What tells Orbax to save these items of arrays, beside a `meta` that is written later."""
-    # In files of 2 GB, as by default, too few are on their way to the disk at once.
+    """Arguments for Orbax to save these items of arrays, and a `meta` that is written later."""
+    # Orbax's default of 2 GB a file would write too few files in parallel.
     save = functools.partial(ocp.args.PyTreeSave, ocdbt_target_data_file_size=FILE_BYTES)
     arrays = {name: save(without_empty(item)) for name, item in items.items()}
     return ocp.args.Composite(**arrays, meta=ocp.args.JsonSave({}))

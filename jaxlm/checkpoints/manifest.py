@@ -1,7 +1,7 @@
 """The manifest: proof that the files of a checkpoint are those that were written.
 
-The manifest is written into the step folder just before the atomic commit: the size and the CRC32C
-of every file. Orbax goes on to write two things after it, which are checked by their content: the
+The manifest lists the size and the CRC32C of every file, and is written into the step folder just
+before the atomic commit. Orbax writes two items later, which are checked by their content: the
 commit timestamp inside `_CHECKPOINT_METADATA`, and `commit_success.txt`.
 """
 
@@ -36,7 +36,7 @@ class _StepMetadata(TypedDict):
 
 
 def write_manifest(folder: Path) -> None:
-    """Lists every file below `folder`, and brings all of them to the disk."""
+    """Writes the manifest of all files below `folder`, and flushes them to disk."""
     skipped = {folder / NAME, folder / _COMMIT}
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path not in skipped)
     with ThreadPoolExecutor() as pool:
@@ -56,12 +56,12 @@ def write_manifest(folder: Path) -> None:
 def find_damage(
     folder: Path, *, contents: bool = True, share: tuple[int, int] = (0, 1)
 ) -> list[str]:
-    """What differs between a step folder and its manifest; empty if nothing does.
+    """A line for each difference between a step folder and its manifest.
 
     Args:
       folder: the step folder.
-      contents: read the array files too; else only their sizes are compared.
-      share: which of how many equal shares of the listed files to look at.
+      contents: read the array files too; else compare only their sizes.
+      share: (i, n): check only share i of n equal shares of the listed files.
     """
     if not folder.is_dir():
         return ["it is not a folder" if folder.exists() else "it does not exist"]
@@ -82,7 +82,7 @@ def find_damage(
     damage, files = [], {name: manifest["files"][name] for name in names}
     much = contents and sum(entry.get("bytes", 0) for entry in files.values()) > _SMALL_BYTES
     with ThreadPoolExecutor() as pool:
-        each = pool.map if much else map  # threads pay where there is much to read
+        each = pool.map if much else map  # Threads cost more than they save on small files.
         differences = list(each(lambda name: _compare(folder, name, files[name], contents), files))
     for name, difference in zip(files, differences, strict=True):
         if difference:
@@ -151,7 +151,7 @@ def _unlisted(found: dict[str, os.DirEntry], files: dict[str, Any]) -> list[str]
 
 
 def _step_damage(folder: Path) -> list[str]:
-    # A step copied over another one, manifest included, is consistent in itself.
+    # A step copied over another one, manifest included, would pass all other checks.
     named = re.match(r"\d+", folder.name)
     try:
         step = read_json(folder / _METADATA, dict[str, Any])["step"]

@@ -1,4 +1,4 @@
-"""The metadata of a checkpoint: all that it holds in addition to its arrays."""
+"""The metadata of a checkpoint: everything but its arrays."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from jaxlm.files.strict import shown, spell, validate
 from jaxlm.tracking.rows import Rows
 
 FORMAT = 3
-"""Goes up when files or fingerprints come to mean something else."""
+"""Bump when the meaning of files or fingerprints changes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Metadata:
     num_worse_evals: int
     """Evals since the best one."""
     final: bool
-    """Whether a plan ended here: `num_steps` reached, or stopped by its evals."""
+    """Whether training ended here: by `num_steps`, or by `stop_after_worse_evals`."""
     config: dict[str, Any]
     """The run's config, as nested dicts."""
     data_fingerprint: str
@@ -42,23 +42,23 @@ class Metadata:
     eos_id: int | None
     """The token that ends a document."""
     environment: dict[str, Any]
-    """Versions, devices and cores: what the bits of a run depend on."""
+    """Versions, devices and settings that the bits of a run depend on."""
     tracking_run_id: str
     """Identity of the run at its trackers."""
     lineage: list[dict[str, Any]]
-    """What was changed on the way here, oldest first."""
+    """Changes of settings, branches and initializations so far, oldest first."""
     rows: Rows = dataclasses.field(default_factory=Rows)
-    """Those of metrics.jsonl that were on disk before this checkpoint."""
+    """Length and checksum of the rows of metrics.jsonl up to this step."""
     run_id: str = ""
-    """The same in all checkpoints of a run, and of no other."""
+    """Identity of the run, equal in all its checkpoints."""
     fingerprints: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
-    """Leaf name -> [dtype, shape, lane, lane], computed on the device, of what was saved."""
+    """Leaf name -> [dtype, shape, lane, lane], computed on the device before the save."""
     format: int = FORMAT
-    """Of the checkpoint."""
+    """Format of the checkpoint."""
 
     @property
     def weights_item(self) -> str:
-        """The item with the weights to use: their moving average where there is one."""
+        """The item with the weights to use: the moving average if there is one, else params."""
         has_average = any(name.startswith("ema_params/") for name in self.fingerprints)
         return "ema_params" if has_average else "params"
 
@@ -66,7 +66,7 @@ class Metadata:
         """The config as dataclasses.
 
         Raises:
-          ValueError: another version wrote it, or no version.
+          ValueError: the config is not one of this version.
         """
         try:
             return from_dict(self.config)
@@ -85,7 +85,7 @@ class Metadata:
         return values
 
     def write(self, folder: Path) -> None:
-        """Makes this the `meta` of a step folder that is not committed yet."""
+        """Writes this as the `meta` of a step folder that is not committed yet."""
         write_file(folder / "meta" / "metadata", json.dumps(self.to_json()).encode())
 
     @classmethod
@@ -93,7 +93,7 @@ class Metadata:
         """The inverse of `to_json`.
 
         Raises:
-          ValueError: it is of another format, or a field is missing, unknown or of another type.
+          ValueError: another format, or a field is missing, unknown or of another type.
         """
         if (found := values.get("format")) != FORMAT:
             raise InputError(

@@ -1,4 +1,4 @@
-"""The weights of checkpoints that are deleted, in a folder of their own."""
+"""Keeps the weights of deleted checkpoints, in `weights/`."""
 
 import shutil
 from dataclasses import replace
@@ -13,17 +13,17 @@ _MAX_TOKENIZER_BYTES = 1 << 28
 
 
 def keep_weights(doomed: Path, folder: Path) -> None:
-    """Makes `weights/STEP` of a step that is to be deleted; one of an earlier future is replaced.
+    """Makes `weights/STEP` from a step before its deletion; replaces one of an abandoned branch.
 
-    The step itself is left as it is. So after a kill at any instant it is there, whole, and this is
-    done again; or it is not whole, and then its weights were kept before its deletion began.
+    The step itself is not changed. After a kill, a complete step goes through this again; an
+    incomplete one has its weights already, since its deletion had begun.
 
     Args:
-      doomed: the step folder, on its way out; its name is the step.
+      doomed: the step folder to be deleted; its name is the step.
       folder: the checkpoint folder.
 
     Raises:
-      OSError: the disk refused.
+      OSError: the disk refused a write.
     """
     if manifest.find_damage(doomed, contents=False):
         return

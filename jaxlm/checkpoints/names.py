@@ -1,4 +1,4 @@
-"""RUN@STEP, as every command and function takes it."""
+"""The parser of RUN@STEP, the name of a checkpoint."""
 
 import re
 from pathlib import Path
@@ -10,13 +10,13 @@ _STEP = re.compile("best|latest|final|[0-9]+")
 
 
 def split_step(run: str) -> tuple[str, str]:
-    """RUN and STEP of `RUN@STEP`; STEP is empty where none is given.
+    """RUN and STEP of `RUN@STEP`; STEP is empty if none is given.
 
-    A path may hold an @ too: an existing folder is a RUN, and only `best`, `latest`, `final` or a
+    A path may contain @ too: an existing folder is a RUN, and only `best`, `latest`, `final` or a
     number after the last @ is a STEP.
 
     Raises:
-      ValueError: RUN is there, and STEP is none of these.
+      ValueError: RUN exists, and STEP is none of these.
     """
     run = expand(run, "RUN")
     name, _, step = run.rpartition("@")

@@ -1,4 +1,4 @@
-"""Checkpoints of a run that are no longer wanted, named and then deleted."""
+"""`jaxlm checkpoints prune`: lists the checkpoints that its rules drop, then deletes them."""
 
 import math
 from pathlib import Path
@@ -18,15 +18,15 @@ from jaxlm.tracking.events import NAME, Events
 
 
 class Pruning(NamedTuple):
-    """What becomes of the checkpoints of a run."""
+    """The checkpoints to keep and to delete."""
 
     folder: Path
     kept: dict[int, str]
-    """Step -> why it stays."""
+    """Step -> reason to keep the step."""
     dropped: dict[int, int]
-    """Step -> its bytes."""
+    """Step -> bytes."""
     keep_weights_every: int | None
-    """As the run's config has it: of these steps the weights stay."""
+    """`keep_weights_every` of the run's config: the weights of these steps stay."""
 
 
 def plan_pruning(
@@ -36,14 +36,14 @@ def plan_pruning(
     keep_every: int | None = None,
     disk_budget_gb: float | None = None,
 ) -> Pruning:
-    """Says what would be deleted; changes nothing on disk.
+    """The checkpoints to delete by these rules; changes nothing on disk.
 
-    Best and latest stay under any rule, and so does what is damaged. Both are read in
-    full, and a damaged one does not count as such: the next sound one takes its place, and stays.
+    Best, latest and damaged steps stay under any rule. Best and latest are read in full, and a
+    damaged one does not count as such: the next sound one takes its place, and stays.
 
     Args:
       run: a run folder or checkpoint folder.
-      keep_latest: the newest to keep.
+      keep_latest: number of newest steps to keep.
       keep_every: keep also each step that is a multiple of this.
       disk_budget_gb: of those (of all steps, without `keep_every`) keep as many as fit, evenly
         apart (10^9 bytes).
@@ -93,7 +93,7 @@ def prune(run: str, **rules: Any) -> Pruning:
 
     Raises:
       ValueError: as `plan_pruning` raises.
-      RuntimeError: a trainer is at work in the folder, or what a killed one left cannot be deleted.
+      RuntimeError: a trainer holds the folder, or the leftovers of a killed one cannot be deleted.
     """
     folder = find_checkpoints(run)
     with locked(folder, required=True):
@@ -101,7 +101,7 @@ def prune(run: str, **rules: Any) -> Pruning:
         if not pruning.dropped:
             return pruning
         purger = Purger(folder, pruning.keep_weights_every)
-        purger.purge()  # what a killed run has left there, of the same name perhaps
+        purger.purge()  # A killed run may have left a folder of the same name there.
         purger.join()
         if stuck := [path.name for path in list_named(folder / DELETING)]:
             raise RunError(f"{folder / DELETING}: {stuck} cannot be deleted; look at its disk")

@@ -1,4 +1,4 @@
-"""Steps under another name, and folders on their way out."""
+"""Renames steps that are set aside, and deletes folders in the background."""
 
 import shutil
 import threading
@@ -14,7 +14,7 @@ _CLEAR_ATTEMPTS = 40
 
 
 def put_aside(folder: Path, steps: Sequence[int], suffix: str) -> list[str]:
-    """Renames steps, never onto what is there already; returns their new names."""
+    """Renames steps, never onto an existing name; returns the new names."""
     names = []
     for step in steps:
         target = free_path(folder / f"{step}{suffix}")
@@ -25,7 +25,7 @@ def put_aside(folder: Path, steps: Sequence[int], suffix: str) -> list[str]:
 
 
 def list_old_superseded(folder: Path, num_kept: int) -> list[Path]:
-    """The superseded steps but for those renamed last."""
+    """The superseded steps, without the `num_kept` renamed last."""
 
     def age(path: Path) -> tuple[int, int]:
         return path.stat().st_ctime_ns, int(path.name.partition(".")[0])
@@ -34,7 +34,7 @@ def list_old_superseded(folder: Path, num_kept: int) -> list[Path]:
 
 
 def clear_partial(folder: Path) -> None:
-    """Removes what a failed save has written, whose other threads may still be at it."""
+    """Removes the files of a failed save, while its threads may still write some."""
     for _ in range(_CLEAR_ATTEMPTS):
         partial = list_named(folder, UNFINISHED)
         if not partial:
@@ -45,11 +45,11 @@ def clear_partial(folder: Path) -> None:
 
 
 class Purger:
-    """Frees the space of what is deleted, off the training thread.
+    """Deletes checkpoints in a background thread.
 
     Args:
       folder: the checkpoint folder.
-      keep_weights_every: of steps that are a multiple of this, the weights stay.
+      keep_weights_every: keep the weights of steps that are a multiple of this.
     """
 
     def __init__(self, folder: Path, keep_weights_every: int | None = None) -> None:
@@ -58,7 +58,7 @@ class Purger:
         self._thread = threading.Thread()
 
     def purge(self, *paths: Path) -> None:
-        """Deletes these, and what is there already."""
+        """Deletes these paths, and the leftovers of earlier deletions."""
         self.join()
         for path in paths:
             self._doomed.mkdir(exist_ok=True)
@@ -72,11 +72,11 @@ class Purger:
             try:
                 if self._every and path.name.isdecimal() and int(path.name) % self._every == 0:
                     keep_weights(path, self._folder)
-            except (OSError, ValueError, DiskError):  # a full disk, say; the next time will do
+            except (OSError, ValueError, DiskError):  # such as a full disk; the next call retries
                 continue
             shutil.rmtree(path, ignore_errors=True)
 
     def join(self) -> None:
-        """Waits until all is deleted."""
+        """Waits for the deletions."""
         if self._thread.ident:
             self._thread.join()

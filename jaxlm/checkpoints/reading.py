@@ -1,4 +1,4 @@
-"""A checkpoint that is read while a trainer, which deletes what it no longer keeps, is at work."""
+"""Reads a checkpoint while a trainer may delete it, by choosing another one."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -16,17 +16,17 @@ def read(
     *,
     first: Selected | None = None,
 ) -> X:
-    """What `use` makes of `RUN@STEP`; another step is chosen where a trainer deletes the one read.
+    """The result of `use` on `RUN@STEP`; chooses another step if a trainer deletes the one read.
 
     Args:
       run: a run folder or checkpoint folder, with `@STEP` or without.
       use: reads the checkpoint; called again with the next choice.
-      default: the STEP where none is given.
-      first: what has been chosen already.
+      default: the STEP if none is given.
+      first: an earlier choice to begin with.
 
     Raises:
       ValueError: as `select` raises; or each choice was deleted before it was read.
-      Exception: what `use` raises about a checkpoint that is still there.
+      Exception: an error of `use` on a checkpoint that still exists.
     """
     selected = first
     for _ in range(MAX_CHOICES):

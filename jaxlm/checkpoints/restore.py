@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint, back on a mesh and proven to be those that were saved."""
+"""Restores the arrays of a checkpoint on any mesh, and verifies their fingerprints."""
 
 import contextlib
 import math
@@ -21,16 +21,16 @@ from jaxlm.insides import quiet_orbax
 ITEMS = ("params", "ema_params", "opt_state", "state")
 """The items of a checkpoint that hold arrays; `meta` is JSON."""
 
-# What Orbax and TensorStore raise of files that they did not write.
+# The errors of Orbax and TensorStore for damaged files.
 _UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 class DamagedArrays(InputError):
-    """Arrays that came back with other bits than were saved."""
+    """Arrays were restored with other bits than were saved."""
 
 
 def items_of(state: TrainState) -> dict[str, Any]:
-    """A state as the items of a checkpoint; each can be restored alone."""
+    """The items of a checkpoint of this state; each can be restored alone."""
     rest = {"step": state.step, **state.guard._asdict()}
     items = {"params": state.params, "opt_state": state.opt_state, "state": rest}
     return items if state.ema_params is None else {**items, "ema_params": state.ema_params}
@@ -52,8 +52,8 @@ def restore_state(
 ) -> TrainState:
     """The state of a step folder; arguments and errors are those of `restore_items`.
 
-    A moving average that is wanted and not there begins with the params; one that is there and not
-    wanted is left out.
+    If the run keeps a moving average and the checkpoint has none, the average starts from the
+    params; if the run keeps none, that of the checkpoint is left out.
     """
     begins = abstract.ema_params is not None and metadata.weights_item == "params"
     wanted = items_of(abstract._replace(ema_params=None) if begins else abstract)
@@ -64,7 +64,7 @@ def restore_state(
 
 
 def restore_weights(path: Path, metadata: Metadata, abstract: Params) -> Params:
-    """The weights to use of a step folder, verified: their average, where it holds one."""
+    """The weights of a step folder, verified: the moving average if there is one."""
     item = metadata.weights_item
     saved = abstract if item == "params" else jax.tree.map(_of_average, abstract)
     return cast_like(restore_items(path, metadata, {item: saved})[item], abstract)
@@ -82,14 +82,14 @@ def restore_items(
     Args:
       path: the step folder.
       metadata: of that step.
-      abstract: the items wanted, as trees of `jax.ShapeDtypeStruct` with shardings; any mesh will
-        do, whatever it was saved from.
+      abstract: the items to restore, as trees of `jax.ShapeDtypeStruct` with shardings, on any
+        mesh.
       verify: compare the fingerprint of every array with the one taken at the save.
 
     Raises:
       ValueError: an item has other leaves, dtypes or shapes.
-      DiskError: the disk gives no answer.
-      DamagedArrays: an item cannot be read, or an array differs from what was saved.
+      DiskError: the disk does not respond.
+      DamagedArrays: an item cannot be read, or an array differs from the saved one.
     """
     check_layout(metadata.fingerprints, abstract, path)
     restored, folder = {}, path.absolute()  # Orbax takes no relative path
@@ -114,9 +114,9 @@ def restore_items(
 
 
 def find_changed_arrays(path: Path, metadata: Metadata) -> list[str]:
-    """The arrays of a step folder that are not those that were saved; it takes no model.
+    """The arrays of a step folder that differ from the saved ones; needs no model.
 
-    One item after the other is on this machine, and one array after the other on the device.
+    Loads one item at a time into host memory, and one array at a time onto the device.
     """
     saved, found = metadata.fingerprints, {}
     for name in _items_at(path):
@@ -131,7 +131,7 @@ def _has_no_elements(entry: list[Any]) -> bool:
 
 
 def restore_numpy(path: Path, items: Sequence[str] = ()) -> dict[str, Any]:
-    """Items of a step folder (by default all) as numpy arrays: two may not fit on the devices.
+    """Items of a step folder (by default all) as numpy arrays, in host memory.
 
     Raises:
       DamagedArrays: an item cannot be read.
@@ -151,7 +151,7 @@ def restore_numpy(path: Path, items: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _items_at(path: Path) -> list[str]:
-    return [name for name in ITEMS if (path / name).is_dir()]  # an average has params alone
+    return [name for name in ITEMS if (path / name).is_dir()]  # an averaged run has params only
 
 
 @contextlib.contextmanager
@@ -162,7 +162,7 @@ def _reading(path: Path) -> Iterator[ocp.Checkpointer]:
                 yield checkpointer
     except _UNREADABLE as error:
         reason = str(error).partition("\n")[0]
-        # TensorStore reports an unreachable disk by text alone, as it reports damage.
+        # Only the text of TensorStore's error tells an unreachable disk from damage.
         if any(f"OS error {code}:" in str(error) for code in NO_ANSWER):
             raise no_answer(path, reason) from error
         raise DamagedArrays(f"{path}: cannot be read ({type(error).__name__}: {reason})") from error
@@ -183,10 +183,10 @@ def check_layout(saved: dict[str, list[Any]], abstract: dict[str, Any], path: Pa
     """Raises ValueError unless arrays were saved with these names, dtypes and shapes."""
     if "opt_state" in abstract and not any(name.startswith("opt_state/") for name in saved):
         raise InputError(
-            f"{path} holds weights only, so training cannot go on from it; to begin a run with "
+            f"{path} holds weights only, so training cannot resume from it; to start a run with "
             f"them, add --init_from {path.parent}@{path.name}"
         )
-    # Orbax would leave out what is not asked for, and cast another dtype, without a word.
+    # Orbax would silently drop an array that is not asked for, and cast another dtype.
     wanted = {
         path_name(key): [str(leaf.dtype), list(leaf.shape)]
         for key, leaf in jax.tree_util.tree_leaves_with_path(abstract)

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept. The policies of Orbax can delete the latest."""
+"""Retention: which checkpoints are kept. Orbax's own policies can delete the latest."""
 
 from jaxlm.checkpoints.folder import find_best
 from jaxlm.config import CheckpointConfig
@@ -14,15 +14,15 @@ def choose_kept(
     state_bytes: int = 0,
     num_in_transit: int = IN_TRANSIT,
 ) -> set[int]:
-    """The steps that stay: the newest, the best, and every so many.
+    """The steps to keep: the newest, the best and the milestones.
 
     No setting can drop best or latest.
 
     Args:
       config: the rules.
-      eval_losses: step, ascending -> held-out loss, where there is one.
-      state_bytes: size of a checkpoint, for the disk budget; 0 where it is not known.
-      num_in_transit: checkpoints that the budget must hold beside those kept.
+      eval_losses: step, ascending -> held-out loss or None.
+      state_bytes: size of a checkpoint, for the disk budget; 0 if unknown.
+      num_in_transit: checkpoints that the budget must hold in addition to those kept.
     """
     steps, best = list(eval_losses), find_best(eval_losses)
     kept = set(steps[-config.keep_latest :]) | ({best.step} if best else set())
@@ -33,18 +33,18 @@ def choose_kept(
     if budget and state_bytes:
         room = budget * 1e9 / state_bytes - num_in_transit
         while milestones - {0} and len(milestones | kept) > room:
-            every *= 2  # every other one goes, so that those left stay evenly apart
+            every *= 2  # Drops every other one: the rest stays evenly spaced.
             milestones = {step for step in milestones if step % every == 0}
     return kept | milestones
 
 
 def num_kept(config: CheckpointConfig) -> int:
-    """The checkpoints that stay whatever the budget: the newest, and the best."""
+    """The number of checkpoints that stay under any budget: the newest and the best."""
     return config.keep_latest + 1
 
 
 def why_dropped(config: CheckpointConfig) -> str:
-    """The reason for which other steps go."""
+    """The reason for deleting other steps."""
     every, weights = config.keep_every, config.keep_weights_every
     reason = f"neither the best nor of the latest {config.keep_latest}"
     reason += f", and not kept by keep_every {every}" if every else ""

@@ -1,9 +1,8 @@
 """Token shards -> batch n: a pure function of (tokens, seed, n).
 
-Axes: B batch, T time, W windows of an epoch. Window w holds tokens w*T to w*T + T, its last token
-being the first of the next window, so that each token but the first is a target just once an
-epoch. Row r of a run is row r % B of batch r // B, and holds window permutation(r % W) of epoch
-r // W.
+Axes: B batch, T time, W windows of an epoch. Window w holds tokens w*T to w*T + T; its last token
+is also the first of the next window, so each token but the first is a target once an epoch. Row r
+of a run is row r % B of batch r // B, and holds window permutation(r % W) of epoch r // W.
 """
 
 import collections
@@ -32,11 +31,11 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a pseudo-random permutation of range(size), keyed by (seed, epoch), sends indices.
+    """The images of indices under a pseudo-random permutation of range(size), by (seed, epoch).
 
-    A Feistel network permutes the smallest range of 4^k numbers that holds `size`; an index that
-    lands outside is sent on until it is inside ("cycle walking": Black and Rogaway, "Ciphers with
-    Arbitrary Finite Domains", 2002). O(1) in memory and time, whatever the size.
+    A Feistel network permutes the smallest range of 4^k numbers that holds `size`; an image outside
+    is permuted again until it is inside ("cycle walking": Black and Rogaway, "Ciphers with
+    Arbitrary Finite Domains", 2002). O(1) in memory and time for any size.
 
     Args:
       indices: integers in range(size), [N].
@@ -66,7 +65,7 @@ def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray
 
 
 class TrainBatches:
-    """Batch n of an endless, per epoch reshuffled run over the windows."""
+    """Training batches: endless passes over the windows, reshuffled each epoch."""
 
     def __init__(
         self, tokens: TokenShards, *, batch_size: int, seq_len: int, seed: int, fingerprint: str
@@ -94,7 +93,7 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """The whole held-out set, once and in order; what the last batch lacks is masked."""
+    """The whole held-out set, once and in order; missing rows of the last batch are masked."""
 
     def __init__(self, tokens: TokenShards, *, batch_size: int, seq_len: int) -> None:
         if tokens.num_tokens < 2:
@@ -126,10 +125,10 @@ Rows = Callable[[int, slice], dict[str, np.ndarray]]
 
 
 def recorded(batches: Rows, path: str | None) -> Rows:
-    """`batches`, with the SHA-256 of all that they give appended to a file, one JSON object a line.
+    """`batches`, with the SHA-256 of each result appended to a file, one JSON object a line.
 
-    Its keys are `batch` (the index), `rows` (first, and last plus one) and `sha256`. Without a
-    path, `batches` as they are.
+    The keys are `batch` (the index), `rows` (first, and last plus one) and `sha256`. Without a
+    path, returns `batches` unchanged.
     """
     if path is None:
         return batches
@@ -152,8 +151,8 @@ def prefetch(
 ) -> Generator[tuple[int, X], None, None]:
     """Yields (n, make(n)) for n in range(start, stop), made up to `depth` ahead on a host thread.
 
-    What `make` raises is raised here, in its turn. The thread ends when the iterator is
-    exhausted or closed.
+    An error of `make` is raised here, in its turn. The thread ends when the iterator is exhausted
+    or closed.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:

@@ -1,4 +1,4 @@
-"""The folder of prepared data: where it is, what it holds."""
+"""The cache of prepared data: its folder, locks, listing and deletion."""
 
 import contextlib
 import logging
@@ -19,11 +19,11 @@ _log = logging.getLogger(__name__)
 _ELSEWHERE = "name another place with --data.cache-dir or JAXLM_CACHE"
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 DATA = "data"
-"""All prepared datasets, where names are given."""
+"""Stands for all prepared datasets in a list of names."""
 
 
 class Record(TypedDict):
-    """What a file held when it was written."""
+    """Name, size and checksum of a file when it was written."""
 
     name: str
     num_bytes: int
@@ -48,7 +48,7 @@ class Progress(TypedDict):
 
 
 class Manifest(TypedDict):
-    """What MANIFEST holds of prepared data."""
+    """Content of MANIFEST, of a complete dataset."""
 
     tokenizer: Record
     train: list[Shard]
@@ -61,7 +61,7 @@ class Manifest(TypedDict):
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """What runs share is kept in `cache_dir`, else $JAXLM_CACHE, else ~/.cache/jaxlm.
+    """The folder that runs share: `cache_dir`, else $JAXLM_CACHE, else ~/.cache/jaxlm.
 
     Raises:
       ValueError: neither is set, and the user has no home; the path is too long, or a file.
@@ -80,16 +80,16 @@ def cache_root(cache_dir: str | None) -> Path:
 
 
 def data_folder(cache_dir: str | None) -> Path:
-    """Where prepared data is kept."""
+    """The folder of prepared data."""
     return cache_root(cache_dir) / DATA
 
 
 def list_caches(cache_dir: str | None = None) -> list[dict[str, Any]]:
-    """The prepared datasets, and what there is so far of others, by name, as JSON values.
+    """The prepared datasets, unfinished ones included, sorted by name.
 
     Returns:
-      For each `name`, `source`, `num_tokens`, `num_bytes`, `complete`, and `last_used_s`: when it
-      was last opened or written to (seconds since 1970).
+      For each `name`, `source`, `num_tokens`, `num_bytes`, `complete`, and `last_used_s`: the time
+      of its last opening or write (seconds since 1970).
     """
     return [
         _describe(folder) for folder in sorted(data_folder(cache_dir).glob("*")) if folder.is_dir()
@@ -119,7 +119,7 @@ def lock_data(folder: Path) -> contextlib.AbstractContextManager[object]:
     """The lock beside a dataset, which ends with the process however that ends.
 
     Raises:
-      OSError: nothing can be written there; names the folder and the settings.
+      OSError: the folder cannot be written; names the folder and the settings.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -138,13 +138,13 @@ def lock_data(folder: Path) -> contextlib.AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def started(folder: Path) -> Iterator[None]:
-    """Makes the folder of a dataset; an error leaves it only with something to go on from."""
+    """Makes the folder of a dataset; an error removes the folder unless it has progress."""
     folder.mkdir(exist_ok=True)
     try:
         yield
     except ValueError:
         if not any(folder.glob("*.bin")):
-            # The source or the settings must change, and so does the folder.
+            # A retry needs another source or other settings, and so another folder.
             (folder / PROGRESS).unlink(missing_ok=True)
         raise
     finally:
@@ -153,10 +153,10 @@ def started(folder: Path) -> Iterator[None]:
 
 
 def find_caches(names: Sequence[str], cache_dir: str | None = None) -> list[str]:
-    """The names of datasets, or all for `DATA`, once each.
+    """The names of these datasets, each once; all for `DATA`.
 
     Raises:
-      ValueError: a name that is not there.
+      ValueError: there is no dataset of a name.
     """
     there = [entry["name"] for entry in list_caches(cache_dir)]
     if unknown := sorted({*names} - {*there, DATA}):
@@ -168,16 +168,16 @@ def find_caches(names: Sequence[str], cache_dir: str | None = None) -> list[str]
 
 
 def clear_caches(names: Sequence[str], cache_dir: str | None = None) -> list[str]:
-    """Deletes what `find_caches` finds; returns their names.
+    """Deletes the datasets that `find_caches` finds; returns their names.
 
     Raises:
-      ValueError: a name that is not there, or one that is being prepared.
+      ValueError: there is no dataset of a name, or one is being prepared.
     """
     found = find_caches(names, cache_dir)
     for folder in (data_folder(cache_dir) / name for name in found):
         try:
             with filelock.FileLock(f"{folder}.lock", timeout=0):
-                # First, so that a kill from here on leaves unfinished data, not damaged data.
+                # The manifest first: a kill then leaves unfinished data, not damaged data.
                 (folder / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(folder)
                 Path(f"{folder}.lock").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Prepared data in the cache: tokenizer, shards, and the manifest that vouches for them."""
+"""Prepared data in the cache: tokenizer, shards, and a manifest with their checksums."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ class Dataset:
     train: TokenShards
     eval: TokenShards
     fingerprint: str
-    """Identity of the tokens: the same tokens have the same, wherever they came from."""
+    """Identity of the tokens: equal for equal tokens of any source."""
     tokenizer_path: Path
     eos_id: int
 
@@ -38,13 +38,13 @@ def digest(values: Mapping[str, Any]) -> str:
 
 
 def manifest_fingerprint(manifest: Mapping[str, Any]) -> str:
-    """Of the tokens, not of where they came from: copied or touched files give the same."""
+    """Fingerprint of the tokens, whatever their source: copied or touched files give the same."""
     about = ("fingerprint", "source", "revision")
     return digest({name: value for name, value in manifest.items() if name not in about})
 
 
 def open_dataset(folder: Path, vocab_size: int) -> Dataset:
-    """A prepared dataset, each byte of it checked.
+    """Opens a prepared dataset, and verifies every byte.
 
     Raises:
       ValueError: a file is damaged, or the model's `vocab_size` is too small.
@@ -59,7 +59,7 @@ def open_dataset(folder: Path, vocab_size: int) -> Dataset:
         ) from error
     tokenizer_path = folder / manifest["tokenizer"]["name"]
     check_vocabulary(str(tokenizer_path), manifest["vocab_size"], vocab_size)
-    with contextlib.suppress(OSError):  # A cache that we may only read keeps no time of use.
+    with contextlib.suppress(OSError):  # A read-only cache cannot record the time of use.
         os.utime(folder / MANIFEST)
     train, held_out = (
         TokenShards([folder / shard["name"] for shard in manifest[split]], manifest["dtype"])
@@ -82,7 +82,7 @@ def _check(folder: Path, manifest: Manifest) -> None:
 
 
 def find_shard_damage(folder: Path, records: Iterable[Record]) -> str | None:
-    """How a file differs from its record, or None if none does; reads all of it."""
+    """The first difference between a file and its record, or None; reads every byte."""
     for record in records:
         path = folder / record["name"]
         if not re.fullmatch(r"[\w-][\w.-]{,99}", record["name"]):
@@ -99,10 +99,10 @@ def find_shard_damage(folder: Path, records: Iterable[Record]) -> str | None:
 
 
 def check_vocabulary(what: str, found: int, vocab_size: int) -> None:
-    """Refuses a tokenizer that has more ids than the model takes.
+    """Refuses a tokenizer with more ids than the model's vocabulary.
 
     Raises:
-      ValueError: it has.
+      ValueError: the tokenizer has more ids.
     """
     if found > vocab_size:
         raise InputError(

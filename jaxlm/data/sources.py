@@ -1,4 +1,4 @@
-"""Where text comes from: an iterator of documents in a fixed order."""
+"""Sources of text: documents in a fixed order."""
 
 import importlib
 
@@ -16,7 +16,7 @@ _SOURCES = {
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that `config.source` names; a remote one is not contacted yet.
+    """The source named by `config.source`; a remote one is not contacted yet.
 
     Raises:
       FileNotFoundError: no such file or folder.

@@ -20,11 +20,11 @@ _MAX_BYTES = 1 << 28
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE with GPT-2's splitting of words, the same to the byte on each call.
+    """A byte-level BPE with GPT-2's splitting of words; deterministic.
 
     Args:
-      documents: training text, of which the first 50 MB are used.
-      vocab_size: tokens at most, of which 256 are the bytes and one is `<|endoftext|>`.
+      documents: training text; only the first 50 MB are used.
+      vocab_size: limit of tokens, including the 256 bytes and `<|endoftext|>`.
 
     Raises:
       ValueError: no text, or a vocabulary too small for the bytes.
@@ -60,8 +60,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """A tokenizer from a tokenizer.json, the folder that holds one, or the Hugging Face Hub.
 
-    It takes a text as a whole, and the same each time: truncation and padding, which transformers
-    writes into the file after one call with them, and dropout of merges are switched off.
+    Truncation and padding (which transformers writes into the file after one call with them) and
+    dropout of merges are switched off: encodings must be complete and deterministic.
 
     Raises:
       FileNotFoundError: no such file, or no such name on the Hub.
@@ -91,10 +91,10 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
 
 
 def local_tokenizer(name_or_path: str | Path) -> Path | None:
-    """The tokenizer.json that a path means, or None for a name on the Hub.
+    """The tokenizer.json at a path, or None for a name on the Hub.
 
     Raises:
-      FileNotFoundError: it is neither.
+      FileNotFoundError: neither a file nor a possible name.
     """
     path = Path(expand(str(name_or_path), "data.tokenizer"))
     if path.is_dir():
@@ -131,7 +131,7 @@ def find_eos(tokenizer: Tokenizer, eos_token: str | None) -> int:
 
 
 def mark_eos(tokenizer: Tokenizer, eos_id: int) -> None:
-    """Makes EOS a special token, as which a file may not have it; `decode` leaves it out then."""
+    """Makes EOS a special token even if the file does not, so that `decode` leaves it out."""
     token = tokenizer.get_added_tokens_decoder().get(eos_id)
     token = token or AddedToken(tokenizer.id_to_token(eos_id), normalized=False)
     token.special = True
@@ -139,15 +139,15 @@ def mark_eos(tokenizer: Tokenizer, eos_id: int) -> None:
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], eos_id: int) -> list[list[int]]:
-    """The ids of each text, among which is no EOS: one that is spelled out is text, no boundary.
+    """The ids of each text, without EOS: a spelled-out EOS is text, not a boundary.
 
     Args:
       tokenizer: with EOS marked, and `encode_special_tokens` set.
-      texts: of documents, or of parts of them.
+      texts: documents, or parts of them.
       eos_id: of EOS.
 
     Raises:
-      ValueError: the tokenizer has nothing else than EOS for some text.
+      ValueError: the tokenizer can encode some text only as EOS.
     """
     encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     rows = [encoding.ids for encoding in encodings]
@@ -158,7 +158,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], eos_id: int) -> list[list
 
 
 def _spelled_out(tokenizer: Tokenizer, text: str, eos_id: int) -> list[int]:
-    # Unigram and models of words find EOS by themselves: cut it after its first character.
+    # Unigram and word models may still produce EOS: cut its text after the first character.
     encoding = tokenizer.encode(text, add_special_tokens=False)
     found = zip(encoding.ids, encoding.offsets, strict=True)
     cuts = [0, *(start + 1 for token, (start, _) in found if token == eos_id), len(text)]
@@ -175,6 +175,6 @@ def _spelled_out(tokenizer: Tokenizer, text: str, eos_id: int) -> list[int]:
 
 
 def content_hash(tokenizer: Tokenizer) -> str:
-    """16 hex digits that two tokenizers share if, and only if, their JSON is the same."""
+    """16 hex digits of a hash of the tokenizer's JSON."""
     canonical = json.dumps(json.loads(tokenizer.to_str()), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Checkpoints judged from outside: whether they are whole, how good they are, which is better."""
+"""Verifies, evaluates and compares checkpoints, outside of the run."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ TOLERANCE = 1e-3
 
 
 def verify_step(folder: Path, step: int) -> list[str] | None:
-    """What is wrong with a step, after a look at every file and every array.
+    """The damage of a step, after a check of every file and every array.
 
     Changes nothing on disk, and takes no model. A trainer may be at work in the folder.
 
@@ -72,7 +72,7 @@ def verify_step(folder: Path, step: int) -> list[str] | None:
 
 
 def verify_rows(run: str, folder: Path) -> tuple[list[str], str]:
-    """What was changed or cut off in metrics.jsonl, and the rows known to be lost before.
+    """The damage of metrics.jsonl, and the rows known to be lost before.
 
     Compared with the newest checkpoint; a trainer may be at work.
     """
@@ -100,11 +100,11 @@ class Score(NamedTuple):
     num_tokens: int
     """Tokens predicted."""
     recorded_loss: float | None
-    """What the run had found; None where it did not evaluate, or other text was taken."""
+    """Loss in the checkpoint; None without an eval there, or with another source."""
     differences: list[str]
-    """What the bits of a loss depend on that is not as it was then."""
+    """Differences of the environment that may change bits, from the run to here."""
     environment: dict[str, Any]
-    """What they depend on here."""
+    """The environment here."""
     sums: np.ndarray
     """Loss sum (nats) and number of tokens of each batch: float64 [batches, 2]."""
 
@@ -251,7 +251,7 @@ def _choose_mesh(recorded: dict[str, int], micro_batch_size: int) -> Mesh:
 
 
 class PairedDifference(NamedTuple):
-    """How much lower the loss of one checkpoint is than that of another, over the same batches."""
+    """The difference of two checkpoints' losses on the same batches, with confidence interval."""
 
     mean: float
     """Loss of the first minus loss of the second (nats per token)."""
@@ -262,20 +262,20 @@ class PairedDifference(NamedTuple):
 
     @property
     def better(self) -> int | None:
-        """0 if the first is better, 1 if the second; None if that is not certain."""
+        """0 if the first is better, 1 if the second; None if the interval contains 0."""
         if self.high < 0:
             return 0
         return 1 if self.low > 0 else None
 
 
 def paired_difference(sums_a: np.ndarray, sums_b: np.ndarray) -> PairedDifference:
-    """The difference of two losses, each token weighing the same, and how sure it is.
+    """The difference of two mean losses per token, with its 95% confidence interval.
 
-    What makes a batch hard is hard for both, and drops out of the difference (Miller, "Adding Error
-    Bars to Evals", 2411.00640, section 3). The mean is a ratio, of the sum of differences to
+    The difficulty of a batch is common to both, and cancels in the difference (Miller, "Adding
+    Error Bars to Evals", 2411.00640, section 3). The mean is a ratio, of the sum of differences to
     the number of tokens; its error is that of a ratio estimator over batches (Cochran, "Sampling
-    Techniques", 3rd ed. 1977, chapter 6), with Student's t at one less than the batches. It tells
-    how the two would compare on more text of this kind, not on other text.
+    Techniques", 3rd ed. 1977, chapter 6), with Student's t at one less than the batches. The
+    interval holds for more text of this kind, not for other text.
 
     Args:
       sums_a: of `batch_sums`.

@@ -1,4 +1,4 @@
-"""One writer to a folder. The folder itself is locked, so there is no lock file to delete."""
+"""A lock on a folder, for one writer. `flock` on the folder itself: no lock file to delete."""
 
 import contextlib
 import errno
@@ -20,9 +20,10 @@ from jaxlm.files.strict import read_json
 _log = logging.getLogger(__name__)
 
 HOLDER = "holder.json"
-"""Who has the lock: for people, and for the processes of a run to find each other's disk."""
+"""Names the process with the lock, in errors; other processes of a run check that they see it."""
 
-# NFS gives no exclusive lock on what is not open for writing (EBADF), others give none at all.
+# NFS refuses an exclusive lock on a folder, which is not open for writing (EBADF); other file
+# systems have no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL)
 _held: set[int] = set()
 
@@ -39,12 +40,12 @@ def _let_go() -> None:
     _held.clear()
 
 
-# A lock lives on in the children that its holder forks: they close their copy at once.
+# A forked child would keep the lock after the death of its holder: children close their copy.
 os.register_at_fork(after_in_child=_let_go)
 
 
 class Lock(NamedTuple):
-    """A lock that this process has."""
+    """A lock that this process holds."""
 
     folder: Path
     descriptor: int
@@ -55,7 +56,7 @@ class Lock(NamedTuple):
 
 
 def lock(folder: Path, *, required: bool, files: Collection[str] | None = None) -> Lock:
-    """Locks a folder of ours, made if missing; the kernel frees it when its holder dies.
+    """Locks a folder of jaxlm, made if missing; the kernel frees the lock when its holder dies.
 
     Args:
       folder: the folder.
@@ -63,11 +64,11 @@ def lock(folder: Path, *, required: bool, files: Collection[str] | None = None) 
       files: as in `check_ours`.
 
     Returns:
-      What `unlock` takes.
+      The lock, for `unlock`.
 
     Raises:
       ValueError: jaxlm did not make the folder.
-      RuntimeError: another process has the lock, there are no locks to be had, or the folder cannot
+      RuntimeError: another process has the lock, the file system has no locks, or the folder cannot
         be written.
     """
     check_ours(folder, files)
@@ -118,8 +119,8 @@ def _lock(folder: Path, required: bool) -> int:
 
 
 def unlock(held: Lock) -> None:
-    """Frees the lock; a folder in which nothing was made is left as it was found."""
-    with contextlib.suppress(OSError):  # the disk may be read-only by now, the folder gone
+    """Frees the lock, and removes what `lock` made if nothing else was written."""
+    with contextlib.suppress(OSError):  # The disk may be read-only by now, or the folder deleted.
         if os.path.samestat(held.folder.stat(), os.fstat(held.descriptor)):
             (held.folder / HOLDER).unlink(missing_ok=True)
             made = {path.name for path in held.folder.iterdir()} - held.found
@@ -158,9 +159,9 @@ def _not_writable(folder: Path, error: OSError) -> RuntimeError:
 
 
 def describe_holder(folder: Path) -> str:
-    """Who has the lock, as far as is known."""
+    """Host, process and start time of the lock's holder, as far as known."""
     try:
         holder = read_json(folder / HOLDER, _Holder)
         return f"process {holder['pid']} on {holder['host']} since {holder['started']}"
     except (OSError, ValueError):
-        return "it has not said which"
+        return "holder unknown"

@@ -10,7 +10,7 @@ from jaxlm.files.durable import write_file
 from jaxlm.files.strict import read_json, shown
 
 MARKER = "jaxlm.json"
-"""The first file in each folder of ours."""
+"""The first file in each folder that jaxlm makes."""
 _FORMAT = 1
 _OF_THE_SYSTEM = "lost+found"  # in the root of each ext4 disk, which may be mounted here
 
@@ -20,24 +20,23 @@ class _Marker(TypedDict):
 
 
 def mark(folder: Path) -> None:
-    """Makes an existing folder one of ours."""
+    """Marks an existing folder as one of jaxlm."""
     if not (folder / MARKER).exists():
         write_file(folder / MARKER, json.dumps({"format": _FORMAT}).encode())
 
 
 def check_ours(folder: Path, files: Collection[str] | None = None) -> None:
-    """Refuses a folder of somebody else.
+    """Refuses a folder of another program.
 
-    Free to take is a folder that is absent or empty. Hidden entries do not count: they belong to
-    the system (.DS_Store, .nfs…).
+    An absent or empty folder is accepted. Hidden entries do not count: they belong to the system
+    (.DS_Store, .nfs…).
 
     Args:
       folder: the folder.
-      files: the names that will be written there, where nothing else is ever touched: all other
-        names may be taken.
+      files: the only names that will be written there; other names may exist already.
 
     Raises:
-      ValueError: it has content, and jaxlm did not make it, or another version did.
+      ValueError: the folder has content and was not made by jaxlm, or by another version.
     """
     if not folder.is_dir():
         return

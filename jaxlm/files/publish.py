@@ -1,4 +1,4 @@
-"""Folders that appear under their name when they are whole."""
+"""Atomic creation of folders: a folder appears under its name once it is complete."""
 
 import contextlib
 import os
@@ -13,10 +13,10 @@ from jaxlm.files.ours import MARKER
 
 
 def check_free(folder: str | Path) -> Path:
-    """The path of a new folder, as `expand` gives it.
+    """The path of a new folder, with `~` expanded.
 
     Raises:
-      ValueError: something is there that is no empty folder, it is a URL, or the name is too long.
+      ValueError: the path exists and is no empty folder, is a URL, or is too long.
     """
     if "://" in str(folder):
         raise InputError(f"{folder}: found a URL, expected a local path or gs://BUCKET/PATH")
@@ -39,21 +39,21 @@ def _partial(target: Path) -> Path:
 def published(target: Path) -> Iterator[Path]:
     """A new folder to be filled, which gets its name once all of it is on the disk.
 
-    An error leaves nothing; a kill leaves `.NAME.partial`, which the next try clears.
+    An error leaves nothing; a kill leaves `.NAME.partial`, which the next try removes.
 
     Args:
       target: the name that it gets.
 
     Raises:
-      ValueError: there is something of that name, or a `.NAME.partial` that is not ours.
-      RuntimeError: another process is filling it, or it cannot be written.
+      ValueError: the name is taken, or there is a `.NAME.partial` of another program.
+      RuntimeError: another process is filling the folder, or the folder cannot be written.
     """
     target = Path(os.path.abspath(check_free(target)))  # "." has no name
     partial = _partial(target)
     try:
         with locked(partial, required=False):
             new = partial / target.name
-            shutil.rmtree(new, ignore_errors=True)  # of a try that was killed
+            shutil.rmtree(new, ignore_errors=True)  # left by a killed try
             new.mkdir()
             try:
                 yield new

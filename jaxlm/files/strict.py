@@ -1,7 +1,7 @@
-"""JSON from disk, taken in strictly: of the kind that was asked for, or refused.
+"""A strict reader of JSON from disk: a value of the annotated type, or an error.
 
-Anyone can have written a file. So its size, its depth and its numbers are bounded, no key comes
-twice, and every value is of the type that an annotation names, before anyone uses it.
+Files are not trusted: size, depth and numbers are bounded, a duplicate key is an error, and the
+type of every value is checked against the annotation.
 """
 
 import dataclasses
@@ -18,26 +18,26 @@ from jaxlm.files.durable import read_file
 
 T = TypeVar("T")
 MAX_BYTES = 1 << 24
-"""Of a JSON file; a checkpoint of 10,000 arrays needs a tenth of it."""
+"""Limit of a JSON file; the metadata of 10,000 arrays needs a tenth of it."""
 hints_of = functools.cache(typing.get_type_hints)
-"""The annotations of a class, which take a while to look up."""
+"""The annotations of a class, cached: the look-up is slow."""
 _MAX_DEPTH = 32
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def spell(value: T) -> T | str:
-    """A value for JSON, which has no NaN and no infinities: a field of type float takes these."""
+    """A value for JSON: NaN and infinities as strings, which `validate` accepts for a float."""
     if not isinstance(value, float) or math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def read_json(path: Path, kind: type[T]) -> T:
-    """The content of a JSON file, as `validate` gives it.
+    """The validated content of a JSON file.
 
     Raises:
-      OSError: it cannot be read.
-      ValueError: it is not a file, too large, not JSON or not of this kind; names the file.
+      OSError: the file cannot be read.
+      ValueError: no file, too large, not JSON or not of this kind; names the file.
     """
     data = read_file(path, MAX_BYTES)
     try:
@@ -47,11 +47,11 @@ def read_json(path: Path, kind: type[T]) -> T:
 
 
 def parse_json(data: bytes, kind: type[T]) -> T:
-    """JSON in UTF-8, as `validate` gives it.
+    """The validated value of JSON in UTF-8.
 
     Raises:
-      ValueError: it is not JSON (which has no NaN, no 1e999 and no key twice), too deep, holds an
-        integer beyond 64 bits, or is not of this kind.
+      ValueError: not JSON (NaN, 1e999 and duplicate keys are refused), too deep, an integer beyond
+        64 bits, or not of this kind.
     """
     try:
         text = data.decode()
@@ -69,25 +69,25 @@ def parse_json(data: bytes, kind: type[T]) -> T:
         level = [inner for outer in level for inner in _children(outer)]
     if level:
         raise InputError(f"nested more than {_MAX_DEPTH} deep")
-    if "\\ud" in text.lower():  # half of a pair could be neither printed nor written
+    if "\\ud" in text.lower():  # A lone surrogate can be neither printed nor encoded.
         json.dumps(value, ensure_ascii=False).encode()
     return validate(value, kind)
 
 
 def validate(value: Any, kind: Any, name: str = "") -> Any:
-    """A JSON value of the kind that an annotation names; nothing is converted.
+    """A JSON value, checked against an annotation.
 
-    But for these: of a dataclass, an instance is made, and "NaN", "Infinity" and "-Infinity" are
-    floats. A dataclass has no other keys than its fields, a `TypedDict` may.
+    Nothing is converted, except that a dataclass is instantiated, and "NaN", "Infinity" and
+    "-Infinity" become floats. Unknown keys are refused for a dataclass, allowed for a `TypedDict`.
 
     Args:
-      value: what `json.loads` gives.
+      value: a result of `json.loads`.
       kind: a scalar type, `Any`, `Literal`, `X | None`, `list[X]`, `dict[str, X]`, a `TypedDict` or
         a dataclass.
       name: of the value, for the message.
 
     Raises:
-      ValueError: it is not of this kind, or the dataclass refuses it.
+      ValueError: the value is of another kind, or the dataclass refuses it.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
@@ -116,7 +116,7 @@ def validate(value: Any, kind: Any, name: str = "") -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: short, and nothing in it that a terminal would obey."""
+    """A value for a message: short, without control characters that a terminal would obey."""
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -1,6 +1,6 @@
-"""One start of a run, watched and struck from outside, and two runs held against each other.
+"""Starts a run, watches and kills it from outside; compares two runs to the bit.
 
-What `jaxlm prove-resume` is made of, and what the tests break runs with.
+Used by `jaxlm prove-resume`, and by tests that kill runs.
 """
 
 import json
@@ -20,35 +20,35 @@ _SAME = ("tokens_seen", "eval_loss", "best_eval_loss", "best_step", "num_worse_e
 
 
 class Process(Protocol):
-    """A started command, as `subprocess.Popen` has it."""
+    """A started command, as `subprocess.Popen`."""
 
     def poll(self) -> int | None:
-        """Its exit code (minus the signal that killed it), or None while it runs."""
+        """The exit code (minus the signal that killed the process), or None while it runs."""
 
     def send_signal(self, sig: int, /) -> None:
-        """Sends one."""
+        """Sends a signal."""
 
     def wait(self) -> int:
-        """Waits for its end; returns its exit code."""
+        """Waits for the process; returns its exit code."""
         ...
 
 
 class Kill(NamedTuple):
-    """What a run was sent, and what was found then."""
+    """The signals sent to a run, and the state found afterwards."""
 
     signals: str
     after_s: float
-    """Since its start."""
+    """Time since the start (s)."""
     phase: str
-    """As its folders showed it once it had ended."""
+    """Phase of the run at its end, as its folders show."""
     step: int
-    """The last one in its metrics."""
+    """Last step in its metrics."""
     code: int
-    """Its exit code; minus the signal that killed it."""
+    """Exit code; minus the signal that killed the run."""
 
 
 class Attempt:
-    """One start of a run, watched through what appears in its folders."""
+    """One start of a run, watched through its folders."""
 
     def __init__(self, run_dir: Path, start: Callable[[], Process]):
         self.run_dir, self.checkpoints = run_dir, run_dir / "checkpoints"
@@ -64,7 +64,7 @@ class Attempt:
             self.strike(signal.SIGKILL)
 
     def wait_for(self, there: Callable[[Self], bool]) -> bool:
-        """Waits until something is there; False if the run has ended before."""
+        """Waits until `there` holds; False if the run ended before."""
         while self.process.poll() is None:
             if there(self):
                 return True
@@ -72,7 +72,7 @@ class Attempt:
         return False
 
     def strike(self, *numbers: int, gap_s: float = 0.0) -> Kill:
-        """Sends signals, one after the other, and waits for the end."""
+        """Sends signals, one after the other, and waits for the end of the run."""
         after_s = self.age_s()
         for number in numbers:
             self.process.send_signal(number)
@@ -82,11 +82,11 @@ class Attempt:
         return Kill(names, round(after_s, 4), self.phase(), self.last_step(), code)
 
     def age_s(self) -> float:
-        """Time since the start."""
+        """Time since the start (s)."""
         return (time.time_ns() - self._started_ns) / 1e9
 
     def phase(self) -> str:
-        """What the run is at, or was when it died."""
+        """The phase of the run, now or at its end."""
         if not self.is_new(self.run_dir / "config.json"):
             return "starting"
         partial = self.checkpoints.glob("*.orbax-checkpoint-tmp*")
@@ -98,7 +98,7 @@ class Attempt:
         return int(rows[-1]["step"]) if rows else 0
 
     def is_new(self, path: Path) -> bool:
-        """Whether this start has made or changed a file or folder."""
+        """Whether this start made or changed a file or folder."""
         try:
             return path.stat().st_ctime_ns >= self._started_ns
         except FileNotFoundError:
@@ -106,17 +106,17 @@ class Attempt:
 
 
 def untimed_rows(run_dir: Path | str) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl but for what the clock has put there."""
+    """The rows of metrics.jsonl, without metrics of time."""
     path = Path(run_dir) / "metrics.jsonl"
     rows = read_metrics(path) if path.exists() else []
     return [{name: row[name] for name in row if not name.startswith(_TIMED)} for row in rows]
 
 
 def compare_runs(whole: Path, broken: Path) -> list[str]:
-    """What differs between two runs that should be the same to the bit, the first step first."""
+    """A line for each difference of two runs that should be equal to the bit, by step."""
     a, b = facts_of(whole), facts_of(broken)
     found = [
-        f"step {step}: {name}: {' '.join(there)} in one piece, {' '.join(here)} resumed"
+        f"step {step}: {name}: {' '.join(there)} uninterrupted, {' '.join(here)} resumed"
         for step, name in sorted(a.keys() | b.keys())
         if (there := a.get((step, name), ["nothing"])) != (here := b.get((step, name), ["nothing"]))
     ]
@@ -128,21 +128,21 @@ def compare_runs(whole: Path, broken: Path) -> list[str]:
     needed = {step for found in kept for step in (max(found), found[max(found)].best_step)}
     for step in sorted(kept[0].keys() | kept[1].keys()):
         if not all(step in found for found in kept):
-            # A stop leaves a checkpoint more, which takes the place of another one.
+            # A stop leaves an extra checkpoint, so retention drops another one.
             found += [f"checkpoint {step}: only in one of the two"] if step in needed else []
             continue
-        said = [{name: getattr(metadata[step], name) for name in _SAME} for metadata in kept]
-        found += [f"checkpoint {step}: {said[0]} and {said[1]}"] if said[0] != said[1] else []
+        facts = [{name: getattr(metadata[step], name) for name in _SAME} for metadata in kept]
+        found += [f"checkpoint {step}: {facts[0]} and {facts[1]}"] if facts[0] != facts[1] else []
         differences = diff_checkpoints(*(f"{folder}@{step}" for folder in folders))
         found += [f"checkpoint {step}: {name}: {what}" for name, what in differences]
     return found
 
 
 def facts_of(run_dir: Path) -> dict[tuple[int, str], list[str]]:
-    """(Step, name) -> what each row of its metrics holds, and the hashes of its batch.
+    """(step, name) -> the values of this metric in each row, or the hashes of the batch.
 
-    Floats are spelled to the bit. The batches are those of $JAXLM_RECORD_BATCHES, which for this
-    is the run folder with `.batches` at its end.
+    Floats are hexadecimal, exact to the bit. The hashes are those of $JAXLM_RECORD_BATCHES, which
+    must be the path of the run folder plus `.batches`.
     """
     facts: dict[tuple[int, str], list[str]] = {}
     for row in untimed_rows(run_dir):
@@ -152,6 +152,6 @@ def facts_of(run_dir: Path) -> dict[tuple[int, str], list[str]]:
         batch = json.loads(line)
         name = "batch, rows {}:{}".format(*batch["rows"])
         hashes = facts.setdefault((batch["batch"] + 1, name), [])
-        if batch["sha256"] not in hashes:  # each start makes some that an earlier one has made
+        if batch["sha256"] not in hashes:  # Each start repeats some batches of an earlier one.
             hashes.append(batch["sha256"])
     return facts

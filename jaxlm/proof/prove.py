@@ -1,6 +1,6 @@
-"""A proof on the spot: a run that is killed and resumed ends with the bits of one that is not.
+"""`jaxlm prove-resume`: proves that a killed and resumed run equals an uninterrupted one.
 
-On a user's own config and machine; the settings that a short proof needs are put over theirs.
+Runs on a user's own config and machine, with some settings changed for a short proof.
 """
 
 import hashlib
@@ -27,13 +27,13 @@ from jaxlm.proof.attempt import Attempt, Kill, compare_runs, facts_of
 
 COMMAND = (sys.executable, "-c")
 COMMAND += ("from jaxlm.launch import leave, main, run_main; leave(run_main(main))",)
-"""What launch.py does, wherever the user stands."""
+"""Runs launch.py's main, from any current directory."""
 _MOST_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run is put to the proof; the other flags are those of launch.py."""
+    """The flags of `jaxlm prove-resume`, in addition to those of launch.py."""
 
     prove_steps: int = 12
     """Steps of the run (steps)."""
@@ -53,24 +53,24 @@ class Settings:
 
 
 def prove(config: Config, flags: Sequence[str], settings: Settings) -> dict[str, Any]:
-    """Trains in one piece, then again with kills, and compares.
+    """Trains an uninterrupted run, then one with kills, and compares.
 
     Args:
-      config: what `flags` say.
+      config: the config of `flags`.
       flags: those of launch.py.
-      settings: how many steps and kills.
+      settings: numbers of steps and kills.
 
     Returns:
-      The certificate, as JSON values; `wrong` is empty if all is as it should be.
+      The certificate, as JSON values; `wrong` lists the differences.
 
     Raises:
-      ValueError: the run does not get to its end even in one piece, or it has several processes.
+      ValueError: the uninterrupted run fails, or the run has several processes.
     """
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         raise InputError("found JAX_COORDINATOR_ADDRESS, expected a single process; unset it first")
     own = _own_flags(config, settings.prove_steps)
     print(f"for the proof: {' '.join(own)}")
-    beside = Path(config.run_dir).parent  # on the disk where the checkpoints are to be
+    beside = Path(config.run_dir).parent  # the disk of the real run's checkpoints
     with tempfile.TemporaryDirectory(
         prefix="prove-resume-", dir=beside if beside.is_dir() else "."
     ) as folder:
@@ -78,11 +78,11 @@ def prove(config: Config, flags: Sequence[str], settings: Settings) -> dict[str,
         with _start([*flags, *own], whole) as attempt:
             if code := attempt.process.wait():
                 raise InputError(
-                    f"in one piece, it ended with exit code {code}: {_last_words(whole)}; "
+                    f"the uninterrupted run ended with exit code {code}: {_last_words(whole)}; "
                     f"try `launch.py {' '.join(flags)}` first"
                 )
             whole_s = attempt.age_s()
-        print(f"in one piece: {whole_s:.1f} s")
+        print(f"uninterrupted: {whole_s:.1f} s")
         kills, wrong = _break([*flags, *own], broken, whole_s, settings)
         wrong = wrong or compare_runs(whole, broken)
         metadata = scan_folder(whole / "checkpoints").sound[settings.prove_steps]
@@ -135,7 +135,7 @@ def _start(flags: Sequence[str], run_dir: Path) -> Attempt:
     command = [*COMMAND, *flags, f"--run_dir={run_dir}", f"--checkpoint_dir={run_dir}/checkpoints"]
     environment = {**os.environ, "JAXLM_RECORD_BATCHES": f"{run_dir}.batches"}
     if "JAX_COMPILATION_CACHE_DIR" not in environment:
-        # Or a compiler that makes something else at each start would go unseen.
+        # The cache would hide a compiler whose output varies between starts.
         environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     with open(f"{run_dir}.log", "ab") as log:
         return Attempt(
@@ -146,7 +146,7 @@ def _start(flags: Sequence[str], run_dir: Path) -> Attempt:
 def _break(
     flags: Sequence[str], run_dir: Path, whole_s: float, settings: Settings
 ) -> tuple[list[Kill], list[str]]:
-    """Kills a run again and again, then lets it end; returns the kills, and what went wrong."""
+    """Kills a run repeatedly, then lets it complete; returns the kills, and errors."""
     rng = random.Random(settings.prove_seed)
     stop_step = rng.randint(1, settings.prove_steps // 2)
 
@@ -159,7 +159,7 @@ def _break(
     def at(instant_s: float, step: float) -> Callable[[Attempt], bool]:
         return lambda attempt: attempt.age_s() >= instant_s or attempt.last_step() >= step
 
-    # The first one is early, so that there is something left to break for the others.
+    # The first kill comes early, so that steps are left for the others.
     latest = [(0.6 * whole_s, settings.prove_steps // 2)]
     latest += [(whole_s, math.inf)] * settings.prove_kills
     aims = [(at(rng.uniform(0, x), n), signal.SIGKILL) for x, n in latest[: settings.prove_kills]]
@@ -169,19 +169,19 @@ def _break(
         there, number = aims[0]
         with _start(flags, run_dir) as attempt:
             if not attempt.wait_for(there):
-                break  # it has ended before
+                break  # The run ended before the kill.
             kills.append(attempt.strike(number))
         print("{} after {} s, {}, step {}: exit code {}".format(*kills[-1]))
-        if there is not in_save or kills[-1].phase == "saving":  # else the save was faster
+        if there is not in_save or kills[-1].phase == "saving":  # Else retry: the save had ended.
             del aims[0]
     with _start(flags, run_dir) as attempt:
         code = attempt.process.wait()
     if code:
-        return kills, [f"resumed, it ended with exit code {code}: {_last_words(run_dir)}"]
+        return kills, [f"the resumed run ended with exit code {code}: {_last_words(run_dir)}"]
     if not any(kill.phase == "saving" for kill in kills):
         return kills, ["no kill fell into a save; try more --prove_steps"]
     if not any(kill.code == STOPPED for kill in kills):
-        return kills, ["no SIGTERM was taken in a step; try more --prove_steps"]
+        return kills, ["no SIGTERM fell into a step; try more --prove_steps"]
     return kills, []
 
 
@@ -195,7 +195,7 @@ def _sha256(values: Any) -> str:
 
 
 def describe(certificate: dict[str, Any]) -> list[str]:
-    """The certificate in lines for a person."""
+    """The certificate, as lines of text."""
     steps = certificate["steps"]
     lines = [
         f"config {certificate['config_sha256']}, data {certificate['data_fingerprint']}",
@@ -211,7 +211,7 @@ def describe(certificate: dict[str, Any]) -> list[str]:
             lines.append(f"{item}: {len(own)} arrays, fingerprint {_sha256(own)}")
     lines += [f"WRONG: {text}" for text in certificate["wrong"][:_MOST_SHOWN]]
     if certificate["wrong"]:
-        return [*lines, *_hints(certificate), "NOT PROVEN: resumed is not as in one piece"]
+        return [*lines, *_hints(certificate), "NOT PROVEN: the resumed run differs"]
     return [*lines, "PROVEN: every array, loss, eval loss and batch is equal to the bit"]
 
 

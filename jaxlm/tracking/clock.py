@@ -1,4 +1,4 @@
-"""Where the wall time of a run goes, and how fast its steps are."""
+"""A clock: wall time of a run by kind of work, and steps per second."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 KINDS: tuple[str, ...] = ("steps", "data", "eval", "save", "restore", "compile", "start")
-"""What a second may be spent on: data is waiting for a batch, start is all before the loop."""
+"""Kinds of work: `data` is waiting for a batch, `start` is all else before the loop."""
 
 X = TypeVar("X")
 
 
 class Clock:
-    """Counts each second since it was made for one kind of work, at first for `start`."""
+    """Counts every second since its creation for exactly one kind of work, at first `start`."""
 
     def __init__(self) -> None:
         self._seconds = dict.fromkeys(KINDS, 0.0)
@@ -21,7 +21,7 @@ class Clock:
 
     @contextmanager
     def spent(self, kind: str) -> Iterator[None]:
-        """Counts the time inside for `kind`, and not for what it is inside of."""
+        """Counts the time in this context for `kind` alone, not for an enclosing kind."""
         before = self._turn_to(kind)
         try:
             yield
@@ -29,7 +29,7 @@ class Clock:
             self._turn_to(before)
 
     def waiting(self, items: Iterable[X]) -> Iterator[X]:
-        """The items; the time that each lets the caller wait is counted for `data`."""
+        """Yields the items; counts the wait for each of them for `data`."""
         iterator = iter(items)
         while True:
             with self.spent("data"):
@@ -45,7 +45,7 @@ class Clock:
         return dict(self._seconds)
 
     def rate(self, step: int) -> float:
-        """Steps per second since the last call, of training alone: evals and saves left out."""
+        """Steps per second since the last call, without the time of evals and saves."""
         seconds = self.seconds()
         step_s = seconds["steps"] + seconds["data"]
         rate = (step - self._step) / max(step_s - self._step_s, 1e-9)
@@ -53,7 +53,7 @@ class Clock:
         return rate
 
     def _turn_to(self, kind: str) -> str:
-        # Gives what was on before.
+        # Returns the previous kind.
         now_s = time.perf_counter()
         self._seconds[self._kind] += now_s - self._since_s
         before, self._kind, self._since_s = self._kind, kind, now_s

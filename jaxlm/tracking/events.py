@@ -1,8 +1,8 @@
 """events.jsonl, the history of a run: what happened, when and why, one JSON object a line.
 
-Lines are only added: a resume that cuts metrics.jsonl back leaves them. Nothing depends on them, so
-what cannot be written or read never stops a run. What a kill kept from being written down is found
-at the next start, where the history is held against the checkpoints on disk.
+The file is append-only: a resume that cuts metrics.jsonl back keeps its lines. No run depends on
+them, so a failed write or read never stops training. The next start compares the history with the
+checkpoints on disk, and records changes that a kill left out.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _MAX_BYTES, _MAX_UNREADABLE = 1 << 26, 100
 
 
 class Event(TypedDict):
-    """A line."""
+    """One line of the file."""
 
     time: str
     """UTC, as 2026-01-31T23:59:59Z."""
@@ -37,9 +37,9 @@ class Event(TypedDict):
     """One of `KINDS`."""
     step: int
     why: str
-    """The reason, for people."""
+    """Human-readable reason."""
     checkpoint: NotRequired[str]
-    """The folder that came or went, such as `12`, or the new name of one: `12.corrupt`."""
+    """The folder that appeared or disappeared, such as `12`, or its new name: `12.corrupt`."""
     host: NotRequired[str]
     """Where the run started."""
     pid: NotRequired[int]
@@ -47,15 +47,15 @@ class Event(TypedDict):
     """Versions, devices and cores."""
     prompt: NotRequired[str]
     text: NotRequired[str]
-    """What the model made of the prompt."""
+    """The model's continuation of the prompt."""
 
 
 def read_events(path: Path) -> tuple[list[Event], list[str]]:
-    """The events, oldest first, and a line for people about each that cannot be read.
+    """The events, oldest first, and a warning for each line that is no event.
 
     Raises:
       OSError, DiskError: the file cannot be read.
-      ValueError: it is no regular file, too large, or hardly holds any events.
+      ValueError: no regular file, too large, or too many lines are no events.
     """
     return _parse(read_file(path, _MAX_BYTES))
 
@@ -79,7 +79,7 @@ def _parse(content: bytes) -> tuple[list[Event], list[str]]:
 
 
 def checkpoints_left(events: Iterable[Event]) -> dict[str, int]:
-    """The checkpoints that are on disk after these events: name of the folder -> step."""
+    """The checkpoints on disk after these events: folder name -> step."""
     left: dict[str, int] = {}
     for event in events:
         _apply(event, left)
@@ -98,7 +98,7 @@ def _apply(event: Event, left: dict[str, int]) -> None:
 
 
 class Events:
-    """Adds to the file; used by one process at a time, that which has the lock of the checkpoints.
+    """Appends events to the file; for the process that holds the lock of the checkpoints.
 
     Args:
       path: the file, made with its first event; None to write none.
@@ -107,12 +107,12 @@ class Events:
     def __init__(self, path: Path | None):
         self._path = path
         self._left: dict[str, int] | None = None
-        self._unwritten = b""  # what the disk would not take so far
+        self._unwritten = b""  # lines that a full disk has refused
 
     def add(self, event: str, step: int, why: str, **more: Any) -> None:
-        """Writes an event down; what a full disk refuses waits for the next one.
+        """Appends an event; a line that a full disk refuses is written with the next one.
 
-        It is not synced, which could wait for a checkpoint on its way to the same disk.
+        Without fsync, which could block behind a checkpoint being written to the same disk.
         """
         assert event in KINDS, event
         if self._path is None:
@@ -121,34 +121,34 @@ class Events:
         line: Any = {"time": now, "event": event, "step": step, "why": why, **more}
         _apply(line, self._there())
         text = json.dumps(line, ensure_ascii=False) + "\n"
-        self._unwritten += text.encode(errors="replace")  # a path may hold what is no text
+        self._unwritten += text.encode(errors="replace")  # A path may hold invalid UTF-8.
         with contextlib.suppress(OSError), self._path.open("ab", buffering=0) as file:
             while self._unwritten:
                 self._unwritten = self._unwritten[file.write(self._unwritten) :]
 
     def start(self, step: int, why: str, environment: dict[str, Any]) -> None:
-        """Writes down that the run starts in this process."""
+        """Records that the run starts in this process."""
         where = {"host": socket.gethostname(), "pid": os.getpid(), "environment": environment}
         self.add("start", step, why, **where)
 
     def failed(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        """Writes down what ended the run, if it had begun; for an `ExitStack`."""
+        """Records the error that ended the run, if the run had started; for an `ExitStack`."""
         if kind and self._path and self._path.exists():
             step = max(self._there().values(), default=0)
             self.add("failed", step, f"{kind.__name__}: {error}")
 
     def compare(self, names: Iterable[str], why: Mapping[str, str]) -> None:
-        """Writes down which checkpoints came, went or were renamed since the last look.
+        """Records checkpoints that appeared, disappeared or were renamed since the last call.
 
         Args:
-          names: of the folders of all checkpoints on disk, those set aside included.
-          why: the reason for each name, where it is known.
+          names: folder names of all checkpoints on disk, those set aside included.
+          why: name -> reason, if known.
         """
         if self._path is None:
             return
         there, names = self._there(), set(names)
         steps = {name: int(name.partition(".")[0]) for name in names}
-        # What was set aside comes before what took its place.
+        # A step set aside comes before the new step of the same number.
         for name in sorted(names, key=lambda name: (steps[name], name.isdecimal(), name)):
             if name not in there:
                 kind = "save" if name.isdecimal() else "set aside"

@@ -1,7 +1,7 @@
 """metrics.jsonl, the record of a run's losses: one JSON object a line, cut back on resume.
 
-Each checkpoint proves the rows before it. Rows that are not as they were written are kept in a file
-of their own (`metrics.jsonl.corrupt`), and the run goes on with those that are proven.
+Each checkpoint proves the rows before it. A file with changed rows is kept as
+`metrics.jsonl.corrupt`, and the run continues with the proven rows.
 
 Keys are `step` and the metric names. JSON has no NaN and no infinities, so these are the strings
 "NaN", "Infinity" and "-Infinity", which `read_metrics` turns into floats again.
@@ -29,7 +29,7 @@ from jaxlm.tracking.trackers import OpenTracker, Row, Trackers, require
 
 _log = logging.getLogger(__name__)
 
-_CHEAP_BYTES = 1 << 26  # up to this size, each flush reads the file again
+_CHEAP_BYTES = 1 << 26  # Up to this size, each flush verifies the content of the file.
 
 Proofs = Callable[[], dict[int, Rows]]
 
@@ -39,7 +39,7 @@ class _Step(TypedDict):
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), or infinity where that overflows."""
+    """exp(loss), or infinity on overflow."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -75,10 +75,10 @@ def _line(row: Row) -> bytes:
 class Metrics:
     """Writes metrics.jsonl, and feeds the trackers from it.
 
-    At the start, the rows after the restored step are cut off: the run makes them again.
+    At the start, the rows after the restored step are cut off: training repeats these steps.
 
     Attributes:
-      rows: what proves the rows so far, those that a full disk refuses included.
+      rows: length and checksum of the rows so far, those that a full disk refused included.
       trackers: those of the run.
       run_id: the W&B run; goes into each checkpoint.
     """
@@ -101,13 +101,14 @@ class Metrics:
           run_id: as found in the restored checkpoint, or None for a new run.
           restored: step and rows of the checkpoint; step 0 without rows for a start from scratch.
           new_future: the rows to come may differ from those cut off.
-          proofs: step -> rows of the checkpoints on disk, asked for where rows are not as written.
-          events: takes what happens to the rows; by default it is not written down.
+          proofs: step -> rows of the checkpoints on disk, called if rows have changed.
+          events: records losses of rows; by default nothing is recorded.
           trackers: the caller's own, beside those that the config asks for.
 
         Raises:
-          ImportError: a tracker's package is missing. Nothing has been touched then.
-          ValueError: the run begins anew, and metrics.jsonl is damaged before its last line.
+          ImportError: a tracker's package is missing; raised before any file is changed.
+          ValueError: the run starts from scratch, and metrics.jsonl is damaged before its last
+            line.
         """
         require(config.tracking)
         self._path = path = Path(config.run_dir) / NAME
@@ -136,7 +137,7 @@ class Metrics:
         try:
             self.flush()
         except OSError:
-            if kind is None:  # else the error of the run itself goes first
+            if kind is None:  # An error of the run takes precedence.
                 raise
         finally:
             self._file.close()
@@ -144,7 +145,7 @@ class Metrics:
             _log.warning(f"{self._path} is not complete: it lacks {self.rows.lacking}")
 
     def log(self, step: int, row: dict[str, float]) -> None:
-        """Appends one row, then hands it to the trackers; what a full disk refuses waits."""
+        """Appends one row, and sends the row to the trackers; if the disk is full, keeps it."""
         line = _line({"step": step, **row})
         self._step, self.rows = step, self.rows.then(line)
         self._since += line
@@ -157,10 +158,10 @@ class Metrics:
         """Waits until every row so far is on the disk; called before a checkpoint is committed.
 
         Returns:
-          What proves them. Rows that were lost since the last flush are reported as gaps.
+          Length and checksum of the rows; rows lost since the last flush are reported as gaps.
 
         Raises:
-          OSError: the disk does not take them; the next call tries again.
+          OSError: the disk refuses the rows; the next call tries again.
         """
         self._write()
         os.fsync(self._file.fileno())
@@ -169,11 +170,11 @@ class Metrics:
         return self.rows
 
     def _write(self) -> None:
-        while self._unwritten:  # an unbuffered write may take in a part only
+        while self._unwritten:  # An unbuffered write may be partial.
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def _check(self) -> None:
-        # Whether the file is there and as written: by inode and size; if it is small, by its bits.
+        # Whether the file is unchanged: by inode and size; a small file by its content too.
         opened, there = os.fstat(self._file.fileno()), None
         with contextlib.suppress(OSError):
             there = self._path.stat()
@@ -189,11 +190,11 @@ class Metrics:
             self._file = self._path.open("a+b", buffering=0)
 
     def _read(self) -> bytes:
-        # By its descriptor: the rows can be read though the file has no name any more.
+        # Reads by the descriptor, which still works after the file was deleted.
         return os.pread(self._file.fileno(), self.rows.num_bytes, 0)
 
     def _recover(self, content: bytes, why: str) -> None:
-        # Writes the file anew with all that is proven, and with what this process has made since.
+        # Rewrites the file with the proven rows and those of this process.
         until, flushed = self._flushed
         proofs = {step: rows for step, rows in self._proofs().items() if step < until}
         step, rows = longest_proven(content, {**proofs, until: flushed})
@@ -227,7 +228,7 @@ class Metrics:
 
 
 def _put_aside(path: Path) -> str:
-    # The new name of what is there; empty where nothing is, or nothing worth a name.
+    # Renames the file out of the way; returns its new name, or "" if there was nothing to keep.
     try:
         if not path.lstat().st_size:
             return ""

@@ -1,4 +1,4 @@
-"""What proves the rows of metrics.jsonl: each checkpoint holds their length and their checksum."""
+"""Proof of the rows of metrics.jsonl: their length and checksum, held by each checkpoint."""
 
 import dataclasses
 from pathlib import Path
@@ -10,13 +10,13 @@ from jaxlm.files.durable import read_file
 
 NAME = "metrics.jsonl"
 CORRUPT = ".corrupt"
-"""Ends the name of a file of rows that is not as the run wrote it."""
+"""Suffix of a damaged metrics.jsonl."""
 MAX_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The rows from the beginning of the file to the last one before a checkpoint."""
+    """Length and checksum of the rows before a checkpoint, and the gaps in them."""
 
     num_bytes: int = 0
     crc32c: int = 0
@@ -28,7 +28,7 @@ class Rows:
             raise InputError(f"rows: found {self}, expected 0 bytes or more, and gaps of two steps")
 
     def then(self, data: bytes) -> "Rows":
-        """These, and more after them."""
+        """The proof of these rows followed by `data`."""
         return dataclasses.replace(
             self,
             num_bytes=self.num_bytes + len(data),
@@ -36,28 +36,28 @@ class Rows:
         )
 
     def begin(self, content: bytes) -> bool:
-        """Whether the content begins with these rows, each bit as it was written."""
+        """Whether the content begins with exactly these rows."""
         start = content[: self.num_bytes]
         return len(start) == self.num_bytes and google_crc32c.value(start) == self.crc32c
 
     @property
     def lacking(self) -> str:
-        """What was lost, for people; empty if nothing was."""
+        """The lost rows as text; empty if none were lost."""
         return ", ".join(f"the rows after step {a} up to step {b}" for a, b in self.gaps)
 
 
 def longest_proven(content: bytes, proofs: dict[int, Rows]) -> tuple[int, Rows]:
-    """The last step whose rows the content begins with, and these rows; step 0 has none."""
+    """The last step whose rows the content begins with, and the proof; step 0 has no rows."""
     held = {step: rows for step, rows in proofs.items() if rows.begin(content)}
     return max(held.items(), key=lambda item: (item[1].num_bytes, item[0]), default=(0, Rows()))
 
 
 def find_row_damage(path: Path, rows: Rows) -> list[str]:
-    """What differs between a file and the rows that it should begin with; empty if nothing does.
+    """A line for each difference between a file and the rows that it should begin with.
 
     Raises:
-      ValueError: it is no regular file, or too large.
-      DiskError: the disk gives no answer.
+      ValueError: no regular file, or too large.
+      DiskError: the disk does not respond.
     """
     try:
         content = read_file(path, MAX_BYTES)
@@ -71,5 +71,5 @@ def find_row_damage(path: Path, rows: Rows) -> list[str]:
 
 
 def find_losses(path: Path, rows: Rows) -> list[str]:
-    """As `find_row_damage`, and what the run has lost of its rows before."""
+    """As `find_row_damage`, and rows that the run lost earlier."""
     return find_row_damage(path, rows) + ([f"it lacks {rows.lacking}"] if rows.lacking else [])

@@ -1,4 +1,4 @@
-"""What the hardware can do at most, and what a step asks of it."""
+"""Peaks of devices, and FLOPs of a training step."""
 
 import math
 from typing import NamedTuple
@@ -7,12 +7,12 @@ from jaxlm.config import ModelConfig
 
 
 class Device(NamedTuple):
-    """What one JAX device can do at most; NaN where nothing here asks for it."""
+    """Peaks of one JAX device; NaN if no code here needs the value."""
 
     flops: float
-    """Dense bfloat16 products (FLOP/s)."""
+    """Dense bfloat16 matmuls (FLOP/s)."""
     memory_bytes: float = math.nan
-    """For one program: on TPU what its compiler grants, on GPU JAX's share of three quarters."""
+    """Limit of one program: on TPU that of the compiler, on GPU the 3/4 that JAX preallocates."""
     memory_bytes_per_s: float = math.nan
     """To and from its main memory."""
     link_bytes_per_s: float = math.nan
@@ -34,14 +34,14 @@ DEVICES = {
 
 
 def find_device(device_kind: str) -> Device | None:
-    """The limits of a kind of device, or None where they are not known."""
+    """The peaks of a kind of device, or None if unknown."""
     names = [name for name in DEVICES if device_kind.startswith(name)]
-    # The longest: "TPU v5 lite" is no "TPU v5".
+    # The longest match: "TPU v5 lite" also begins with "TPU v5".
     return DEVICES[max(names, key=len)] if names else None
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """The peak of one device (FLOP/s), or None where it is not known."""
+    """The peak of one device (FLOP/s), or None if unknown."""
     device = find_device(device_kind)
     return device.flops if device else None
 
@@ -49,7 +49,7 @@ def peak_flops(device_kind: str) -> float | None:
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Floating-point operations of a training step per token (PaLM, 2204.02311, appendix B).
 
-    Six per weight of a matrix product, and causal attention in full, as is the custom.
+    Six for each weight of a matmul, and, by convention, attention without the causal saving.
     """
     attention = config.d_model * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
     layer = attention + 3 * config.d_model * config.d_ff

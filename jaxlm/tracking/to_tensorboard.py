@@ -1,4 +1,4 @@
-"""TensorBoard: rows of metrics.jsonl as one event file."""
+"""The TensorBoard tracker: rows of metrics.jsonl as one event file."""
 
 import time
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ def _scalars(row: Row) -> dict[str, Any]:
 
 
 class TensorBoard:
-    """One event file, written anew at each start, so that the folder is one curve.
+    """One event file, rewritten at each start, so that the folder shows one curve.
 
-    tensorboardX's own SummaryWriter hands events to a thread; when that dies (a full disk), its
-    queue fills and the run hangs. EventsWriter writes at once, and raises.
+    tensorboardX's SummaryWriter passes events to a thread; when the thread dies (a full disk), its
+    queue fills and the run hangs. EventsWriter writes directly, and raises.
     """
 
     def __init__(self, config: Config, history: Sequence[Row]):
@@ -28,7 +28,7 @@ class TensorBoard:
         folder = Path(config.run_dir) / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
         earlier = list(folder.glob("events.out.tfevents.*.jaxlm"))
-        # The name holds only the second: two starts within one would write to the same file.
+        # The name has the time in seconds: two starts within one would write to the same file.
         self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}.jaxlm")
         for row in history:
             self._write(row["step"], _scalars(row))

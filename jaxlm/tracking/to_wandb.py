@@ -1,4 +1,4 @@
-"""Weights & Biases: rows of metrics.jsonl as one curve, over any number of starts."""
+"""The Weights & Biases tracker: rows of metrics.jsonl as one curve, over any number of starts."""
 
 import html
 import logging
@@ -16,9 +16,9 @@ _log = logging.getLogger(__name__)
 def open_tracker(
     config: Config, history: Sequence[Row], run_id: str, earlier: str | None
 ) -> "Wandb":
-    """Goes on with the W&B run `earlier`, or begins `run_id`.
+    """Resumes the W&B run `earlier`, or starts `run_id`.
 
-    W&B takes no row back: a run with steps past the history is left as it is.
+    W&B cannot delete rows: a run with steps past the history is not resumed.
     """
     if earlier and earlier != run_id and config.tracking.wandb == "online":
         run = _init(config, earlier)
@@ -40,22 +40,22 @@ def _init(config: Config, run_id: str) -> Any:
             id=run_id,
             mode="online" if online else "offline",
             resume="allow" if online else None,
-            reinit="create_new",  # A run of the caller's own stays as it is.
+            reinit="create_new",  # Leaves a W&B run of the caller open.
             dir=config.run_dir,
             settings=wandb.Settings(
                 silent=True, console="off", disable_code=True, init_timeout=20, finish_timeout=60
             ),
         )
     finally:
-        sys.exit, sys.excepthook = hooks  # wandb wraps both, and never puts them back.
+        sys.exit, sys.excepthook = hooks  # wandb wraps both, and never restores them.
 
 
 class Wandb:
     """One W&B row a step: the log row and the eval row of a step go out together.
 
-    Offline, each start replays the whole history into a new folder: a killed process leaves its
-    folder short, and an offline run cannot be resumed, so the newest folder is the whole one.
-    Online, the rows that the server lacks are sent.
+    Offline, each start replays the whole history into a new folder, since a kill leaves a folder
+    incomplete and an offline run cannot be resumed: the newest folder is complete. Online, the
+    rows that the server lacks are sent.
 
     Attributes:
       run_id: identity of the W&B run.
@@ -75,7 +75,7 @@ class Wandb:
                 self.log(row["step"], row)
 
     def log(self, step: int, row: Row) -> None:
-        """Sends the step before, once a row of another one comes."""
+        """Collects the rows of a step; a row of another step sends the previous one."""
         if step != self._step:
             self._send()
         self._step = step
@@ -86,7 +86,7 @@ class Wandb:
         import wandb
 
         page = text if is_html else f'<pre style="white-space: pre-wrap">{html.escape(text)}</pre>'
-        # Uninjected: else it gets a stylesheet from the network.
+        # Without `inject=False`, W&B would add a stylesheet from the network.
         self.log(step, {name: wandb.Html(page, inject=False, data_is_not_path=True)})
 
     def _send(self) -> None:
@@ -96,8 +96,8 @@ class Wandb:
 
     def close(self, *, failed: bool = False) -> None:
         """Sends the last step, and ends the W&B run."""
-        # W&B drops whatever comes for a step it has. So a step whose eval is still to come, in
-        # the run that goes on from here, is left to that run.
+        # W&B drops later rows of a step that it has. A step whose eval was skipped by a stop is
+        # left to the resumed run, which sends row and eval together.
         at_end = self._step == self._config.num_steps
         eval_due = at_end or self._step % self._config.eval_interval == 0
         if not (self._online and eval_due and "eval/loss" not in self._pending):

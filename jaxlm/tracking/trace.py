@@ -17,7 +17,7 @@ _WARM_UP = 5  # Steps that are unlike the others: first calls, first logs.
 def traced(
     batches: Iterable[tuple[int, X]], folder: Path, num_steps: int
 ) -> Iterator[tuple[int, X]]:
-    """The (step, batch) pairs; of what the caller does with the sixth and on, there is a trace.
+    """The (step, batch) pairs; traces the caller's work from the sixth on.
 
     Args:
       batches: what to give.

@@ -1,6 +1,7 @@
-"""The trackers of a run, fed from the rows of metrics.jsonl.
+"""The trackers of a run, which receive the rows of metrics.jsonl.
 
-A tracker is a convenience: once training has begun, one that fails is reported once and dropped.
+No run depends on a tracker: if one fails during training, the error is reported once and the
+tracker dropped.
 """
 
 import importlib
@@ -20,14 +21,14 @@ Row = dict[str, Any]
 
 
 class Tracker(Protocol):
-    """Something that shows the rows of a run; what it raises never stops the run."""
+    """An interface for showing the rows of a run; its errors never stop the run."""
 
     def log(self, step: int, row: Row) -> None:
-        """Takes a row of metrics.jsonl."""
+        """Receives a row of metrics.jsonl."""
         ...
 
     def show(self, step: int, name: str, text: str, is_html: bool) -> None:
-        """Takes a sample or a report of the complete run."""
+        """Receives a sample or a report of the complete run."""
         ...
 
     def close(self, *, failed: bool) -> None:
@@ -36,11 +37,11 @@ class Tracker(Protocol):
 
 
 OpenTracker = Callable[[Config, Sequence[Row]], Tracker]
-"""From the config and the rows so far, oldest first: a resumed run has some."""
+"""(config, rows so far, oldest first) -> tracker; only a resumed run has rows."""
 
 
 class Trackers:
-    """The trackers of a run as one, which never raises.
+    """All trackers of a run, as one that never raises.
 
     Attributes:
       run_id: the W&B run.
@@ -55,10 +56,10 @@ class Trackers:
         new_future: bool = False,
         own: Sequence[OpenTracker] = (),
     ):
-        """Opens the trackers, and gives each the rows it lacks.
+        """Opens the trackers, and sends each the rows that it lacks.
 
         Args:
-          config: the run's config, which asks for W&B or TensorBoard.
+          config: the run's config, which selects W&B or TensorBoard.
           history: rows of metrics.jsonl up to here, oldest first.
           run_id: the W&B run so far, or None for a new one.
           new_future: the rows after the history may differ from those made before.
@@ -80,12 +81,12 @@ class Trackers:
         self._guard(name, lambda: self._trackers.update({name: tracker()}))
 
     def log(self, step: int, row: Row) -> None:
-        """Sends one row to every tracker that still works."""
+        """Sends one row to every tracker that has not failed."""
         for name, tracker in list(self._trackers.items()):
             self._guard(name, lambda tracker=tracker: tracker.log(step, row))
 
     def show(self, step: int, name: str, make: Callable[[], str], *, is_html: bool = False) -> None:
-        """Sends a text, made only where there is a tracker; a page of HTML goes to W&B alone."""
+        """Sends a text, made only if there is a tracker; HTML goes to W&B alone."""
 
         def send() -> None:
             text = make()
@@ -114,7 +115,7 @@ def require(tracking: TrackingConfig) -> None:
     """Checks that the packages of the trackers asked for are installed.
 
     Raises:
-      ImportError: one is missing; the message names the extra to install.
+      ImportError: a package is missing; the message names the extra to install.
     """
     # Else wandb asks the name server for its error-report host at every start, offline as well.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")

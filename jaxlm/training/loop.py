@@ -119,7 +119,7 @@ class Loop:
             raise CheckpointError(
                 f"the run is at step {step}, and the newest checkpoint on disk is "
                 f"{latest.step if latest else 'none'}: its last save failed. Look at the disk of "
-                f"{self.checkpoints.folder}; the same command makes the lost steps again"
+                f"{self.checkpoints.folder}; the same command repeats the lost steps"
             )
         return Result(step, ended, self.checkpoints.best)
 

@@ -42,7 +42,7 @@ def check_folders(config: Config) -> None:
     if config.resume == "never" and steps:
         raise InputError(
             f"resume: found never, but {folder} holds checkpoints {steps}; "
-            "choose another --run_dir, or leave --resume out to go on from the latest"
+            "choose another --run_dir, or leave --resume out to resume from the latest"
         )
     _check_run_folder(config)
     if steps:
@@ -116,9 +116,9 @@ def _allowed_changes(latest: Metadata, config: Config, folder: Path) -> list[Cha
     refused = [str(change) for change in differing if change.policy == "fixed"]
     if refused:
         raise InputError(
-            f"{folder} holds a run with other settings, which cannot change on the way:\n  "
+            f"{folder} holds a run with other settings, which a resume cannot change:\n  "
             + "\n  ".join(refused)
-            + "\nadd --run_dir for a new run, or set these back to go on with this one"
+            + "\nadd --run_dir for a new run, or set these back to resume this one"
         )
     return differing
 

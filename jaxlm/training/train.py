@@ -152,12 +152,12 @@ def _leave_complete(plan: ResumePlan, latest: Metadata, checkpoints: Checkpoints
 
 @contextlib.contextmanager
 def _alone_in_process() -> Iterator[None]:
-    # Orbax counts the operations of a process, not of a manager: a save that begins while another
-    # is under way waits for signals under the number of the other, and fails.
+    # Orbax numbers operations by process, not by manager: a save that starts during another one
+    # waits for signals under the other's number, and fails.
     if not _training.acquire(blocking=False):
         raise RunError(
-            "another training is under way in this process, and their saves would break each "
-            "other's; wait for its end, or start this one in a process of its own"
+            "another training runs in this process, and their saves would break each other; wait "
+            "for its end, or start this one in a separate process"
         )
     try:
         yield
