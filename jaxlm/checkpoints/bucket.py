@@ -34,14 +34,14 @@ class _Copy(TypedDict):
 
 @prints_lines
 def upload(run: str, dest: str) -> Copied:
-    """Copies a run or one step into a bucket, and compares the checksums that the server has.
+    """Copies a run or one step into a bucket, and compares the server's checksums.
 
     Intact objects of an earlier try are not sent again. A trainer may be training the run: hard
     links beside it keep files that the trainer deletes meanwhile. One process at a time.
 
     Args:
       run: as `copy_run` takes it.
-      dest: such as gs://bucket/path; nothing may be there but what an earlier try has left.
+      dest: such as gs://bucket/path; must be empty, or hold an earlier try of this copy.
 
     Raises:
       ValueError: as `copy_run` raises, or `dest` holds other objects.
@@ -77,7 +77,7 @@ def upload(run: str, dest: str) -> Copied:
 
 @prints_lines
 def download(url: str, dest: str) -> Copied:
-    """Brings a copy back from a bucket, verified like any copy: whole, or not there.
+    """Downloads a copy from a bucket, verified like any copy: complete, or absent.
 
     Raises:
       ValueError: there is no complete copy, the copy is damaged, or `dest` exists.

@@ -53,7 +53,7 @@ def copy_run(run: str, dest: str, *, copy_file: Callable[[str, str], Any] = shut
 
     Args:
       run: a run folder or checkpoint folder, with `@STEP` for one step alone.
-      dest: the new folder; it appears under this name when it is whole.
+      dest: the new folder; appears under this name once it is complete.
       copy_file: copies, or links, a file of a step.
 
     Raises:

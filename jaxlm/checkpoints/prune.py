@@ -85,7 +85,7 @@ def plan_pruning(
 
 
 def prune(run: str, **rules: Any) -> Pruning:
-    """Deletes what `plan_pruning` names, each step by one rename first: a kill leaves it or not.
+    """Deletes the steps that `plan_pruning` drops, each by one rename first: atomic under a kill.
 
     Args:
       run: a run folder or checkpoint folder.

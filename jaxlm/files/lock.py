@@ -132,7 +132,7 @@ def unlock(held: Lock) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, *, required: bool, files: Collection[str] | None = None) -> Iterator[None]:
-    """Has the lock meanwhile; arguments and errors are those of `lock`."""
+    """Holds the lock while in context; arguments and errors are those of `lock`."""
     held = lock(folder, required=required, files=files)
     try:
         yield

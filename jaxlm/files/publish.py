@@ -37,12 +37,12 @@ def _partial(target: Path) -> Path:
 
 @contextlib.contextmanager
 def published(target: Path) -> Iterator[Path]:
-    """A new folder to be filled, which gets its name once all of it is on the disk.
+    """A new folder to be filled; renamed to `target` once all of it is flushed to disk.
 
     An error leaves nothing; a kill leaves `.NAME.partial`, which the next try removes.
 
     Args:
-      target: the name that it gets.
+      target: the final path.
 
     Raises:
       ValueError: the name is taken, or there is a `.NAME.partial` of another program.

@@ -101,7 +101,7 @@ class Events:
     """Appends events to the file; for the process that holds the lock of the checkpoints.
 
     Args:
-      path: the file, made with its first event; None to write none.
+      path: the file, made with its first event; None writes nothing.
     """
 
     def __init__(self, path: Path | None):

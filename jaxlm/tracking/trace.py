@@ -20,9 +20,9 @@ def traced(
     """The (step, batch) pairs; traces the caller's work from the sixth on.
 
     Args:
-      batches: what to give.
-      folder: where the trace goes, made when it begins.
-      num_steps: how many steps to trace; with 0, none.
+      batches: the pairs.
+      folder: folder of the trace, made when the trace starts.
+      num_steps: number of steps to trace; 0 for none.
     """
     with contextlib.ExitStack() as trace:
         for count, (step, batch) in enumerate(batches):
