@@ -16,7 +16,7 @@ from jaxlm.training import environment
 from jaxlm.training.environment import compare_environments, describe_environment
 from jaxlm.training.train import train
 
-WARNING = "bits may differ from a run in one piece: "
+WARNING = "bits may differ from an uninterrupted run: "
 describe = functools.partial(describe_environment, mesh_of(*ONE_DEVICE))
 
 

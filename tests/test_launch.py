@@ -342,7 +342,7 @@ def test_a_prompt_that_is_too_long_is_found_before_the_first_step(own_home: Path
 
 def test_a_gpu_without_deterministic_kernels_is_told_at_a_resume(own_home: Path, monkeypatch):
     monkeypatch.setattr(start, "deterministic_options", lambda mesh: {"of_a_gpu": True})
-    told = "bits may differ from a run in one piece: deterministic is off"
+    told = "bits may differ from an uninterrupted run: deterministic is off"
     flags = "--optim.learning_rate 3 --num_steps"
     assert told in text_run.launched(own_home, f"{flags} 13 --no-deterministic")[1]
     said = text_run.launched(own_home, f"{flags} 14")[1]

@@ -110,7 +110,7 @@ def test_two_processes_train_stop_and_resume_as_one(config_file: Path, tmp_path:
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     output = finish(launch(config_file, stopped, "--num_steps", "70"), 0)
-    assert "bits may differ from a run in one piece: processes: was 2, is 1" in output
+    assert "bits may differ from an uninterrupted run: processes: was 2, is 1" in output
     assert json.loads((stopped / "config.json").read_text())["num_steps"] == 70
 
 

@@ -230,7 +230,9 @@ def _tokenizer(
     # Content of tokenizer.json, and the token that ends a document, by name and id.
     path = folder / TOKENIZER
     if not path.is_file():
-        _log.warning(f"{folder} holds no {TOKENIZER}; the run can only go on with its own batches")
+        _log.warning(
+            f"{folder} has no {TOKENIZER}; to train on, pass `train(batches=…)` its tokens"
+        )
         return None, None, None
     tokenizer = load_tokenizer(path)
     check_vocabulary(str(path), num_ids(tokenizer), vocab_size)

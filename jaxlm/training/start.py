@@ -139,7 +139,7 @@ def _resumed(
     )
     now = describe_environment(parts.mesh)
     for difference in compare_environments(metadata.environment, now) + off:
-        _log.warning(f"bits may differ from a run in one piece: {difference}")
+        _log.warning(f"bits may differ from an uninterrupted run: {difference}")
     at_end = is_at_end(config, metadata.step, metadata.num_worse_evals)
     # A run that drops its moving average keeps the checkpoint that still holds one.
     drops_average = state.ema_params is None and metadata.weights_item == "ema_params"
