@@ -153,7 +153,7 @@ def test_a_process_that_was_started_otherwise_is_refused(tmp_path: Path) -> None
     for end in ends:
         assert end.code == 1
         assert end.output.splitlines()[-1] == "  seed: 0 on process 0, 1 on process 1"
-        assert "process 1 of 3: error: settings: the processes of a run must be" in end.output
+        assert "process 1 of 3: error: settings: every process of a run must be" in end.output
 
 
 @pytest.mark.slow

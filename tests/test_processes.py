@@ -127,7 +127,7 @@ def test_one_of_four_is_killed_and_all_go_on_to_the_same_bits(
     processes = launch_four(killed, at={2: (35, signal.SIGKILL)})
     for index, process in enumerate(processes):
         output = finish(process, -signal.SIGKILL if index == 2 else 75)
-        assert index == 2 or "start all processes again" in output.splitlines()[-1]
+        assert index == 2 or "restart all processes" in output.splitlines()[-1]
     outputs = [finish(process, 0) for process in launch_four(killed)]
     assert "Resuming from step" in outputs[0]
     assert diff_checkpoints(f"{killed}@50", f"{whole}@50") == []
