@@ -81,6 +81,10 @@ class _Lines(logging.Handler):
                 (self._warn if warns else self._write)("Warning: " * warns + record.getMessage())
 
 
+def _names_below(name: str) -> list[str]:
+    return [other for other in logging.root.manager.loggerDict if other.startswith(f"{name}.")]
+
+
 def _listening() -> list[_Lines]:
     return [handler for handler in _LOG.handlers if isinstance(handler, _Lines)]
 
@@ -98,6 +102,11 @@ def log_to(
       warn: takes a line that begins with "Warning: ", in place of `write`.
     """
     own = _Lines(write, warn or write)
+    # `logging.config` disables the loggers that exist, and damage would go unreported.
+    loggers = [_LOG, *map(logging.getLogger, _names_below(_LOG.name))]
+    disabled = [logger for logger in loggers if logger.disabled]
+    for logger in disabled:
+        logger.disabled = False
     _LOG.addHandler(own)
     _LOG.setLevel(logging.INFO)
     _LOG.propagate = False
@@ -105,6 +114,8 @@ def log_to(
         yield
     finally:
         _LOG.removeHandler(own)
+        for logger in disabled:
+            logger.disabled = True
         if not _listening():
             level, _LOG.propagate = own.before
             _LOG.setLevel(level)

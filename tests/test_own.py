@@ -1,5 +1,6 @@
 """What a caller puts in place of a config's parts works, resumes to the bit, or is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,11 @@ class Stateful(Table):
         self.dropout = nnx.Dropout(0.1, rngs=rngs)
 
 
+class NoBatches(TinyEvalSet):
+    def __len__(self) -> int:
+        return 0
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a loss that is a mean": (
         {"loss": mean_loss},
@@ -273,6 +279,18 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a dict of arrays": ({"batches": {"inputs": 1}}, "^batches: found a dict, expected a function"),
     "a list of evals": ({"eval_batches": [1]}, "^eval_batches: found a list, expected a function"),
+    "an empty set among several": (
+        {"eval_batches": {"near": TinyEvalSet(), "none": NoBatches()}},
+        r"^eval_batches\['none'\]: found no batch, expected at least one",
+    ),
+    "a hook every no step": (
+        {"hooks": [Hook(print, every=0)]},
+        "^hooks: found every=0, expected at least 1",
+    ),
+    "a random key in the optimizer": (
+        {"optimizer": optax.add_noise(0.1, 0.5, key=jax.random.key(3))},
+        "^optimizer: found key<fry> in its state .*PRNGKey",
+    ),
     "no inputs": (
         {"batches": lambda i, rows: {"x": np.ones((8, 2))[rows]}},
         "^batches: found x, exp",
@@ -369,3 +387,36 @@ def test_a_loss_in_chunks_drops_out_too(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "none", **SHORT, loss_chunks=2)
     with pytest.raises(ValueError, match="model: found `rngs` in `__call__` and not in `hidden`"):
         train_table(config, model=HiddenWithoutRngs)
+
+
+def test_an_optimizer_without_a_state_resumes(tmp_path: Path) -> None:
+    train_table(tiny_config(tmp_path / "a", **SHORT), optimizer=optax.sgd(0.1))
+    stop_at_each_step(tmp_path / "b", optimizer=optax.sgd(0.1))
+    assert diff_checkpoints(f"{tmp_path / 'a'}@4", f"{tmp_path / 'b'}@4") == []
+
+
+def test_frozen_params_keep_their_bits_in_the_moving_average(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, **SHORT)
+    config = replace(config, optim=replace(config.optim, ema_decay=0.7))
+    train_table(config, model=Two, frozen=lambda name: name == "table_VV")
+    average = restore_numpy(tmp_path / "checkpoints/4", ["ema_params"])["ema_params"]
+    np.testing.assert_array_equal(average["table_VV"], params_of(tmp_path)["table_VV"])
+    assert not np.array_equal(average["bias_V"], params_of(tmp_path)["bias_V"])
+
+
+def test_a_tracker_that_changes_its_row_changes_no_other(tmp_path: Path) -> None:
+    kept: list[int] = []
+
+    class Clearing(Tracker):
+        def __init__(self, config: Any, history: Any) -> None:
+            history.clear()
+
+        def log(self, step: int, row: Any) -> None:
+            row.clear()
+
+    class Counting(Clearing):
+        def log(self, step: int, row: Any) -> None:
+            kept.append(len(row))
+
+    train_table(tiny_config(tmp_path, **SHORT), trackers=[Clearing, Counting])
+    assert kept and min(kept) > 2

@@ -132,6 +132,18 @@ def test_a_function_prints_its_lines_unless_the_program_listens(capsys, caplog):
         assert not caplog.messages and printed() == "" and caplog.messages == ["a line"]
 
 
+def test_a_program_that_disables_loggers_misses_no_line():
+    found: list[str] = []
+    logger = logging.getLogger("jaxlm.x")
+    logger.disabled = True  # as `logging.config.dictConfig` leaves those that exist
+    try:
+        with terminal.log_to(found.append):
+            logger.warning("step 4 is damaged")
+        assert found == ["Warning: step 4 is damaged"] and logger.disabled
+    finally:
+        logger.disabled = False
+
+
 def test_a_line_that_cannot_be_printed_stops_nothing(monkeypatch: pytest.MonkeyPatch):
     for stream in (Gone(), None):
         monkeypatch.setattr(sys, "stdout", stream)

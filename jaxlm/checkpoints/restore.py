@@ -94,6 +94,9 @@ def restore_items(
     check_layout(metadata.fingerprints, abstract, path)
     restored, folder = {}, path.absolute()  # Orbax takes no relative path
     for name, tree in abstract.items():
+        if not jax.tree.leaves(tree):  # as of an optimizer without a state
+            restored[name] = tree
+            continue
         with _reading(folder / name) as checkpointer:
             _check_bytes(folder / name, tree)
             stored = without_empty(tree)
@@ -181,7 +184,7 @@ def _check_bytes(path: Path, tree: Any) -> None:
 
 def check_layout(saved: dict[str, list[Any]], abstract: dict[str, Any], path: Path) -> None:
     """Raises ValueError unless arrays were saved with these names, dtypes and shapes."""
-    if "opt_state" in abstract and not any(name.startswith("opt_state/") for name in saved):
+    if "state" in abstract and not any(name.startswith("state/") for name in saved):
         raise InputError(
             f"{path} holds weights only, so training cannot resume from it; to start a run with "
             f"them, add --init_from {path.parent}@{path.name}"

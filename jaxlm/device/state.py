@@ -148,6 +148,7 @@ def make_blueprint(
     whole: Any = replicated(mesh)
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
     shapes = jax.eval_shape(build, seed)
+    _check_optimizer(shapes.opt_state)
 
     def sharding_of(leaf: Any, sharding: NamedSharding, param: Any) -> Any:
         if isinstance(leaf, optax.MaskedNode):
@@ -192,6 +193,15 @@ def _check_variable(name: str, variable: Any) -> None:
             f"{', '.join(_PARAM_DTYPES)}, since training moves every param along its gradient; "
             "make what stays as it is in __call__"
         )
+
+
+def _check_optimizer(opt_state: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # which Orbax cannot restore
+            raise InputError(
+                f"optimizer: found {leaf.dtype} in its state ({path_name(path)}), expected "
+                "numbers; a random key may be a `jax.random.PRNGKey`"
+            )
 
 
 class Own(NamedTuple):

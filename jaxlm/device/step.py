@@ -119,7 +119,11 @@ def _average(state: TrainState, params: Params, ema_decay: float | None) -> Para
     if ema_decay is None:
         return None
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-    return jax.tree.map(lambda mean, p: decay * mean + (1 - decay) * p, state.ema_params, params)
+
+    def toward(mean: jax.Array, p: jax.Array) -> jax.Array:
+        return mean + (1 - decay) * (p - mean)  # a frozen param keeps its bits
+
+    return jax.tree.map(toward, state.ema_params, params)
 
 
 def _accumulate(

@@ -75,7 +75,10 @@ class Trackers:
             module = importlib.import_module("jaxlm.tracking.to_tensorboard")
             self._open("TensorBoard", lambda: module.TensorBoard(config, history))
         for number, open_own in enumerate(own, 1):
-            self._open(f"tracker {number} of your own", partial(open_own, config, history))
+            self._open(
+                f"tracker {number} of your own",
+                partial(open_own, config, [dict(row) for row in history]),
+            )
 
     def _open(self, name: str, tracker: Callable[[], Tracker]) -> None:
         self._guard(name, lambda: self._trackers.update({name: tracker()}))
@@ -83,7 +86,7 @@ class Trackers:
     def log(self, step: int, row: Row) -> None:
         """Sends one row to every tracker that has not failed."""
         for name, tracker in list(self._trackers.items()):
-            self._guard(name, lambda tracker=tracker: tracker.log(step, row))
+            self._guard(name, lambda tracker=tracker: tracker.log(step, dict(row)))
 
     def show(self, step: int, name: str, make: Callable[[], str], *, is_html: bool = False) -> None:
         """Sends a text, made only if there is a tracker; HTML goes to W&B alone."""

@@ -43,6 +43,8 @@ def check_given(model: Any, batches: Any, eval_batches: Any) -> None:
     for name, value in sets.items():
         if not (value is None or isinstance(value, Sized)):
             raise InputError(f"{name}: found no length, expected `__len__`: how many there are")
+        if isinstance(eval_batches, Mapping) and isinstance(value, Sized) and not len(value):
+            raise InputError(f"{name}: found no batch, expected at least one in a named set")
 
 
 def look_at(

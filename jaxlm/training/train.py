@@ -16,7 +16,7 @@ from jaxlm.cluster import check_equal
 from jaxlm.config import Config
 from jaxlm.device.loss import Loss
 from jaxlm.device.state import ModelFactory, Own
-from jaxlm.errors import RunError
+from jaxlm.errors import InputError, RunError
 from jaxlm.insides import quiet_orbax
 from jaxlm.terminal import output
 from jaxlm.tracking.clock import Clock
@@ -99,6 +99,8 @@ def train(
       RuntimeError: another trainer holds these folders, or runs in this process.
     """
     clock, own = Clock(), Own(model, optimizer, frozen)
+    if rare := [hook.every for hook in hooks if hook.every < 1]:
+        raise InputError(f"hooks: found every={rare[0]}, expected at least 1")
     primary = jax.process_index() == 0
     console = Console(config.num_steps, stream=None if primary else output(None))
     events = Events(Path(config.run_dir) / NAME if primary else None)
