@@ -123,7 +123,7 @@ def main() -> None:
         try:
             return command(sys.argv[1:])
         finally:
-            sys.stdout.flush()  # what cannot be told is no success
+            sys.stdout.flush()  # A result that cannot be printed is no success.
 
     leave(run_main(run))
 

@@ -1,4 +1,4 @@
-"""What is installed: versions, and what is said where an optional dependency is missing."""
+"""Installed versions, and the message for an optional dependency that is missing."""
 
 import functools
 import importlib

@@ -7,8 +7,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from absl import logging as absl_logging
-
 
 def coordination_client() -> Any:
     """JAX's client of the coordination service, of a process of a cluster."""
@@ -36,6 +34,8 @@ def set_help_colors(wanted: bool) -> None:
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
     """Orbax logs nothing within: it warns of normal conditions, and logs what it also raises."""
+    from absl import logging as absl_logging
+
     before = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.FATAL)
     try:

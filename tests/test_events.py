@@ -1,11 +1,12 @@
 """events.jsonl: it tells exactly what is on disk, whatever was killed, and never stops a run."""
 
+import itertools
 import json
 import os
 import resource
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,21 @@ def tells_the_disk(run: Path) -> bool:
     return bool(left) and sorted(left) == list_names(run / "checkpoints")
 
 
-class _KilledError(BaseException):
+class KilledError(BaseException):
     """Ends a run as a kill would: nothing of ours catches it."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, when: int) -> None:
+    """Ends the run at call number `when` of a function."""
+    real: Callable[..., Any] = getattr(module, name)
+    calls = itertools.count(1)
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == when:
+            raise KilledError
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, killed)
 
 
 @pytest.fixture
@@ -96,20 +110,11 @@ def test_what_a_kill_kept_from_being_told_is_found_at_the_next_start(
 ):
     num_killed, behind = 0, 0
     for when in calls:
-        left, real = when, Events.compare
-
-        def killed(self: Events, *args: Any, real: Any = real) -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise _KilledError
-            real(self, *args)
-
         with monkeypatch.context() as patch:
-            patch.setattr(Events, "compare", killed)
+            kill_at(patch, Events, "compare", when)
             try:
                 train_table(saved_often(tmp_path))
-            except _KilledError:
+            except KilledError:
                 num_killed += 1
                 behind += (tmp_path / NAME).exists() and not tells_the_disk(tmp_path)
         with (tmp_path / NAME).open("a") as file:

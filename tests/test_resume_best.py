@@ -1,15 +1,13 @@
 """`--resume best` goes back to the best, sets the rest aside, and survives kills in that."""
 
-import itertools
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_events import tells_the_disk
+from test_events import KilledError, kill_at, tells_the_disk
 from text_run import rewrite
 from tiny_run import TinyBatches, tiny_config, train_table
 
@@ -57,22 +55,6 @@ def ruined_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ruined(ruined_once: Path, tmp_path: Path) -> Path:
     """A copy, to go back in."""
     return shutil.copytree(ruined_once, tmp_path / "ruined")
-
-
-class KilledError(BaseException):
-    """Ends a run as a kill would: nothing of ours catches it."""
-
-
-def kill_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, when: int) -> None:
-    real: Callable[..., Any] = getattr(module, name)
-    calls = itertools.count(1)
-
-    def killed(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == when:
-            raise KilledError
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, killed)
 
 
 def go_back(run: Path, **changes: Any) -> None:

@@ -1,17 +1,17 @@
 """Sources of text: documents in a fixed order."""
 
-import importlib
+import pkgutil
 
 from jaxlm.config import DataConfig
 from jaxlm.data.files import Source
 
 # Kind of source -> module and function, imported when it is asked for: most runs need no network.
 _SOURCES = {
-    "embedded": "jaxlm.data.files.embedded",
-    "text": "jaxlm.data.files.text_files",
-    "hf": "jaxlm.data.remote.hugging_face",
-    "tfds": "jaxlm.data.remote.tfds",
-    "tfds_dir": "jaxlm.data.remote.tfds",
+    "embedded": "jaxlm.data.files:embedded",
+    "text": "jaxlm.data.files:text_files",
+    "hf": "jaxlm.data.remote:hugging_face",
+    "tfds": "jaxlm.data.remote:tfds",
+    "tfds_dir": "jaxlm.data.remote:tfds",
 }
 
 
@@ -23,5 +23,4 @@ def open_source(config: DataConfig) -> Source:
       ImportError: the package of the source is not installed.
     """
     kind = config.source.partition(":")[0]
-    module, _, function = _SOURCES[kind].rpartition(".")
-    return getattr(importlib.import_module(module), function)(config)
+    return pkgutil.resolve_name(_SOURCES[kind])(config)

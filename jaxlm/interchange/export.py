@@ -48,7 +48,7 @@ class Exported(NamedTuple):
     num_params: int
     files: list[str]
     own_tokenizer: bool
-    """Whether llama.cpp's converter has to be told how the tokenizer splits words."""
+    """Whether llama.cpp's converter needs the name of the tokenizer's way to split words."""
     url: str | None
     """Where it was pushed to."""
 

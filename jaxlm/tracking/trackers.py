@@ -4,9 +4,9 @@ No run depends on a tracker: if one fails during training, the error is reported
 tracker dropped.
 """
 
-import importlib
 import logging
 import os
+import pkgutil
 import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -68,12 +68,12 @@ class Trackers:
         self._trackers: dict[str, Tracker] = {}
         self.run_id = new_id = run_id if run_id and not new_future else secrets.token_hex(4)
         if config.tracking.wandb != "off":
-            module = importlib.import_module("jaxlm.tracking.to_wandb")
-            self._open("W&B", lambda: module.open_tracker(config, history, new_id, run_id))
+            open_wandb = pkgutil.resolve_name("jaxlm.tracking.to_wandb:open_tracker")
+            self._open("W&B", partial(open_wandb, config, history, new_id, run_id))
             self.run_id = getattr(self._trackers.get("W&B"), "run_id", new_id)
         if config.tracking.tensorboard:
-            module = importlib.import_module("jaxlm.tracking.to_tensorboard")
-            self._open("TensorBoard", lambda: module.TensorBoard(config, history))
+            open_tensorboard = pkgutil.resolve_name("jaxlm.tracking.to_tensorboard:TensorBoard")
+            self._open("TensorBoard", partial(open_tensorboard, config, history))
         for number, open_own in enumerate(own, 1):
             self._open(
                 f"tracker {number} of your own",
