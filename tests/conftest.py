@@ -26,8 +26,10 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 # XLA sizes its thread pool by this. With one thread a core, eight devices on two cores wait for
 # each other in a collective for ever.
 os.environ["NPROC"] = "32"
-# Under nohup, SIGHUP is ignored, here and in each process that a test starts.
+# nohup ignores SIGHUP and a shell's background job SIGINT; each process that a test starts would
+# inherit that, and train on after the signal that is to stop it.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Help is laid out by the width of the terminal that the tests are run in.
 os.environ["COLUMNS"] = "80"
 # Without bytecode, each of the processes started below compiles all that it imports.

@@ -188,10 +188,7 @@ def test_beside_a_real_trainer_through_kills(home: Path) -> None:
 def test_ctrl_c_ends_it_with_130(home: Path) -> None:
     shutil.rmtree(home / text_run.RUN / "checkpoints/12")
     shutil.rmtree(home / text_run.RUN / "checkpoints/8")  # not complete: it waits
-    # A shell's background jobs ignore Ctrl-C, and so would their children.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     follower = start("-m", "jaxlm", "eval", text_run.RUN, "--follow", "--poll-s", "0.1")
-    signal.signal(signal.SIGINT, before)
     while not read_evals(Path(EVALS)):
         assert follower.poll() is None
         time.sleep(0.1)

@@ -483,8 +483,6 @@ def test_ctrl_c_in_an_import_is_one_line_at_most(which: str, tmp_path: Path):
     module, text, code, lines = INTERRUPTED_IMPORTS[which]
     (tmp_path / f"{module}.py").write_text(text)
     env = {**BUFFERED, "PYTHONPATH": f"{tmp_path}{os.pathsep}{text_run.REPO}"}
-    # A shell's background job ignores Ctrl-C, and so would this child of one.
-    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True)
     assert (done.returncode, done.stderr.count(b"\n"), done.stdout) == (130, lines, b""), done
 
