@@ -10,7 +10,7 @@ from typing import Any
 import filelock
 import jax
 
-from jaxlm.data.cache import cache_root
+from jaxlm.files.cache import cache_root
 
 PROGRAMS = "programs"
 """Stands for all compiled programs in a list of names."""

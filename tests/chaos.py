@@ -45,7 +45,7 @@ from jaxlm.checkpoints.folder import list_steps, scan_folder  # noqa: E402
 from jaxlm.checkpoints.manifest import find_damage  # noqa: E402
 from jaxlm.config import Config  # noqa: E402
 from jaxlm.data.batches import TrainBatches  # noqa: E402
-from jaxlm.data.cache import MANIFEST  # noqa: E402
+from jaxlm.data.dataset import MANIFEST  # noqa: E402
 from jaxlm.proof.attempt import Attempt, Kill, Process, compare_runs  # noqa: E402
 from jaxlm.tracking.rows import Rows  # noqa: E402
 from jaxlm.training import preflight  # noqa: E402, F401 - all that a start imports

@@ -15,8 +15,8 @@ import pytest
 import text_run
 
 from jaxlm import __main__ as cli
-from jaxlm.data.cache import list_caches
-from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.corpus.cache import list_caches
+from jaxlm.corpus.tokenizer import load_tokenizer
 from jaxlm.extras import version
 from jaxlm.inference.sample import printable, sample_run
 from jaxlm.launch import run_main

@@ -26,7 +26,7 @@ from jaxlm.checkpoints.folder import find_checkpoints, read_metadata
 from jaxlm.checkpoints.metadata import FORMAT, Metadata
 from jaxlm.checkpoints.restore import DamagedArrays
 from jaxlm.config import Config, OptimConfig, from_dict, to_dict
-from jaxlm.data import tokenizer
+from jaxlm.corpus import tokenizer
 from jaxlm.data.dataset import open_dataset
 from jaxlm.files.strict import parse_json, read_json, validate
 from jaxlm.inference.load import load_model

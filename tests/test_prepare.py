@@ -17,10 +17,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from jaxlm.compilation_cache import keep_compiled
 from jaxlm.config import DataConfig
-from jaxlm.data import cache, formats, prepare
-from jaxlm.data.cache import clear_caches, list_caches
-from jaxlm.data.prepare import default_max_tokens, is_held_out
-from jaxlm.data.tokenizer import load_tokenizer, mark_eos, train_tokenizer
+from jaxlm.corpus import cache, formats, prepare
+from jaxlm.corpus.cache import clear_caches, list_caches
+from jaxlm.corpus.prepare import is_held_out
+from jaxlm.corpus.tokenizer import load_tokenizer, mark_eos, train_tokenizer
+from jaxlm.data.dataset import default_max_tokens, open_dataset
+from jaxlm.files.cache import cache_root
 from jaxlm.files.durable import write_file
 
 SMALL = {"SHARD_TOKENS": 4500, "CHUNK_CHARS": 3000, "PIECE_CHARS": 400}
@@ -323,7 +325,7 @@ def test_no_home(monkeypatch):
     monkeypatch.delenv("JAXLM_CACHE", raising=False)
     monkeypatch.setattr(Path, "expanduser", Mock(side_effect=RuntimeError("no home")))
     with pytest.raises(ValueError, match="no home folder for ~/.cache/jaxlm .*JAXLM_CACHE"):
-        cache.cache_root(None)
+        cache_root(None)
     keep_compiled(None)  # does without
 
 
@@ -452,9 +454,9 @@ def test_any_damage_is_found_and_named(corpus, tmp_path):
             with pytest.raises(
                 ValueError, match=f"{message}.*jaxlm cache clear {folder.name} --delete`"
             ):
-                prepare.open_dataset(folder, 300)
+                open_dataset(folder, 300)
         path.write_bytes(whole)
-    assert prepare.open_dataset(folder, 300).fingerprint == dataset.fingerprint
+    assert open_dataset(folder, 300).fingerprint == dataset.fingerprint
 
 
 def test_each_field_of_the_manifest_is_vouched_for(corpus, tmp_path):
@@ -464,7 +466,7 @@ def test_each_field_of_the_manifest_is_vouched_for(corpus, tmp_path):
     for name in whole.keys() - {"source", "revision"}:
         path.write_text(json.dumps(whole | {name: None}))
         with pytest.raises(ValueError, match="manifest.json"):
-            prepare.open_dataset(folder, 300)
+            open_dataset(folder, 300)
 
 
 def test_text_that_changes_while_it_is_read(tmp_path, monkeypatch):
@@ -510,7 +512,7 @@ def child(corpus, folder, body):
     return f"""
 import os, signal, sys
 from jaxlm.config import DataConfig
-from jaxlm.data import prepare
+from jaxlm.corpus import prepare
 for name, value in {SMALL!r}.items():
     setattr(prepare, name, value)
 def run(folder={str(folder)!r}):

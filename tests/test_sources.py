@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from jaxlm.config import DataConfig
-from jaxlm.data import files, remote
-from jaxlm.data.sources import open_source
+from jaxlm.corpus import files, remote
+from jaxlm.corpus.sources import open_source
 
 DOCUMENTS = [f"document {n}\r\nnaïve 日本語 🎯\n" * (n % 4) for n in range(50)]
 

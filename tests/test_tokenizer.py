@@ -5,9 +5,9 @@ import time
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from jaxlm.data import remote
-from jaxlm.data import tokenizer as tokenizer_lib
-from jaxlm.data.tokenizer import (
+from jaxlm.corpus import remote
+from jaxlm.corpus import tokenizer as tokenizer_lib
+from jaxlm.corpus.tokenizer import (
     content_hash,
     find_eos,
     load_tokenizer,

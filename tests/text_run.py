@@ -24,7 +24,7 @@ from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, to_dict
-from jaxlm.data.tokenizer import train_tokenizer
+from jaxlm.corpus.tokenizer import train_tokenizer
 from jaxlm.device.optim import make_optimizer
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import make_blueprint

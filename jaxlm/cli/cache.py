@@ -19,7 +19,8 @@ def list_all(*, cache_dir: str | None = None, json: bool = False) -> int:
       jaxlm cache list
     """
     from jaxlm.compilation_cache import PROGRAMS, compiled_bytes
-    from jaxlm.data.cache import cache_root, list_caches
+    from jaxlm.corpus.cache import list_caches
+    from jaxlm.files.cache import cache_root
     from jaxlm.tracking.console import format_bytes, format_count
 
     entries, compiled = list_caches(cache_dir), compiled_bytes(cache_dir)
@@ -52,7 +53,8 @@ def clear(
       jaxlm cache clear data programs --delete
     """
     from jaxlm.compilation_cache import PROGRAMS, clear_compiled, compiled_bytes
-    from jaxlm.data.cache import DATA, cache_root, clear_caches, find_caches, list_caches
+    from jaxlm.corpus.cache import DATA, clear_caches, find_caches, list_caches
+    from jaxlm.files.cache import cache_root
     from jaxlm.tracking.console import format_bytes
 
     if delete and not names:

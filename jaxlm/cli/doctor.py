@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 
 from jaxlm.compilation_cache import compiled_bytes
-from jaxlm.data.cache import cache_root, list_caches
+from jaxlm.corpus.cache import list_caches
 from jaxlm.extras import MODULES, versions
+from jaxlm.files.cache import cache_root
 from jaxlm.tracking.console import format_bytes
 from jaxlm.tracking.throughput import peak_flops
 

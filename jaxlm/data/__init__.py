@@ -1,1 +1,1 @@
-"""Text -> token shards -> batch n."""
+"""Token shards -> batch n."""

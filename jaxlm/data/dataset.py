@@ -5,18 +5,52 @@ import dataclasses
 import hashlib
 import json
 import os
+import pkgutil
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
-from jaxlm.data.cache import MANIFEST, Manifest, Record
+from jaxlm.config import DataConfig
 from jaxlm.data.shards import TokenShards
 from jaxlm.errors import InputError
 from jaxlm.files.durable import crc32c
 from jaxlm.files.strict import read_json, shown
+
+MANIFEST = "manifest.json"
+# Kind of source -> function that makes its dataset, imported when a run has such a source.
+_MAKERS: dict[str, str] = dict.fromkeys(
+    ("embedded", "text", "hf", "tfds", "tfds_dir"), "jaxlm.corpus.prepare:prepare"
+)
+
+
+class Record(TypedDict):
+    """Name, size and checksum of a file when it was written."""
+
+    name: str
+    num_bytes: int
+    crc32c: int
+
+
+class Shard(Record):
+    """A record of token ids."""
+
+    num_tokens: int
+
+
+class Manifest(TypedDict):
+    """Content of MANIFEST, of a complete dataset."""
+
+    tokenizer: Record
+    train: list[Shard]
+    eval: list[Shard]
+    vocab_size: int
+    eos_id: int
+    dtype: Literal["<u2", "<u4"]
+    exhausted: bool
+    fingerprint: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +64,28 @@ class Dataset:
     """Identity of the tokens: equal for equal tokens of any source."""
     tokenizer_path: Path
     eos_id: int
+
+
+def default_max_tokens(config: DataConfig, num_tokens: int) -> int:
+    """Training tokens to prepare: `config.max_tokens`, else 1% more than the run, at least 10 M."""
+    return config.max_tokens or max(num_tokens + num_tokens // 100, 10_000_000)
+
+
+def load_dataset(config: DataConfig, *, vocab_size: int, max_tokens: int) -> Dataset:
+    """The dataset of `config`: prepared data from the cache, or data made now.
+
+    Args:
+      config: the source, and how its text becomes tokens.
+      vocab_size: of the model: size of a trained tokenizer, and the limit for a given one.
+      max_tokens: limit of training tokens.
+
+    Raises:
+      ValueError: the corpus or the tokenizer does not fit, or a file of the cache is damaged.
+      FileNotFoundError, ImportError, ConnectionError: source or tokenizer is not available.
+      OSError: the disk is full.
+    """
+    make = pkgutil.resolve_name(_MAKERS[config.source.partition(":")[0]])
+    return make(config, vocab_size=vocab_size, max_tokens=max_tokens)
 
 
 def digest(values: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ from jaxlm.checkpoints.reading import read
 from jaxlm.checkpoints.restore import find_changed_arrays
 from jaxlm.compilation_cache import keep_compiled
 from jaxlm.config import Config, MeshConfig
-from jaxlm.data.prepare import Dataset
+from jaxlm.data.dataset import Dataset
 from jaxlm.device.loss import Batch, next_token_loss
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import Params

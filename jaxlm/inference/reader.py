@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from jaxlm.checkpoints.folder import TOKENIZER
 from jaxlm.config import MeshConfig
-from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.corpus.tokenizer import load_tokenizer
 from jaxlm.device.likelihood import make_token_scores
 from jaxlm.device.sharding import batch_sharding, make_mesh
 from jaxlm.errors import InputError

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from tokenizers.decoders import DecodeStream
 
 from jaxlm.checkpoints.folder import TOKENIZER
-from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.corpus.tokenizer import load_tokenizer
 from jaxlm.device.decode import Knobs, Rule, make_programs, narrow
 from jaxlm.device.sharding import AXES_OF
 from jaxlm.errors import InputError

@@ -16,7 +16,7 @@ from jaxlm.checkpoints.copying import check_outside
 from jaxlm.checkpoints.folder import TOKENIZER, Selected, select
 from jaxlm.checkpoints.reading import read
 from jaxlm.config import MeshConfig
-from jaxlm.data.tokenizer import find_eos, load_tokenizer
+from jaxlm.corpus.tokenizer import find_eos, load_tokenizer
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import path_name
 from jaxlm.errors import InputError

@@ -21,8 +21,8 @@ from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.folder import TOKENIZER
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, to_dict
+from jaxlm.corpus.tokenizer import find_eos, load_tokenizer, mark_eos, num_ids
 from jaxlm.data.dataset import check_vocabulary
-from jaxlm.data.tokenizer import find_eos, load_tokenizer, mark_eos, num_ids
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import blueprint_of, path_name
 from jaxlm.errors import InputError

@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxlm.checkpoints.folder import scan_folder
 from jaxlm.config import Config, to_dict
-from jaxlm.data.prepare import default_max_tokens
+from jaxlm.data.dataset import default_max_tokens
 from jaxlm.errors import InputError
 from jaxlm.files.durable import check_output_path
 from jaxlm.launch import STOPPED

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from tokenizers import Tokenizer
 
 from jaxlm.checkpoints.retention import IN_TRANSIT, num_kept
 from jaxlm.config import Config
-from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.device.state import TrainState, num_bytes
 from jaxlm.errors import InputError
 from jaxlm.files.durable import folder_bytes
@@ -97,7 +97,8 @@ def check_prompt(config: Config, tokenizer_path: Path) -> None:
     """Raises ValueError if `sample_prompt` is too long, which would else fail after training."""
     if not config.sample_prompt:
         return
-    tokens = load_tokenizer(tokenizer_path).encode(config.sample_prompt, add_special_tokens=False)
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    tokens = tokenizer.encode(config.sample_prompt, add_special_tokens=False)
     most = config.seq_len - sample_tokens(config)
     if len(tokens.ids) > most:
         raise InputError(

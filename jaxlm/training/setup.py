@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxlm.compilation_cache import keep_compiled
 from jaxlm.config import Config
 from jaxlm.data.batches import EvalBatches, TrainBatches, recorded
-from jaxlm.data.prepare import Dataset, default_max_tokens, prepare
+from jaxlm.data.dataset import Dataset, default_max_tokens, load_dataset
 from jaxlm.device.loss import Batch, Loss, next_token_loss
 from jaxlm.device.optim import make_schedule
 from jaxlm.device.sharding import AXES_OF, make_mesh, put_batch, replicated
@@ -223,7 +223,7 @@ def prepare_data(config: Config) -> tuple[Config, Dataset]:
     """The config with what was left open filled in, and its data, from the cache or made now."""
     max_tokens = default_max_tokens(config.data, config.num_steps * config.tokens_per_step)
     data = dataclasses.replace(config.data, max_tokens=max_tokens)
-    dataset = prepare(data, vocab_size=config.model.vocab_size, max_tokens=max_tokens)
+    dataset = load_dataset(data, vocab_size=config.model.vocab_size, max_tokens=max_tokens)
     return dataclasses.replace(config, data=data), dataset
 
 

@@ -27,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 from jaxlm.checkpoints import folder, manifest  # noqa: E402
 from jaxlm.checkpoints.metadata import Metadata  # noqa: E402
-from jaxlm.data import cache, dataset, prepare, tokenizer  # noqa: E402
+from jaxlm.corpus import cache, prepare, tokenizer  # noqa: E402
+from jaxlm.data import dataset  # noqa: E402
 from jaxlm.files import lock  # noqa: E402
 from jaxlm.tracking import events, metrics  # noqa: E402
 from jaxlm.tracking.rows import Rows  # noqa: E402
@@ -177,7 +178,7 @@ def _data_readers(home: Path) -> dict[str, Reader]:
         if name == "progress":
             found[name] = Reader(place / cache.PROGRESS, sample, resume, tolerant=True)
         else:
-            found[name] = Reader(place / cache.MANIFEST, sample, open_data, _seal_data)
+            found[name] = Reader(place / dataset.MANIFEST, sample, open_data, _seal_data)
     path = home / "tokenizer.json"
     read_tokenizer = Reader(
         path, trained, lambda: tokenizer.num_ids(tokenizer.load_tokenizer(path))
@@ -281,7 +282,8 @@ def fuzz_by_coverage(reader: Reader, runs: int, seed: int) -> None:
     """The same with inputs of libFuzzer; ends the process."""
     import atheris
 
-    for module in ("strict", "manifest", "folder", "metrics", "data.cache", "data.dataset"):
+    readers = "files.strict checkpoints.manifest checkpoints.folder tracking.metrics"
+    for module in f"{readers} corpus.cache data.dataset".split():
         for value in list(vars(sys.modules[f"jaxlm.{module}"]).values()):
             if isinstance(value, types.FunctionType) and value.__module__.startswith("jaxlm."):
                 atheris.instrument_func(value)

@@ -24,9 +24,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlm.config import DataConfig
-from jaxlm.data import tokenizer as tokenizer_lib
-from jaxlm.data.cache import MANIFEST, PROGRESS, Progress, data_folder, lock_data, started
+from jaxlm.corpus import tokenizer as tokenizer_lib
+from jaxlm.corpus.cache import PROGRESS, Progress, data_folder, lock_data, started
+from jaxlm.corpus.sources import Source, open_source
 from jaxlm.data.dataset import (
+    MANIFEST,
     Dataset,
     check_vocabulary,
     digest,
@@ -34,7 +36,6 @@ from jaxlm.data.dataset import (
     manifest_fingerprint,
     open_dataset,
 )
-from jaxlm.data.sources import Source, open_source
 from jaxlm.errors import FileError, InputError
 from jaxlm.files.durable import write_file
 from jaxlm.files.strict import read_json
@@ -56,26 +57,11 @@ PIECE_CHARS = 500_000
 HOLD_OUT_EVERY = 20
 
 
-def default_max_tokens(config: DataConfig, num_tokens: int) -> int:
-    """Training tokens to prepare: `config.max_tokens`, else 1% more than the run, at least 10 M."""
-    return config.max_tokens or max(num_tokens + num_tokens // 100, 10_000_000)
-
-
 @prints_lines
 def prepare(config: DataConfig, *, vocab_size: int, max_tokens: int) -> Dataset:
-    """The dataset of `config`, from the cache or made now.
+    """The dataset of a text source, as `load_dataset` describes it.
 
     A cached dataset is reused without asking a remote source for changes.
-
-    Args:
-      config: what to read, and how to tokenize it.
-      vocab_size: of the model: size of a trained tokenizer, and the limit for a given one.
-      max_tokens: limit of training tokens.
-
-    Raises:
-      ValueError: the corpus or the tokenizer does not fit, or a file of the cache is damaged.
-      FileNotFoundError, ImportError, ConnectionError: source or tokenizer is not available.
-      OSError: the disk is full.
     """
     source = open_source(config)
     recipe = _recipe(config, source, vocab_size, max_tokens)

@@ -70,7 +70,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """
     path = local_tokenizer(name_or_path)
     if path is None:
-        from jaxlm.data import remote  # Most runs need no network, and never import this.
+        from jaxlm.corpus import remote  # Most runs need no network, and never import this.
 
         path = remote.download_tokenizer(str(name_or_path))
     try:

@@ -3,15 +3,15 @@
 import pkgutil
 
 from jaxlm.config import DataConfig
-from jaxlm.data.files import Source
+from jaxlm.corpus.files import Source
 
 # Kind of source -> module and function, imported when it is asked for: most runs need no network.
 _SOURCES = {
-    "embedded": "jaxlm.data.files:embedded",
-    "text": "jaxlm.data.files:text_files",
-    "hf": "jaxlm.data.remote:hugging_face",
-    "tfds": "jaxlm.data.remote:tfds",
-    "tfds_dir": "jaxlm.data.remote:tfds",
+    "embedded": "jaxlm.corpus.files:embedded",
+    "text": "jaxlm.corpus.files:text_files",
+    "hf": "jaxlm.corpus.remote:hugging_face",
+    "tfds": "jaxlm.corpus.remote:tfds",
+    "tfds_dir": "jaxlm.corpus.remote:tfds",
 }
 
 

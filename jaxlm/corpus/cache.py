@@ -1,39 +1,24 @@
-"""The cache of prepared data: its folder, locks, listing and deletion."""
+"""The cache of prepared data: its locks, listing and deletion."""
 
 import contextlib
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import filelock
 
+from jaxlm.data.dataset import MANIFEST, Record, Shard
 from jaxlm.errors import FileError, InputError
-from jaxlm.files.durable import expand
+from jaxlm.files.cache import ELSEWHERE, cache_root
 from jaxlm.files.strict import read_json
 
 _log = logging.getLogger(__name__)
 
-_ELSEWHERE = "name another place with --data.cache-dir or JAXLM_CACHE"
-MANIFEST, PROGRESS = "manifest.json", "progress.json"
+PROGRESS = "progress.json"
 DATA = "data"
 """Stands for all prepared datasets in a list of names."""
-
-
-class Record(TypedDict):
-    """Name, size and checksum of a file when it was written."""
-
-    name: str
-    num_bytes: int
-    crc32c: int
-
-
-class Shard(Record):
-    """A record of token ids."""
-
-    num_tokens: int
 
 
 class Progress(TypedDict):
@@ -45,38 +30,6 @@ class Progress(TypedDict):
     tokenizer: Record | None
     train: list[Shard]
     eval: list[Shard]
-
-
-class Manifest(TypedDict):
-    """Content of MANIFEST, of a complete dataset."""
-
-    tokenizer: Record
-    train: list[Shard]
-    eval: list[Shard]
-    vocab_size: int
-    eos_id: int
-    dtype: Literal["<u2", "<u4"]
-    exhausted: bool
-    fingerprint: str
-
-
-def cache_root(cache_dir: str | None) -> Path:
-    """The folder that runs share: `cache_dir`, else $JAXLM_CACHE, else ~/.cache/jaxlm.
-
-    Raises:
-      ValueError: neither is set, and the user has no home; the path is too long, or a file.
-    """
-    root = cache_dir or os.environ.get("JAXLM_CACHE") or "~/.cache/jaxlm"
-    expand(root, "cache_dir, or JAXLM_CACHE")
-    try:
-        path = Path(root).expanduser().absolute()
-    except RuntimeError as error:
-        raise InputError(
-            f"cache: found no home folder for {root} ({error}); {_ELSEWHERE}"
-        ) from error
-    if path.is_file():
-        raise InputError(f"cache: found the file {path}, expected a folder; {_ELSEWHERE}")
-    return path
 
 
 def data_folder(cache_dir: str | None) -> Path:
@@ -126,7 +79,7 @@ def lock_data(folder: Path) -> contextlib.AbstractContextManager[object]:
         Path(f"{folder}.lock").touch()
     except OSError as error:
         raise FileError(
-            f"cache: cannot write to {folder.parent} ({error.strerror}); {_ELSEWHERE}"
+            f"cache: cannot write to {folder.parent} ({error.strerror}); {ELSEWHERE}"
         ) from error
     lock = filelock.FileLock(f"{folder}.lock", poll_interval=0.1)
     try:

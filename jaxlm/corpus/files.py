@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from io import FileIO
 
 from jaxlm.config import DataConfig
-from jaxlm.data.formats import READERS, kind_of, read_text, reader_of
+from jaxlm.corpus.formats import READERS, kind_of, read_text, reader_of
 from jaxlm.errors import InputError, MissingFileError, MissingPackageError
 from jaxlm.files.durable import expand
 

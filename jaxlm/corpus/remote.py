@@ -20,8 +20,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from jaxlm.config import DataConfig
-from jaxlm.data.files import Source, files_revision
-from jaxlm.data.formats import text_of
+from jaxlm.corpus.files import Source, files_revision
+from jaxlm.corpus.formats import text_of
 from jaxlm.errors import MissingFileError, MissingPackageError, NoConnectionError
 from jaxlm.extras import needs
 from jaxlm.files.durable import expand

@@ -1,0 +1,1 @@
+"""Text -> token shards in the cache."""
