@@ -59,6 +59,7 @@ def describe_step(step: int, config: Config) -> Metadata:
         final=False,
         config=to_dict(config),
         data_fingerprint="",
+        eval_set="",
         environment={},
         tracking_run_id="",
         lineage=[],

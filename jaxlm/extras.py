@@ -10,7 +10,7 @@ from types import ModuleType
 
 from jaxlm.errors import MissingPackageError
 
-VERSION = "0.3.0"
+VERSION = "0.4.0"
 """That of pyproject.toml: a clone that is not installed has no other."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 MODULES = {
@@ -30,7 +30,7 @@ MODULES = {
 
 @functools.cache
 def version() -> str:
-    """That of jaxlm, with the commit where that can be known: `0.3.0 (commit 1a2b…)`."""
+    """That of jaxlm, with the commit where that can be known: `0.4.0 (commit 1a2b…)`."""
     commit = _checked_out(Path(__file__).parent.parent) or _installed_from()
     return f"{VERSION} (commit {commit})" if commit else VERSION
 

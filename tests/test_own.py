@@ -174,6 +174,24 @@ def test_of_several_held_out_sets_the_first_decides(tmp_path: Path) -> None:
     assert result.best is not None and result.best.loss == rows[-1]["eval/loss"]
 
 
+def test_the_best_is_never_judged_by_another_held_out_set(tmp_path: Path) -> None:
+    class Marked(TinyEvalSet):
+        def __init__(self, fingerprint: str) -> None:
+            self.fingerprint = fingerprint
+
+    near, far = Marked("1a"), Marked("2b")
+    short, longer = (tiny_config(tmp_path, **{**SHORT, "num_steps": n}) for n in (4, 8))
+    train_table(short, eval_batches={"near": near, "far": far})
+    for other, found in (
+        ({"far": far, "near": near}, "far 2b"),
+        ({"near": far}, "near 2b"),
+        (near, "eval 1a"),
+    ):
+        with pytest.raises(ValueError, match=f"found {found} as the first .* judged by near 1a;"):
+            train_table(longer, eval_batches=other)
+    assert train_table(longer, eval_batches={"near": near}).complete
+
+
 def test_evals_may_have_a_loss_of_their_own(tmp_path: Path) -> None:
     def doubled(model: Any, batch: Any) -> Any:
         total, count, _ = with_accuracy(model, batch)

@@ -112,6 +112,7 @@ def save_model(run: Path, model: ModelConfig) -> Any:
         final=True,
         config=to_dict(config),
         data_fingerprint="abc",
+        eval_set="eval",
         eos_id=tokenizer.token_to_id("<|endoftext|>"),
         environment={"mesh": {"data": 1, "fsdp": 1, "tensor": 1}},
         tracking_run_id="",

@@ -113,6 +113,7 @@ def metadata_of(step: int, eval_loss: float | None = None) -> Metadata:
         final=False,
         config=to_dict(Config()),
         data_fingerprint="",
+        eval_set="",
         eos_id=None,
         environment={},
         tracking_run_id="",

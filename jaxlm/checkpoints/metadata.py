@@ -12,7 +12,7 @@ from jaxlm.files.durable import write_file
 from jaxlm.files.strict import shown, spell, validate
 from jaxlm.tracking.rows import Rows
 
-FORMAT = 3
+FORMAT = 4
 """Bump when the meaning of files or fingerprints changes."""
 
 
@@ -39,6 +39,8 @@ class Metadata:
     """The run's config, as nested dicts."""
     data_fingerprint: str
     """Hash of the tokens that the run trains on."""
+    eval_set: str
+    """Name and fingerprint of the held-out set that decides the best; empty without one."""
     eos_id: int | None
     """The token that ends a document."""
     environment: dict[str, Any]

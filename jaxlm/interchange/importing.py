@@ -257,6 +257,7 @@ def _metadata(
         final=False,
         config=to_dict(config),
         data_fingerprint="",
+        eval_set="",
         eos_id=eos_id,
         environment=environment,
         tracking_run_id="",

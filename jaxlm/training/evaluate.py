@@ -18,7 +18,11 @@ Sums = dict[str, np.ndarray]
 
 
 class EvalSet(Protocol):
-    """The batches of the whole held-out set, always in the same order."""
+    """The batches of the whole held-out set, always in the same order.
+
+    An optional attribute `fingerprint` is kept in each checkpoint, and a resume that would judge
+    the best by another set is refused.
+    """
 
     def __len__(self) -> int: ...
 

@@ -73,6 +73,8 @@ class TrainSetup(NamedTuple):
     held_out: dict[str, HeldOut]
     """Prefix of metric names -> held-out set; the set `eval` decides the best."""
     data_fingerprint: str
+    eval_set: str
+    """Name and fingerprint of the held-out set that decides the best; empty without one."""
     eos_id: int | None
     tokenizer_path: Path | None
 
@@ -146,6 +148,7 @@ def set_up(
         put=put,
         held_out={name: hold_out(config, mesh, batches) for name, batches in sets.items()},
         data_fingerprint=str(getattr(batches, "fingerprint", "")),
+        eval_set=_identity(eval_batches, sets),
         eos_id=dataset.eos_id if dataset else None,
         tokenizer_path=dataset.tokenizer_path if dataset else None,
     )
@@ -187,6 +190,14 @@ def name_sets(given: EvalSet | Mapping[str, EvalSet] | None) -> dict[str, EvalSe
         return {} if given is None else {"eval": given}
     names = [f"eval/{name}" if number else "eval" for number, name in enumerate(given)]
     return dict(zip(names, given.values(), strict=True))
+
+
+def _identity(given: EvalSet | Mapping[str, EvalSet] | None, sets: Mapping[str, EvalSet]) -> str:
+    # Name and fingerprint of the set that decides the best: the first.
+    if not sets:
+        return ""
+    name = next(iter(given)) if isinstance(given, Mapping) else "eval"
+    return f"{name} {getattr(sets['eval'], 'fingerprint', '')}".strip()
 
 
 def hold_out(config: Config, mesh: Mesh, batches: EvalSet) -> HeldOut:

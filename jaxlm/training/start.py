@@ -168,6 +168,13 @@ def _check_data(parts: TrainSetup, metadata: Metadata) -> None:
             f"{metadata.step} was trained on {metadata.data_fingerprint or 'none'}; bring back the "
             "data of that run (its source has changed since), or add --run_dir for a new run"
         )
+    judged = metadata.best_step is not None and bool(parts.eval_set)
+    if judged and metadata.eval_set != parts.eval_set:
+        raise InputError(
+            f"eval_batches: found {parts.eval_set} as the first held-out set, but the best of step "
+            f"{metadata.step} is judged by {metadata.eval_set or 'none'}; give that set first, or "
+            "add --run_dir for a new run"
+        )
 
 
 def _branch(parts: TrainSetup, source: str) -> tuple[TrainState, Start]:

@@ -71,7 +71,8 @@ def _checkpoint_readers(home: Path) -> dict[str, Reader]:
     config = {"model": {"num_layers": 2, "rope_theta": 1e4, "compute_dtype": "auto"}}
     config |= {"optim": {"clip_norm": None}, "data": {"eos_token": "x"}, "num_steps": 1200}
     metadata = Metadata(
-        3, 384, 2.5, 2.5, 3, 0, True, config, "abc", 1, {"cores": 2, "versions": {"jax": "0"}},
+        3, 384, 2.5, 2.5, 3, 0, True, config, "abc", "eval", 1,
+        {"cores": 2, "versions": {"jax": "0"}},
         "0a1b2c3d", [{"step": 1, "changed": ["a: was 1, is 2"]}],
         Rows(9, 7), "x", prints,
     )  # fmt: skip
