@@ -160,6 +160,6 @@ def test_an_outlier_differs_from_noise_and_from_the_start() -> None:
 
 def test_what_is_not_finite_is_counted_and_leaves_the_window_alone() -> None:
     _, state = applied([3.0, 4.0, float("inf"), float("nan")])
-    assert (int(state.skipped_steps), int(state.skipped_run)) == (2, 2)
+    assert (int(state.skipped_steps), int(state.consecutive_skips)) == (2, 2)
     np.testing.assert_array_equal(state.losses[-2:], [3.0, 4.0])
     assert state.losses.shape == state.grad_norms.shape == (WINDOW,)

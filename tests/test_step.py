@@ -277,7 +277,7 @@ def test_a_step_that_is_not_finite_changes_only_its_counters(kind):
     assert {name for name in after if after[name] != before[name]} == {
         "step",
         "guard/skipped_steps",
-        "guard/skipped_run",
+        "guard/consecutive_skips",
     }
     assert (int(state.step), int(state.guard.skipped_steps)) == (2, 1)
     assert num_updates(state) == 1
@@ -306,7 +306,7 @@ def test_a_finite_step_changes_every_leaf():
     assert {name for name in after if after[name] == before[name]} == {
         "opt_state/1/inner_states/muon/inner_state/0/ns_coeffs",  # constants
         "guard/skipped_steps",
-        "guard/skipped_run",
+        "guard/consecutive_skips",
     }
 
 

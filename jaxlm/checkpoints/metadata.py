@@ -9,7 +9,7 @@ from typing import Any
 from jaxlm.config import Config, from_dict
 from jaxlm.errors import InputError
 from jaxlm.files.durable import write_file
-from jaxlm.files.strict import shown, spell, validate
+from jaxlm.files.strict import jsonable, shown, validate
 from jaxlm.tracking.rows import Rows
 
 FORMAT = 4
@@ -80,7 +80,7 @@ class Metadata:
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; a best loss that is infinite becomes null."""
-        values = {f.name: spell(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        values = {f.name: jsonable(getattr(self, f.name)) for f in dataclasses.fields(self)}
         if not math.isfinite(self.best_eval_loss):
             values["best_eval_loss"] = None
         values["rows"] = dataclasses.asdict(self.rows)

@@ -1,6 +1,6 @@
 """Causal attention: a reference, and a fast implementation for each platform.
 
-Dims: B batch, T query time, S key time, N query heads, K key/value heads, G queries per key head,
+Dims: B batch, T queries, S keys, N query heads, K key/value heads, G query heads per K,
 H head dim.
 """
 
@@ -15,13 +15,12 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.device.sharding import AXES_OF
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
-"""`(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT or None) -> out_BTNH`, as `reference_attention`."""
+"""`(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT or None) -> out_BTNH`, as `reference_attention`."""
 
 
 def for_platform(platform: str) -> Attention:
     """The attention for `cpu`, `gpu` or `tpu`; all compute the same function."""
-    of = {"cpu": blocked_attention, "gpu": cudnn_attention, "tpu": splash_attention}
-    return of[platform]
+    return {"cpu": blocked_attention, "gpu": cudnn_attention, "tpu": splash_attention}[platform]
 
 
 def reference_attention(
@@ -68,10 +67,10 @@ def splash_attention(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """`reference_attention` by JAX's splash kernel for TPU, without storing scores (2205.14135).
+    """`reference_attention` by JAX's TPU splash kernel; stores no scores (arXiv 2205.14135).
 
-    For times that are a multiple of 128, else by `reference_attention`. `interpret` runs the kernel
-    on a CPU, slowly.
+    Lengths T not divisible by 128 use `reference_attention`. `interpret` runs the kernel on a CPU,
+    slowly.
     """
     if q.shape[1] % 128:
         return reference_attention(q, k, v, segment_ids)
@@ -79,7 +78,7 @@ def splash_attention(
     if jax.sharding.get_abstract_mesh().empty:
         return attend(q, k, v, segment_ids)
     # GSPMD does not shard a kernel: each device calls the kernel for its own rows and heads.
-    rows, heads = P(AXES_OF["batch"]), P(AXES_OF["batch"], None, *AXES_OF["heads"])
+    rows, heads = P(AXES_OF["batch"]), P(AXES_OF["batch"], None, AXES_OF["heads"])
     specs = heads, heads, heads, None if segment_ids is None else rows
     attend = jax.shard_map(attend, in_specs=specs, out_specs=heads, check_vma=False)
     return attend(q, k, v, segment_ids)
@@ -120,22 +119,22 @@ def cudnn_attention(
 ) -> jax.Array:
     """`reference_attention` by cuDNN's kernel, without storing scores.
 
-    For two-byte floats, heads of at most 128 dims (a multiple of 8), no segments, and with cuDNN
-    installed; else by `reference_attention`.
+    Needs two-byte floats, a head dim of at most 128 (a multiple of 8), no segments, and cuDNN; else
+    it is `reference_attention`.
     """
     H = q.shape[-1]
     if q.dtype.itemsize != 2 or H > 128 or H % 8 or segment_ids is not None:
         return reference_attention(q, k, v, segment_ids)
     try:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    except RuntimeError:  # `jaxlm plan` compiles without a GPU and cuDNN
+    except RuntimeError:  # no cuDNN here, as for `jaxlm plan`, or a GPU too old for its kernel
         return reference_attention(q, k, v)
 
 
 def cached_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, key_positions: jax.Array
 ) -> jax.Array:
-    """`reference_attention` over cached keys and values, whose slots hold any positions.
+    """Causal attention to cached keys and values: slots may be in any order of position.
 
     Args:
       q: queries [B, T, N, H].

@@ -1,6 +1,6 @@
-"""The KV cache: keys and values of earlier tokens, so that a new token costs one step of one.
+"""The KV cache: keys and values of earlier tokens, so that a call computes only the new.
 
-Dims: B batch, T time of this call, S slots, K key/value heads, H head dim.
+Dims: B batch, T new tokens, S slots (a token each), K KV heads, H head dim.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ NOWHERE = 2**30
 
 
 class Past(NamedTuple):
-    """The cache of one layer, and the positions of the tokens of this call."""
+    """One layer's cache; this call's tokens go to slots `start` onwards."""
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
@@ -26,7 +26,7 @@ class Past(NamedTuple):
     start: jax.Array
 
     def extend(self, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "Past":
-        """The same, with the keys and values of this call in their slots."""
+        """This cache, with this call's keys and values in their slots."""
 
         def write(old_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
             new_BKTH = jnp.swapaxes(new_BTKH, 1, 2)
@@ -44,22 +44,22 @@ class KVCache(NamedTuple):
     """
 
     layers: tuple[tuple[jax.Array, jax.Array], ...]
-    """Of each layer, [B, K, S, H]."""
+    """Keys, values: [B, K, S, H]."""
     positions_BS: jax.Array
     """Position, in its row, of the token in each slot, int32."""
-    size: jax.Array
+    used: jax.Array
     """Number of filled slots, int32 []."""
 
     def begin(self, positions_BT: jax.Array) -> list[Past]:
-        """The cache of each layer, for tokens at these positions of their rows."""
+        """Each layer's cache for T tokens at these positions; T slots are free."""
         positions_BS = jax.lax.dynamic_update_slice_in_dim(
-            self.positions_BS, positions_BT, self.size, axis=1
+            self.positions_BS, positions_BT, self.used, axis=1
         )
-        return [Past(k, v, positions_BS, positions_BT, self.size) for k, v in self.layers]
+        return [Past(k, v, positions_BS, positions_BT, self.used) for k, v in self.layers]
 
 
-def end(pasts: Sequence[Past]) -> KVCache:
-    """The cache, from the extended cache of each layer."""
+def join(pasts: Sequence[Past]) -> KVCache:
+    """One cache, from each layer's extended one."""
     layers = tuple((past.k_BKSH, past.v_BKSH) for past in pasts)
     return KVCache(layers, pasts[0].positions_BS, pasts[0].start + pasts[0].positions_BT.shape[1])
 

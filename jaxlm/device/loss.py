@@ -1,7 +1,7 @@
 """Losses: sums over the tokens of a batch, so that the parts of a batch add up.
 
-A loss is a function `(model, batch) -> (sum, number of tokens)`. A dict instead of the sum adds
-terms of the objective to `loss`. A dict as a third value holds metrics, without a gradient.
+A loss is a function `(model, batch) -> (sum, number of tokens)`. A sum may be a dict: `loss`, and
+terms to optimise besides. A dict as a third value holds metrics, without a gradient.
 """
 
 import inspect
@@ -21,13 +21,13 @@ Loss = Callable[..., tuple[Sums, jax.Array] | tuple[Sums, jax.Array, dict[str, j
 
 
 class Totals(NamedTuple):
-    """The sums that a loss returns, by kind. All but `weight` are named sums."""
+    """The sums over tokens that a loss returns; terms and metrics have names."""
 
     loss: jax.Array
     terms: dict[str, jax.Array]
     """Auxiliary terms of the objective, not part of the loss."""
     metrics: dict[str, jax.Array]
-    weight: jax.Array
+    num_tokens: jax.Array
     """Number of tokens."""
 
     def objective(self) -> jax.Array:
@@ -36,16 +36,16 @@ class Totals(NamedTuple):
 
     def means(self) -> "Totals":
         """Each sum, divided by the number of tokens."""
-        loss, terms, metrics = jax.tree.map(lambda x: x / self.weight, self[:3])
-        return Totals(loss, terms, metrics, self.weight)
+        loss, terms, metrics = jax.tree.map(lambda x: x / self.num_tokens, self[:3])
+        return Totals(loss, terms, metrics, self.num_tokens)
 
 
 def total(loss: Loss, model: Any, batch: Batch, key: jax.Array | None) -> Totals:
     """The sums of a batch; `key` is the randomness of this batch, None in evals."""
     given = {"key": key} if takes(loss, "key") else {}
-    sums, weight, *metrics = loss(model, batch, **given)
+    sums, num_tokens, *metrics = loss(model, batch, **given)
     terms = dict(sums) if isinstance(sums, dict) else {"loss": sums}
-    return Totals(terms.pop("loss"), terms, metrics[0] if metrics else {}, weight)
+    return Totals(terms.pop("loss"), terms, metrics[0] if metrics else {}, num_tokens)
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:
@@ -66,7 +66,7 @@ def next_token_loss(*, z_loss: float = 0.0, eos_id: int | None = None, num_chunk
       eos_id: if given, attention stays within a document; documents end at this token.
       num_chunks: parts of the sequence whose logits are computed one after the other, and again in
         the backward pass, so that [B, T, V] is never in memory. More than one needs a model with
-        `hidden(tokens_BT, segment_ids_BT) -> (x_BTD, None)` and `readout()(x_BTD) -> logits_BTV`.
+        `hidden(tokens_BT, segment_ids_BT) -> (x_BTD, _)` and `readout()(x_BTD) -> logits_BTV`.
 
     Returns:
       A loss of a model `(tokens_BT, segment_ids_BT or None) -> logits_BTV` and a batch of
@@ -87,16 +87,16 @@ def next_token_loss(*, z_loss: float = 0.0, eos_id: int | None = None, num_chunk
                     "calls; expected it in both, or loss_chunks 1"
                 )
             x_BTD, _ = model.hidden(inputs_BT, segment_ids_BT, **_rngs_for(model.hidden, key))
-            # The readout is made outside of the loop: inside, the gradients of its weights would be
-            # summed, and sent between devices, in float32.
+            # Made outside of the loop: inside, its weights' gradients would be added up and
+            # sent between devices in float32, at twice the bytes.
             losses_BT, log_normalizer_BT = _in_chunks(
                 model.readout(), x_BTD, batch["targets"], num_chunks
             )
         mask_BT = batch.get("loss_mask", jnp.ones_like(losses_BT))
-        total, count = jnp.sum(losses_BT * mask_BT), jnp.sum(mask_BT)
+        nll, count = jnp.sum(losses_BT * mask_BT), jnp.sum(mask_BT)
         if not z_loss:
-            return total, count
-        return {"loss": total, "z_loss": z_loss * jnp.sum(log_normalizer_BT**2 * mask_BT)}, count
+            return nll, count
+        return {"loss": nll, "z_loss": z_loss * jnp.sum(log_normalizer_BT**2 * mask_BT)}, count
 
     return loss
 
@@ -123,7 +123,7 @@ def _in_chunks(
     B, T = targets_BT.shape
 
     @jax.checkpoint
-    def losses(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def of_one(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, targets = chunk
         return _token_losses(readout(x), targets)
 
@@ -133,7 +133,7 @@ def _in_chunks(
     def join(x_CBT: jax.Array) -> jax.Array:
         return jnp.swapaxes(x_CBT, 0, 1).reshape(B, T)
 
-    losses_CBT, log_normalizer_CBT = jax.lax.map(losses, (split(x_BTD), split(targets_BT)))
+    losses_CBT, log_normalizer_CBT = jax.lax.map(of_one, (split(x_BTD), split(targets_BT)))
     return join(losses_CBT), join(log_normalizer_CBT)
 
 

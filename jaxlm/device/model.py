@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
 from jaxlm.device.attention import Attention, cached_attention, for_platform, reference_attention
-from jaxlm.device.kv_cache import KVCache, Past, end
+from jaxlm.device.kv_cache import KVCache, Past, join
 from jaxlm.device.sharding import constrain, delay_all_gather
 
 
@@ -282,7 +282,7 @@ class Transformer(nnx.Module):
         for number, layer in enumerate(self.layers):
             layer, before_BTD = delay_all_gather(before_BTD, layer), x_BTD
             x_BTD, pasts[number] = apply(layer, x_BTD, segment_ids_BT, pasts[number])
-        cache = end([past for past in pasts if past]) if cache is not None else None
+        cache = join([past for past in pasts if past]) if cache is not None else None
         return self.final_norm(x_BTD), cache
 
     def readout(self) -> Callable[[jax.Array], jax.Array]:

@@ -12,15 +12,15 @@ from optax.contrib import MuonDimensionNumbers
 from jaxlm.config import OptimConfig
 from jaxlm.device.sharding import Dims
 
-Path = tuple[Any, ...]
+ParamPath = tuple[Any, ...]
 """The keys of a param, such as `("layers", 0, "mlp", "w_up_DF")`."""
 
-# The dims that a hidden matrix has on its two sides, and the one that stacks matrices.
+# Names of the dims of a hidden matrix, and of the dim that stacks such matrices.
 _SIDES = ("model", "mlp", "heads", "kv_heads", "head_dim")
 _STACK = "experts"
 
-# Coefficients of the author, one row an iteration: so Optax makes a loop of it, and the program of
-# 180M for a TPU v5e takes 0.6 GB of a device rather than 1.5.
+# Muon's published coefficients, a row for each iteration: Optax then loops, not unrolls, and the
+# step of configs/180m.py takes 0.6 GB of a TPU v5e, not 1.5.
 _NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 
@@ -56,13 +56,13 @@ SCHEDULES: dict[str, Callable[[OptimConfig, int], optax.Schedule]] = {
     "cosine": _cosine,
     "wsd": _warmup_stable_decay,
 }
-"""Name -> schedule after the warmup, from (config, steps of the run, warmup included)."""
+"""Name -> (config, num_steps with the warmup) -> schedule after the warmup."""
 
 
 def make_optimizer(
-    config: OptimConfig, dims: Mapping[Path, Dims | None]
+    config: OptimConfig, dims: Mapping[ParamPath, Dims | None]
 ) -> optax.GradientTransformation:
-    """Clipping, the optimizer by its name, and decoupled weight decay (1711.05101).
+    """Clipping, the named optimizer, decoupled weight decay: updates to subtract.
 
     The caller multiplies by the learning rate: its step counter also counts steps that were not
     applied, which a counter in here would miss.
@@ -79,11 +79,15 @@ def make_optimizer(
     )
 
 
-def _adam(config: OptimConfig, dims: Mapping[Path, Dims | None]) -> optax.GradientTransformation:
+def _adam(
+    config: OptimConfig, dims: Mapping[ParamPath, Dims | None]
+) -> optax.GradientTransformation:
     return optax.scale_by_adam(config.beta1, config.beta2, config.eps)
 
 
-def _muon(config: OptimConfig, dims: Mapping[Path, Dims | None]) -> optax.GradientTransformation:
+def _muon(
+    config: OptimConfig, dims: Mapping[ParamPath, Dims | None]
+) -> optax.GradientTransformation:
     # Muon (kellerjordan.github.io/posts/muon) for the hidden matrices, Adam for the others. Muon's
     # updates are scaled to one RMS for any shape (2502.16982), so that both share the rate.
     matrices = {path: axes for path, names in dims.items() if (axes := matrix_axes(names))}
@@ -102,7 +106,7 @@ def _muon(config: OptimConfig, dims: Mapping[Path, Dims | None]) -> optax.Gradie
 
 
 OPTIMIZERS: dict[
-    str, Callable[[OptimConfig, Mapping[Path, Dims | None]], optax.GradientTransformation]
+    str, Callable[[OptimConfig, Mapping[ParamPath, Dims | None]], optax.GradientTransformation]
 ] = {"adamw": _adam, "muon": _muon}
 """Name -> updates without clipping, weight decay and learning rate."""
 
@@ -112,19 +116,19 @@ def decayed(params: optax.Params) -> optax.Params:
     return jax.tree.map(lambda param: param.ndim >= 2, params)
 
 
-class Matrix(NamedTuple):
-    """The axes of a hidden matrix: the residual stream, and its other side."""
+class MatrixAxes(NamedTuple):
+    """Axes of a hidden matrix: of the residual stream, and the others."""
 
     stream: int
     others: tuple[int, ...]
 
 
-def matrix_axes(dims: Dims | None) -> Matrix | None:
+def matrix_axes(dims: Dims | None) -> MatrixAxes | None:
     """The axes of a hidden matrix, which Muon updates; None for other params.
 
     A hidden matrix maps from or to the residual stream, the dim `model`; its other dims form the
     other side. Embedding and head have `vocab`, and are for Adam. With `experts`, each expert is a
-    separate matrix. Every dim must be named: Muon on all experts as one matrix would train wrong
+    separate matrix. None if a dim is unnamed: Muon on all experts as one matrix would train wrong
     silently.
 
     Args:
@@ -132,13 +136,14 @@ def matrix_axes(dims: Dims | None) -> Matrix | None:
     """
     names = dims or ()
     sides = [axis for axis, name in enumerate(names) if name in _SIDES]
-    if "model" not in names or len(sides) < 2 or len(sides) + names.count(_STACK) < len(names):
+    others = set(names) - {*_SIDES, _STACK}
+    if "model" not in names or len(sides) < 2 or others:
         return None
     stream = names.index("model")
-    return Matrix(stream, tuple(axis for axis in sides if axis != stream))
+    return MatrixAxes(stream, tuple(axis for axis in sides if axis != stream))
 
 
-def _map_with_keys(function: Callable[[Path, Any], Any], params: Any) -> Any:
+def _map_with_keys(function: Callable[[ParamPath, Any], Any], params: Any) -> Any:
     def with_keys(path: tuple[Any, ...], param: Any) -> Any:
         return function(tuple(entry.key for entry in path), param)
 
@@ -147,14 +152,14 @@ def _map_with_keys(function: Callable[[Path, Any], Any], params: Any) -> Any:
 
 def _scale_to_rms(
     rms: float,
-    matrices: Mapping[Path, Matrix],
+    matrices: Mapping[ParamPath, MatrixAxes],
     updates: optax.Updates,
     params: optax.Params | None,
 ) -> optax.Updates:
     del params
 
     # The entries of an orthogonal m x n have a root mean square of 1 / sqrt(max(m, n)).
-    def scale(path: Path, update: jax.Array) -> jax.Array:
+    def scale(path: ParamPath, update: jax.Array) -> jax.Array:
         stream, others = matrices[path]
         m, n = update.shape[stream], math.prod(update.shape[axis] for axis in others)
         return update * (rms * max(m, n) ** 0.5)

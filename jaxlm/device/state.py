@@ -13,13 +13,13 @@ from jax.sharding import Mesh, NamedSharding
 from jaxlm.config import Config
 from jaxlm.device.guard import Guard, make_guard
 from jaxlm.device.model import model_factory
-from jaxlm.device.optim import Path, make_optimizer
+from jaxlm.device.optim import ParamPath, make_optimizer
 from jaxlm.device.sharding import Dims, batch_sharding, compiler_options, param_sharding, replicated
 from jaxlm.errors import InputError
 
 Params = Any  # nested dicts of arrays
 ModelFactory = Callable[[nnx.Rngs], nnx.Module]
-Optimizer = Callable[[Mapping[Path, Dims | None]], optax.GradientTransformation]
+Optimizer = Callable[[Mapping[ParamPath, Dims | None]], optax.GradientTransformation]
 """Path -> dim names of each param (None without names) -> optimizer."""
 
 _OUTSIDE = (
@@ -129,8 +129,8 @@ def make_blueprint(
         divide a param.
     """
     graphdef, variables = _split(model)
-    of_params: dict[Path, Any] = {}
-    dims: dict[Path, Dims | None] = {}
+    of_params: dict[ParamPath, Any] = {}
+    dims: dict[ParamPath, Dims | None] = {}
     for path, variable in nnx.to_flat_state(variables):
         name = "/".join(map(str, path))
         _check_variable(name, variable)
@@ -224,7 +224,7 @@ def blueprint_of(config: Config, mesh: Mesh, own: Own = AS_CONFIGURED) -> Bluepr
       ValueError: as in `make_blueprint`.
     """
 
-    def optimizer(dims: Mapping[Path, Dims | None]) -> optax.GradientTransformation:
+    def optimizer(dims: Mapping[ParamPath, Dims | None]) -> optax.GradientTransformation:
         if own.optimizer is None and own.frozen is None:
             return make_optimizer(config.optim, dims)
         return _in_place_of(make_optimizer(config.optim, dims), own)

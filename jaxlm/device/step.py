@@ -34,9 +34,9 @@ def make_train_step(
     (kept with `ema_decay`) unchanged.
 
     Returns:
-      `(state, batch, learning_rate, key) -> (state, metrics)`, metrics being float32 [] `loss`
-      (mean over tokens), the terms and metrics of the loss by their names, `grad_norm` (before
-      clipping) and `learning_rate`, and the counts of `Guard`. `key` is the randomness of the step.
+      `(state, batch, learning_rate, key) -> (state, metrics)`; `key` is the step's randomness. The
+      metrics are scalars: `loss` (mean over tokens), the loss's terms and metrics by name,
+      `grad_norm` (before clipping), `learning_rate`, and the counts of `Guard`.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.abstract)
 
@@ -54,19 +54,19 @@ def make_train_step(
         else:
             sums, grads = _accumulate(sums_and_grads, params, batch, key, num_microbatches)
         grads = shard_grads(grads, shardings.params)
-        return sums.means(), jax.tree.map(lambda x: x / sums.weight, grads)
+        return sums.means(), jax.tree.map(lambda x: x / sums.num_tokens, grads)
 
     def train_step(
         state: TrainState, batch: Batch, learning_rate: jax.Array, key: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for attention and `constrain`
             means, grads = means_and_grads(state.params, batch, key)
         grad_norm = optax.tree_utils.tree_norm(grads)
         before = in_float32(state.params)
         updates, opt_state = blueprint.tx.update(grads, state.opt_state, before)
-        after = jax.tree.map(lambda p, u: p - learning_rate * u, before, updates)
+        after = jax.tree.map(lambda p, u: p - learning_rate * u, before, updates)  # u points uphill
         params = cast_like(after, state.params)
-        ema_params = _average(state, params, ema_decay)
+        ema_params = _new_ema(state, params, ema_decay)
 
         finite = functools.reduce(
             jnp.logical_and, map(jnp.isfinite, (means.loss, *means.terms.values(), grad_norm))
@@ -84,7 +84,7 @@ def make_train_step(
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "skipped_steps": guard.skipped_steps,
-            "skipped_run": guard.skipped_run,
+            "consecutive_skips": guard.consecutive_skips,
         }
         return TrainState(params, opt_state, state.step + 1, guard, ema_params), metrics
 
@@ -109,11 +109,11 @@ def scheduled(
         key = jax.random.fold_in(jax.random.key(seed), step)
         return jnp.asarray(schedule(step), jnp.float32), key
 
-    of_step = jax.jit(rate_and_key, out_shardings=replicated(mesh))
-    return lambda state, batch: update(state, batch, *of_step(state.step))
+    jitted = jax.jit(rate_and_key, out_shardings=replicated(mesh))
+    return lambda state, batch: update(state, batch, *jitted(state.step))
 
 
-def _average(state: TrainState, params: Params, ema_decay: float | None) -> Params | None:
+def _new_ema(state: TrainState, params: Params, ema_decay: float | None) -> Params | None:
     # A lower decay in the first steps forgets the initial weights quickly (as in TensorFlow's
     # ExponentialMovingAverage).
     if ema_decay is None:
@@ -133,7 +133,7 @@ def _accumulate(
     key: jax.Array,
     num_microbatches: int,
 ) -> tuple[Totals, Params]:
-    # Part m takes rows m, m + M, …: contiguous parts would move rows between devices.
+    # Parts interleave the rows: contiguous ones would move rows between devices.
     parts = jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(-1, num_microbatches, *x.shape[1:]), 0, 1), batch
     )
@@ -152,10 +152,10 @@ def _accumulate(
 def make_eval_step(
     blueprint: Blueprint, loss: Loss, mesh: Mesh
 ) -> Callable[[Params, Batch], dict[str, jax.Array]]:
-    """The compiled `(params, batch) -> sums`, float32 []: `loss`, `tokens` and the metrics' own."""
+    """The jitted `(params, batch) -> sums`, all scalars: `loss`, `tokens` and each metric."""
 
     def sums(model: Any, batch: Batch) -> dict[str, jax.Array]:
         totals = total(loss, model, batch, None)
-        return {**totals.metrics, "loss": totals.loss, "tokens": totals.weight}
+        return in_float32({**totals.metrics, "loss": totals.loss, "tokens": totals.num_tokens})
 
     return jit_with_model(sums, blueprint, mesh)

@@ -14,7 +14,7 @@ from typing import TypedDict
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.errors import InputError
 from jaxlm.files.durable import check_output_path, read_file
-from jaxlm.files.strict import parse_json, spell
+from jaxlm.files.strict import jsonable, parse_json
 
 NAME = "evals.jsonl"
 _MAX_BYTES = 1 << 28
@@ -105,7 +105,7 @@ class EvalLog:
 
     def append(self, row: Eval) -> None:
         """Adds a row, on the disk when this returns."""
-        line = json.dumps({name: spell(value) for name, value in row.items()}) + "\n"
+        line = json.dumps({name: jsonable(value) for name, value in row.items()}) + "\n"
         self._file.write(line.encode())
         os.fsync(self._file.fileno())
         self.rows.append(row)

@@ -1,4 +1,4 @@
-"""Folders that jaxlm made. In no other is anything locked, written, renamed or deleted."""
+"""Folders that jaxlm made: only in these does it lock, write, rename or delete."""
 
 import json
 from collections.abc import Collection
@@ -20,7 +20,7 @@ class _Marker(TypedDict):
 
 
 def mark(folder: Path) -> None:
-    """Marks an existing folder as one of jaxlm."""
+    """Marks a folder as made by jaxlm."""
     if not (folder / MARKER).exists():
         write_file(folder / MARKER, json.dumps({"format": _FORMAT}).encode())
 
@@ -33,18 +33,19 @@ def check_ours(folder: Path, files: Collection[str] | None = None) -> None:
 
     Args:
       folder: the folder.
-      files: the only names that will be written there; other names may exist already.
+      files: if given, only entries with these names make the folder another's.
 
     Raises:
-      ValueError: the folder has content and was not made by jaxlm, or by another version.
+      ValueError: the folder has content that jaxlm, or this version, did not make.
     """
     if not folder.is_dir():
         return
     there = sorted(path.name for path in folder.iterdir())
     if MARKER in there:
         return _check_marker(folder / MARKER)
-    foreign = [name for name in there if not name.startswith(".") and name != _OF_THE_SYSTEM]
-    if foreign := [name for name in foreign if files is None or name in files]:
+    named = [name for name in there if files is None or name in files]
+    foreign = [name for name in named if name[0] != "." and name != _OF_THE_SYSTEM]
+    if foreign:
         raise InputError(
             f"{folder}: found {shown(foreign[0])[1:-1]} and no {MARKER}, so this folder is not one "
             "that jaxlm made, and nothing in it was touched; name another folder, or an empty one "
@@ -57,7 +58,7 @@ def _check_marker(path: Path) -> None:
         found = read_json(path, _Marker)["format"]
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path.parent}: its {MARKER} is not that of a folder of jaxlm ({error}); name another"
+            f"{path.parent}: jaxlm did not write its {MARKER} ({error}); name another folder"
         ) from error
     if found != _FORMAT:
         raise InputError(

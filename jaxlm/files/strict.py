@@ -4,6 +4,7 @@ Files are not trusted: size, depth and numbers are bounded, a duplicate key is a
 type of every value is checked against the annotation.
 """
 
+import collections
 import dataclasses
 import functools
 import json
@@ -25,7 +26,7 @@ _MAX_DEPTH = 32
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-def spell(value: T) -> T | str:
+def jsonable(value: T) -> T | str:
     """A value for JSON: NaN and infinities as strings, which `validate` accepts for a float."""
     if not isinstance(value, float) or math.isfinite(value):
         return value
@@ -37,7 +38,7 @@ def read_json(path: Path, kind: type[T]) -> T:
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: no file, too large, not JSON or not of this kind; names the file.
+      ValueError: not a file, too large, not JSON or wrong kind; names the file.
     """
     data = read_file(path, MAX_BYTES)
     try:
@@ -64,12 +65,12 @@ def parse_json(data: bytes, kind: type[T]) -> T:
         )
     except RecursionError as error:
         raise InputError("nested too deeply") from error
-    level = [value]
+    level = [value]  # by level: recursion would overflow
     for _ in range(_MAX_DEPTH):
         level = [inner for outer in level for inner in _children(outer)]
     if level:
         raise InputError(f"nested more than {_MAX_DEPTH} deep")
-    if "\\ud" in text.lower():  # A lone surrogate can be neither printed nor encoded.
+    if "\\ud" in text.lower():  # Raises for a lone surrogate: it cannot be printed.
         json.dumps(value, ensure_ascii=False).encode()
     return validate(value, kind)
 
@@ -106,10 +107,11 @@ def validate(value: Any, kind: Any, name: str = "") -> Any:
     if origin is Literal:
         fits = any(value == arg and type(value) is type(arg) for arg in args)
         expected = " or ".join(map(repr, args))
-    elif type(value) is int and kind in (int, float) and not -(2**63) <= value < 2**63:
-        fits, expected = False, "an integer of 64 bits"
+    elif type(value) is int and kind in (int, float):
+        fits = -(2**63) <= value < 2**63
+        expected = expected if fits else "an integer of 64 bits"
     else:
-        fits = kind is Any or type(value) is kind or (kind is float and type(value) is int)
+        fits = kind is Any or type(value) is kind
     if not fits:
         raise InputError(f"{name + ': ' if name else ''}found {shown(value)}, expected {expected}")
     return value
@@ -128,10 +130,11 @@ def _record(value: Any, kind: Any, name: str) -> Any:
     if typing.is_typeddict(kind):
         required = kind.__required_keys__
     else:
+        # Without a default, both are MISSING.
         required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory}
-        for key in value.keys() - hints.keys():
+        if unknown := sorted(value.keys() - hints.keys()):
             raise InputError(
-                f"{prefix}{shown(key)[1:-1]}: not a field of this version of jaxlm; "
+                f"{prefix}{shown(unknown[0])[1:-1]}: not a field of this version of jaxlm; "
                 "it was written by another version, so restore it with that one"
             )
     for key in sorted(required - value.keys()):
@@ -141,7 +144,9 @@ def _record(value: Any, kind: Any, name: str) -> Any:
 
 
 def _children(value: Any) -> list[Any]:
-    return list(value.values()) if type(value) is dict else value if type(value) is list else []
+    if type(value) is dict:
+        return list(value.values())
+    return value if type(value) is list else []
 
 
 def _integer(text: str) -> int:
@@ -159,6 +164,6 @@ def _finite(text: str) -> float:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise InputError(f"found the key {shown(max(names, key=names.count))} more than once")
+        counts = collections.Counter(name for name, _ in pairs)
+        raise InputError(f"found the key {shown(counts.most_common(1)[0][0])} more than once")
     return found

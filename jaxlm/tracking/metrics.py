@@ -22,7 +22,7 @@ from jaxlm.config import Config
 from jaxlm.errors import InputError
 from jaxlm.files.durable import free_path, read_file, write_file
 from jaxlm.files.ours import mark
-from jaxlm.files.strict import parse_json, spell, validate
+from jaxlm.files.strict import jsonable, parse_json, validate
 from jaxlm.tracking.events import Events
 from jaxlm.tracking.rows import CORRUPT, MAX_BYTES, NAME, Rows, longest_proven
 from jaxlm.tracking.trackers import OpenTracker, Row, Trackers, require
@@ -68,7 +68,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Row]:
 
 
 def _line(row: Row) -> bytes:
-    row = {name: spell(value) for name, value in row.items()}
+    row = {name: jsonable(value) for name, value in row.items()}
     return json.dumps(row, allow_nan=False).encode() + b"\n"
 
 

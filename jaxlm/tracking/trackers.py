@@ -32,7 +32,7 @@ class Tracker(Protocol):
         ...
 
     def close(self, *, failed: bool) -> None:
-        """Called once, at the end of this start of the run."""
+        """Called once, when this process ends its training."""
         ...
 
 
@@ -56,17 +56,18 @@ class Trackers:
         new_future: bool = False,
         own: Sequence[OpenTracker] = (),
     ):
-        """Opens the trackers, and sends each the rows that it lacks.
+        """Opens the trackers, passing each the history to catch up.
 
         Args:
           config: the run's config, which selects W&B or TensorBoard.
           history: rows of metrics.jsonl up to here, oldest first.
           run_id: the W&B run so far, or None for a new one.
-          new_future: the rows after the history may differ from those made before.
-          own: further ones of the caller.
+          new_future: begin a new W&B run; later rows may differ from those sent.
+          own: openers of other trackers.
         """
         self._trackers: dict[str, Tracker] = {}
-        self.run_id = new_id = run_id if run_id and not new_future else secrets.token_hex(4)
+        new_id = run_id if run_id and not new_future else secrets.token_hex(4)
+        self.run_id = new_id
         if config.tracking.wandb != "off":
             open_wandb = pkgutil.resolve_name("jaxlm.tracking.to_wandb:open_tracker")
             self._open("W&B", partial(open_wandb, config, history, new_id, run_id))
@@ -80,8 +81,8 @@ class Trackers:
                 partial(open_own, config, [dict(row) for row in history]),
             )
 
-    def _open(self, name: str, tracker: Callable[[], Tracker]) -> None:
-        self._guard(name, lambda: self._trackers.update({name: tracker()}))
+    def _open(self, name: str, make: Callable[[], Tracker]) -> None:
+        self._guard(name, lambda: self._trackers.update({name: make()}))
 
     def log(self, step: int, row: Row) -> None:
         """Sends one row to every tracker that has not failed."""
@@ -89,7 +90,7 @@ class Trackers:
             self._guard(name, lambda tracker=tracker: tracker.log(step, dict(row)))
 
     def show(self, step: int, name: str, make: Callable[[], str], *, is_html: bool = False) -> None:
-        """Sends a text, made only if there is a tracker; HTML goes to W&B alone."""
+        """Sends a text, made only if there is a tracker; TensorBoard drops HTML."""
 
         def send() -> None:
             text = make()
@@ -108,14 +109,14 @@ class Trackers:
     def _guard(self, name: str, call: Callable[[], None]) -> None:
         try:
             call()
-        except Exception as error:  # The border to the trackers: no failure there may stop a run.
+        except Exception as error:  # No failure of a tracker may stop a run.
             self._trackers.pop(name, None)
             reason = f"{type(error).__name__}: {error}"
             _log.info(f"{name} failed; the run goes on without it ({reason})")
 
 
 def require(tracking: TrackingConfig) -> None:
-    """Checks that the packages of the trackers asked for are installed.
+    """Checks for the trackers' packages; turns wandb error reports off.
 
     Raises:
       ImportError: a package is missing; the message names the extra to install.

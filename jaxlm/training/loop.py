@@ -163,7 +163,7 @@ class Loop:
         found = f"loss {values['loss']:.4f}, gradient norm {values['grad_norm']:.4g}"
         _log.warning(f"step {step} was not applied: its {why} ({found})")
         self.checkpoints.events.add("skipped", step, f"its {why} ({found})")
-        if (in_a_row := int(values["skipped_run"])) >= self.config.guard.max_skipped:
+        if (in_a_row := int(values["consecutive_skips"])) >= self.config.guard.max_skipped:
             raise RunError(
                 f"{in_a_row} steps in a row up to {step} were not applied; go back with --resume "
                 "best and a lower --optim.learning_rate, or allow more with --guard.max_skipped"

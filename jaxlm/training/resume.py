@@ -23,17 +23,17 @@ class ResumePlan(NamedTuple):
     config: Config
     """The config to train with."""
     changed: list[Change]
-    """Fields that differ from those of the newest checkpoint; none of them fixed."""
+    """Fields that differ from the newest checkpoint's; a resume may change each."""
     complete: bool
-    """Whether no step is left to train, and latest and best are sound."""
+    """Whether no step is left, and both checkpoints on disk are sound."""
 
 
 def check_folders(config: Config) -> None:
     """Refuses wrong folders before anything is made or locked.
 
     Raises:
-      ValueError: the folders hold another run, or must not hold any, or the checkpoint to start
-        from does not exist.
+      ValueError: the folders hold another run, or any with `resume` never; or the checkpoint
+        to start from is missing.
     """
     run_dir, folder = Path(config.run_dir), Path(config.checkpoint_dir)
     if run_dir.resolve() != folder.resolve():
@@ -45,7 +45,7 @@ def check_folders(config: Config) -> None:
             "choose another --run_dir, or leave --resume out to resume from the latest"
         )
     _check_run_folder(config)
-    if steps:
+    if steps:  # A resume: the options below only begin a run.
         return
     if config.init_from:
         select(config.init_from, contents=False)
@@ -59,7 +59,7 @@ def check_folders(config: Config) -> None:
 
 
 def _check_roles(run_dir: Path, folder: Path) -> None:
-    # A run in the checkpoint folder of another would hide that run from its own commands.
+    # A run in another's checkpoint folder would hide the other from commands given it.
     if (folder / "config.json").is_file():
         raise InputError(
             f"checkpoint.directory: found {folder}, the run folder of another run; choose another "
@@ -83,7 +83,7 @@ def plan_resume(config: Config, checkpoints: Checkpoints) -> ResumePlan:
         return ResumePlan(config, [], False)
     before = latest.run_config()
     if config.data.max_tokens is None:
-        # Set at the run's start: more steps train on the same tokens more often.
+        # Chosen at the first start: more steps reuse its tokens, not new data.
         data = dataclasses.replace(config.data, max_tokens=before.data.max_tokens)
         config = dataclasses.replace(config, data=data)
     changed = _allowed_changes(latest, config, checkpoints.folder)
@@ -91,15 +91,15 @@ def plan_resume(config: Config, checkpoints: Checkpoints) -> ResumePlan:
     complete = latest.final and is_at_end(config, latest.step, latest.num_worse_evals)
     if not complete or (best and goes_back(config, latest, best)):
         return ResumePlan(config, changed, False)
-    to_verify = {latest.step, best.step if best else latest.step}
+    to_verify = {each.step for each in (latest, best) if each}
     return ResumePlan(config, changed, not any(map(checkpoints.damage, to_verify)))
 
 
 def goes_back(config: Config, latest: Metadata, best: Best) -> bool:
     """Whether `--resume best` must still go back to the best.
 
-    A run that went back saves this setting in each checkpoint, so the same command then resumes
-    from the latest.
+    Each checkpoint made under `--resume best` records it; the same command then resumes from
+    the latest.
     """
     asked = config.resume == "best" and best.step < latest.step
     return asked and latest.run_config().resume != "best"
@@ -124,7 +124,7 @@ def _allowed_changes(latest: Metadata, config: Config, folder: Path) -> list[Cha
 
 
 def log_changes(restored: Metadata, config: Config, recorded: list[Change]) -> None:
-    """The recorded changes, and what they do to the learning rate."""
+    """Logs recorded changes and their effect on the learning rate."""
     for change in recorded:
         _log.info(f"changed from step {restored.step} on: {change}")
     if any(change.name.startswith(("optim.", "num_steps")) for change in recorded):
@@ -142,7 +142,7 @@ def _check_owner(restored: Metadata, config: Config) -> None:
 
 
 def _check_run_folder(config: Config) -> None:
-    # metrics.jsonl belongs to one checkpoint folder: another's resume would truncate its rows.
+    # A resume from another checkpoint folder would truncate the rows of metrics.jsonl.
     if not (Path(config.run_dir) / "config.json").is_file():
         return
     there = recorded_directory(Path(config.run_dir))
@@ -150,7 +150,7 @@ def _check_run_folder(config: Config) -> None:
         raise InputError(
             f"checkpoint.directory: found {config.checkpoint.directory}, but run_dir "
             f"{config.run_dir} belongs to {there or 'its own checkpoints'}; add --run_dir for a "
-            "new run, or set it back (a folder that was moved: change it in config.json)"
+            "new run, or set it back (after moving the folder: edit its config.json)"
         )
 
 
