@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import inspect
 import os
 import runpy
@@ -174,9 +175,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def run_main(main: Callable[[], int | None]) -> int:
-    """Calls `main` and turns a `JaxlmError` into one message.
+    """Calls `main` and turns an error of jaxlm or of the operating system into one message.
 
-    Any other error is a bug, and its traceback is printed. `JAXLM_TRACEBACK=1` shows it for all.
+    Any other error is a bug, and its traceback is
+    printed. `JAXLM_TRACEBACK=1` shows it for all.
 
     Returns:
       The exit code.
@@ -215,8 +217,14 @@ def explain(error: BaseException) -> tuple[int, str | None]:
         return 130, _INTERRUPTED
     if isinstance(error, SystemExit):
         return (error.code, "stopped") if isinstance(error.code, int) else (1, str(error.code))
-    shown = isinstance(error, JaxlmError) and not os.environ.get("JAXLM_TRACEBACK")
-    return 1, f"error: {error}" if shown else None
+    if os.environ.get("JAXLM_TRACEBACK"):
+        return 1, None
+    if isinstance(error, JaxlmError):
+        return 1, f"error: {error}"
+    # Of the machine: a full disk, a folder in place of a file. Only a bug looks for a missing file.
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+        return 1, f"error: {error.filename2 or error.filename or 'output'}: {error.strerror}"
+    return 1, None
 
 
 if __name__ == "__main__":

@@ -281,6 +281,34 @@ def test_an_error_on_purpose_is_a_message_and_a_bug_a_traceback(
     assert capsys.readouterr().err.startswith("Traceback ")
 
 
+def test_what_the_machine_refuses_is_a_message(
+    own_home: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(own_home)
+    profile = Path("runs/new/profile")
+    profile.parent.mkdir(parents=True)
+    profile.touch()
+    config = Path(text_run.RUN, "config.json")
+    config.unlink()
+    config.mkdir()
+    train = ["--config", "configs/tiny.py", "--run_dir"]
+    for args, said in (
+        ([*train, "runs/new", "--profile", "2"], r"error: runs/new/profile: File exists"),
+        ([*train, text_run.RUN, "--num_steps", "20"], r"error: .*config\.json: Is a directory"),
+    ):
+        assert launch.run_main(lambda args=args: launch.main(args)) == 1
+        last = capfd.readouterr().err.splitlines()
+        assert re.match(said, last[-1]) and not any("Traceback" in line for line in last), last
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_is_full_is_a_message(own_home: Path):
+    command = [sys.executable, "-m", "jaxlm", "checkpoints", "list", text_run.RUN]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=own_home, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: output: No space left on device\n")
+
+
 def launch_apart(home: Path, *flags: str) -> subprocess.CompletedProcess:
     """A process of its own, with one device."""
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(text_run.REPO)}

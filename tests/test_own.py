@@ -278,6 +278,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"eval_loss": mean_loss},
         "^eval_loss: found a ShapeDtypeStruct",
     ),
+    "an optimizer that needs the loss": (
+        {"optimizer": optax.lbfgs(1e-3)},
+        r"^optimizer: expected to be called as .*update\(gradients, state, params\), .*'value'",
+    ),
     "an instance": ({"model": Table(nnx.Rngs(0))}, "^model: found an instance of Table, expected"),
     "a model of tokens alone": (
         {"model": OneArgument},

@@ -335,7 +335,9 @@ def test_a_tracker_that_fails_is_reported_once_and_the_others_go_on(tmp_path, mo
     assert [step for step, _ in logged] == [1, 2, 3]
     assert server.runs == {"abc": {}}
     trackers._open("Bad", fail)  # one that cannot even be opened
+    trackers._open("Worse", sys.exit)
     assert lines[2].startswith("Bad failed; the run goes on")
+    assert lines[3].startswith("Worse failed; the run goes on")
 
 
 def test_an_interrupt_is_not_mistaken_for_a_failure(tmp_path):

@@ -148,7 +148,7 @@ def make_blueprint(
     whole: Any = replicated(mesh)
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
     shapes = jax.eval_shape(build, seed)
-    _check_optimizer(shapes.opt_state)
+    _check_optimizer(tx, shapes)
 
     def sharding_of(leaf: Any, sharding: NamedSharding, param: Any) -> Any:
         if isinstance(leaf, optax.MaskedNode):
@@ -195,8 +195,18 @@ def _check_variable(name: str, variable: Any) -> None:
         )
 
 
-def _check_optimizer(opt_state: Any) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+def _check_optimizer(tx: optax.GradientTransformation, state: TrainState) -> None:
+    def update(params: Params, opt_state: optax.OptState) -> Any:
+        return tx.update(in_float32(params), opt_state, in_float32(params))
+
+    try:
+        jax.eval_shape(update, state.params, state.opt_state)
+    except TypeError as error:
+        raise InputError(
+            "optimizer: expected to be called as optimizer.update(gradients, state, params), "
+            f"without the loss; {error}"
+        ) from error
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # which Orbax cannot restore
             raise InputError(
                 f"optimizer: found {leaf.dtype} in its state ({path_name(path)}), expected "

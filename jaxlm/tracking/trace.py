@@ -21,9 +21,11 @@ def traced(
 
     Args:
       batches: the pairs.
-      folder: folder of the trace, made when the trace starts.
+      folder: folder of the trace.
       num_steps: number of steps to trace; 0 for none.
     """
+    if num_steps:
+        folder.mkdir(parents=True, exist_ok=True)  # fails before the first step, not at the sixth
     with contextlib.ExitStack() as trace:
         for count, (step, batch) in enumerate(batches):
             if num_steps and count == _WARM_UP:

@@ -109,7 +109,7 @@ class Trackers:
     def _guard(self, name: str, call: Callable[[], None]) -> None:
         try:
             call()
-        except Exception as error:  # No failure of a tracker may stop a run.
+        except (Exception, SystemExit) as error:  # No failure of a tracker may stop a run.
             self._trackers.pop(name, None)
             reason = f"{type(error).__name__}: {error}"
             _log.info(f"{name} failed; the run goes on without it ({reason})")
