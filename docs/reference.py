@@ -20,7 +20,7 @@ from jaxlm import __main__ as cli
 from jaxlm import launch
 from jaxlm.config import Config
 
-OF_A_CONFIG = {"prepare", "train"}
+CONFIG_COMMANDS = {"prepare", "train"}
 """Commands whose flags are those of launch.py, which have a page of their own."""
 
 
@@ -88,7 +88,7 @@ def commands() -> str:
         f"## jaxlm {' '.join(each)}\n\n```text\n{say_help(partial(cli.command, [*each, '--help']))}"
         "\n```\n"
         for each in words
-        if each[0] not in OF_A_CONFIG
+        if each[0] not in CONFIG_COMMANDS
     )
 
 

@@ -1,4 +1,4 @@
-"""The `jaxlm` command: which function each of its words calls."""
+"""The `jaxlm` command: its subcommands, and the function of each."""
 
 import contextlib
 import re
@@ -16,12 +16,12 @@ try:
     from jaxlm.config import Config, leaves
     from jaxlm.extras import version
     from jaxlm.launch import leave, run_main, with_examples
-except KeyboardInterrupt:  # else a traceback, of nothing done yet
+except KeyboardInterrupt:  # an interrupted import would print a traceback
     raise SystemExit(130) from None
 
 
 def _choice(commands: dict[str, Callable[..., int]]) -> Any:
-    return Union[  # noqa: UP007 - made of a list that only the run time knows
+    return Union[  # noqa: UP007 - built at run time
         tuple(Annotated[Any, tyro.conf.subcommand(n, constructor=f)] for n, f in commands.items())
     ]
 
@@ -36,10 +36,10 @@ def _group(doc: str, commands: dict[str, Callable[..., int]]) -> Callable[[int],
 
 
 def completion(shell: Positional[Literal["bash", "zsh", "fish"]]) -> int:
-    """Print what makes a shell complete the words and flags of jaxlm at the Tab key.
+    """Print the script that completes words and flags of jaxlm at the Tab key.
 
     Args:
-      shell: yours.
+      shell: bash, zsh or fish.
 
     Examples:
       eval "$(jaxlm completion bash)"  # in ~/.bashrc
@@ -57,12 +57,12 @@ def completion(shell: Positional[Literal["bash", "zsh", "fish"]]) -> int:
 
 def _flags(name: str, function: Callable[..., int]) -> list[str]:
     names = [p.name for p in signature(function).parameters.values() if p.kind == p.KEYWORD_ONLY]
-    if name in OF_A_CONFIG:
+    if name in CONFIG_COMMANDS:
         names += [*re.findall(r"--(\w+)(?![\w.])", function.__doc__ or ""), *leaves(Config())]
     return [f"--{name}" for name in dict.fromkeys(["help", *names])]
 
 
-OF_A_CONFIG = ("train", "prepare", "prove-resume", "plan")
+CONFIG_COMMANDS = ("train", "prepare", "prove-resume", "plan")
 """Commands that take the flags of launch.py."""
 GROUPS: dict[str, dict[str, Callable[..., int]]] = {
     "cache": {"list": cache.list_all, "clear": cache.clear},
@@ -81,8 +81,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "prepare": runs.prepare,
     "prove-resume": runs.prove_resume,
     "plan": runs.plan,
-    "cache": _group("Look at and clear prepared tokens.", GROUPS["cache"]),
-    "checkpoints": _group("Look at checkpoints, and tidy them up.", GROUPS["checkpoints"]),
+    "cache": _group("List and clear prepared tokens and programs.", GROUPS["cache"]),
+    "checkpoints": _group("List, check, prune and copy checkpoints.", GROUPS["checkpoints"]),
     "eval": models.evaluate,
     "benchmark": models.benchmark,
     "sample": models.sample,
@@ -106,12 +106,12 @@ def command(args: Sequence[str]) -> int:
     if first == "--version":
         print(f"jaxlm {version()}")
         return 0
-    if not second and (not first or first in GROUPS):  # a word is missing: show which there are
+    if not second and (not first or first in GROUPS):  # a word is missing: list the choices
         with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(SystemExit):
             command([*args, "--help"])
         raise SystemExit(2)
     with with_examples(GROUPS.get(first, {}).get(second) or COMMANDS.get(first, command)):
-        if first in OF_A_CONFIG:
+        if first in CONFIG_COMMANDS:
             return COMMANDS[first](tuple(args[1:]))
         return tyro.cli(OmitSubcommandPrefixes[_choice(COMMANDS)], prog="jaxlm", args=list(args))
 
@@ -123,7 +123,7 @@ def main() -> None:
         try:
             return command(sys.argv[1:])
         finally:
-            sys.stdout.flush()  # A result that cannot be printed is no success.
+            sys.stdout.flush()  # a result that cannot be printed is an error
 
     leave(run_main(run))
 

@@ -1,4 +1,4 @@
-"""The cache of compiled programs, so that the next start does not compile again."""
+"""The cache of compiled programs, which spares the next start the compilation."""
 
 import os
 import platform
@@ -13,26 +13,26 @@ import jax
 from jaxlm.files.cache import cache_root
 
 PROGRAMS = "programs"
-"""Stands for all compiled programs in a list of names."""
+"""Name of all compiled programs in `jaxlm cache`."""
 MAX_BYTES = 4 * 10**9
 _LOCK = ".lockfile"  # JAX's own
 _MIN_COMPILE_S = 0.2
 
 
-def keep_compiled(cache_dir: str | None) -> None:
+def enable_compilation_cache(cache_dir: str | None) -> None:
     """Turns on JAX's persistent cache, in a folder for machines like this one.
 
     Does nothing if the environment configures the cache (`JAX_COMPILATION_CACHE_DIR`, or
-    `JAX_ENABLE_COMPILATION_CACHE=false`), or the folder cannot be written.
+    `JAX_ENABLE_COMPILATION_CACHE=false`), or if the folder is not writable.
     """
-    orders: dict[str, Any] = jax.config.values
-    if orders["jax_compilation_cache_dir"] or not orders["jax_enable_compilation_cache"]:
+    settings: dict[str, Any] = jax.config.values
+    if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
         return
     try:
         folder = compiled_folder(cache_dir) / _machine()
         folder.mkdir(parents=True, exist_ok=True)
         _remove_partial(folder)
-    except (OSError, ValueError):  # the programs are compiled anew, as they would be the first time
+    except (OSError, ValueError):  # a run without the cache only compiles again
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
@@ -40,12 +40,12 @@ def keep_compiled(cache_dir: str | None) -> None:
 
 
 def compiled_folder(cache_dir: str | None) -> Path:
-    """The folder of compiled programs; one for each kind of machine."""
+    """The folder of compiled programs, with a subfolder for each kind of machine."""
     return cache_root(cache_dir) / "compiled"
 
 
 def compiled_bytes(cache_dir: str | None) -> int:
-    """Bytes of all compiled programs on disk."""
+    """The size of all compiled programs on disk (bytes)."""
     return sum(path.stat().st_size for path in compiled_folder(cache_dir).rglob("*-cache"))
 
 
@@ -56,16 +56,16 @@ def clear_compiled(cache_dir: str | None) -> None:
 
 
 def num_cores() -> int | None:
-    """The cores that XLA takes this machine to have: `NPROC`, else those this process may use."""
-    if (told := os.environ.get("NPROC", "")).isdigit():
-        return int(told)
+    """The number of cores that XLA assumes: `NPROC`, else the cores available to this process."""
+    if (nproc := os.environ.get("NPROC", "")).isdigit():
+        return int(nproc)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
 
 
 def cpu_info() -> str:
-    """The model and the features of the processor, as the system has them."""
+    """Model and features of the processor, as the system reports them."""
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -86,15 +86,15 @@ def xla_flags() -> str:
 
 
 def _machine() -> str:
-    # A program for one CPU may crash on another, or give other bits on fewer cores. JAX's own keys
-    # hold the name of a file of flags, not its content.
+    # A program compiled for another CPU may crash, or compute other bits on fewer cores. JAX's
+    # cache key has the name of a file of XLA flags, not its content.
     kind = "\n".join([platform.machine(), str(num_cores()), cpu_info(), xla_flags()])
     return sha256(kind.encode()).hexdigest()[:12]
 
 
 def _remove_partial(folder: Path) -> None:
-    # JAX writes an entry in place, then its time stamp. A kill in between leaves an entry without a
-    # stamp, at which every later start would fail.
+    # JAX writes an entry, then its time stamp. A kill between the two leaves an entry without a
+    # stamp, on which every later start would fail.
     with filelock.FileLock(folder / _LOCK, timeout=10):
         for path in folder.glob("*-cache"):
             if not path.with_name(path.name.removesuffix("-cache") + "-atime").exists():

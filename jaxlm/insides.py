@@ -1,6 +1,6 @@
-"""What no library makes public, and we need: each use of another package's insides is here.
+"""All uses of private APIs of other packages.
 
-The upper bounds of these packages in pyproject.toml name the versions that were looked at.
+The upper bounds of these packages in pyproject.toml are the versions that were checked.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def coordination_client() -> Any:
-    """JAX's client of the coordination service, of a process of a cluster."""
+    """JAX's client of the coordination service, in a process of a cluster."""
     from jax._src.distributed import global_state
 
     assert global_state.client is not None, "jax.distributed has not been started"
@@ -19,13 +19,13 @@ def coordination_client() -> Any:
 def wait_for_step_metadata(manager: Any) -> None:
     """Waits until Orbax's `CheckpointManager` has written a step's `_CHECKPOINT_METADATA`.
 
-    Orbax does so in a thread of its own.
+    Orbax writes this file in a background thread.
     """
     manager._non_blocking_metadata_store.wait_until_finished()
 
 
 def set_help_colors(wanted: bool) -> None:
-    """Has tyro print its help and errors with ANSI codes, or without."""
+    """Turns ANSI codes in tyro's help and errors on or off."""
     import tyro
 
     tyro._experimental_options["ansi_codes"] = wanted
@@ -33,7 +33,7 @@ def set_help_colors(wanted: bool) -> None:
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Orbax logs nothing within: it warns of normal conditions, and logs what it also raises."""
+    """Silences Orbax, which warns of normal conditions and logs errors that it also raises."""
     from absl import logging as absl_logging
 
     before = absl_logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""From a command line to a run: the config file, its flags, and what a person sees of an error."""
+"""Starts a run from a command line: config file, flags, error messages and exit codes."""
 
 import argparse
 import contextlib
@@ -25,13 +25,13 @@ from jaxlm.files.strict import read_json
 from jaxlm.insides import set_help_colors
 from jaxlm.terminal import STOPPED, catch, guard_streams, wants_color, write_error
 
-_INTERRUPTED = "interrupted; the same command goes on from what is on disk"
+_INTERRUPTED = "interrupted; the same command resumes from the state on disk"
 
 
 def parse_config(args: Sequence[str], prog: str) -> Config:
-    """The config of `--config FILE|RUN` with the flags that follow applied to it.
+    """The config of `--config FILE|RUN`, changed by the flags that follow.
 
-    Exits with code 2 and a message if the flags do not fit; `--help` lists them all.
+    Exits with code 2 and a message on wrong flags; `--help` lists all flags.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="?")
@@ -39,8 +39,8 @@ def parse_config(args: Sequence[str], prog: str) -> Config:
     path = known.config
     config = load_config(path) if path else Config()
     if not path and not {"-h", "--help"} & set(flags):
-        there = sorted(str(p) for p in Path("configs").glob("*.py"))
-        found = ", ".join(there) or "configs/tiny.py in the folder of jaxlm; here is none"
+        files = sorted(str(p) for p in Path("configs").glob("*.py"))
+        found = ", ".join(files) or "configs/tiny.py of jaxlm's repository; this folder has none"
         raise InputError(f"--config: found nothing, expected a config file such as {found}")
     return tyro.cli(
         Config,
@@ -52,27 +52,27 @@ def parse_config(args: Sequence[str], prog: str) -> Config:
 
 
 def load_config(path: str) -> Config:
-    """The `config` that a Python file defines, or the one that a run was last started with.
+    """The `config` of a Python file, or the config that a run was last started with.
 
     Args:
-      path: a Python file, after which the run folder is named; or a run folder or its config.json,
-        to go on with that run.
+      path: a Python file, whose name becomes the name of the run folder; or a run folder or its
+        config.json, to resume that run.
 
     Raises:
-      ValueError: there is no such file, it defines no `config`, or it ends in an error.
+      ValueError: there is no such file, it defines no `config`, or it raises an error.
     """
     file = Path(expand(path, "--config"))
     if file.is_dir():
         file /= "config.json"
     if not file.is_file():
-        there = ", ".join(sorted(str(p) for p in file.parent.glob("*.py"))) or "none"
-        raise InputError(f"--config: found no file {file}, expected one of: {there}")
+        files = ", ".join(sorted(str(p) for p in file.parent.glob("*.py"))) or "none"
+        raise InputError(f"--config: found no file {file}, expected one of: {files}")
     if file.suffix == ".json":
         return _config_of_run(file)
     try:
         config = runpy.run_path(str(file)).get("config")
-    except Exception as error:  # the file is a person's own code: anything may be raised in it
-        raise InputError(f"--config: {file}, {_what_and_where(error, str(file))}") from error
+    except Exception as error:  # user code may raise anything
+        raise InputError(f"--config: {file}, {_describe_error(error, str(file))}") from error
     if not isinstance(config, Config):
         raise InputError(f"--config: {file} defines no `config = jaxlm.Config(…)`")
     if config.run_dir == Config().run_dir:
@@ -85,28 +85,28 @@ def _config_of_run(file: Path) -> Config:
         config = read_json(file, Config)
     except ValueError as error:
         raise InputError(f"--config: {error}; expected the config.json of a run") from error
-    if config.resume == "never":  # asked of the start that made the run
+    if config.resume == "never":  # meant for the first start only
         config = replace(config, resume="auto")
     moved = Path(config.run_dir).resolve() != file.parent.resolve()
     return replace(config, run_dir=str(file.parent)) if moved else config
 
 
-def _what_and_where(error: Exception, file: str) -> str:
+def _describe_error(error: Exception, file: str) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == file]
     if isinstance(error, SyntaxError) and error.filename == file:
         lines = [error.lineno]
-    what = traceback.format_exception_only(error)[-1].strip()
-    what = str(error) if isinstance(error, JaxlmError) else what
-    return f"line {lines[-1]}: {what}" if lines else what
+    text = traceback.format_exception_only(error)[-1].strip()
+    text = str(error) if isinstance(error, JaxlmError) else text
+    return f"line {lines[-1]}: {text}" if lines else text
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Trains; returns the exit code: 0 at the end of the plan, 75 if stopped on the way.
+    """Trains; returns the exit code: 0 for a complete run, 75 for a stopped one.
 
     Examples:
       python launch.py --config configs/tiny.py
-      python launch.py --config configs/tiny.py --num_steps 1000  # goes on to there
+      python launch.py --config configs/tiny.py --num_steps 1000  # to step 1000
       python launch.py --config configs/tiny.py --seed 1 --run_dir runs/seed1
     """
     args = sys.argv[1:] if args is None else args
@@ -119,8 +119,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def run(config: Config) -> int:
-    """Trains, as one of several processes where the environment says so; returns the exit code."""
-    # Until the loop takes over, there is nothing to save: stop at once, with the same code.
+    """Trains, as a process of a cluster if the environment names one; returns the exit code."""
+    # Before the loop there is nothing to save: stop at once, with the same exit code.
     before = catch(_stop_now, signal.SIGTERM, signal.SIGHUP)
     try:
         if "JAX_COORDINATOR_ADDRESS" not in os.environ:
@@ -135,7 +135,7 @@ def run(config: Config) -> int:
 
 
 def _train(config: Config) -> int:
-    import jax  # after the flags: --help and a wrong flag answer at once
+    import jax  # slow: after --help and the checks of flags
 
     from jaxlm.cluster import check_equal
     from jaxlm.training.preflight import device_advice
@@ -156,7 +156,7 @@ def _stop_now(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def with_examples(function: Callable[..., object]) -> Iterator[None]:
-    """Puts the examples of a docstring, as they stand there, after the help printed within."""
+    """Prints the examples of a docstring after a `--help` that is printed in the block."""
     try:
         yield
     except SystemExit as stop:
@@ -175,10 +175,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def run_main(main: Callable[[], int | None]) -> int:
-    """Calls `main` and turns an error of jaxlm or of the operating system into one message.
+    """Calls `main`, and prints an error of jaxlm or of the operating system as one message.
 
-    Any other error is a bug, and its traceback is
-    printed. `JAXLM_TRACEBACK=1` shows it for all.
+    Any other error is a bug, printed with its traceback. `JAXLM_TRACEBACK=1` prints a traceback for
+    every error.
 
     Returns:
       The exit code.
@@ -189,14 +189,14 @@ def run_main(main: Callable[[], int | None]) -> int:
         signal.signal(signal.SIGINT, _interrupt)
     try:
         return main() or 0
-    except SystemExit as stop:  # help, flags that do not fit, a stop before the first step
+    except SystemExit as stop:  # help, wrong flags, a stop before the first step
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
             return 1
         return stop.code or 0
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # what a shell says of a process that SIGPIPE ended
+        return 141  # 128 + SIGPIPE, as shells report it
     except (KeyboardInterrupt, ValueError, OSError, ImportError, RuntimeError) as error:
         code, text = explain(error)
         print(text or traceback.format_exc().rstrip(), file=sys.stderr)
@@ -204,7 +204,7 @@ def run_main(main: Callable[[], int | None]) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process now; the usual way out waits for the threads of a save that failed."""
+    """Ends this process now; `sys.exit` would wait for the threads of a failed save."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
@@ -212,7 +212,7 @@ def leave(code: int) -> NoReturn:
 
 
 def explain(error: BaseException) -> tuple[int, str | None]:
-    """Exit code and message of an error; no message for a bug."""
+    """The exit code and message of an error; the message is None for a bug."""
     if isinstance(error, KeyboardInterrupt):
         return 130, _INTERRUPTED
     if isinstance(error, SystemExit):

@@ -1,4 +1,4 @@
-"""What a person at a terminal sees and sends: output, progress, colours, signals, exit codes."""
+"""Terminal input and output: streams, log lines, progress, colours, signals, exit codes."""
 
 import contextlib
 import functools
@@ -16,22 +16,22 @@ Item = TypeVar("Item")
 Args = ParamSpec("Args")
 
 STOPPED = 75
-"""Exit code of a run that is not at its end (EX_TEMPFAIL): it was asked to stop and saved, or lost
-another process. Start it again to go on."""
+"""Exit code of an incomplete run (EX_TEMPFAIL) that stopped on request and saved, or lost another
+process. Starting it again resumes it."""
 
 _drawing = threading.Lock()
 _LOG = logging.getLogger("jaxlm")
 
 
-class _Nowhere(io.TextIOBase):
+class _NullStream(io.TextIOBase):
     def write(self, text: str) -> int:
         return len(text)
 
 
 class _Output:
     def __init__(self, stream: TextIO | None, strict: bool):
-        self._stream = cast(TextIO, _Nowhere()) if stream is None else stream
-        self._dropped = () if strict else (OSError, ValueError)  # the latter of a closed stream
+        self._stream = cast(TextIO, _NullStream()) if stream is None else stream
+        self._dropped = () if strict else (OSError, ValueError)  # ValueError: the stream is closed
 
     @property
     def encoding(self) -> str:
@@ -55,13 +55,13 @@ class _Output:
 
 
 def output(stream: TextIO | None, *, strict: bool = False) -> TextIO:
-    """A stream for people: what it cannot encode is escaped, what it cannot write is dropped.
+    """A stream that escapes characters it cannot encode, and drops text it cannot write.
 
-    Else a closed terminal, a pipe without a reader or a full disk would end a run on its way.
+    A closed terminal, a closed pipe or a full disk would otherwise end a run.
 
     Args:
-      stream: where to write; None, which Python has for a closed descriptor, takes everything.
-      strict: raise what `stream` raises when it cannot write.
+      stream: the stream to write to; None, as Python has for a closed descriptor, drops all text.
+      strict: raise the errors of `stream` instead of dropping text.
     """
     return cast(TextIO, _Output(stream, strict))
 
@@ -71,13 +71,13 @@ class _Lines(logging.Handler):
         super().__init__()
         self._write, self._warn = write, warn
         self.before = _LOG.level, _LOG.propagate
-        if outer := _listening():
+        if outer := _active_handlers():
             self.before = outer[-1].before
 
     def emit(self, record: logging.LogRecord) -> None:
-        if _listening()[-1:] == [self]:
+        if _active_handlers()[-1:] == [self]:
             warns = record.levelno >= logging.WARNING
-            with contextlib.suppress(OSError, ValueError):  # of a stream, as in `output`
+            with contextlib.suppress(OSError, ValueError):  # of a closed or full stream
                 (self._warn if warns else self._write)("Warning: " * warns + record.getMessage())
 
 
@@ -85,7 +85,7 @@ def _names_below(name: str) -> list[str]:
     return [other for other in logging.root.manager.loggerDict if other.startswith(f"{name}.")]
 
 
-def _listening() -> list[_Lines]:
+def _active_handlers() -> list[_Lines]:
     return [handler for handler in _LOG.handlers if isinstance(handler, _Lines)]
 
 
@@ -93,39 +93,39 @@ def _listening() -> list[_Lines]:
 def log_to(
     write: Callable[[str], None], warn: Callable[[str], None] | None = None
 ) -> Iterator[None]:
-    """Sends log records of jaxlm to `write`, as lines; an outer `log_to` gets none meanwhile.
+    """Sends log records of jaxlm to `write`, as lines; an outer `log_to` receives none meanwhile.
 
-    A handler of the caller's own on the logger "jaxlm" gets the records as well.
+    Other handlers of the logger "jaxlm" receive the records too.
 
     Args:
-      write: takes a line, in any thread.
-      warn: takes a line that begins with "Warning: ", in place of `write`.
+      write: called with each line, from any thread.
+      warn: called instead of `write` with each line that begins with "Warning: ".
     """
-    own = _Lines(write, warn or write)
-    # `logging.config` disables the loggers that exist, and damage would go unreported.
+    handler = _Lines(write, warn or write)
+    # `logging.config` disables existing loggers, so damage would go unreported: enable them.
     loggers = [_LOG, *map(logging.getLogger, _names_below(_LOG.name))]
     disabled = [logger for logger in loggers if logger.disabled]
     for logger in disabled:
         logger.disabled = False
-    _LOG.addHandler(own)
+    _LOG.addHandler(handler)
     _LOG.setLevel(logging.INFO)
     _LOG.propagate = False
     try:
         yield
     finally:
-        _LOG.removeHandler(own)
+        _LOG.removeHandler(handler)
         for logger in disabled:
             logger.disabled = True
-        if not _listening():
-            level, _LOG.propagate = own.before
+        if not _active_handlers():
+            level, _LOG.propagate = handler.before
             _LOG.setLevel(level)
 
 
 def prints_lines(function: Callable[Args, Item]) -> Callable[Args, Item]:
-    """A function that prints its log records, unless the program has set a level for them.
+    """Decorates a function to print its log records, unless the program has configured logging.
 
-    The level is that of the logger "jaxlm", or INFO at the root. A handler is no sign of a program
-    that listens: the import of Orbax gives one to the root logger.
+    Logging is configured if the logger "jaxlm" has a level, or the root logger has INFO or lower. A
+    handler proves nothing: the import of Orbax adds one to the root logger.
     """
 
     @functools.wraps(function)
@@ -139,12 +139,11 @@ def prints_lines(function: Callable[Args, Item]) -> Callable[Args, Item]:
 
 
 def guard_streams() -> None:
-    """Makes standard output and error those of `output`; for the beginning of a process.
+    """Wraps standard output and error in `output`, at the start of a process.
 
-    Standard output to a file or a pipe stays strict: a result that was cut short is no success.
+    Standard output to a file or a pipe is strict: a truncated result must be an error.
     """
-    # The next file to be opened, a checkpoint say, would take the number of a closed descriptor,
-    # and then the messages for standard error.
+    # Fill closed descriptors 0 to 2: a checkpoint opened as descriptor 2 would receive messages.
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
@@ -155,51 +154,49 @@ def guard_streams() -> None:
 
 
 def catch(receive: Callable[[int, FrameType | None], None], *numbers: int) -> dict[int, Any]:
-    """Has these signals call `receive`, and leaves alone what was ignored, as by nohup.
+    """Sets `receive` as handler of these signals, except ignored ones, as under nohup.
 
     Returns:
-      The handlers before, by signal.
+      Signal -> previous handler.
     """
-    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    return {number: signal.signal(number, receive) for number in heard}
+    handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, receive) for number in handled}
 
 
 def write_error(text: str) -> None:
-    """Writes a line to standard error from a signal handler, which may have interrupted `print`."""
-    if sys.stderr is not None:  # else its descriptor may belong to another file
+    """Writes a line to standard error; safe in a signal handler that interrupted `print`."""
+    if sys.stderr is not None:  # if closed, descriptor 2 may be another file
         with contextlib.suppress(OSError):
             os.write(2, f"{text}\n".encode(errors="backslashreplace"))
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether it is one; a stream that is closed is none."""
+    """Whether the stream is an open terminal."""
     with contextlib.suppress(OSError, ValueError):
         return stream is not None and stream.isatty()
     return False
 
 
 def can_draw(stream: TextIO | None) -> bool:
-    """Whether control codes have a meaning there: it is a terminal, and not a dumb one."""
+    """Whether the stream is a terminal that interprets control codes."""
     return is_terminal(stream) and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def wants_color() -> bool:
-    """Whether a message may be coloured, to whichever of the two streams (https://no-color.org)."""
+    """Whether messages on stdout and stderr may be coloured (https://no-color.org)."""
     return not os.environ.get("NO_COLOR") and can_draw(sys.stdout) and can_draw(sys.stderr)
 
 
 @contextlib.contextmanager
-def progress(what: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
-    """Says on standard error that this is going on; draws nothing where that is no terminal.
-
-    Within another one it draws nothing either.
+def progress(label: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
+    """Draws a progress bar on standard error, if that is a terminal without a bar.
 
     Args:
-      what: a word or two.
-      total: how much there is to do; without it, a bar that moves to and fro.
+      label: a word or two.
+      total: amount of work; without it, the bar only pulses.
 
     Yields:
-      What to call with how much more of it is done.
+      A function to call with the amount of work just done.
     """
     if not can_draw(sys.stderr) or not _drawing.acquire(blocking=False):
         yield lambda _: None
@@ -207,7 +204,7 @@ def progress(what: str, total: float | None = None) -> Iterator[Callable[[float]
     from rich.console import Console
     from rich.progress import Progress
 
-    # What is printed meanwhile goes above the bar, unless it goes to a file or a pipe.
+    # Text printed to a terminal meanwhile appears above the bar.
     bar = Progress(
         console=Console(file=output(sys.stderr)),
         transient=True,
@@ -215,15 +212,15 @@ def progress(what: str, total: float | None = None) -> Iterator[Callable[[float]
     )
     try:
         with bar:
-            bar.console.show_cursor(True)  # a killed command would leave it hidden
-            yield functools.partial(bar.advance, bar.add_task(what, total=total))
+            bar.console.show_cursor(True)  # a kill would leave the cursor hidden
+            yield functools.partial(bar.advance, bar.add_task(label, total=total))
     finally:
         _drawing.release()
 
 
-def track(items: Sequence[Item], what: str) -> Iterator[Item]:
-    """The items, with the progress through them."""
-    with progress(what, len(items) if len(items) > 1 else None) as advance:
+def track(items: Sequence[Item], label: str) -> Iterator[Item]:
+    """Yields the items, with a progress bar."""
+    with progress(label, len(items) if len(items) > 1 else None) as advance:
         for item in items:
             yield item
             advance(1)

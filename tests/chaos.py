@@ -275,10 +275,10 @@ class Chaos:
                         raise AssertionError(f"exit code {code}\n{log_of(run_dir)}")
                     return
                 if owing:
-                    attempt.strike(signal.SIGTERM)
+                    attempt.kill(signal.SIGTERM)
                     continue
                 time.sleep(self.rng.uniform(0, DELAY_S.get(aim, 0)))
-                self._strike(attempt)
+                self._kill(attempt)
         self.finish(run_dir)
 
     def missed(self) -> list[str]:
@@ -293,9 +293,9 @@ class Chaos:
         phases = [*PHASES, *sorted(hits.keys() - set(PHASES))]
         return "\n".join(lines + [f"| {p} | {self.tried[p]} | {hits[p]} |" for p in phases])
 
-    def _strike(self, attempt: Watched) -> None:
+    def _kill(self, attempt: Watched) -> None:
         if self.number == signal.SIGKILL:
-            self.kills.append(attempt.strike(signal.SIGKILL))
+            self.kills.append(attempt.kill(signal.SIGKILL))
             return
         # A run that stops as it should leaves no trace of where it was.
         phase, step = attempt.phase(), attempt.last_step()
@@ -303,7 +303,7 @@ class Chaos:
         num_taken = log.read_text().count(TAKEN) if log.exists() else 0
         twice = self.rng.random() < 0.5
         numbers = [self.number] * (2 if twice else 1)
-        kill = attempt.strike(*numbers, gap_s=self.rng.uniform(0, 0.03) if twice else 0)
+        kill = attempt.kill(*numbers, gap_s=self.rng.uniform(0, 0.03) if twice else 0)
         self.kills.append(kill._replace(phase=phase, step=step))
         allowed = {0, launch.STOPPED}  # 0: it was at the end of its plan
         # Before the loop there is nothing to save, and Ctrl-C acts at once.

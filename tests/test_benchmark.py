@@ -122,7 +122,7 @@ def test_a_run_on_batches_of_its_own_has_no_text(own_home: Path) -> None:
     )
     (path / text_run.manifest.NAME).unlink()
     text_run.manifest.write_manifest(path)
-    with pytest.raises(ValueError, match="found no tokenizer, since the run had batches of its"):
+    with pytest.raises(ValueError, match="found no tokenizer, since the run was trained on custom"):
         ScoringModel(str(own_home / text_run.RUN))
 
 

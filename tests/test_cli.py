@@ -417,7 +417,7 @@ def test_prepare_and_cache(
 
     sizes = {entry["name"]: format_bytes(entry["num_bytes"]) for entry in list_caches()}
     would = [f"{name}: would be deleted, {size}" for name, size in sizes.items()]
-    last = "deleted nothing; name what is to go, and add --delete"
+    last = "deleted nothing; to delete, name the entries and add --delete"
     assert out("cache", "clear").splitlines() == [*would, last]
     assert out("cache", "clear", "data").splitlines() == [*would, last]
     assert out("cache", "clear", first).splitlines() == [would[0], last]

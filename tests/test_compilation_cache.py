@@ -18,7 +18,7 @@ from jaxlm.compilation_cache import (
     clear_compiled,
     compiled_bytes,
     compiled_folder,
-    keep_compiled,
+    enable_compilation_cache,
 )
 from jaxlm.config import OptimConfig
 from jaxlm.plan.ahead import lower_ahead
@@ -44,7 +44,7 @@ def start(home: Path) -> tuple[str, float]:
     """What a new process does: returns its folder of programs, and the result of one of them."""
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
-    keep_compiled(str(home))
+    enable_compilation_cache(str(home))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     folder = str(jax.config.values["jax_compilation_cache_dir"])
     return folder, float(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.arange(3.0)))
@@ -122,7 +122,7 @@ def test_what_the_user_says_to_jax_holds(
     """JAX makes these settings of the environment when it is imported."""
     for name, value in ({"jax_compilation_cache_dir": None} | orders).items():
         jax.config.update(name, value)
-    keep_compiled(str(tmp_path / cache))
+    enable_compilation_cache(str(tmp_path / cache))
     assert jax.config.values["jax_compilation_cache_dir"] == found
     assert not (tmp_path / "cache").exists()
 

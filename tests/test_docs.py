@@ -286,7 +286,7 @@ def test_every_command_is_in_the_reference():
         r"^## jaxlm (.*)\n\n```text\nusage: jaxlm (.*?)(?: --config FILE)? \[", text, re.M
     )
     assert len(found) >= 18 and all(name == used for name, used in found)
-    words = {name.split()[0] for name, _ in found} | reference.OF_A_CONFIG
+    words = {name.split()[0] for name, _ in found} | reference.CONFIG_COMMANDS
     assert words == set(cli.COMMANDS)
 
 

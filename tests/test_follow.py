@@ -109,7 +109,7 @@ def test_a_damaged_final_checkpoint_is_said_while_it_waits(home: Path) -> None:
 
 
 def test_one_writer(home: Path) -> None:
-    with EvalLog(Path(EVALS)), pytest.raises(ValueError, match="another .* writes to it"):
+    with EvalLog(Path(EVALS)), pytest.raises(ValueError, match="another .* is writing this file"):
         followed()
     with pytest.raises(ValueError, match="--out: found no folder"):
         followed(out="nowhere/x.jsonl")

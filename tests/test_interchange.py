@@ -230,9 +230,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pickle": (to_pickle, "found the pickle pytorch_model.bin"),
     "no weights": (lambda out: (out / "model.safetensors").unlink(), "found no weights"),
-    "cut": (cut, "not a sound file of safetensors"),
-    "long header": (with_long_header, "not a sound file of safetensors"),
-    "index out": (with_index({"x": "../a.safetensors"}), "is not a file beside it"),
+    "cut": (cut, "not a valid safetensors file"),
+    "long header": (with_long_header, "not a valid safetensors file"),
+    "index out": (with_index({"x": "../a.safetensors"}), "is not a file there"),
     "index of none": (with_index({"x": "a.safetensors"}), "does not list it"),
     "config": (lambda out: (out / "config.json").write_text("[]"), "config.json: found"),
     "tokenizer": (lambda out: (out / "tokenizer.json").write_text("{}"), "tokenizer"),

@@ -254,7 +254,7 @@ def test_exit_codes_of_run_main(capsys: pytest.CaptureFixture):
     assert launch.run_main(lambda: launch.STOPPED) == launch.STOPPED == 75
     assert capsys.readouterr().err == ""
     assert launch.run_main(interrupted) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
 
 
 def test_an_error_on_purpose_is_a_message_and_a_bug_a_traceback(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from jaxlm.compilation_cache import keep_compiled
+from jaxlm.compilation_cache import enable_compilation_cache
 from jaxlm.config import DataConfig
 from jaxlm.corpus import cache, formats, prepare
 from jaxlm.corpus.cache import clear_caches, list_caches
@@ -326,7 +326,7 @@ def test_no_home(monkeypatch):
     monkeypatch.setattr(Path, "expanduser", Mock(side_effect=RuntimeError("no home")))
     with pytest.raises(ValueError, match="no home folder for ~/.cache/jaxlm .*JAXLM_CACHE"):
         cache_root(None)
-    keep_compiled(None)  # does without
+    enable_compilation_cache(None)  # does without
 
 
 def test_list_and_clear(corpus, tmp_path):

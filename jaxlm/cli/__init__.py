@@ -1,1 +1,1 @@
-"""The `jaxlm` command, a file for each kind of thing that it works on."""
+"""The commands of `jaxlm`, one module for each kind of object."""

@@ -1,4 +1,4 @@
-"""`jaxlm cache`: what runs share."""
+"""`jaxlm cache`: prepared tokens and compiled programs that runs share."""
 
 import time
 
@@ -39,16 +39,16 @@ def list_all(*, cache_dir: str | None = None, json: bool = False) -> int:
 def clear(
     names: Positional[tuple[str, ...]] = (), *, cache_dir: str | None = None, delete: bool = False
 ) -> int:
-    """Say what would be deleted of the cache, or delete it; a run that needs it makes it again.
+    """List cache entries that can be deleted, or delete them; a run that needs one makes it again.
 
     Args:
-      names: which, as `jaxlm cache list` names them; data for all prepared tokens, programs for all
-        compiled programs.
+      names: names of `jaxlm cache list`; data for all prepared tokens, programs for all compiled
+        programs.
       cache_dir: the cache; by default $JAXLM_CACHE, else ~/.cache/jaxlm.
-      delete: do it; takes a name.
+      delete: delete the named entries.
 
     Examples:
-      jaxlm cache clear  # deletes nothing, and says what it could
+      jaxlm cache clear  # deletes nothing
       jaxlm cache clear embedded-eb4bcf8e9a60 --delete
       jaxlm cache clear data programs --delete
     """
@@ -75,5 +75,5 @@ def clear(
     if not found:
         print(f"nothing in {cache_root(cache_dir)}")
     elif not delete:
-        print("deleted nothing; name what is to go, and add --delete")
+        print("deleted nothing; to delete, name the entries and add --delete")
     return 0

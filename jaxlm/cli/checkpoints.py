@@ -1,4 +1,4 @@
-"""`jaxlm checkpoints`: those on disk."""
+"""`jaxlm checkpoints`: list, compare, verify, prune, copy and average checkpoints."""
 
 from jaxlm.cli.arguments import Folder, Run, RunAtStep, Runs
 from jaxlm.cli.output import notes, show
@@ -6,7 +6,7 @@ from jaxlm.errors import InputError
 
 
 def list_all(run: Run, *, json: bool = False) -> int:
-    """List the checkpoints of a run: step, tokens, losses, size, and which is what.
+    """List the checkpoints of a run: step, tokens, losses, size, and best, latest and final.
 
     Args:
       run: a run folder, or a checkpoint folder.
@@ -39,11 +39,11 @@ def compare(runs: Runs, *, json: bool = False) -> int:
 
 
 def diff(a: RunAtStep, b: RunAtStep) -> int:
-    """Compare two checkpoints bit by bit; exit code 0 only if every array is equal, else 1.
+    """Compare two checkpoints bit by bit; exit code 0 if every array is equal, else 1.
 
     Args:
       a: RUN@STEP; STEP is best, latest, final or a number, and latest if left out.
-      b: the other.
+      b: the checkpoint to compare with, likewise.
 
     Examples:
       jaxlm checkpoints diff runs/tiny@best runs/tiny@latest
@@ -58,13 +58,13 @@ def diff(a: RunAtStep, b: RunAtStep) -> int:
 
 
 def verify(run: Run, *, eval: bool = False, json: bool = False) -> int:
-    """Check every step in full, and the rows of metrics.jsonl; exit code 0 only if all are sound.
+    """Check every step in full, and the rows of metrics.jsonl; exit code 0 if all is sound, else 1.
 
-    Touches nothing on disk; a trainer may be at work in the folder.
+    Changes nothing on disk, and may run while the run is training.
 
     Args:
       run: a run folder, or a checkpoint folder.
-      eval: also evaluate the best one again: its loss must be the recorded one.
+      eval: also evaluate the best checkpoint again and compare with its recorded loss.
       json: print JSON.
 
     Examples:
@@ -79,29 +79,29 @@ def verify(run: Run, *, eval: bool = False, json: bool = False) -> int:
     steps = list_steps(folder)
     if not steps:
         raise InputError(f"{folder}: found no checkpoint to verify; name a folder that has some")
-    at_a_look = scan_folder(folder).damaged  # among them sound ones of another run
+    damaged = scan_folder(folder).damaged  # includes intact steps of another run
     for step in track(steps, "Verifying"):
-        if (damage := verify_step(folder, step)) is not None:  # not deleted by a trainer
-            found[step] = damage = damage or at_a_look.get(step, [])
+        if (damage := verify_step(folder, step)) is not None:  # None: deleted meanwhile
+            found[step] = damage = damage or damaged.get(step, [])
             if not json:
                 print(f"{step}: {'; '.join(damage) or 'sound'}", flush=True)
-    (rows, lacking), aside = verify_rows(run, folder), list_corrupt(folder)
+    (rows, lacking), set_aside = verify_rows(run, folder), list_corrupt(folder)
     sound = not any(found.values()) and not rows
-    values = {"folder": str(folder), "steps": found, "set_aside": aside, "rows": rows}
+    values = {"folder": str(folder), "steps": found, "set_aside": set_aside, "rows": rows}
     values["lost_rows"] = lacking
     if not json:
         lost = f", but it lacks {lacking}" if lacking else ""
         print(f"metrics.jsonl: {'; '.join(rows) or 'sound'}{lost}")
-    if aside and not json:
-        print(f"damaged, set aside earlier: {', '.join(aside)}")
+    if set_aside and not json:
+        print(f"damaged, set aside earlier: {', '.join(set_aside)}")
     if eval:
         with notes(json):
             (best,) = score([f"{run}@best"])
         values["eval"] = best.to_json() | {"as_recorded": best.as_recorded}
         sound = sound and best.as_recorded
         if not json:
-            for what in best.differences:
-                print(f"bits may differ from the recorded ones: {what}")
+            for difference in best.differences:
+                print(f"bits may differ from the recorded ones: {difference}")
             equal = "equal to the bit" if best.loss == best.recorded_loss else "equal in rounding"
             print(
                 f"eval loss of step {best.step}: recorded {best.recorded_loss!r}, found "
@@ -122,14 +122,15 @@ def prune(
     delete: bool = False,
     json: bool = False,
 ) -> int:
-    """Name the checkpoints that rules would drop, or delete them; never best and latest.
+    """List the checkpoints that the rules drop, or delete them; never best and latest.
 
     Args:
       run: a run folder, or a checkpoint folder.
-      keep_latest: the newest to keep.
-      keep_every: keep also each step that is a multiple of this.
-      disk_budget_gb: of those (or of all) keep as many as fit, evenly apart (10^9 bytes).
-      delete: do it; refused while a trainer is at work in the folder.
+      keep_latest: number of newest checkpoints to keep.
+      keep_every: also keep each step that is a multiple of this.
+      disk_budget_gb: of the multiples (of all steps without keep_every) keep only as many as fit,
+        evenly spaced (10^9 bytes).
+      delete: delete them; refused while the run is training.
       json: print JSON.
 
     Examples:
@@ -157,12 +158,12 @@ def prune(
 def copy(run: RunAtStep, dest: Folder, *, json: bool = False) -> int:
     """Copy a run or one step, verified; exit code 1 if a damaged step was left out, else 0.
 
-    A trainer may be at work in the run; a step that it deletes meanwhile is passed over. A copy in
-    a bucket (extra gcs) is brought back by the same command, the addresses the other way round.
+    The run may be training; a step that it deletes meanwhile is skipped. To restore a copy from a
+    bucket (extra gcs), swap the two addresses.
 
     Args:
       run: RUN or RUN@STEP, or gs://BUCKET/PATH.
-      dest: the new run folder, which appears once it is whole, or gs://BUCKET/PATH.
+      dest: the new run folder, which appears only when it is complete, or gs://BUCKET/PATH.
       json: print JSON.
 
     Examples:
@@ -173,7 +174,7 @@ def copy(run: RunAtStep, dest: Folder, *, json: bool = False) -> int:
     from jaxlm.checkpoints.copying import copy_run
 
     if run.startswith("gs://") and dest.startswith("gs://"):
-        raise InputError(f"{run} to {dest}: found two buckets, expected one end on this disk")
+        raise InputError(f"{run} to {dest}: found two buckets, expected a bucket and a folder")
     copy_there = upload if dest.startswith("gs://") else copy_run
     with notes(json):
         found = (download if run.startswith("gs://") else copy_there)(run, dest)
@@ -191,13 +192,13 @@ def average(
     out: str | None = None,
     json: bool = False,
 ) -> int:
-    """Average the weights of checkpoints, evaluate the result and write it beside the run.
+    """Average the weights of checkpoints, evaluate the result and write it to a new folder.
 
     Args:
       run: a run folder, or a checkpoint folder.
-      last: so many of the newest.
-      steps: these instead.
-      out: the new folder, which `jaxlm eval` opens; by default RUN-average-FIRST-LAST.
+      last: number of newest checkpoints to average.
+      steps: the steps to average, instead of the newest.
+      out: the new folder, a RUN for `jaxlm eval`; by default RUN-average-FIRST-LAST.
       json: print JSON.
 
     Examples:

@@ -1,6 +1,6 @@
-"""`jaxlm completion`: what makes a shell propose words, flags and paths.
+"""`jaxlm completion`: shell scripts that complete words, flags and paths.
 
-Not tyro's own, which proposes no paths in bash, and starts a Python at each Tab.
+tyro's completion proposes no paths in bash, and starts Python at each Tab.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,12 @@ _FISH = """complete -c jaxlm -n 'string match -q -- "{}" (string join " " (comma
 
 
 def script(shell: str, proposed: Mapping[str, Sequence[str]]) -> str:
-    """The script for bash, zsh or fish; a path is proposed where no word is.
+    """The script for bash, zsh or fish; paths are proposed where no word fits.
 
     Args:
-      shell: which.
-      proposed: words typed so far -> those that may follow at once, or the flags at any place.
+      shell: bash, zsh or fish.
+      proposed: words typed so far -> words that may follow directly, or flags that may follow
+        anywhere.
     """
     lines = []
     for typed, words in proposed.items():

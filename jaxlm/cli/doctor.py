@@ -1,4 +1,4 @@
-"""What this machine has for a run: versions, devices, memory, caches, disk."""
+"""`jaxlm doctor`: versions, devices, memory, caches and disk of this machine."""
 
 import importlib.util
 import os
@@ -17,11 +17,11 @@ from jaxlm.tracking.throughput import peak_flops
 
 
 def examine() -> list[str]:
-    """The findings, a line each."""
+    """The report, as lines of text."""
     lines = [f"python {platform.python_version()} on {platform.platform()}"]
     lines += [f"{name} {version}" for name, version in versions().items()]
-    there = [extra for extra, module in MODULES.items() if importlib.util.find_spec(module)]
-    lines.append(f"extras: {', '.join(there) or 'none'}")
+    installed = [extra for extra, module in MODULES.items() if importlib.util.find_spec(module)]
+    lines.append(f"extras: {', '.join(installed) or 'none'}")
     devices = jax.devices()
     peak = peak_flops(devices[0].device_kind)
     known = f", {peak / 1e12:.0f} TFLOP/s each" if peak else ""
@@ -34,7 +34,7 @@ def examine() -> list[str]:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         lines.append(f"memory: {format_bytes(memory)}")
     held = format_bytes(compiled_bytes(None) + sum(e["num_bytes"] for e in list_caches()))
-    lines.append(f"cache: {cache_root(None)} holds {held}; `jaxlm cache list` shows what")
+    lines.append(f"cache: {cache_root(None)} holds {held}; `jaxlm cache list` lists it")
     here = Path.cwd()
     lines.append(f"disk: {format_bytes(shutil.disk_usage(here).free)} free in {here}")
     return lines

@@ -1,4 +1,4 @@
-"""`jaxlm export` and `jaxlm import`: from and to the folders of Hugging Face transformers."""
+"""`jaxlm export` and `jaxlm import`: to and from Hugging Face model folders."""
 
 import math
 from typing import Literal
@@ -21,10 +21,10 @@ def export(
 
     Args:
       run: RUN@STEP; STEP is best, latest, final or a number, and best if left out.
-      folder: must not be there, or be empty.
-      dtype: of the weights.
-      max_shard_gb: weights in files of so many bytes (10^9) at most.
-      push: upload it to this repo of the Hugging Face Hub (OWNER/NAME); private, if it is new.
+      folder: the new folder, missing or empty.
+      dtype: dtype of the weights.
+      max_shard_gb: maximum size of a file of weights (10^9 bytes).
+      push: upload the folder to this repo of the Hugging Face Hub (OWNER/NAME); private if new.
       json: print JSON.
 
     Examples:
@@ -46,7 +46,7 @@ def export(
     ]
     if done.own_tokenizer:
         lines.append(
-            "  llama.cpp's converter does not know a tokenizer of your own: its pre-tokenizer is "
+            "  llama.cpp's converter does not know this tokenizer: its pre-tokenizer is "
             "`gpt-2` (see docs/interchange.md)"
         )
     if done.url:
@@ -56,11 +56,11 @@ def export(
 
 
 def import_folder(folder: Folder, run: Run, *, json: bool = False) -> int:
-    """Make a run that begins with the weights of a folder of transformers (Llama, Qwen3).
+    """Make a run that begins with the weights of a Hugging Face folder (Llama, Qwen3).
 
     Args:
-      folder: with config.json, safetensors and tokenizer.json.
-      run: the run folder to make; must not be there, or be empty.
+      folder: a folder with config.json, safetensors and tokenizer.json.
+      run: the new run folder, missing or empty.
       json: print JSON.
 
     Examples:
@@ -72,8 +72,8 @@ def import_folder(folder: Folder, run: Run, *, json: bool = False) -> int:
         done = import_folder(folder, run)
     text = (
         f"{done.run}: step 0, {done.num_params:,} parameters from {', '.join(done.dtypes)}\n"
-        f"  go on: python launch.py --config {done.config} --data.source text:GLOB\n"
-        f"  judge: jaxlm eval {done.run}@0 --source text:GLOB"
+        f"  train: python launch.py --config {done.config} --data.source text:GLOB\n"
+        f"  evaluate: jaxlm eval {done.run}@0 --source text:GLOB"
     )
     show(done._asdict(), text, json)
     return 0

@@ -1,4 +1,4 @@
-"""`jaxlm eval`, `sample` and `benchmark`: a trained model at work."""
+"""`jaxlm eval`, `jaxlm sample` and `jaxlm benchmark`."""
 
 import json
 from typing import Any
@@ -18,16 +18,16 @@ def evaluate(
     poll_s: float = 10.0,
     json: bool = False,
 ) -> int:
-    """Evaluate checkpoints on the held-out sets of their runs, or tell which of two is better.
+    """Evaluate checkpoints on the held-out sets of their runs, or compare two of them.
 
     Args:
       runs: RUN@STEP each; STEP is best, latest, final or a number, and best if left out.
-      paired: of two, the difference over the same batches, with a 95% confidence interval.
-      source: take the held-out documents of another source, such as text:GLOB.
-      follow: evaluate each new checkpoint of a run that is being trained, until its end (exit
-        code 0; 130 after Ctrl-C, and the same command goes on).
+      paired: compare two checkpoints on the same batches, with a 95% confidence interval.
+      source: evaluate on the held-out documents of another source, such as text:GLOB.
+      follow: evaluate each new checkpoint of a training run until the run ends (exit code 0; 130
+        after Ctrl-C, and the same command continues).
       out: with --follow, the file to append to; evals.jsonl in the run folder if left out.
-      poll_s: with --follow, seconds between two looks at the folder.
+      poll_s: with --follow, seconds between two scans of the folder.
       json: print JSON; with --follow, an object a line.
 
     Examples:
@@ -72,12 +72,12 @@ def evaluate(
 def _follow(run: str, source: str | None, out: str | None, poll_s: float, as_json: bool) -> int:
     from jaxlm.evaluation.follow import follow
 
-    def tell(row: Any) -> None:
+    def print_row(row: Any) -> None:
         line = f"step {row['step']}: loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f}"
         print(json.dumps(row) if as_json else f"{line}, held out of {row['source']}", flush=True)
 
     with notes(as_json):
-        follow(run, source=source, out=out, poll_s=poll_s, found=tell)
+        follow(run, source=source, out=out, poll_s=poll_s, on_row=print_row)
     return 0
 
 
@@ -95,11 +95,11 @@ def benchmark(
 
     Args:
       run: RUN@STEP; STEP is best, latest, final or a number, and best if left out.
-      tasks: their names, with commas between.
-      include_path: a folder with tasks of your own (YAML).
-      num_fewshot: examples in each prompt; by default what the task says.
-      limit: documents of each task at most.
-      batch_size: rows at a time.
+      tasks: names of tasks, separated by commas.
+      include_path: a folder with your own tasks (YAML).
+      num_fewshot: examples in each prompt; by default the number in the task.
+      limit: maximum number of documents of each task.
+      batch_size: rows of a batch.
       json: print JSON.
 
     Examples:
@@ -115,9 +115,9 @@ def benchmark(
 
     names = [name for name in tasks.split(",") if name]
     with notes(json):
-        reader = ScoringModel(run, batch_size=batch_size)
+        model = ScoringModel(run, batch_size=batch_size)
         found = run_tasks(
-            reader,
+            model,
             names,
             include_path=include_path and expand(include_path, "--include_path"),
             num_fewshot=num_fewshot,
@@ -129,7 +129,7 @@ def benchmark(
         + ", ".join(f"{key} {value:.4f}" for key, value in values.items() if key not in about)
         for name, values in found.items()
     ]
-    show({"run": run, "step": reader.step, "tasks": found}, "\n".join(lines), json)
+    show({"run": run, "step": model.step, "tasks": found}, "\n".join(lines), json)
     return 0
 
 
@@ -145,16 +145,17 @@ def sample(
     seed: int = 0,
     json: bool = False,
 ) -> int:
-    """Have a trained model write on from a prompt, to the end of the document at most.
+    """Continue a prompt with a trained model, at most to the end of the document.
 
     Args:
       run: RUN@STEP; STEP is best, latest, final or a number, and best if left out.
-      prompt: one text or several, as many as there are; by default the beginning of a document.
+      prompt: one text or several; by default the beginning of a document.
       num_samples: texts for each prompt.
-      max_tokens: new tokens of each text, at most; by default 256, or what seq_len leaves.
-      temperature: above 1 is more varied, below 1 less; 0 takes the most likely token, always.
-      top_k: choose among this many of the most likely tokens.
-      top_p: choose among the fewest most likely tokens that together have this probability.
+      max_tokens: maximum number of new tokens of each text; by default 256, or less if seq_len
+        leaves less room.
+      temperature: above 1 is more varied, below 1 less; 0 always takes the most likely token.
+      top_k: sample from this many of the most likely tokens only.
+      top_p: sample from the smallest set of most likely tokens with at least this probability.
       seed: the same seed gives the same text.
       json: print JSON.
 

@@ -1,4 +1,4 @@
-"""What a command prints: for a person, or as JSON for a script."""
+"""Output of commands, as text or as JSON."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from jaxlm.terminal import log_to, output
 
 
 def notes(as_json: bool) -> AbstractContextManager[None]:
-    """Prints log records meanwhile; JSON is alone on standard output."""
+    """Prints log records inside the block; with JSON on stderr, so that stdout holds only JSON."""
 
     def write(line: str) -> None:
         print(line, file=output(sys.stderr if as_json else sys.stdout))

@@ -1,4 +1,4 @@
-"""`jaxlm train`; `prepare`, `prove-resume`, `plan`: a config before that; `report`, `doctor`."""
+"""`jaxlm train`, `prepare`, `prove-resume`, `plan`, `report` and `doctor`."""
 
 import json
 from pathlib import Path
@@ -14,10 +14,10 @@ from jaxlm.terminal import progress, track
 
 
 def train(flags: Positional[tuple[str, ...]] = ()) -> int:
-    """Train a config, or go on with a run.
+    """Train a config, or resume a run.
 
     Args:
-      flags: a config file or a run folder; and the flags of launch.py.
+      flags: a config file or a run folder, then the flags of launch.py.
 
     Examples:
       jaxlm train configs/tiny.py
@@ -29,10 +29,10 @@ def train(flags: Positional[tuple[str, ...]] = ()) -> int:
 
 
 def prepare(flags: Positional[tuple[str, ...]] = ()) -> int:
-    """Make the tokens of a config, without training.
+    """Prepare the tokens of a config, without training.
 
     Args:
-      flags: those of launch.py.
+      flags: the flags of launch.py.
 
     Examples:
       jaxlm prepare --config configs/180m.py
@@ -56,10 +56,10 @@ def prepare(flags: Positional[tuple[str, ...]] = ()) -> int:
 
 
 def prove_resume(flags: Positional[tuple[str, ...]] = ()) -> int:
-    """Kill and resume a short run of a config, and compare the bits.
+    """Kill and resume a short run of a config, and compare it bit by bit with an uninterrupted one.
 
     Args:
-      flags: --prove_steps, --prove_kills, --prove_seed and --out; and those of launch.py.
+      flags: --prove_steps, --prove_kills, --prove_seed and --out; and the flags of launch.py.
 
     Examples:
       jaxlm prove-resume --config configs/tiny.py
@@ -81,10 +81,10 @@ def prove_resume(flags: Positional[tuple[str, ...]] = ()) -> int:
 
 
 def plan(flags: Positional[tuple[str, ...]] = ()) -> int:
-    """Say what a run needs on devices that are not here.
+    """Compute memory, step time and largest batch of a run on devices that this machine lacks.
 
     Args:
-      flags: --topology, --save_cost_s, --mtbf_hours, --max_compiles and --json; and those of
+      flags: --topology, --save_cost_s, --mtbf_hours, --max_compiles and --json; and the flags of
         launch.py.
 
     Examples:
@@ -104,7 +104,7 @@ def plan(flags: Positional[tuple[str, ...]] = ()) -> int:
 
 
 def doctor() -> int:
-    """Say what this machine has for a run: versions, devices, caches, disk.
+    """Print versions, devices, caches and disk of this machine.
 
     Examples:
       jaxlm doctor
@@ -118,11 +118,11 @@ def doctor() -> int:
 def report(runs: Runs, *, out: Path = Path("report.html"), json: bool = False) -> int:
     """Make one HTML page of runs: curves, events, checkpoints, time and settings side by side.
 
-    Touches nothing in the runs; they may be training.
+    Changes nothing in the runs, which may be training.
 
     Args:
       runs: run folders, or checkpoint folders.
-      out: the page; it is replaced as a whole.
+      out: the file to write; an existing one is replaced.
       json: print JSON.
 
     Examples:

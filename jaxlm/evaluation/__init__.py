@@ -1,1 +1,1 @@
-"""Checkpoints judged from outside of the run."""
+"""Evaluation of checkpoints outside of the run."""

@@ -1,4 +1,4 @@
-"""The mean of the weights of several checkpoints of a run, in a folder of its own."""
+"""Averages the weights of several checkpoints of a run into a new run folder."""
 
 import secrets
 from collections.abc import Sequence
@@ -28,12 +28,12 @@ from jaxlm.tracking.rows import Rows
 
 
 class Averaged(NamedTuple):
-    """An average, and how good it is."""
+    """An average, and the losses of the average and of its parts."""
 
     folder: Path
-    """Where it is: a run folder of one checkpoint that holds weights only."""
+    """The new run folder, with one checkpoint that holds weights only."""
     step: int
-    """Of the newest part."""
+    """Step of the newest part."""
     loss: float
     """Held-out loss of the average (nats per token)."""
     parts: dict[int, float]
@@ -44,20 +44,20 @@ class Averaged(NamedTuple):
 def average(
     run: str, *, last: int = 5, steps: Sequence[int] = (), out: str | None = None
 ) -> Averaged:
-    """Averages the weights of checkpoints, evaluates the result and writes it beside the run.
+    """Averages the weights of checkpoints, evaluates the result and writes it to a new folder.
 
     Latest weight averaging (Sanyal et al., "Early Weight Averaging meets High Learning Rates for
-    LLM Pre-training", 2306.03241). The run is left as it is.
+    LLM Pre-training", 2306.03241). The run itself is not changed.
 
     Args:
       run: a run folder or checkpoint folder.
-      last: average so many of the newest sound checkpoints, or as many as there are.
-      steps: average these instead.
+      last: number of newest sound checkpoints to average; all, if there are fewer.
+      steps: the steps to average, instead of the newest.
       out: the new folder; by default RUN-average-FIRST-LAST.
 
     Raises:
-      ValueError: no such run or step, fewer than two, one is damaged, `out` is there already, or
-        the run's held-out set cannot be had.
+      ValueError: no such run or step, fewer than two checkpoints, one is damaged, `out` exists, or
+        the run's held-out set is not available.
     """
     if last < 2:
         raise InputError(f"--last: found {last}, expected at least 2 checkpoints to average")
@@ -66,7 +66,7 @@ def average(
     if len(chosen) < 2:
         raise InputError(
             f"{run}: found {len(chosen)} checkpoint(s) to average, expected at least 2; "
-            "`jaxlm checkpoints list` shows what there is, --checkpoint.keep_every keeps more"
+            "`jaxlm checkpoints list` lists them, and --checkpoint.keep_every keeps more"
         )
     run_dir = run_folder(run, folder)
     target = check_free(out or f"{run_dir.resolve()}-average-{chosen[0]}-{chosen[-1]}")
@@ -84,24 +84,24 @@ def average(
             num_worse_evals=0,
             final=False,
             lineage=[*newest.lineage, entry],
-            rows=Rows(),  # those of the run stay with it
+            rows=Rows(),  # metrics.jsonl stays with the run
             run_id=secrets.token_hex(8),
             fingerprints=fingerprint(params),
         )
-        _describe(path, metadata)
+        _write_metadata(path, metadata)
         if (folder / TOKENIZER).is_file():
             write_file(path.parent / TOKENIZER, (folder / TOKENIZER).read_bytes())
         names = [f"{partial}@{newest.step}", *(f"{folder}@{step}" for step in chosen)]
-        with log_to(lambda line: None):  # the folder is about to get another name
-            own, *others = score(names)
-        known = {"eval_loss": own.loss, "best_eval_loss": own.loss}
-        _describe(path, replace(metadata, **known, environment=own.environment))
-    losses = {step: other.loss for step, other in zip(chosen, others, strict=True)}
-    return Averaged(target, newest.step, own.loss, losses)
+        with log_to(lambda line: None):  # a log line would name the temporary folder
+            mean, *others = score(names)
+        losses = {"eval_loss": mean.loss, "best_eval_loss": mean.loss}
+        _write_metadata(path, replace(metadata, **losses, environment=mean.environment))
+    parts = {step: other.loss for step, other in zip(chosen, others, strict=True)}
+    return Averaged(target, newest.step, mean.loss, parts)
 
 
 def _mean_params(folder: Path, steps: Sequence[int]) -> tuple[dict[str, Any], Metadata]:
-    # One part after the other is in memory, beside the sum in float64. With the newest's metadata.
+    # Mean, and metadata of the newest part. Memory holds one part at a time and a float64 sum.
     with progress("Averaging", len(steps)) as advance:
         params, newest = _verified_params(folder, steps[0])
         total = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
@@ -113,7 +113,7 @@ def _mean_params(folder: Path, steps: Sequence[int]) -> tuple[dict[str, Any], Me
 
 
 def _verified_params(folder: Path, step: int) -> tuple[dict[str, Any], Metadata]:
-    return read(f"{folder}@{step}", _restore)  # every file is verified, and then every array
+    return read(f"{folder}@{step}", _restore)  # verifies files, then arrays
 
 
 def _restore(selected: Selected) -> tuple[dict[str, Any], Metadata]:
@@ -134,6 +134,6 @@ def _save(path: Path, params: dict[str, Any]) -> None:
         checkpointer.save(path.absolute(), args=args_of(params))
 
 
-def _describe(path: Path, metadata: Metadata) -> None:
+def _write_metadata(path: Path, metadata: Metadata) -> None:
     metadata.write(path)
     write_manifest(path)

@@ -1,7 +1,7 @@
-"""evals.jsonl in a run folder: what `jaxlm eval --follow` found of each checkpoint.
+"""evals.jsonl in a run folder: the results of `jaxlm eval --follow`.
 
-A row is a checkpoint on a held-out set. It names the bits of the checkpoint, since a run that went
-back makes the same step again with others.
+A row is one checkpoint on one held-out set. A row names the weights by hash, not by step alone: a
+run that rolled back makes the same step again with other weights.
 """
 
 import fcntl
@@ -18,17 +18,17 @@ from jaxlm.files.strict import jsonable, parse_json
 
 NAME = "evals.jsonl"
 _MAX_BYTES = 1 << 28
-_BEGINNING = b'{"step": '  # of each line
+_LINE_START = b'{"step": '
 
 
 class Eval(TypedDict):
-    """A row."""
+    """A row of evals.jsonl."""
 
     step: int
     checkpoint: str
-    """`checkpoint_id` of it."""
+    """`checkpoint_id` of the checkpoint."""
     source: str
-    """Whose held-out documents these are."""
+    """`data.source` of the held-out documents."""
     loss: float
     """Nats per token."""
     perplexity: float
@@ -36,14 +36,14 @@ class Eval(TypedDict):
 
 
 def checkpoint_id(metadata: Metadata) -> str:
-    """16 hex digits, the same for checkpoints with the same weights."""
+    """16 hex digits, equal for checkpoints with equal weights."""
     item, found = metadata.weights_item, metadata.fingerprints
     weights = {k: v for k, v in found.items() if k.startswith(f"{item}/")}
     return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_evals(path: Path) -> list[Eval]:
-    """The rows, oldest first, without a last line that a kill cut short; none without a file.
+    """The rows, oldest first, without a last line that a kill cut short; empty if no file exists.
 
     Raises:
       ValueError: a line is not a row.
@@ -58,24 +58,25 @@ def read_evals(path: Path) -> list[Eval]:
             rows.append(parse_json(line, Eval))
         except ValueError as error:
             raise InputError(
-                f"{path}, line {number}: found {line[:80]!r}, expected what `jaxlm eval --follow` "
-                f"writes ({error}); mend or delete that line"
+                f"{path}, line {number}: found {line[:80]!r}, expected a row of `jaxlm eval "
+                f"--follow` ({error}); mend or delete that line"
             ) from error
     return rows
 
 
 class EvalLog:
-    """The file open for writing, by one process at a time.
+    """evals.jsonl, open for writing by one process at a time.
 
     Attributes:
       rows: all rows, oldest first.
     """
 
     def __init__(self, path: Path):
-        """Opens the file, made if missing, and cuts off a line that a kill left short.
+        """Opens or creates the file, and cuts off a line that a kill left short.
 
         Raises:
-          ValueError: another process has it open, it has other rows, or there is no such folder.
+          ValueError: another process has the file open, it has other content, or its folder is
+            missing.
         """
         path = check_output_path(path)
         self._file = path.open("ab", buffering=0)
@@ -84,13 +85,13 @@ class EvalLog:
             self.rows = read_evals(path)
             content = read_file(path, _MAX_BYTES)
             kept = content.rfind(b"\n") + 1
-            if not content[kept:].startswith(_BEGINNING[: len(content) - kept]):
+            if not content[kept:].startswith(_LINE_START[: len(content) - kept]):
                 raise InputError(f"{path}: found other content than evals; name another --out")
             self._file.truncate(kept)
         except BlockingIOError:
             self._file.close()
             raise InputError(
-                f"{path}: another `jaxlm eval --follow` writes to it; wait for it, stop it, or "
+                f"{path}: another `jaxlm eval --follow` is writing this file; wait, stop it, or "
                 "name another file with --out"
             ) from None
         except ValueError:
@@ -104,7 +105,7 @@ class EvalLog:
         self._file.close()
 
     def append(self, row: Eval) -> None:
-        """Adds a row, on the disk when this returns."""
+        """Appends a row and syncs it to disk."""
         line = json.dumps({name: jsonable(value) for name, value in row.items()}) + "\n"
         self._file.write(line.encode())
         os.fsync(self._file.fileno())

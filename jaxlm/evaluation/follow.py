@@ -28,24 +28,23 @@ def follow(
     source: str | None = None,
     out: str | None = None,
     poll_s: float,
-    found: Callable[[Eval], None] = lambda _: None,
+    on_row: Callable[[Eval], None] = lambda _: None,
 ) -> None:
     """Evaluates a run's checkpoints, oldest first, until the newest is final and all have a row.
 
-    Nothing in the checkpoint folder is changed. A checkpoint that retention deletes before its turn
-    is skipped, and so is a damaged one; both are logged. A checkpoint with a row is not evaluated
-    again.
+    The checkpoint folder is not changed. A damaged checkpoint, or one that retention deletes before
+    its turn, is skipped with a log line. A checkpoint with a row is not evaluated again.
 
     Args:
       run: a run folder or checkpoint folder.
-      source: another `data.source`, whose held-out documents to use instead.
+      source: another `data.source` to take the held-out documents from.
       out: the file to append to; by default `evals.jsonl` in the run folder.
-      poll_s: time between two looks at the folder (s).
-      found: called with each row, once the row is on disk.
+      poll_s: time between two scans of the folder (s).
+      on_row: called with each row, once the row is on disk.
 
     Raises:
-      ValueError: there is no such run, another process writes the file, or the data is no longer
-        that of the run.
+      ValueError: there is no such run, another process writes the file, or the data has changed
+        since the run.
       DiskError: the disk does not respond.
     """
     if not 0 < poll_s < math.inf:
@@ -57,7 +56,7 @@ def follow(
         EvalLog(Path(out) if out else run_folder(run, folder) / NAME) as log,
     ):
         damaged: set[tuple[int, str, str]] = set()
-        looked_at: set[int] = set()
+        damaged_before: set[int] = set()
         while True:
             steps, missed = scan_folder(folder).sound, False
             done = {(row["step"], row["checkpoint"], row["source"]) for row in log.rows}
@@ -76,14 +75,15 @@ def follow(
                     _log.info(f"step {step} was deleted or replaced before it could be evaluated")
                 else:
                     log.append(row)
-                    found(row)
+                    on_row(row)
             now = scan_folder(folder)
             if not missed and now.sound.keys() == steps.keys():
                 final = bool(steps) and steps[max(steps)].final
-                for step in now.damaged if final else now.damaged.keys() & looked_at:
-                    what = now.damaged[step][0]  # A second scan: the first may see half a commit.
-                    warn_once(f"step {step} is damaged, and was passed over ({what})")
-                looked_at = set(now.damaged)
+                for step in now.damaged if final else now.damaged.keys() & damaged_before:
+                    # Warn at the second scan: the first may see half a commit.
+                    reason = now.damaged[step][0]
+                    warn_once(f"step {step} is damaged, and was passed over ({reason})")
+                damaged_before = set(now.damaged)
                 if final:
                     return
                 time.sleep(poll_s)
@@ -91,7 +91,7 @@ def follow(
 
 @contextlib.contextmanager
 def _each_line_once(name: str) -> Iterator[None]:
-    # Else the best loss so far would be logged again with each checkpoint.
+    # `log_selected` would repeat the best loss so far with each checkpoint.
     logger, seen = logging.getLogger(name), set[str]()
 
     def is_new(record: logging.LogRecord) -> bool:

@@ -1,4 +1,4 @@
-"""A checkpoint as a model of EleutherAI's lm-eval (the extra `lm-eval`), and its tasks run."""
+"""Runs tasks of EleutherAI's lm-eval (the extra `lm-eval`) on a checkpoint."""
 
 import logging
 from collections.abc import Sequence
@@ -22,38 +22,38 @@ from jaxlm.terminal import prints_lines, progress
 
 _log = logging.getLogger(__name__)
 
-_MAX_NEW_TOKENS = 256  # where a task names no number, as lm-eval's own adapters
+_MAX_NEW_TOKENS = 256  # default of lm-eval's adapters
 
 
-class Harnessed(TemplateLM):
-    """What lm-eval asks of a model; the base class turns text into pairs of token lists."""
+class HarnessModel(TemplateLM):
+    """A `ScoringModel` with lm-eval's interface; the base class tokenizes text into pairs."""
 
-    def __init__(self, reader: ScoringModel):
+    def __init__(self, model: ScoringModel):
         super().__init__()
-        self._reader = reader
+        self._scoring_model = model
 
     @property
     def eot_token_id(self) -> int:
-        """The end of a document, which is also what a text without a context follows."""
-        return self._reader.eos_id
+        """The EOS token, which is also the context of a text without one."""
+        return self._scoring_model.eos_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Text to tokens; none is added."""
+        """The tokens of a text, without special tokens."""
         del add_special_tokens, kwargs
-        return self._reader.tokenizer.encode(string, add_special_tokens=False).ids
+        return self._scoring_model.tokenizer.encode(string, add_special_tokens=False).ids
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         pairs: list[Pair] = [(context, continuation) for _, context, continuation in requests]
-        return [tuple(found) for found in _with_progress(self._reader, pairs)]
+        return [tuple(found) for found in _with_progress(self._scoring_model, pairs)]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """The log-likelihood of whole texts, each token predicted once, in full windows."""
+        """The log-likelihood (nats) of whole texts, each token predicted once, in full windows."""
         del disable_tqdm
         pairs: list[Pair] = []
         owners: list[int] = []
@@ -61,46 +61,46 @@ class Harnessed(TemplateLM):
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
-                max_seq_len=self._reader.seq_len,
+                max_seq_len=self._scoring_model.seq_len,
                 context_len=1,
             )
             for window in map(make_disjoint_window, windows):
                 pairs.append(window)
                 owners.append(number)
         totals = [0.0] * len(requests)
-        for owner, found in zip(owners, _with_progress(self._reader, pairs), strict=True):
+        for owner, found in zip(owners, _with_progress(self._scoring_model, pairs), strict=True):
             totals[owner] += found.logprob
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy text up to a stop sequence, the end of the document or a number of tokens.
+        """Greedy continuations up to a stop sequence, the end of the document or a token limit.
 
         Raises:
-          ValueError: the task asks for sampling, or for more tokens than the model looks at.
+          ValueError: the task asks for sampling, or for more new tokens than `seq_len` allows.
         """
         del disable_tqdm
         texts = [""] * len(requests)
         groups: dict[str, list[int]] = {}
-        asked: list[Any] = [request.args for request in requests]  # context, options
-        for number, (_, options) in enumerate(asked):
+        calls: list[Any] = [request.args for request in requests]  # context, options
+        for number, (_, options) in enumerate(calls):
             groups.setdefault(repr(options), []).append(number)
         for numbers in groups.values():
-            contexts, options = [asked[n][0] for n in numbers], asked[numbers[0]][1]
+            contexts, options = [calls[n][0] for n in numbers], calls[numbers[0]][1]
             for number, text in zip(numbers, self._generate(contexts, options), strict=True):
                 texts[number] = text
         return texts
 
-    def _generate(self, contexts: Sequence[str], asked: dict[str, Any]) -> list[str]:
-        decode = self._reader.tokenizer.decode
-        default = min(_MAX_NEW_TOKENS, self._reader.seq_len // 2)
-        options: dict[str, Any] = dict(normalize_gen_kwargs(asked, default))
+    def _generate(self, contexts: Sequence[str], kwargs: dict[str, Any]) -> list[str]:
+        decode = self._scoring_model.tokenizer.decode
+        default = min(_MAX_NEW_TOKENS, self._scoring_model.seq_len // 2)
+        options: dict[str, Any] = dict(normalize_gen_kwargs(kwargs, default))
         if options["do_sample"]:
             raise InputError(
-                f"generation_kwargs: found {asked}, expected greedy decoding; set do_sample: false "
-                "in the task"
+                f"generation_kwargs: found {kwargs}, expected greedy decoding; set do_sample: "
+                "false in the task"
             )
         until = handle_stop_sequences(options.get("until"), eos=None)
-        found = self._reader.continue_greedily(
+        found = self._scoring_model.continue_greedily(
             [self.tok_encode(context) or [self.eot_token_id] for context in contexts],
             options["max_gen_toks"],
             lambda tokens: any(s and s in decode(tokens) for s in until),
@@ -108,32 +108,32 @@ class Harnessed(TemplateLM):
         return [postprocess_generated_text(decode(tokens), until, None) for tokens in found]
 
 
-def _with_progress(reader: ScoringModel, pairs: Sequence[Pair]) -> list[Any]:
+def _with_progress(model: ScoringModel, pairs: Sequence[Pair]) -> list[Any]:
     with progress("Reading", len(pairs)) as advance:
-        return reader.likelihoods(pairs, advance)
+        return model.likelihoods(pairs, advance)
 
 
 @prints_lines
 def run_tasks(
-    reader: ScoringModel,
+    model: ScoringModel,
     tasks: Sequence[str],
     *,
     include_path: str | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Runs tasks of lm-eval.
+    """Results of lm-eval tasks.
 
     Args:
-      reader: the model.
-      tasks: their names; groups and tags too.
-      include_path: a folder of YAML tasks. If all tasks are there, lm-eval's own are not looked at,
+      model: the model.
+      tasks: names of tasks, groups or tags.
+      include_path: a folder of YAML tasks. If it has all tasks, lm-eval's own are not indexed,
         which takes half a minute.
-      num_fewshot: examples in a prompt, where not what the task says.
-      limit: documents of each task at most.
+      num_fewshot: examples in a prompt; None for the number in the task.
+      limit: maximum number of documents of each task.
 
     Returns:
-      `tasks`: for each the metrics, `samples` (documents) and `version`.
+      Task -> its metrics, `samples` (number of documents) and `version`.
 
     Raises:
       ValueError: there is no such task.
@@ -149,14 +149,14 @@ def run_tasks(
                 f"--tasks: found {task}, expected the name of a task of lm-eval or of one in "
                 f"--include_path ({near})"
             )
-    evaluate: Any = lm_eval.simple_evaluate  # its own types do not fit it
+    evaluate: Any = lm_eval.simple_evaluate  # its annotations are wrong
     found = evaluate(
-        Harnessed(reader),
+        HarnessModel(model),
         tasks=list(tasks),
         task_manager=manager,
         num_fewshot=num_fewshot,
         limit=limit,
-        bootstrap_iters=0,  # it would fork this process, threads and all
+        bootstrap_iters=0,  # bootstrapping forks, which is unsafe with JAX
         log_samples=False,
     )
     return {

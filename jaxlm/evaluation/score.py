@@ -1,4 +1,4 @@
-"""Verifies, evaluates and compares checkpoints, outside of the run."""
+"""Verifies, evaluates and compares checkpoints outside of the run."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.names import split_step
 from jaxlm.checkpoints.reading import read
 from jaxlm.checkpoints.restore import find_changed_arrays
-from jaxlm.compilation_cache import keep_compiled
+from jaxlm.compilation_cache import enable_compilation_cache
 from jaxlm.config import Config, MeshConfig
 from jaxlm.data.dataset import Dataset
 from jaxlm.device.loss import Batch, next_token_loss
@@ -44,37 +44,37 @@ from jaxlm.training.evaluate import batch_sums, means
 from jaxlm.training.setup import held_out_batches, hold_out, mask_id, prepare_data
 
 TOLERANCE = 1e-3
-"""Relative difference of the losses of equal params in float32 and in bfloat16."""
+"""Allowed relative difference of a loss, as between float32 and bfloat16."""
 
 
 def verify_step(folder: Path, step: int) -> list[str] | None:
     """The damage of a step, after a check of every file and every array.
 
-    Changes nothing on disk, and takes no model. A trainer may be at work in the folder.
+    Changes nothing on disk, and needs no model. The run may be training.
 
     Returns:
-      Empty for a sound step; None for one that was deleted meanwhile.
+      One text for each damage, none for a sound step; None if the step was deleted meanwhile.
     """
     path = folder / str(step)
 
-    def look() -> list[str]:
+    def inspect_step() -> list[str]:
         try:
             if damage := find_damage(path):
                 return damage
             metadata = read_metadata(folder, step)
-            metadata.run_config()  # a resume reads it too
+            metadata.run_config()  # raises if a resume could not read it
             changed = find_changed_arrays(path, metadata)
         except (OSError, ValueError, RuntimeError) as error:
             return [f"it cannot be restored: {error}"]
         return [f"{name} differs from what was saved" for name in changed]
 
-    return when_settled(path, look)
+    return when_settled(path, inspect_step)
 
 
 def verify_rows(run: str, folder: Path) -> tuple[list[str], str]:
-    """The damage of metrics.jsonl, and the rows known to be lost before.
+    """The damage of metrics.jsonl, and a text on rows that were lost earlier.
 
-    Compared with the newest checkpoint; a trainer may be at work.
+    metrics.jsonl is compared with the newest checkpoint. The run may be training.
     """
     path, found = run_folder(run, folder) / ROWS, scan_folder(folder).sound
     if not found:
@@ -85,37 +85,37 @@ def verify_rows(run: str, folder: Path) -> tuple[list[str], str]:
 
 
 class Score(NamedTuple):
-    """A checkpoint on a held-out set."""
+    """The loss of a checkpoint on a held-out set."""
 
     run: str
     """`RUN@STEP`."""
     step: int
     checkpoint: str
-    """`checkpoint_id` of what was loaded."""
+    """`checkpoint_id` of the loaded checkpoint."""
     source: str
-    """Whose held-out documents these are."""
+    """`data.source` of the held-out documents."""
     loss: float
     """Nats per token."""
     perplexity: float
     num_tokens: int
-    """Tokens predicted."""
+    """Number of tokens predicted."""
     recorded_loss: float | None
-    """Loss in the checkpoint; None without an eval there, or with another source."""
+    """Eval loss in the checkpoint's metadata; None if it has none, or with another source."""
     differences: list[str]
-    """Differences of the environment that may change bits, from the run to here."""
+    """Differences between the run's environment and this one that may change bits."""
     environment: dict[str, Any]
-    """The environment here."""
+    """Environment of this evaluation."""
     sums: np.ndarray
     """Loss sum (nats) and number of tokens of each batch: float64 [batches, 2]."""
 
     @property
     def as_recorded(self) -> bool:
-        """Whether it is the recorded loss: to the bit, where nothing says that bits may differ."""
+        """Whether the loss equals the recorded one; within `TOLERANCE` if bits may differ."""
         recorded = math.nan if self.recorded_loss is None else self.recorded_loss
         return math.isclose(self.loss, recorded, rel_tol=TOLERANCE if self.differences else 0.0)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values: all but the checkpoint's id, the sums and the environment."""
+        """The score as JSON values, without checkpoint id, sums and environment."""
         left_out = ("checkpoint", "sums", "environment")
         return {name: value for name, value in self._asdict().items() if name not in left_out}
 
@@ -131,16 +131,16 @@ class _Candidate(NamedTuple):
 
 @prints_lines
 def score(runs: Sequence[str], *, source: str | None = None, paired: bool = False) -> list[Score]:
-    """Evaluates checkpoints on the held-out sets of their runs, on any number of devices.
+    """The scores of checkpoints on the held-out sets of their runs, on any number of devices.
 
     Args:
-      runs: `RUN@STEP` each; best, where no STEP is given.
-      source: another `data.source`, of whose held-out documents to take the tokens instead.
-      paired: evaluate all in the batches of the first.
+      runs: `RUN@STEP` each; best if STEP is left out.
+      source: another `data.source` to take the held-out documents from.
+      paired: evaluate all checkpoints on the batches of the first.
 
     Raises:
-      ValueError: a run or step is not there, or is damaged; the data is no longer that of the run;
-        or `paired`, and the runs have other held-out sets or tokenizers.
+      ValueError: a run or step is missing or damaged; the data has changed since the run; or
+        `paired`, and the runs differ in held-out set, tokenizer or `seq_len`.
     """
     scorer = Scorer(source)
     found = [scorer.find(run) for run in runs]
@@ -150,7 +150,7 @@ def score(runs: Sequence[str], *, source: str | None = None, paired: bool = Fals
 
 
 class Scorer:
-    """Evaluates one checkpoint after the other; data that they share is prepared once."""
+    """Evaluates checkpoints one by one; the data of consecutive ones is prepared once if equal."""
 
     def __init__(self, source: str | None):
         """Arguments are those of `score`."""
@@ -158,7 +158,7 @@ class Scorer:
         self._prepare = functools.lru_cache(maxsize=1)(prepare_data)
 
     def __call__(self, run: str) -> Score:
-        """The score of `RUN@STEP`; raises what `score` does."""
+        """The score of `RUN@STEP`; raises as `score`."""
         return _score(self.find(run), self._source)
 
     def find(self, run: str) -> _Candidate:
@@ -167,19 +167,19 @@ class Scorer:
         config, recorded = selected.metadata.run_config(), selected.metadata.data_fingerprint
         if not (self._source or recorded):
             raise InputError(
-                f"{run}: was imported, or had batches of its own, so it has no held-out set; name "
-                "text with --source"
+                f"{run}: was imported, or trained on custom batches, so it has no held-out set; "
+                "name text with --source"
             )
         if self._source:
             tokenizer = str(selected.folder / TOKENIZER)
             data = dataclasses.replace(config.data, source=self._source, tokenizer=tokenizer)
             config = dataclasses.replace(config, data=data)
-        keep_compiled(config.data.cache_dir)
+        enable_compilation_cache(config.data.cache_dir)
         config, dataset = self._prepare(config)
         if not self._source and dataset.fingerprint != recorded:
             raise InputError(
                 f"{run}: found data {dataset.fingerprint}, expected that of the run, {recorded}; "
-                "bring it back, or name other text with --source"
+                "restore that data, or name other text with --source"
             )
         name = run if split_step(run)[1] else f"{run}@best"
         return _Candidate(name, selected, config, dataset)
@@ -194,9 +194,9 @@ def _in_batches_of(first: _Candidate, other: _Candidate) -> _Candidate:
         "seq_len": first.config.seq_len == other.config.seq_len,
     }
     if not all(same.values()):
-        what = ", ".join(name for name, is_same in same.items() if not is_same)
+        names = ", ".join(name for name, is_same in same.items() if not is_same)
         raise InputError(
-            f"{first.run} and {other.run} differ in {what}, so they have no batches in common; "
+            f"{first.run} and {other.run} differ in {names}, so they have no batches in common; "
             "compare runs of the same data, or leave --paired out"
         )
     batch = {name: getattr(first.config, name) for name in ("batch_size", "num_microbatches")}
@@ -217,7 +217,7 @@ def _score(candidate: _Candidate, source: str | None) -> Score:
         def step(params: Params, batch: Batch) -> dict[str, jax.Array]:
             nonlocal before
             now = eval_step(params, batch)
-            if before is not None:  # reported one batch late: the device has the next one already
+            if before is not None:  # one batch late, so that the device is never idle
                 jax.block_until_ready(before)
                 advance(1)
             before = now
@@ -242,7 +242,7 @@ def _score(candidate: _Candidate, source: str | None) -> Score:
 
 
 def _choose_mesh(recorded: dict[str, int], micro_batch_size: int) -> Mesh:
-    # That of the run, for its bits, or else as many devices as a batch can be split for.
+    # The mesh of the run, for equal bits, or else as many devices as divide a microbatch.
     count = jax.device_count()
     fits = micro_batch_size % (recorded["data"] * recorded["fsdp"]) == 0
     if fits and math.prod(recorded.values()) == count:
@@ -251,13 +251,13 @@ def _choose_mesh(recorded: dict[str, int], micro_batch_size: int) -> Mesh:
 
 
 class PairedDifference(NamedTuple):
-    """The difference of two checkpoints' losses on the same batches, with confidence interval."""
+    """The difference of two losses on the same batches, with its confidence interval."""
 
     mean: float
     """Loss of the first minus loss of the second (nats per token)."""
     low: float
     high: float
-    """95% confidence interval of it."""
+    """95% confidence interval of the mean."""
     num_batches: int
 
     @property
@@ -274,12 +274,12 @@ def paired_difference(sums_a: np.ndarray, sums_b: np.ndarray) -> PairedDifferenc
     The difficulty of a batch is common to both, and cancels in the difference (Miller, "Adding
     Error Bars to Evals", 2411.00640, section 3). The mean is a ratio, of the sum of differences to
     the number of tokens; its error is that of a ratio estimator over batches (Cochran, "Sampling
-    Techniques", 3rd ed. 1977, chapter 6), with Student's t at one less than the batches. The
+    Techniques", 3rd ed. 1977, chapter 6), with Student's t of (batches - 1) degrees of freedom. The
     interval holds for more text of this kind, not for other text.
 
     Args:
-      sums_a: of `batch_sums`.
-      sums_b: of the same batches.
+      sums_a: `Score.sums` of the first: loss sum (nats) and number of tokens [batches, 2].
+      sums_b: the same of the second, on the same batches.
 
     Raises:
       ValueError: fewer than two batches.
@@ -287,8 +287,8 @@ def paired_difference(sums_a: np.ndarray, sums_b: np.ndarray) -> PairedDifferenc
     count = len(sums_a)
     if count < 2:
         raise InputError(
-            f"held-out set: found {count} batch, expected at least 2 to tell how sure a difference "
-            "is; raise data.eval_tokens"
+            f"held-out set: found {count} batch, expected at least 2 for a confidence interval; "
+            "raise data.eval_tokens"
         )
     tokens, gaps = sums_a[:, 1], sums_a[:, 0] - sums_b[:, 0]
     mean = gaps.sum() / tokens.sum()

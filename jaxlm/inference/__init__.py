@@ -1,1 +1,1 @@
-"""A trained model back from disk, and what it says."""
+"""Trained models: loading, sampling and likelihoods."""

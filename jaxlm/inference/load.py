@@ -1,4 +1,4 @@
-"""A trained model back from disk, for evals and for use."""
+"""Loads the weights of a checkpoint, verified, as a model."""
 
 import logging
 from typing import Any
@@ -10,7 +10,7 @@ from jaxlm.checkpoints.folder import Selected
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.reading import read
 from jaxlm.checkpoints.restore import restore_weights
-from jaxlm.compilation_cache import keep_compiled
+from jaxlm.compilation_cache import enable_compilation_cache
 from jaxlm.config import MeshConfig
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import Blueprint, ModelFactory, Own, Params, blueprint_of
@@ -25,14 +25,15 @@ _log = logging.getLogger(__name__)
 def load_model(
     run: str, *, mesh: Mesh | None = None, model: ModelFactory | None = None
 ) -> tuple[Any, Metadata]:
-    """The model of `RUN@STEP`, verified, and what its checkpoint says of itself.
+    """The model of `RUN@STEP`, verified, and the metadata of its checkpoint.
 
-    Only the weights are read. A damaged best or latest is said, and passed over for the next.
+    Only the weights are read. If best or latest is damaged, a warning is logged and the next
+    checkpoint is loaded instead.
 
     Args:
       run: a run folder or checkpoint folder; `@best` (the default), `@latest`, `@final` or a step
         number may follow.
-      mesh: where to put it; by default all devices, data-parallel. Any will do.
+      mesh: devices for the weights; any mesh, by default all devices, data-parallel.
       model: the factory that was given to `train`, if one was.
 
     Returns:
@@ -40,7 +41,7 @@ def load_model(
       [B, T, V]), and the metadata.
 
     Raises:
-      ValueError: no such run or step, it is damaged, or it is of another model.
+      ValueError: no such run or step, the checkpoint is damaged, or it is of another model.
     """
     mesh = mesh or make_mesh(MeshConfig())
     selected, (blueprint, params) = read(run, lambda s: (s, restore_params(s, mesh, model)))
@@ -49,10 +50,10 @@ def load_model(
 
 
 def load_selected(run: str, mesh: Mesh | None = None) -> tuple[Selected, Blueprint, Params]:
-    """`RUN@STEP`, and what `restore_params` gives of it; its run's compiled programs are used."""
+    """`RUN@STEP` with its blueprint and weights; uses the compilation cache of its run."""
 
     def load(selected: Selected) -> tuple[Selected, Blueprint, Params]:
-        keep_compiled(selected.metadata.run_config().data.cache_dir)
+        enable_compilation_cache(selected.metadata.run_config().data.cache_dir)
         return selected, *restore_params(selected, mesh or make_mesh(MeshConfig()))
 
     return read(run, load)
@@ -61,21 +62,21 @@ def load_selected(run: str, mesh: Mesh | None = None) -> tuple[Selected, Bluepri
 def restore_params(
     selected: Selected, mesh: Mesh, model: ModelFactory | None = None
 ) -> tuple[Blueprint, Params]:
-    """The weights alone of a checkpoint on a mesh, verified, and the blueprint of their model.
+    """The blueprint of a checkpoint's model, and its weights on a mesh, verified.
 
     Args:
       selected: the checkpoint.
-      mesh: where to put them.
+      mesh: devices for the weights.
       model: the factory that was given to `train`, if one was.
 
     Raises:
-      ValueError: it is of another model, or damaged.
+      ValueError: the checkpoint is of another model, or damaged.
     """
     metadata, config = selected.metadata, selected.metadata.run_config()
     if model is None and config.model.num_layers > len(metadata.fingerprints):
         raise InputError(
-            f"{selected.path}: its config has {config.model.num_layers:,} layers, and it holds "
-            f"{len(metadata.fingerprints)} arrays; it was altered, so take a copy from before"
+            f"{selected.path}: found {config.model.num_layers:,} layers in its config, but only "
+            f"{len(metadata.fingerprints)} arrays; the config was altered: restore an older copy"
         )
     blueprint = blueprint_of(config, mesh, Own(model))
     with progress("Loading the weights"):
@@ -83,7 +84,7 @@ def restore_params(
 
 
 def log_selected(selected: Selected) -> None:
-    """Which checkpoint it is, and what it was passed over for."""
+    """Logs step and eval loss of a checkpoint, and the damaged steps that were skipped for it."""
     metadata = selected.metadata
     for step, damage in selected.passed_over.items():
         _log.warning(f"step {step} is damaged ({damage[0]}) and was passed over")

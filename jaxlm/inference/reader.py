@@ -1,6 +1,6 @@
-"""A trained model that reads text: the likelihood of tokens, and the likeliest ones to follow.
+"""A trained model for evaluation: the likelihood of given tokens, and greedy continuation.
 
-Rows are padded to a few lengths, so that few programs are compiled.
+Rows are padded to few distinct lengths, so that few programs are compiled.
 """
 
 import math
@@ -19,39 +19,39 @@ from jaxlm.device.likelihood import make_token_scores
 from jaxlm.device.sharding import batch_sharding, make_mesh
 from jaxlm.errors import InputError
 from jaxlm.inference.load import load_selected, log_selected
-from jaxlm.inference.sample import Sampling, bucket, stream
+from jaxlm.inference.sample import Sampling, pad_to_power_of_two, stream
 from jaxlm.terminal import prints_lines
 
 Pair = tuple[Sequence[int], Sequence[int]]
-"""The tokens of a context, and those of its continuation."""
+"""Tokens of a context and of its continuation."""
 
 
 class Likelihood(NamedTuple):
-    """A continuation after its context."""
+    """The likelihood of a continuation after its context."""
 
     logprob: float
-    """Sum over its tokens (nats)."""
+    """Sum over the continuation's tokens (nats)."""
     is_greedy: bool
-    """Whether each of its tokens is the likeliest at its place."""
+    """Whether each token of the continuation is the likeliest at its position."""
 
 
 class ScoringModel:
-    """A checkpoint and its tokenizer.
+    """The model and the tokenizer of a checkpoint.
 
     Attributes:
-      step: its step.
+      step: step of the checkpoint.
       tokenizer: text to tokens and back.
-      eos_id: the token that ends a document, and so comes before one.
-      seq_len: tokens that the model was trained to look at.
+      eos_id: the token that ends a document, and precedes the next one.
+      seq_len: context length that the model was trained on (tokens).
     """
 
     @prints_lines
     def __init__(self, run: str, *, batch_size: int = 8) -> None:
-        """Restores the weights of `RUN@STEP` (best, where no STEP is given) on all devices.
+        """Restores the weights of a checkpoint on all devices.
 
         Args:
-          run: `RUN@STEP`.
-          batch_size: rows at a time; rounded up to a multiple of the devices.
+          run: `RUN@STEP`; best if STEP is left out.
+          batch_size: rows of a batch, rounded up to a multiple of the devices.
 
         Raises:
           ValueError: there is no such checkpoint, it is damaged, or it has no tokenizer.
@@ -64,8 +64,8 @@ class ScoringModel:
         config, eos_id = selected.metadata.run_config(), selected.metadata.eos_id
         if eos_id is None:
             raise InputError(
-                f"{run}: found no tokenizer, since the run had batches of its own; expected a run "
-                "on text. jaxlm.load_model gives its model, to be evaluated by code of yours"
+                f"{run}: found no tokenizer, since the run was trained on custom batches; expected "
+                "a run on text. jaxlm.load_model returns its model, for your own evaluation"
             )
         self.step, self.eos_id, self.seq_len = selected.step, eos_id, config.seq_len
         self.tokenizer: Tokenizer = load_tokenizer(selected.folder / TOKENIZER)
@@ -75,15 +75,15 @@ class ScoringModel:
         self._model = nnx.merge(blueprint.graphdef, self._params)
 
     def likelihoods(
-        self, pairs: Sequence[Pair], done: Callable[[int], None] = lambda _: None
+        self, pairs: Sequence[Pair], advance: Callable[[int], None] = lambda _: None
     ) -> list[Likelihood]:
-        """How likely each continuation is after its context.
+        """The likelihood of each continuation after its context.
 
-        Where the two are longer than the model looks at, the context is cut from the left.
+        A context that does not fit into `seq_len` with its continuation is cut from the left.
 
         Args:
-          pairs: neither of the two may be empty.
-          done: called after each batch with its number of pairs.
+          pairs: contexts and continuations, none empty.
+          advance: called after each batch with its number of pairs.
 
         Raises:
           ValueError: a context or a continuation is empty, or a continuation is too long.
@@ -110,7 +110,7 @@ class ScoringModel:
                 logprobs, likeliest = (array_BT[b, of_row] for array_BT in scores)
                 total = math.fsum(logprobs.tolist())
                 found[i] = Likelihood(total, bool(likeliest.all()))
-            done(len(batch))
+            advance(len(batch))
         return [found[i] for i in range(len(pairs))]
 
     def continue_greedily(
@@ -121,11 +121,11 @@ class ScoringModel:
     ) -> list[list[int]]:
         """The likeliest tokens after each prompt, up to the end of the document.
 
-        Prompts are cut from the left, so that all tokens are within what the model looks at.
+        A prompt that does not fit into `seq_len` with the new tokens is cut from the left.
 
         Args:
           prompts: at least one token each.
-          max_tokens: new tokens at most.
+          max_tokens: maximum number of new tokens.
           stop: called with the new tokens of a prompt after each one; returns whether to stop.
 
         Returns:
@@ -143,25 +143,25 @@ class ScoringModel:
         new: list[list[int]] = [[] for _ in rows]
         greedy = Sampling(max_tokens, temperature=0)
         for _, batch in self._batches(list(map(len, rows))):
-            idle = [[self.eos_id]] * (self._batch_size - len(batch))  # so that shapes are few
-            going = set(batch)
+            idle = [[self.eos_id]] * (self._batch_size - len(batch))  # one shape: no recompilation
+            unfinished = set(batch)
             texts = [rows[i] for i in batch] + idle
             for tokens_B in stream(self._model, texts, greedy, eos_id=self.eos_id):
                 for i, token in zip(batch, tokens_B.tolist(), strict=False):
-                    if i not in going:
+                    if i not in unfinished:
                         continue
                     if token != self.eos_id:
                         new[i].append(token)
                     if token == self.eos_id or stop(new[i]):
-                        going.remove(i)
-                if not going:
+                        unfinished.remove(i)
+                if not unfinished:
                     break
         return new
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-        # A length to pad to (a power of two, or seq_len) and indices of rows, the longest first: so
-        # memory runs out at once or never.
-        padded = [min(self.seq_len, bucket(n)) for n in lengths]
+        # Yields padded length (a power of two, or seq_len) and row indices of each batch, the
+        # longest rows first: if memory runs out, it does so in the first batch.
+        padded = [min(self.seq_len, pad_to_power_of_two(n)) for n in lengths]
         order = sorted(range(len(lengths)), key=lambda i: -padded[i])
         while order:
             T = padded[order[0]]

@@ -1,4 +1,4 @@
-"""New tokens from a trained model, and the text that they are."""
+"""Samples tokens and text from a trained model."""
 
 import dataclasses
 import logging
@@ -27,7 +27,7 @@ from jaxlm.training.preflight import sample_tokens
 _log = logging.getLogger(__name__)
 
 _MAX_TOKENS = 256
-_CHUNK = 8  # new tokens a call of the device, and so at a time on the screen
+_CHUNK = 8  # new tokens of one device call, printed together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Sampling:
     """How tokens are chosen, and how many."""
 
     max_tokens: int | None = None
-    """New tokens of each row, at most; None is 256, or what `seq_len` leaves (tokens)."""
+    """Maximum number of new tokens of a row; None is 256, or less if `seq_len` leaves less room."""
     temperature: float = 1.0
-    """Logits are divided by it; 0 takes the most likely token, always."""
+    """Divisor of the logits; 0 always takes the most likely token."""
     top_k: int | None = None
-    """Choose among this many of the most likely (tokens)."""
+    """Sample from this many of the most likely tokens only."""
     top_p: float | None = None
-    """Choose among the fewest most likely that together have this probability."""
+    """Sample from the smallest set of most likely tokens with at least this probability."""
     seed: int = 0
     """The same seed, prompts and devices give the same tokens."""
 
@@ -73,15 +73,15 @@ def sample(
       model: from `load_model`; the decoder of `jaxlm.device.model`.
       prompts: token ids of each row, at least one; rows may differ in length.
       sampling: how tokens are chosen.
-      eos_id: the token that ends a row, itself included; None never does.
-      seq_len: prompt and new tokens together may not be more; None for no bound.
+      eos_id: the token that ends a row, included in the result; None for no such token.
+      seq_len: maximum of prompt and new tokens together; None for no bound.
 
     Returns:
-      int32 arrays of the new tokens alone. Each is what the prompt gives in another batch at the
-      same row, up to rounding.
+      int32 arrays, one for each prompt, of the new tokens only. A row depends on its prompt and its
+      index in the batch, not on the other prompts, up to rounding.
 
     Raises:
-      ValueError: a prompt is empty, holds an id that is no token, or leaves no room.
+      ValueError: a prompt is empty, holds an id outside of the vocabulary, or leaves no room.
     """
     tokens_TB = np.stack([*stream(model, prompts, sampling, eos_id=eos_id, seq_len=seq_len)])
     return [row[row >= 0] for row in tokens_TB.T]
@@ -95,9 +95,9 @@ def stream(
     eos_id: int | None = None,
     seq_len: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """As `sample`, token by token: int32 [B], -1 for a row that is at its end."""
+    """Yields the tokens of `sample` position by position: int32 [B], -1 in a row that has ended."""
     max_tokens = _check_room(model, prompts, sampling.max_tokens, seq_len)
-    if eos_id is not None and model.config.document_mask:  # it sees nothing across the last EOS
+    if eos_id is not None and model.config.document_mask:  # attention stops at the last EOS
         prompts = [_last_document(np.asarray(prompt), eos_id) for prompt in prompts]
     graphdef, state = nnx.split(model)
     params = nnx.to_pure_dict(state)
@@ -114,23 +114,23 @@ def stream(
         np.float32(sampling.top_p or 1),
     )
     tokens_BP, length_B = _pad(prompts, mesh)
-    num_slots = tokens_BP.shape[1] + bucket(max_tokens)
+    num_slots = tokens_BP.shape[1] + pad_to_power_of_two(max_tokens)
 
     def tokens() -> Iterator[np.ndarray]:
         decoding, first_B = prefill(params, tokens_BP, length_B, knobs, num_slots)
-        waiting, started = first_B[:, None], 1
+        chunk_BT, num_started = first_B[:, None], 1
         while True:
-            following = None
-            if started < max_tokens:  # the device is busy with these while the last are looked at
-                decoding, following = decode(params, decoding, knobs, _CHUNK)
-            told_BT = np.asarray(waiting)[: len(prompts), : max_tokens - started + waiting.shape[1]]
-            for told_B in told_BT.T:
-                if (told_B < 0).all():
+            next_chunk_BT = None
+            if num_started < max_tokens:  # dispatched early: the device computes meanwhile
+                decoding, next_chunk_BT = decode(params, decoding, knobs, _CHUNK)
+            num_wanted = max_tokens - num_started + chunk_BT.shape[1]
+            for tokens_B in np.asarray(chunk_BT)[: len(prompts), :num_wanted].T:
+                if (tokens_B < 0).all():
                     return
-                yield told_B
-            if following is None:
+                yield tokens_B
+            if next_chunk_BT is None:
                 return
-            waiting, started = following, started + _CHUNK
+            chunk_BT, num_started = next_chunk_BT, num_started + _CHUNK
 
     return tokens()
 
@@ -150,10 +150,10 @@ def _check_room(
 
 
 def check_room(longest: int, max_tokens: int | None, seq_len: int | None) -> int:
-    """How many new tokens may follow prompts of up to `longest` tokens.
+    """The number of new tokens that may follow prompts of up to `longest` tokens.
 
     Raises:
-      ValueError: together they are more than `seq_len`.
+      ValueError: `longest` and `max_tokens` together exceed `seq_len`.
     """
     room = math.inf if seq_len is None else seq_len - longest
     found = max_tokens or max(min(_MAX_TOKENS, room), 1)
@@ -177,37 +177,37 @@ def _mesh_of(params: Any) -> Mesh | None:
     return mesh if isinstance(mesh, Mesh) else None
 
 
-def bucket(size: int) -> int:
-    """The size to pad to, a power of two: few shapes are compiled."""
+def pad_to_power_of_two(size: int) -> int:
+    """The smallest power of two of at least `size` and 16, so that few shapes are compiled."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def _pad(prompts: Sequence[Any], mesh: Mesh | None) -> tuple[np.ndarray, np.ndarray]:
-    # Tokens [B, P] and lengths [B]; devices get equal numbers of rows, of which the last are idle.
+    # Tokens [B, P] and lengths [B]. Idle rows fill the batch up to a multiple of the devices.
     ways = math.prod(mesh.shape[axis] for axis in AXES_OF["batch"]) if mesh else 1
     length_B = np.ones(-(-len(prompts) // ways) * ways, np.int32)
     length_B[: len(prompts)] = [len(prompt) for prompt in prompts]
-    tokens_BP = np.zeros((len(length_B), bucket(int(length_B.max()))), np.int32)
+    tokens_BP = np.zeros((len(length_B), pad_to_power_of_two(int(length_B.max()))), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BP[row, : len(prompt)] = prompt
     return tokens_BP, length_B
 
 
 def printable(text: str) -> str:
-    """Without control characters: a model may write any byte, and a terminal obeys some of them."""
+    """The text without control characters, which a model may emit and a terminal would obey."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 class Sample(NamedTuple):
-    """What a model wrote after a prompt."""
+    """A prompt and its continuation by a model."""
 
     prompt: str
     text: str
-    """Without the prompt."""
+    """The continuation, without the prompt."""
     tokens: list[int]
-    """The new ones."""
+    """Tokens of the continuation."""
     ended: bool
-    """Whether the model ended the document, and not max_tokens."""
+    """Whether the model ended the document before max_tokens cut it."""
 
 
 @prints_lines
@@ -218,17 +218,17 @@ def sample_run(
     *,
     write: Callable[[str], None] | None = None,
 ) -> list[Sample]:
-    """Text of the model of `RUN@STEP` after each prompt.
+    """The text that the model of `RUN@STEP` generates after each prompt.
 
     Args:
       run: as in `load_model`.
       prompts: texts; an empty one is the beginning of a document.
       sampling: how tokens are chosen.
-      write: takes the first prompt and its text as it comes, in whole characters.
+      write: receives the first prompt, then its continuation in pieces of whole characters.
 
     Raises:
-      ValueError: no such run or step, it is damaged, has no tokenizer, or a prompt is too long or
-        not text.
+      ValueError: no such run or step, the checkpoint is damaged or has no tokenizer, or a prompt is
+        too long or not text.
     """
     if odd := [prompt for prompt in prompts if re.search("[\ud800-\udfff]", prompt)]:
         raise InputError(f"prompts: found {shown(odd[0])}, expected text in UTF-8")
@@ -237,8 +237,8 @@ def sample_run(
     path = selected.folder / TOKENIZER
     if not path.is_file():
         raise InputError(
-            f"{path}: not found, expected the tokenizer of the run; a run on batches of its own "
-            "has none: load_model and jaxlm.inference.sample.sample take its tokens"
+            f"{path}: not found, expected the tokenizer of the run; a run on custom batches has "
+            "none: call load_model and jaxlm.inference.sample.sample with token ids"
         )
     tokenizer = load_tokenizer(path)
     ids = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
@@ -246,12 +246,12 @@ def sample_run(
     log_selected(selected)
     model = nnx.merge(blueprint.graphdef, params)
     steps, decoder, written = [], DecodeStream(skip_special_tokens=True), ""
-    coming = stream(model, ids, sampling, eos_id=eos_id, seq_len=config.seq_len)
+    new_tokens = stream(model, ids, sampling, eos_id=eos_id, seq_len=config.seq_len)
     if write:
         write(prompts[0])
-    for told_B in coming:
-        steps.append(told_B)
-        if write and told_B[0] >= 0 and (piece := decoder.step(tokenizer, int(told_B[0]))):
+    for tokens_B in new_tokens:
+        steps.append(tokens_B)
+        if write and tokens_B[0] >= 0 and (piece := decoder.step(tokenizer, int(tokens_B[0]))):
             write(piece)
             written += piece
     rows = [row[row >= 0].tolist() for row in np.stack(steps).T]
@@ -260,12 +260,12 @@ def sample_run(
         for prompt, row in zip(prompts, rows, strict=True)
     ]
     if write:
-        write(samples[0].text.removeprefix(written))  # a character that was cut at the end
+        write(samples[0].text.removeprefix(written))  # max_tokens may cut a character
     return samples
 
 
 def sample_at_end(run: Complete) -> None:
-    """What the best model writes after the prompt, for the console, the events and the trackers."""
+    """Samples from the best checkpoint of a complete run, for console, events and trackers."""
     config = run.config
     # Several processes would each have to load the model.
     if config.sample_prompt is None or jax.process_count() > 1:
@@ -276,7 +276,7 @@ def sample_at_end(run: Complete) -> None:
     try:
         with log_to(lambda line: None):  # the run's last lines name the best checkpoint
             (found,) = sample_run(source, prompts, sampling)
-    except (ValueError, RuntimeError, OSError) as error:  # the run is complete, whatever this does
+    except (ValueError, RuntimeError, OSError) as error:  # a complete run must not fail here
         _log.warning(f"no sample: {error}")
         return
     text = printable(found.prompt + found.text)

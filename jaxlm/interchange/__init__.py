@@ -1,1 +1,1 @@
-"""From and to the folders of Hugging Face transformers."""
+"""Imports and exports Hugging Face model folders."""

@@ -1,4 +1,4 @@
-"""A checkpoint as a folder of Hugging Face transformers, which the tools around it read."""
+"""Exports a checkpoint as a Hugging Face model folder."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import huggingface_hub
 import jax
-import ml_dtypes  # noqa: F401 - gives numpy bfloat16 by that name
+import ml_dtypes  # noqa: F401 - registers bfloat16 with numpy
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -39,7 +39,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class Exported(NamedTuple):
-    """What was written."""
+    """The result of an export."""
 
     folder: str
     step: int
@@ -48,9 +48,9 @@ class Exported(NamedTuple):
     num_params: int
     files: list[str]
     own_tokenizer: bool
-    """Whether llama.cpp's converter needs the name of the tokenizer's way to split words."""
+    """Whether llama.cpp's converter must be given the name of the pre-tokenizer."""
     url: str | None
-    """Where it was pushed to."""
+    """URL of the commit on the Hub, if pushed."""
 
 
 @prints_lines
@@ -62,18 +62,18 @@ def export(
     max_shard_bytes: int = 5 * 10**9,
     push: str | None = None,
 ) -> Exported:
-    """Writes the weights of `RUN@STEP`, its tokenizer and what it says of itself.
+    """Writes weights, tokenizer, configs and model card of `RUN@STEP` to a new folder.
 
     Args:
-      run: `RUN@STEP`; best, where no STEP is given.
-      folder: must not be there, or be empty; it is made whole or not at all.
-      dtype: of the weights, which are float32 in the run.
-      max_shard_bytes: a file of weights holds no more, but for a single tensor that is larger.
-      push: a repo of the Hugging Face Hub (OWNER/NAME) to upload it to, private if it is new.
+      run: `RUN@STEP`; best if STEP is left out.
+      folder: the new folder, missing or empty; it appears only when it is complete.
+      dtype: of the exported weights, which are float32 in the run.
+      max_shard_bytes: maximum size of a file of weights, unless a single tensor is larger.
+      push: a repo of the Hugging Face Hub (OWNER/NAME) to upload the folder to; private if new.
 
     Raises:
-      ValueError: no such checkpoint, it is damaged or of a model of your own; the folder is taken;
-        or there is no token for the Hub.
+      ValueError: no such checkpoint, it is damaged or of a custom model; the folder is taken; or
+        there is no token for the Hub.
     """
     target = check_free(folder)
     if push and huggingface_hub.get_token() is None:
@@ -120,20 +120,20 @@ def _write_shard(path: Path, shard: dict[str, jax.Array], dtype: Dtype) -> list[
     tensors = {}
     for name, leaf in shard.items():
         tensor = tensor_of(name)
-        tensors[tensor.name] = tensor.to_theirs(np.asarray(leaf)).astype(dtype)
-    save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses a file without it
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read it
+        tensors[tensor.name] = tensor.to_hf(np.asarray(leaf)).astype(dtype)
+    save_file(tensors, path, metadata={"format": "pt"})  # required by transformers
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors sets 0600
     with safe_open(path, framework="np") as file:
         for name, wanted in tensors.items():
             if file.get_tensor(name).tobytes() != wanted.tobytes():
                 raise InputError(
-                    f"{name}: {path.name} holds other bits than were written; look at the disk"
+                    f"{name}: {path.name} differs from what was written; check the disk"
                 )
     return list(tensors)
 
 
 def _write_about(folder: Path, selected: Selected, dtype: Dtype) -> bool:
-    # Configs and tokenizer; whether the tokenizer is of our own making.
+    # Writes configs and tokenizer; returns whether jaxlm trained the tokenizer.
     metadata = selected.metadata
     config, eos_id = metadata.run_config(), metadata.eos_id
     hf_config = to_hf_config(config.model, seq_len=config.seq_len, eos_id=eos_id, dtype=dtype)
@@ -144,7 +144,7 @@ def _write_about(folder: Path, selected: Selected, dtype: Dtype) -> bool:
     if (source := selected.folder / TOKENIZER).is_file():
         tokenizer = load_tokenizer(source)
         eos_id = find_eos(tokenizer, config.data.eos_token) if eos_id is None else eos_id
-        ends = ("bos_token", "eos_token", "pad_token")  # what ends a document begins the next
+        ends = ("bos_token", "eos_token", "pad_token")  # EOS also precedes each document
         about = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **dict.fromkeys(ends, tokenizer.id_to_token(eos_id)),
@@ -153,7 +153,7 @@ def _write_about(folder: Path, selected: Selected, dtype: Dtype) -> bool:
         }
         (folder / TOKENIZER).write_bytes(tokenizer.to_str(pretty=True).encode())
         _write_json(folder / TOKENIZER_CONFIG, about)
-        # A file is perhaps one that another run has trained.
+        # A tokenizer.json may come from another run that trained it.
         own = config.data.tokenizer == "train" or Path(config.data.tokenizer).name == TOKENIZER
     else:
         _log.warning(f"{selected.folder} holds no {TOKENIZER}: the folder gets none either")
@@ -164,7 +164,7 @@ def _card(selected: Selected, name: str, num_params: int, dtype: str) -> str:
     metadata = selected.metadata
     config = metadata.run_config()
     kind, _, _ = config.data.source.partition(":")
-    # A path of the machine that trained it is not for the world.
+    # A public card must not show local paths.
     source = {"text": "text files", "tfds_dir": "a folder of TFDS"}.get(kind, config.data.source)
     rows = {
         "parameters": f"{num_params:,}",

@@ -1,7 +1,7 @@
 """Imports a Hugging Face model folder as a run to train on.
 
-The folder is not trusted: every size is checked before memory is allocated, nothing in it is
-executed, and anything but exactly the tensors of its config is refused.
+The folder is not trusted: every size is checked before memory is allocated, no code in the folder
+is executed, and a missing or extra tensor is an error.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 import jax
-import ml_dtypes  # noqa: F401 - gives numpy the bfloat16 that safetensors asks it for
+import ml_dtypes  # noqa: F401 - registers the bfloat16 that safetensors uses
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 CONTINUE = "continue.py"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MAX_SEQ_LEN = 2048
-_ANEW = "download the folder again"
+_HINT = "download the folder again"
 _DTYPES = ("F32", "BF16", "F16")  # float32 holds each of their values
 
 
@@ -49,9 +49,9 @@ class Imported(NamedTuple):
     run: str
     num_params: int
     dtypes: list[str]
-    """Of the tensors in the Hugging Face folder."""
+    """Dtypes of the tensors in the Hugging Face folder."""
     config: str
-    """Path of a config file that trains on from the run."""
+    """Path of a config file that continues training from the run."""
 
 
 class _Index(TypedDict):
@@ -66,7 +66,7 @@ class _Found(NamedTuple):
 
 @prints_lines
 def import_folder(folder: str, run: str) -> Imported:
-    """Makes a run whose step 0 has the weights of the folder, and the tokenizer beside it.
+    """Makes a run whose step 0 has the weights and the tokenizer of a Hugging Face folder.
 
     Args:
       folder: Hugging Face model folder: config.json, safetensors, tokenizer.json.
@@ -90,13 +90,13 @@ def import_folder(folder: str, run: str) -> Imported:
     if model.num_layers > len(found):
         raise InputError(
             f"{source / CONFIG}: num_hidden_layers: found {model.num_layers:,}, expected at most "
-            f"as many as the {len(found)} tensors in the folder; {_ANEW}"
+            f"as many as the {len(found)} tensors in the folder; {_HINT}"
         )
     tokenizer, eos_token, eos_id = _tokenizer(source, hf_config, model.vocab_size)
-    kept = target / "checkpoints" / TOKENIZER
+    copy = target / "checkpoints" / TOKENIZER
     config = Config(
         model=model,
-        data=DataConfig(tokenizer=str(kept) if tokenizer else "train", eos_token=eos_token),
+        data=DataConfig(tokenizer=str(copy) if tokenizer else "train", eos_token=eos_token),
         optim=OptimConfig(learning_rate=3e-4),
         seq_len=max(1, min(num_positions, _MAX_SEQ_LEN)),
         run_dir=run,
@@ -137,12 +137,12 @@ def find_tensors(folder: Path) -> dict[str, _Found]:
     for file in files:
         for name, tensor in _header(file):
             if name in found:
-                raise InputError(f"{name} is in {found[name].file.name} and {file.name}; {_ANEW}")
+                raise InputError(f"{name} is in {found[name].file.name} and {file.name}; {_HINT}")
             if index is not None and index.get(name) != file.name:
-                raise InputError(f"{name} is in {file.name}, but {INDEX} does not list it; {_ANEW}")
+                raise InputError(f"{name} is in {file.name}, but {INDEX} does not list it; {_HINT}")
             found[name] = tensor
     if missing := sorted((index or {}).keys() - found.keys()):
-        raise InputError(f"{INDEX} lists tensor {missing[0]}, but no file holds it; {_ANEW}")
+        raise InputError(f"{INDEX} lists tensor {missing[0]}, but no file holds it; {_HINT}")
     return found
 
 
@@ -153,7 +153,7 @@ def _index(folder: Path) -> dict[str, str] | None:
     index = read_json(folder / INDEX, _Index)["weight_map"]
     for name in index.values():
         if name != Path(name).name or not (folder / name).is_file():
-            raise InputError(f"{folder / INDEX}: {shown(name)} is not a file beside it; {_ANEW}")
+            raise InputError(f"{folder / INDEX}: {shown(name)} is not a file there; {_HINT}")
     return index
 
 
@@ -176,17 +176,17 @@ def _header(path: Path) -> Iterator[tuple[str, _Found]]:
                 about = file.get_slice(name)
                 yield name, _Found(path, tuple(about.get_shape()), str(about.get_dtype()))
     except SafetensorError as error:
-        raise InputError(f"{path}: not a sound file of safetensors ({error}); {_ANEW}") from error
+        raise InputError(f"{path}: not a valid safetensors file ({error}); {_HINT}") from error
 
 
 def _check_tensors(folder: Path, abstract: Any, found: dict[str, _Found]) -> None:
     wanted = {tensor.name: shape for _, tensor, shape in _leaves(abstract)}
     if missing := [name for name in wanted if name not in found]:
-        raise InputError(f"{folder}: tensor {missing[0]} is missing{_more(missing)}; {_ANEW}")
+        raise InputError(f"{folder}: tensor {missing[0]} is missing{_more(missing)}; {_HINT}")
     if extra := sorted(found.keys() - wanted.keys()):
         raise InputError(
             f"{folder}: tensor {shown(extra[0])[1:-1]} has no place in this model{_more(extra)}, "
-            f"so {CONFIG} describes another model; {_ANEW}"
+            f"so {CONFIG} describes another model; {_HINT}"
         )
     for name, shape in wanted.items():
         tensor = found[name]
@@ -206,7 +206,7 @@ def _more(names: list[str]) -> str:
 
 
 def _leaves(abstract: Any) -> Iterator[tuple[Any, Tensor, tuple[int, ...]]]:
-    # Each leaf, its tensor in the Hugging Face file, and the shape there.
+    # Each leaf, its Hugging Face tensor, and the shape of that tensor.
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
         tensor = tensor_of(path_name(path))
         yield leaf, tensor, tensor.shape(leaf.shape)
@@ -217,21 +217,21 @@ def _read_params(abstract: Any, found: dict[str, _Found]) -> Any:
     for leaf, tensor, _ in track([*_leaves(abstract)], "Reading the weights"):
         file = found[tensor.name].file
         with safe_open(file, framework="np") as opened:
-            theirs = opened.get_tensor(tensor.name).astype(np.float32)
-        if not np.isfinite(theirs).all():
+            array = opened.get_tensor(tensor.name).astype(np.float32)
+        if not np.isfinite(array).all():
             raise InputError(f"{file}: {tensor.name}: found NaN or infinity, expected neither")
-        arrays.append(jax.device_put(tensor.to_ours(theirs, leaf.shape), leaf.sharding))
+        arrays.append(jax.device_put(tensor.from_hf(array, leaf.shape), leaf.sharding))
     return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
 
 
 def _tokenizer(
     folder: Path, hf_config: dict[str, Any], vocab_size: int
 ) -> tuple[bytes | None, str | None, int | None]:
-    # Content of tokenizer.json, and the token that ends a document, by name and id.
+    # Content of tokenizer.json, and name and id of the EOS token.
     path = folder / TOKENIZER
     if not path.is_file():
         _log.warning(
-            f"{folder} has no {TOKENIZER}; to train on, pass `train(batches=…)` its tokens"
+            f"{folder} has no {TOKENIZER}; to continue, call `train(batches=…)` with token batches"
         )
         return None, None, None
     tokenizer = load_tokenizer(path)
@@ -272,7 +272,7 @@ def _config_file(config: Config, run: str) -> str:
         if (value := getattr(config.model, f.name)) != f.default
     )
     data = config.data
-    return f'''"""Trains on from imported weights. Every setting but the model may change."""
+    return f'''"""Continues from imported weights. All settings but the model may change."""
 
 from jaxlm.config import Config, DataConfig, ModelConfig, OptimConfig
 

@@ -1,6 +1,6 @@
-"""A run in the words of Hugging Face transformers: names of tensors, keys of config.json.
+"""Maps parameters and config of a run to those of Hugging Face transformers, and back.
 
-Each table is read in both directions. Llama where the config has no `qk_norm`, Qwen3 where it has.
+A model with `qk_norm` is a Qwen3, one without it a Llama.
 """
 
 import math
@@ -35,7 +35,7 @@ _OUTSIDE = {
     "final_norm/scale": ("model.norm", 0),
     "head_DV": ("lm_head", 1),
 }
-# Leaf -> name there, and how many of its dims are inputs; 0 is a tensor that is the same there.
+# Leaf -> Hugging Face name, and number of input dims; 0 for a tensor that is stored unchanged.
 
 _KEYS = {
     "vocab_size": "vocab_size",
@@ -53,40 +53,40 @@ _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 class Tensor(NamedTuple):
-    """What a leaf of the params is called there, and how it lies."""
+    """The Hugging Face name and layout of a leaf of the params."""
 
     name: str
     num_inputs: int
-    """Leading dims of the leaf that are summed over; 0 where it lies as it does here."""
+    """Leading dims of the leaf that are summed over; 0 for a tensor that is stored unchanged."""
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape there of a leaf of this shape: [out, in]."""
+        """The Hugging Face shape [out, in] of a leaf of shape `shape`."""
         n = self.num_inputs
         return (math.prod(shape[n:]), math.prod(shape[:n])) if n else shape
 
-    def to_theirs(self, leaf: np.ndarray) -> np.ndarray:
-        """The leaf as it lies there, contiguous."""
+    def to_hf(self, leaf: np.ndarray) -> np.ndarray:
+        """The leaf in the Hugging Face layout, contiguous."""
         if self.num_inputs:
             leaf = leaf.reshape(self.shape(leaf.shape)[::-1]).T
         return np.ascontiguousarray(leaf)  # safetensors would write a view in the wrong order
 
-    def to_ours(self, theirs: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """The leaf of this shape."""
-        return np.ascontiguousarray((theirs.T if self.num_inputs else theirs).reshape(shape))
+    def from_hf(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The leaf of shape `shape` from its Hugging Face tensor."""
+        return np.ascontiguousarray((tensor.T if self.num_inputs else tensor).reshape(shape))
 
 
 def tensor_of(leaf: str) -> Tensor:
     """The tensor of a leaf, such as `layers/0/mlp/w_up_DF`.
 
     Raises:
-      ValueError: the architecture has none such.
+      ValueError: neither Llama nor Qwen3 has this parameter.
     """
     layer = re.fullmatch(r"layers/(\d+)/(.+)", leaf)
     found = _IN_LAYER.get(layer[2]) if layer else _OUTSIDE.get(leaf)
     if found is None:
         raise InputError(
             f"{leaf}: found a param that is not of jaxlm's own model, expected one that Llama or "
-            "Qwen3 has; a model of your own has no form that other tools know"
+            "Qwen3 has; a custom model cannot be exported"
         )
     prefix = f"model.layers.{layer[1]}." if layer else ""
     return Tensor(f"{prefix}{found[0]}.weight", found[1])
@@ -98,14 +98,14 @@ def to_hf_config(model: ModelConfig, *, seq_len: int, eos_id: int | None, dtype:
     values = {
         "architectures": [_ARCHITECTURES[kind]],
         "model_type": kind,
-        **{theirs: getattr(model, ours) for ours, theirs in _KEYS.items()},
-        "rope_theta": model.rope_theta,  # where transformers before 5 and llama.cpp look
+        **{key: getattr(model, name) for name, key in _KEYS.items()},
+        "rope_theta": model.rope_theta,  # for transformers 4 and llama.cpp
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
         "max_position_embeddings": seq_len,
-        # What ends a document begins the next. Left out, it would be the token 1.
+        # EOS also begins a document. Without bos_token_id, LlamaConfig would take token 1.
         "bos_token_id": eos_id,
         "eos_token_id": eos_id,
         "dtype": dtype,
@@ -116,7 +116,7 @@ def to_hf_config(model: ModelConfig, *, seq_len: int, eos_id: int | None, dtype:
 
 
 _REQUIRED = ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads")
-# What the model of jaxlm has no place for, each with the values that mean that there is none of it.
+# Features that jaxlm's model lacks -> the values that mean that a model does not use them.
 _ABSENT: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -129,11 +129,11 @@ _ABSENT: dict[str, tuple[Any, ...]] = {
 
 
 def from_hf_config(values: dict[str, Any], folder: object) -> tuple[ModelConfig, int]:
-    """The model that a config.json means, and the tokens that it was trained to attend to.
+    """The model of a config.json, and its maximum number of positions.
 
     Raises:
-      ValueError: another architecture, a feature that jaxlm's model has not, or a key that is
-        missing or of another type.
+      ValueError: the architecture is not supported, the model uses a feature that jaxlm's model
+        lacks, or a key is missing or of the wrong type.
     """
     where = f"{folder}/{CONFIG}"
     kind = validate(values.get("model_type"), str | None, "model_type")
@@ -142,23 +142,23 @@ def from_hf_config(values: dict[str, Any], folder: object) -> tuple[ModelConfig,
         found = f"{shown(kind)} with architectures {shown(values.get('architectures'))}"
         raise InputError(
             f"{where}: model_type: found {found}, expected one of "
-            f"{', '.join(f'{k} ({v})' for k, v in _ARCHITECTURES.items())}; jaxlm has no other"
+            f"{', '.join(f'{k} ({v})' for k, v in _ARCHITECTURES.items())}; jaxlm supports no other"
         )
     rope = validate(values.get("rope_parameters") or {}, dict[str, Any], "rope_parameters")
     rope_type = rope.get("rope_type", "default")
-    odd = [(key, values.get(key)) for key, none in _ABSENT.items() if values.get(key) not in none]
-    odd += [("rope_parameters.rope_type", rope_type)] if rope_type != "default" else []
+    extra = [(key, values.get(key)) for key, off in _ABSENT.items() if values.get(key) not in off]
+    extra += [("rope_parameters.rope_type", rope_type)] if rope_type != "default" else []
     partial = rope.get("partial_rotary_factor", 1)
-    odd += [("rope_parameters.partial_rotary_factor", partial)] if partial != 1 else []
+    extra += [("rope_parameters.partial_rotary_factor", partial)] if partial != 1 else []
     layers = validate(values.get("layer_types") or [], list[Any], "layer_types")
-    odd += [("layer_types", kind) for kind in layers if kind != "full_attention"]
+    extra += [("layer_types", kind) for kind in layers if kind != "full_attention"]
     if kind == "llama" and values.get("sliding_window") is not None:
-        odd.append(("sliding_window", values["sliding_window"]))
-    if odd:
-        key, value = odd[0]
+        extra.append(("sliding_window", values["sliding_window"]))
+    if extra:
+        key, value = extra[0]
         raise InputError(
-            f"{where}: {key}: found {shown(value)}, expected none of it: jaxlm's model has no such "
-            "thing, and would compute another function with these weights"
+            f"{where}: {key}: found {shown(value)}, expected it unset: jaxlm's model lacks this "
+            "feature, and would compute another function with these weights"
         )
     try:
         return _shape(values, rope, qk_norm=kind == "qwen3")
@@ -167,21 +167,21 @@ def from_hf_config(values: dict[str, Any], folder: object) -> tuple[ModelConfig,
 
 
 def _shape(values: dict[str, Any], rope: dict[str, Any], qk_norm: bool) -> tuple[ModelConfig, int]:
-    found: dict[str, Any] = {"tie_embeddings": False, "norm_eps": 1e-6}  # their defaults
+    found: dict[str, Any] = {"tie_embeddings": False, "norm_eps": 1e-6}  # defaults of transformers
     hints = get_type_hints(ModelConfig)
-    for ours, key in _KEYS.items():
+    for name, key in _KEYS.items():
         if values.get(key) is not None:
-            found[ours] = validate(values[key], hints[ours], key)
+            found[name] = validate(values[key], hints[name], key)
     if not qk_norm:
         found.setdefault("num_kv_heads", found.get("num_heads"))
         if "num_heads" in found and "d_model" in found:
             found.setdefault("head_dim", found["d_model"] // max(found["num_heads"], 1))
-    for ours in (*_REQUIRED, "head_dim"):
-        if found.get(ours) is None:
-            raise InputError(f"{_KEYS[ours]}: missing; a model has no shape without it")
+    for name in (*_REQUIRED, "head_dim"):
+        if found.get(name) is None:
+            raise InputError(f"{_KEYS[name]}: missing; it is needed for the shape of the model")
     theta = rope.get("rope_theta", values.get("rope_theta"))
     theta = validate(10_000.0 if theta is None else theta, float, "rope_theta")
-    # JSON does not tell 10000 from 10000.0, and a config does.
+    # JSON may hold 10000 for 10000.0, but a config needs floats.
     floats = {k: float(found[k]) for k in ("norm_eps", "init_std") if k in found}
     model = ModelConfig(**{**found, **floats}, rope_theta=float(theta), qk_norm=qk_norm)
     key = "max_position_embeddings"

@@ -1,1 +1,1 @@
-"""What a run will need on devices that are not here."""
+"""Memory and time of a run on devices that this machine lacks."""

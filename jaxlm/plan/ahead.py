@@ -1,6 +1,6 @@
-"""The training step, compiled for devices that are not here.
+"""Compiles the training step for devices that this machine lacks.
 
-It runs in a process of its own: a compiler that does not know a topology ends its process.
+Compilation runs in a child process, since a compiler aborts its process on an unknown topology.
 """
 
 import json
@@ -24,14 +24,13 @@ from jaxlm.plan.hlo import read_costs
 from jaxlm.training.setup import check_batch, lower_step
 
 _COMMAND = (sys.executable, "-c", "from jaxlm.plan.ahead import main; main()")
-# So that libtpu looks for neither chips nor their metadata server, whatever the topology, and lets
-# several plans be made at once.
+# Keeps libtpu from looking for chips or a metadata server, and allows several plans at once.
 _ENV_TPU = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_ID": "0"}
 _ENV_TPU |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
 _ENV_TPU["TPU_WORKER_HOSTNAMES"] = "localhost"
-# Compiling needs none of the CUDA libraries whose versions the plugin would compare.
+# The plugin would check versions of CUDA libraries that compilation does not need.
 _ENV_CUDA = {"JAX_PLATFORMS": "", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
-# An H100 SXM as XLA's own table of cards has it (openxla/xla, h100_sxm.txtpb).
+# An H100 SXM, from XLA's GPU specs (openxla/xla, h100_sxm.txtpb).
 _H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -48,11 +47,11 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def examine(config: Config, platform: str, layout: str) -> dict[str, Any]:
-    """What `examine_step` finds, in a child process.
+    """The result of `examine_step`, run in a child process.
 
     Returns:
-      Its values; or `refused`, the compiler's words, where the step needs more memory than the
-      device has.
+      As `examine_step`; or only `refused`, the compiler's message, if the step needs more memory
+      than the device has.
 
     Raises:
       ValueError: the topology is not known, or the config does not fit it.
@@ -65,12 +64,12 @@ def examine(config: Config, platform: str, layout: str) -> dict[str, Any]:
     found = json.loads(last[0]) if child.returncode == 0 and last else None
     if found is None:
         lines = [line for line in child.stderr.splitlines() if line.strip()] or ["nothing"]
-        # What aborts says so first, and follows it with its stack.
-        said = next((line for line in lines if "Check failed" in line), lines[-1])
-        found = {"failed": f"{said.strip()} (exit code {child.returncode})"}
+        # An abort prints its reason first, then its stack.
+        message = next((line for line in lines if "Check failed" in line), lines[-1])
+        found = {"failed": f"{message.strip()} (exit code {child.returncode})"}
     if "failed" in found:
         raise InputError(
-            f"--topology: the compiler for {layout} gave up: {found['failed']}; try one that it "
+            f"--topology: the compiler for {layout} failed: {found['failed']}; try one that it "
             "knows, such as v5e-16 or v5e:4x8, or a config of other sizes"
         )
     if "missing" in found:
@@ -81,7 +80,7 @@ def examine(config: Config, platform: str, layout: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The child: a request on standard input, the findings as the last line of standard output."""
+    """The child: reads a request from stdin, prints the result as the last line of stdout."""
     request = json.load(sys.stdin)
     try:
         devices = find_devices(request["platform"], request["layout"])
@@ -91,8 +90,8 @@ def main() -> None:
     except ValueError as error:
         found = {"wrong": str(error)}
     except jax.errors.JaxRuntimeError as error:
-        said = str(error).splitlines()[0]
-        found = {"refused" if "RESOURCE_EXHAUSTED" in said else "failed": said}
+        message = str(error).splitlines()[0]
+        found = {"refused" if "RESOURCE_EXHAUSTED" in message else "failed": message}
     print(json.dumps(found))
 
 
@@ -104,8 +103,8 @@ def find_devices(platform: str, layout: str) -> list[Any]:
     """
     if platform == "tpu":
         needs("libtpu", "a plan for TPUs")
-        alone = {"chips_per_host_bounds": [1, 1, 1]} if layout.endswith(":1x1") else {}
-        return topologies.get_topology_desc(layout, "tpu", **alone).devices
+        one_chip = {"chips_per_host_bounds": [1, 1, 1]} if layout.endswith(":1x1") else {}
+        return topologies.get_topology_desc(layout, "tpu", **one_chip).devices
     needs("jax_cuda13_plugin", "a plan for GPUs")
     jax.devices()  # registers the plugins
     return topologies.get_topology_desc(
@@ -114,7 +113,7 @@ def find_devices(platform: str, layout: str) -> list[Any]:
 
 
 def lower_ahead(config: Config, devices: list[Any]) -> tuple[jax.stages.Lowered, Blueprint]:
-    """The step that the trainer would run on these devices, and the blueprint of its state.
+    """The lowered training step for these devices, and the blueprint of its state.
 
     Raises:
       ValueError: the mesh divides neither batch nor model.
@@ -131,7 +130,7 @@ def lower_ahead(config: Config, devices: list[Any]) -> tuple[jax.stages.Lowered,
 
 
 def examine_step(config: Config, devices: list[Any]) -> dict[str, Any]:
-    """Compiles the step that the trainer would run there.
+    """Compiles the training step for these devices, and measures the program.
 
     Returns:
       `device_kind`, `mesh`, `memory` (bytes of one device by kind) and `costs` (of one device), as
@@ -147,7 +146,7 @@ def examine_step(config: Config, devices: list[Any]) -> dict[str, Any]:
     abstract = blueprint.abstract
     state = {"params": abstract.params, "optimizer": abstract.opt_state}
     state |= {} if abstract.ema_params is None else {"average": abstract.ema_params}
-    memory = {name: _bytes_here(tree) for name, tree in state.items()}
+    memory = {name: _bytes_per_device(tree) for name, tree in state.items()}
     memory |= {
         "batch_and_padding": sizes.argument_size_in_bytes - sum(memory.values()),
         "temporaries": sizes.temp_size_in_bytes,
@@ -164,7 +163,7 @@ def examine_step(config: Config, devices: list[Any]) -> dict[str, Any]:
     }
 
 
-def _bytes_here(tree: Any) -> int:
+def _bytes_per_device(tree: Any) -> int:
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)

@@ -1,7 +1,7 @@
-"""What a compiled program does on one device, read from its HLO text.
+"""FLOPs, memory traffic and collectives of a compiled program, read from its HLO text.
 
-The compiler's own cost analysis counts the body of a loop once, leaves out the products that a
-collective is fused with, and takes buffers on the chip for memory; so this reads the text.
+XLA's cost analysis cannot be used: it counts the body of a loop once, omits products fused with a
+collective, and counts on-chip buffers as memory.
 """
 
 import math
@@ -19,25 +19,26 @@ _NAME = re.compile(r"%([\w.\-]+)")
 _TRIPS = r'known_trip_count":\{"n":"(\d+)"'
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _CALLS = ("while", "conditional", "call", "async-start")
-# Bookkeeping, which moves no bytes; what is called is counted where it is.
+# Bookkeeping, which moves no bytes; called computations are counted separately.
 _FREE = (*_CALLS, "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "async-update")
 _FREE += ("async-done", "optimization-barrier", "after-all", "partition-id", "replica-id")
 _FREE_CALLS = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
 
 
 class Instruction(NamedTuple):
-    """A line of HLO."""
+    """One instruction of HLO."""
 
     name: str
     op: str
     shape: str
     operands: tuple[str, ...]
     text: str
-    """What follows the opening bracket: operands and attributes."""
+    """The text after the opening bracket: operands and attributes."""
     is_root: bool
 
 
 Computation = dict[str, Instruction]
+Program = dict[str, Computation]
 
 
 class Collectives(NamedTuple):
@@ -45,23 +46,23 @@ class Collectives(NamedTuple):
 
     num: int
     num_bytes: float
-    """Sent by one device, as the best ring or mesh algorithm does."""
+    """Bytes that one device sends with the best ring or mesh algorithm."""
 
 
 class Costs(NamedTuple):
-    """What one device does in one run of the program."""
+    """The work of one device in one run of the program."""
 
     flops: float
-    """Of the matrix products."""
+    """FLOPs of the matrix products."""
     memory_bytes: float
-    """Read from and written to the main memory, each operand and result of an operation once."""
+    """Main memory traffic: each operand is read once, each result written once (bytes)."""
     collectives: dict[str, Collectives]
     num_unknown_loops: int
-    """Loops whose length is not in the text; their bodies are counted once."""
+    """Loops without a known trip count; their bodies are counted once."""
 
 
 def read_costs(text: str) -> Costs:
-    """Adds up a whole program, the body of each loop as often as it runs.
+    """The costs of a whole program; the body of a loop counts once per iteration.
 
     Args:
       text: `jax.stages.Compiled.as_text()`, after partitioning.
@@ -72,25 +73,26 @@ def read_costs(text: str) -> Costs:
 
     def visit(name: str, times: int, fused: bool) -> None:
         nonlocal flops, memory_bytes, num_unknown
-        inside = program[name]
-        for it in inside.values():
-            flops += times * product_flops(it, inside)
-            called = [n for group in _CALLED.findall(it.text) for n in _NAME.findall(group)]
+        computation = program[name]
+        for instr in computation.values():
+            flops += times * product_flops(instr, computation)
+            called = [n for group in _CALLED.findall(instr.text) for n in _NAME.findall(group)]
             if not fused:
-                memory_bytes += times * _traffic(it, inside, program)
-            kind = it.op.removesuffix("-start")
+                memory_bytes += times * _traffic(instr, computation, program)
+            kind = instr.op.removesuffix("-start")
             if kind in _KINDS:
-                # The TPU compiler fuses a collective that is under way with each product that it
-                # overlaps: one channel is one collective, however often it is written.
-                key = _find(r"channel_id=(\d+)", it.text) or f"{name}/{it.name}"
+                # The TPU compiler repeats an asynchronous collective in each product that it
+                # overlaps with: count each channel once.
+                key = _find(r"channel_id=(\d+)", instr.text) or f"{name}/{instr.name}"
                 if "all-reduce-scatter" in name:
                     kind = "reduce-scatter"
-                sent = sent_bytes(kind, sum(_size(inside[n].shape) for n in it.operands), it.text)
+                operand_bytes = sum(_size(computation[n].shape) for n in instr.operands)
+                sent = sent_bytes(kind, operand_bytes, instr.text)
                 found[key] = max(found.get(key, (kind, 0, 0.0)), (kind, times, times * sent))
-            repeats = trip_count(it, inside, program) if it.op == "while" else 1
+            repeats = trip_count(instr, computation, program) if instr.op == "while" else 1
             num_unknown += repeats is None
             for other in called:
-                visit(other, times * (repeats or 1), fused or it.op not in _CALLS)
+                visit(other, times * (repeats or 1), fused or instr.op not in _CALLS)
 
     visit(entry, 1, False)
     collectives: dict[str, Collectives] = {}
@@ -100,9 +102,9 @@ def read_costs(text: str) -> Costs:
     return Costs(flops, memory_bytes, collectives, num_unknown)
 
 
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """The computations of a module by name, and the name of the one that it starts with."""
-    program: dict[str, Computation] = {}
+def parse(text: str) -> tuple[Program, str]:
+    """The computations of a module by name, and the name of its entry computation."""
+    program: Program = {}
     entry, current = "", {}
     for line in text.splitlines():
         if head := _HEAD.match(line):
@@ -117,13 +119,11 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     return program, entry
 
 
-def trip_count(
-    loop: Instruction, inside: Computation, program: dict[str, Computation]
-) -> int | None:
-    """How often the body of a `while` runs, or None where the text has no number.
+def trip_count(loop: Instruction, computation: Computation, program: Program) -> int | None:
+    """The iterations of a `while`, or None if they are not in the text.
 
-    XLA writes the number down on CPU and GPU. Its TPU compiler does not: there the counter starts
-    at a constant, grows by one, and is compared with another.
+    XLA writes the trip count on CPU and GPU. The TPU compiler does not: derive it from the
+    counter, which starts at a constant, grows by a constant and is compared with a third.
     """
     if known := _find(_TRIPS, loop.text):
         return int(known)
@@ -139,28 +139,28 @@ def trip_count(
     index = int(_find(r"index=(\d+)", counter.text))
     following = _origin(_root(body).operands[index], body)
     steps = [n for name in following.operands if (n := _constant(name, body)) is not None]
-    start = _constant(inside[loop.operands[0]].operands[index], inside)
+    start = _constant(computation[loop.operands[0]].operands[index], computation)
     if following.op != "add" or not steps or start is None:
         return None
     return max(math.ceil((int(bound.text.split(")")[0]) - start) / steps[0]), 0)
 
 
-def product_flops(it: Instruction, inside: Computation) -> float:
-    """Two for each multiply-add of a matrix product, else 0."""
-    if it.op == "convolution":
-        return 2 * _num_products(it, inside)
-    contracted = _find(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([^}\]]*)', it.text)
-    if it.op not in ("dot", "custom-call") or not contracted:
+def product_flops(instr: Instruction, computation: Computation) -> float:
+    """FLOPs of a matrix product, two for each multiply-add; 0 for another instruction."""
+    if instr.op == "convolution":
+        return 2 * _num_products(instr, computation)
+    contracted = _find(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([^}\]]*)', instr.text)
+    if instr.op not in ("dot", "custom-call") or not contracted:
         return 0
-    lhs, out = _dims(inside[it.operands[0]].shape), _dims(it.shape)
+    lhs, out = _dims(computation[instr.operands[0]].shape), _dims(instr.shape)
     return 2 * math.prod(out) * math.prod(lhs[int(d)] for d in re.findall(r"\d+", contracted))
 
 
-def _num_products(it: Instruction, inside: Computation) -> int:
-    # The TPU compiler writes products as convolutions, and dims that are batched or contracted
-    # besides as a window that touches each index once: it multiplies by their size.
-    names = re.split("_|->", _find(r"dim_labels=([\w?]+->\w+)", it.text))
-    shapes = [inside[name].shape for name in it.operands] + [it.shape]
+def _num_products(instr: Instruction, computation: Computation) -> int:
+    # The TPU compiler writes products as convolutions. Further batch or contracting dims become a
+    # window that touches each index once: multiply by their sizes.
+    names = re.split("_|->", _find(r"dim_labels=([\w?]+->\w+)", instr.text))
+    shapes = [computation[name].shape for name in instr.operands] + [instr.shape]
     lhs, rhs, out = (
         dict(zip(n, _dims(s), strict=True)) for n, s in zip(names, shapes, strict=True)
     )
@@ -169,14 +169,14 @@ def _num_products(it: Instruction, inside: Computation) -> int:
 
 
 def sent_bytes(kind: str, operand_bytes: float, text: str) -> float:
-    """What one device sends in a collective, from the size of its own operand."""
+    """Bytes that one device sends in a collective with this operand."""
     n = group_size(text)
     share = {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1, "collective-permute": 1}
     return operand_bytes * share.get(kind, (n - 1) / n)
 
 
 def group_size(text: str) -> int:
-    """Devices that take part together, in any of the three ways in which HLO writes them."""
+    """The number of devices in a replica group, from any of HLO's three notations."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
         return listed[1].count(",") + 1
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
@@ -188,58 +188,58 @@ def group_size(text: str) -> int:
     return 1
 
 
-def _traffic(it: Instruction, inside: Computation, program: dict[str, Computation]) -> float:
-    if it.op in _FREE or _FREE_CALLS.search(it.text):
+def _traffic(instr: Instruction, computation: Computation, program: Program) -> float:
+    if instr.op in _FREE or _FREE_CALLS.search(instr.text):
         return 0
-    if it.op.endswith("-done"):
-        return _size(it.shape, memory_only=True)
-    if it.op == "fusion":
-        return _fusion_traffic(program[_CALLED.findall(it.text)[0].strip("%")])
-    read = [inside[name].shape for name in it.operands]
-    if it.op in ("dynamic-slice", "gather"):
-        read = [it.shape, *read[1:]]
-    if it.op == "dynamic-update-slice":
+    if instr.op.endswith("-done"):
+        return _size(instr.shape, memory_only=True)
+    if instr.op == "fusion":
+        return _fusion_traffic(program[_CALLED.findall(instr.text)[0].strip("%")])
+    read = [computation[name].shape for name in instr.operands]
+    if instr.op in ("dynamic-slice", "gather"):
+        read = [instr.shape, *read[1:]]
+    if instr.op == "dynamic-update-slice":
         return 2 * _size(read[1], memory_only=True)
-    written = "" if it.op.endswith("-start") else it.shape
+    written = "" if instr.op.endswith("-start") else instr.shape
     return sum(_size(shape, memory_only=True) for shape in [*read, written])
 
 
-def _fusion_traffic(inside: Computation) -> float:
-    """What is read of each parameter, and what is written; not what is only passed through."""
-    root = _root(inside)
-    outs = [inside[name] for name in root.operands] if root.op == "tuple" else [root]
+def _fusion_traffic(computation: Computation) -> float:
+    """Bytes read of each parameter plus bytes written; parameters passed through count as 0."""
+    root = _root(computation)
+    outs = [computation[name] for name in root.operands] if root.op == "tuple" else [root]
     read: dict[str, list[Instruction]] = defaultdict(list)
-    for it in inside.values():
-        for name in it.operands if it.op != "tuple" else ():
-            read[name].append(it)
+    for instr in computation.values():
+        for name in instr.operands if instr.op != "tuple" else ():
+            read[name].append(instr)
     total = sum(_size(out.shape, memory_only=True) for out in outs if out.op != "parameter")
-    for it in inside.values():
-        if it.op == "parameter" and (users := read[it.name]):
+    for instr in computation.values():
+        if instr.op == "parameter" and (users := read[instr.name]):
             sliced = all(user.op in ("dynamic-slice", "gather") for user in users)
-            shapes = [user.shape for user in users] if sliced else [it.shape]
-            in_memory = _size(it.shape, memory_only=True) > 0
+            shapes = [user.shape for user in users] if sliced else [instr.shape]
+            in_memory = _size(instr.shape, memory_only=True) > 0
             total += sum(map(_size, shapes)) if in_memory else 0
     return total
 
 
 def _find(pattern: str, text: str) -> str:
-    """The group of the pattern where it is first met, or nothing."""
+    """The group of the first match of the pattern, or an empty string."""
     match = re.search(pattern, text)
     return match[1] if match else ""
 
 
-def _root(inside: Computation) -> Instruction:
-    return next(it for it in inside.values() if it.is_root)
+def _root(computation: Computation) -> Instruction:
+    return next(instr for instr in computation.values() if instr.is_root)
 
 
-def _origin(name: str, inside: Computation) -> Instruction:
-    it = inside[name]
-    return _origin(it.operands[0], inside) if it.op in ("copy", "bitcast") else it
+def _origin(name: str, computation: Computation) -> Instruction:
+    instr = computation[name]
+    return _origin(instr.operands[0], computation) if instr.op in ("copy", "bitcast") else instr
 
 
-def _constant(name: str, inside: Computation) -> int | None:
-    it = _origin(name, inside)
-    return int(it.text.split(")")[0]) if it.op == "constant" else None
+def _constant(name: str, computation: Computation) -> int | None:
+    instr = _origin(name, computation)
+    return int(instr.text.split(")")[0]) if instr.op == "constant" else None
 
 
 def _dims(shape: str) -> list[int]:
@@ -248,7 +248,7 @@ def _dims(shape: str) -> list[int]:
 
 
 def _size(shape: str, memory_only: bool = False) -> float:
-    """Bytes of a shape, or of all parts of a tuple; `memory_only` leaves out the chip's buffers."""
+    """Bytes of a shape or of all parts of a tuple; `memory_only` leaves out on-chip buffers."""
     total = 0.0
     for dtype, dims, layout in _SHAPE.findall(shape):
         if memory_only and "S(" in layout:

@@ -1,4 +1,4 @@
-"""Memory, step time, largest batch and save interval of a run, on devices that are not here."""
+"""Memory, step time, largest batch and save interval of a run, on absent devices."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from jaxlm.tracking.throughput import find_device, flops_per_token
 _NUM_AXES = {"v5e": 2, "v6e": 2, "v5p": 3}
 """TPU generation -> dimensions of its torus."""
 Compile = Callable[[Config], dict[str, Any] | None]
-"""Config -> `assess` of its step; None once `max_compiles` is used up."""
+"""Config -> result of `assess`; None once `max_compiles` is used up."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Settings:
     """The flags of `jaxlm plan`, in addition to those of launch.py."""
 
     topology: str = ""
-    """The devices, required, such as v5e-16, v6e-16, v5p-8, v5e:4x8 or h100x8."""
+    """Devices to plan for, required, such as v5e-16, v6e-16, v5p-8, v5e:4x8 or h100x8."""
     save_cost_s: float | None = None
     """Time that a save blocks the training loop, as measured (seconds)."""
     mtbf_hours: float | None = None
@@ -43,7 +43,7 @@ class Settings:
 
 
 def parse_topology(name: str) -> tuple[str, str]:
-    """A topology's name -> platform and layout, as its compiler takes them.
+    """Platform and layout of a named topology, as its compiler takes them.
 
     Raises:
       ValueError: the name is not known.
@@ -55,11 +55,11 @@ def parse_topology(name: str) -> tuple[str, str]:
         if size is None:
             return "tpu", name
         axes = _NUM_AXES[generation]
-        num_chips = int(size) // 2 if generation == "v5p" else int(size)  # v5p is sold by the core
+        num_chips = int(size) // 2 if generation == "v5p" else int(size)  # v5p-N counts cores
         power = num_chips.bit_length() - 1
         if num_chips == 2**power and (power >= 2 or (power == 0 and axes == 2)):
             sides = [2 ** ((power + axis) // axes) for axis in range(axes)]
-            sides.sort(key=lambda side: (side == 1, side))  # 2x2x1, and not 1x2x2
+            sides.sort(key=lambda side: (side == 1, side))  # 2x2x1, not 1x2x2
             return "tpu", f"{generation}:{'x'.join(map(str, sides))}"
     raise InputError(
         f"--topology: found {name!r}, expected v5e-N or v6e-N (N chips), v5p-N (N cores), a power "
@@ -103,7 +103,7 @@ def plan(config: Config, settings: Settings) -> dict[str, Any]:
 
 
 def assess(config: Config, found: dict[str, Any]) -> dict[str, Any]:
-    """The findings of `examine`, with whether the step fits and a lower bound of its time.
+    """The result of `examine`, with `fits` and a lower bound of the step time.
 
     The bound assumes that compute, memory and links overlap in full, each at its peak.
     """
@@ -137,17 +137,18 @@ def assess(config: Config, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def largest_batch(config: Config, step: dict[str, Any], compile_step: Compile) -> dict[str, Any]:
-    """The largest batch that fits, over powers of two of rows a device and microbatch.
+    """The largest batch that fits, searched over powers of two of rows per device and microbatch.
 
     Args:
       config: a config whose step fits.
-      step: its `assess`.
+      step: the result of `assess` for it.
       compile_step: compiles and assesses another config.
     """
     unit = step["mesh"]["data"] * step["mesh"]["fsdp"] * config.num_microbatches
     rows = config.batch_size // unit
     fits, too_large = rows.bit_length() - 1, None
-    # Temporaries grow with the rows: the first guess is mostly right, and one more proves it.
+    # Temporaries grow with the rows: the first guess is mostly right, and one more compilation
+    # proves it.
     temporary_bytes = step["memory"]["temporaries"]
     room = (step["memory_there"] - step["memory_needed"]) / max(temporary_bytes, 1) + 1
     guess = max(fits + 1, math.floor(math.log2(room * rows)))
@@ -163,15 +164,15 @@ def largest_batch(config: Config, step: dict[str, Any], compile_step: Compile) -
 
 
 def find_changes(config: Config, num_devices: int, compile_step: Compile) -> list[dict[str, Any]]:
-    """Flags that may make a step fit: smaller microbatches, logits in parts, remat, fsdp.
+    """Flags that may make a step fit: smaller microbatches, chunked logits, remat, fsdp.
 
     Args:
       config: a config whose step does not fit.
-      num_devices: of the topology.
+      num_devices: devices of the topology.
       compile_step: compiles and assesses another config.
 
     Returns:
-      The changes tried, as flags: those that fit come first, the fastest of them at the front.
+      The changes tried, as flags; those that fit come first, fastest first.
     """
     products, full = "--model.remat products", "--model.remat full"
     chunks, fsdp = "--loss_chunks 8", "--mesh.data 1 --mesh.fsdp -1"
@@ -199,7 +200,7 @@ def find_changes(config: Config, num_devices: int, compile_step: Compile) -> lis
             change = {"flags": " ".join([*flags, *parts])}
             try:
                 found = compile_step(replace(changed, num_microbatches=num))
-            except ValueError as error:  # The mesh does not divide the batch or the model.
+            except ValueError as error:  # the mesh does not divide the batch or the model
                 found = {"fits": False, "wrong": str(error)}
             if found is None or "wrong" in found:
                 break
@@ -211,12 +212,12 @@ def find_changes(config: Config, num_devices: int, compile_step: Compile) -> lis
 
 
 def save_interval(save_cost_s: float, mtbf_s: float, step_s: float) -> dict[str, Any]:
-    """The interval between saves that costs least (Young 1974; Daly 2006, first order).
+    """The save interval with the lowest expected cost (Young 1974; Daly 2006, first order).
 
     Args:
-      save_cost_s: time that a save blocks the training loop.
-      mtbf_s: mean time between failures.
-      step_s: time of a step.
+      save_cost_s: time that a save blocks the training loop (s).
+      mtbf_s: mean time between failures (s).
+      step_s: time of a step (s).
     """
     num_steps = max(round(math.sqrt(2 * save_cost_s * mtbf_s) / step_s), 1)
     interval_s = num_steps * step_s
@@ -239,9 +240,9 @@ def describe(report: dict[str, Any]) -> list[str]:
         _describe_step(report) if "memory" in report else [f"does not fit: {report['refused']}"]
     )
     if batch := report.get("largest_batch"):
-        least = "" if batch["certain"] else "at least "
+        bound = "" if batch["certain"] else "at least "
         rows = f"{batch['rows_per_device']} rows a device at once"
-        lines.append(f"largest batch that fits: {least}{batch['batch_size']} ({rows})")
+        lines.append(f"largest batch that fits: {bound}{batch['batch_size']} ({rows})")
     for change in report.get("changes", ()):
         text = f"does not fit with {change['flags']}"
         if change["fits"]:

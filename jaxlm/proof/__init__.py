@@ -1,1 +1,1 @@
-"""A run killed on purpose, and held against one that was not."""
+"""Kills a run on purpose, and compares it with an uninterrupted one."""

@@ -1,4 +1,4 @@
-"""Starts a run, watches and kills it from outside; compares two runs to the bit.
+"""Starts, watches and kills a run from outside; compares two runs bit by bit.
 
 Used by `jaxlm prove-resume`, and by tests that kill runs.
 """
@@ -14,13 +14,13 @@ from jaxlm.checkpoints.folder import scan_folder
 from jaxlm.report.diff import diff_checkpoints
 from jaxlm.tracking.metrics import read_metrics
 
-_LOOK_INTERVAL_S = 0.001
+_POLL_INTERVAL_S = 0.001
 _TIMED = ("train/tokens_per_s", "train/mfu", "time/")
-_SAME = ("tokens_seen", "eval_loss", "best_eval_loss", "best_step", "num_worse_evals", "final")
+_COMPARED = ("tokens_seen", "eval_loss", "best_eval_loss", "best_step", "num_worse_evals", "final")
 
 
 class Process(Protocol):
-    """A started command, as `subprocess.Popen`."""
+    """The interface of a started command, as `subprocess.Popen`."""
 
     def poll(self) -> int | None:
         """The exit code (minus the signal that killed the process), or None while it runs."""
@@ -34,21 +34,21 @@ class Process(Protocol):
 
 
 class Kill(NamedTuple):
-    """The signals sent to a run, and the state found afterwards."""
+    """The signals sent to a run, and the run's state afterwards."""
 
     signals: str
     after_s: float
     """Time since the start (s)."""
     phase: str
-    """Phase of the run at its end, as its folders show."""
+    """Phase in which the run ended, from its folders."""
     step: int
-    """Last step in its metrics."""
+    """Last step in metrics.jsonl."""
     code: int
     """Exit code; minus the signal that killed the run."""
 
 
 class Attempt:
-    """One start of a run, watched through its folders."""
+    """One start of a run, observed through its folders."""
 
     def __init__(self, run_dir: Path, start: Callable[[], Process]):
         self.run_dir, self.checkpoints = run_dir, run_dir / "checkpoints"
@@ -59,20 +59,20 @@ class Attempt:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leaves no run behind."""
+        """Kills the run if it is still running."""
         if self.process.poll() is None:
-            self.strike(signal.SIGKILL)
+            self.kill(signal.SIGKILL)
 
-    def wait_for(self, there: Callable[[Self], bool]) -> bool:
-        """Waits until `there` holds; False if the run ended before."""
+    def wait_for(self, condition: Callable[[Self], bool]) -> bool:
+        """Waits until `condition` holds; returns False if the run ended before."""
         while self.process.poll() is None:
-            if there(self):
+            if condition(self):
                 return True
-            time.sleep(_LOOK_INTERVAL_S)
+            time.sleep(_POLL_INTERVAL_S)
         return False
 
-    def strike(self, *numbers: int, gap_s: float = 0.0) -> Kill:
-        """Sends signals, one after the other, and waits for the end of the run."""
+    def kill(self, *numbers: int, gap_s: float = 0.0) -> Kill:
+        """Sends signals, `gap_s` seconds apart, and waits for the end of the run."""
         after_s = self.age_s()
         for number in numbers:
             self.process.send_signal(number)
@@ -106,24 +106,24 @@ class Attempt:
 
 
 def untimed_rows(run_dir: Path | str) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, without metrics of time."""
+    """The rows of metrics.jsonl, without metrics that measure time."""
     path = Path(run_dir) / "metrics.jsonl"
     rows = read_metrics(path) if path.exists() else []
     return [{name: row[name] for name in row if not name.startswith(_TIMED)} for row in rows]
 
 
-def compare_runs(whole: Path, broken: Path) -> list[str]:
-    """A line for each difference of two runs that should be equal to the bit, by step."""
-    a, b = facts_of(whole), facts_of(broken)
+def compare_runs(uninterrupted: Path, resumed: Path) -> list[str]:
+    """The differences of two runs that should be equal to the bit: a line each, by step."""
+    a, b = facts_of(uninterrupted), facts_of(resumed)
     found = [
-        f"step {step}: {name}: {' '.join(there)} uninterrupted, {' '.join(here)} resumed"
+        f"step {step}: {name}: {' '.join(in_a)} uninterrupted, {' '.join(in_b)} resumed"
         for step, name in sorted(a.keys() | b.keys())
-        if (there := a.get((step, name), ["nothing"])) != (here := b.get((step, name), ["nothing"]))
+        if (in_a := a.get((step, name), ["nothing"])) != (in_b := b.get((step, name), ["nothing"]))
     ]
-    steps = [[row["step"] for row in untimed_rows(run)] for run in (whole, broken)]
+    steps = [[row["step"] for row in untimed_rows(run)] for run in (uninterrupted, resumed)]
     if not found and steps[0] != steps[1]:
         found.append("metrics.jsonl: the rows are in another order")
-    folders = [run / "checkpoints" for run in (whole, broken)]
+    folders = [run / "checkpoints" for run in (uninterrupted, resumed)]
     kept = [scan_folder(folder).sound for folder in folders]
     needed = {step for found in kept for step in (max(found), found[max(found)].best_step)}
     for step in sorted(kept[0].keys() | kept[1].keys()):
@@ -131,7 +131,7 @@ def compare_runs(whole: Path, broken: Path) -> list[str]:
             # A stop leaves an extra checkpoint, so retention drops another one.
             found += [f"checkpoint {step}: only in one of the two"] if step in needed else []
             continue
-        facts = [{name: getattr(metadata[step], name) for name in _SAME} for metadata in kept]
+        facts = [{name: getattr(metadata[step], name) for name in _COMPARED} for metadata in kept]
         found += [f"checkpoint {step}: {facts[0]} and {facts[1]}"] if facts[0] != facts[1] else []
         differences = diff_checkpoints(*(f"{folder}@{step}" for folder in folders))
         found += [f"checkpoint {step}: {name}: {what}" for name, what in differences]
@@ -139,10 +139,10 @@ def compare_runs(whole: Path, broken: Path) -> list[str]:
 
 
 def facts_of(run_dir: Path) -> dict[tuple[int, str], list[str]]:
-    """(step, name) -> the values of this metric in each row, or the hashes of the batch.
+    """(step, name) -> values of a metric, one for each row of the step, or hashes of a batch.
 
-    Floats are hexadecimal, exact to the bit. The hashes are those of $JAXLM_RECORD_BATCHES, which
-    must be the path of the run folder plus `.batches`.
+    Floats are hexadecimal, thus exact. Hashes are read from `RUN_DIR.batches`, the path that
+    the run needs in $JAXLM_RECORD_BATCHES.
     """
     facts: dict[tuple[int, str], list[str]] = {}
     for row in untimed_rows(run_dir):
@@ -152,6 +152,6 @@ def facts_of(run_dir: Path) -> dict[tuple[int, str], list[str]]:
         batch = json.loads(line)
         name = "batch, rows {}:{}".format(*batch["rows"])
         hashes = facts.setdefault((batch["batch"] + 1, name), [])
-        if batch["sha256"] not in hashes:  # Each start repeats some batches of an earlier one.
+        if batch["sha256"] not in hashes:  # a later start may repeat a batch
             hashes.append(batch["sha256"])
     return facts

@@ -1,6 +1,6 @@
 """`jaxlm prove-resume`: proves that a killed and resumed run equals an uninterrupted one.
 
-Runs on a user's own config and machine, with some settings changed for a short proof.
+The proof uses the user's config and machine; some settings are changed to keep it short.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from jaxlm.proof.attempt import Attempt, Kill, compare_runs, facts_of
 COMMAND = (sys.executable, "-c")
 COMMAND += ("from jaxlm.launch import leave, main, run_main; leave(run_main(main))",)
 """Runs launch.py's main, from any current directory."""
-_MOST_SHOWN = 20
+_MAX_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Settings:
     prove_steps: int = 12
     """Steps of the run (steps)."""
     prove_kills: int = 3
-    """Kills at random instants, in addition to one in a save and a SIGTERM."""
+    """Kills at random times, in addition to one in a save and a SIGTERM."""
     prove_seed: int = 0
-    """Seed of the instants."""
+    """Seed of the random times."""
     out: Path | None = None
     """Write the certificate here as JSON."""
 
@@ -53,11 +53,11 @@ class Settings:
 
 
 def prove(config: Config, flags: Sequence[str], settings: Settings) -> dict[str, Any]:
-    """Trains an uninterrupted run, then one with kills, and compares.
+    """Trains an uninterrupted run, then one with kills, and compares them.
 
     Args:
       config: the config of `flags`.
-      flags: those of launch.py.
+      flags: flags of launch.py.
       settings: numbers of steps and kills.
 
     Returns:
@@ -68,31 +68,31 @@ def prove(config: Config, flags: Sequence[str], settings: Settings) -> dict[str,
     """
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         raise InputError("found JAX_COORDINATOR_ADDRESS, expected a single process; unset it first")
-    own = _own_flags(config, settings.prove_steps)
-    print(f"for the proof: {' '.join(own)}")
-    beside = Path(config.run_dir).parent  # the disk of the real run's checkpoints
+    overrides = _proof_flags(config, settings.prove_steps)
+    print(f"for the proof: {' '.join(overrides)}")
+    parent = Path(config.run_dir).parent  # the disk of the real run's checkpoints
     with tempfile.TemporaryDirectory(
-        prefix="prove-resume-", dir=beside if beside.is_dir() else "."
+        prefix="prove-resume-", dir=parent if parent.is_dir() else "."
     ) as folder:
-        whole, broken = Path(folder) / "whole", Path(folder) / "broken"
-        with _start([*flags, *own], whole) as attempt:
+        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
+        with _start([*flags, *overrides], whole) as attempt:
             if code := attempt.process.wait():
                 raise InputError(
-                    f"the uninterrupted run ended with exit code {code}: {_last_words(whole)}; "
+                    f"the uninterrupted run ended with exit code {code}: {_last_log_line(whole)}; "
                     f"try `launch.py {' '.join(flags)}` first"
                 )
             whole_s = attempt.age_s()
         print(f"uninterrupted: {whole_s:.1f} s")
-        kills, wrong = _break([*flags, *own], broken, whole_s, settings)
-        wrong = wrong or compare_runs(whole, broken)
+        kills, wrong = _kill_and_resume([*flags, *overrides], killed, whole_s, settings)
+        wrong = wrong or compare_runs(whole, killed)
         metadata = scan_folder(whole / "checkpoints").sound[settings.prove_steps]
-        steps = [_by_step(run, settings.prove_steps) for run in (whole, broken)]
+        steps = [_by_step(run, settings.prove_steps) for run in (whole, killed)]
     return {
         "proven": not wrong,
         "wrong": wrong,
         "kills": [kill._asdict() for kill in kills],
         "seed": settings.prove_seed,
-        "flags": [*flags, *own],
+        "flags": [*flags, *overrides],
         "config_sha256": _sha256(to_dict(config)),
         "data_fingerprint": metadata.data_fingerprint,
         "environment": metadata.environment,
@@ -108,7 +108,7 @@ def _by_step(run_dir: Path, num_steps: int) -> list[dict[str, list[str]]]:
     return [{name: found for (at, name), found in facts if at == step} for step in steps]
 
 
-def _own_flags(config: Config, steps: int) -> list[str]:
+def _proof_flags(config: Config, steps: int) -> list[str]:
     num_tokens = config.num_steps * config.tokens_per_step
     values = {
         "num_steps": steps,
@@ -143,10 +143,10 @@ def _start(flags: Sequence[str], run_dir: Path) -> Attempt:
         )
 
 
-def _break(
+def _kill_and_resume(
     flags: Sequence[str], run_dir: Path, whole_s: float, settings: Settings
 ) -> tuple[list[Kill], list[str]]:
-    """Kills a run repeatedly, then lets it complete; returns the kills, and errors."""
+    """Kills a run repeatedly, then lets it complete; returns kills and errors."""
     rng = random.Random(settings.prove_seed)
     stop_step = rng.randint(1, settings.prove_steps // 2)
 
@@ -156,28 +156,29 @@ def _break(
     def in_step(attempt: Attempt) -> bool:
         return attempt.phase() == "training" and attempt.last_step() >= stop_step
 
-    def at(instant_s: float, step: float) -> Callable[[Attempt], bool]:
-        return lambda attempt: attempt.age_s() >= instant_s or attempt.last_step() >= step
+    def at(time_s: float, step: float) -> Callable[[Attempt], bool]:
+        return lambda attempt: attempt.age_s() >= time_s or attempt.last_step() >= step
 
-    # The first kill comes early, so that steps are left for the others.
+    # The first kill comes early, so that steps remain for the others.
     latest = [(0.6 * whole_s, settings.prove_steps // 2)]
     latest += [(whole_s, math.inf)] * settings.prove_kills
     aims = [(at(rng.uniform(0, x), n), signal.SIGKILL) for x, n in latest[: settings.prove_kills]]
     aims[1:1] = [(in_save, signal.SIGKILL), (in_step, signal.SIGTERM)]
     kills: list[Kill] = []
     while aims:
-        there, number = aims[0]
+        condition, number = aims[0]
         with _start(flags, run_dir) as attempt:
-            if not attempt.wait_for(there):
-                break  # The run ended before the kill.
-            kills.append(attempt.strike(number))
+            if not attempt.wait_for(condition):
+                break  # the run ended before the kill
+            kills.append(attempt.kill(number))
         print("{} after {} s, {}, step {}: exit code {}".format(*kills[-1]))
-        if there is not in_save or kills[-1].phase == "saving":  # Else retry: the save had ended.
+        # Retry a kill aimed at a save that had ended.
+        if condition is not in_save or kills[-1].phase == "saving":
             del aims[0]
     with _start(flags, run_dir) as attempt:
         code = attempt.process.wait()
     if code:
-        return kills, [f"the resumed run ended with exit code {code}: {_last_words(run_dir)}"]
+        return kills, [f"the resumed run ended with exit code {code}: {_last_log_line(run_dir)}"]
     if not any(kill.phase == "saving" for kill in kills):
         return kills, ["no kill fell into a save; try more --prove_steps"]
     if not any(kill.code == STOPPED for kill in kills):
@@ -185,9 +186,9 @@ def _break(
     return kills, []
 
 
-def _last_words(run_dir: Path) -> str:
+def _last_log_line(run_dir: Path) -> str:
     lines = Path(f"{run_dir}.log").read_text(errors="replace").split("\n")
-    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    return next((line for line in reversed(lines) if line.strip()), "no output")
 
 
 def _sha256(values: Any) -> str:
@@ -207,9 +208,9 @@ def describe(certificate: dict[str, Any]) -> list[str]:
         lines.append(f"step {number}: {', '.join(shown)}")
     found = certificate["fingerprints"]
     for item in ("params", "ema_params", "opt_state"):
-        if own := {k: v for k, v in found.items() if k.startswith(f"{item}/")}:
-            lines.append(f"{item}: {len(own)} arrays, fingerprint {_sha256(own)}")
-    lines += [f"WRONG: {text}" for text in certificate["wrong"][:_MOST_SHOWN]]
+        if arrays := {k: v for k, v in found.items() if k.startswith(f"{item}/")}:
+            lines.append(f"{item}: {len(arrays)} arrays, fingerprint {_sha256(arrays)}")
+    lines += [f"WRONG: {text}" for text in certificate["wrong"][:_MAX_SHOWN]]
     if certificate["wrong"]:
         return [*lines, *_hints(certificate), "NOT PROVEN: the resumed run differs"]
     return [*lines, "PROVEN: every array, loss, eval loss and batch is equal to the bit"]

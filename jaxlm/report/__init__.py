@@ -1,1 +1,1 @@
-"""What a person looks at: tables, curves, a page."""
+"""Tables, charts and HTML pages of runs."""

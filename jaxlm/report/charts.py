@@ -1,6 +1,6 @@
-"""Curves and timelines as Vega-Lite specs: JSON values that hold their data.
+"""Curves and timelines as Vega-Lite specs: JSON values that include their data.
 
-A row and a tooltip have the number of a run, for which the page puts its name.
+Rows and tooltips hold the index of a run; the page shows the run's name instead.
 """
 
 import math
@@ -18,9 +18,9 @@ COLOURS = (
     "#8C8C8C",
     "#A89A00",
 )
-"""One for each run: after Okabe and Ito, which the colour-blind tell apart, and two more; on white
-and on black."""
-_NUM_POINTS = 15_000  # of all charts of a page together
+"""One for each run: the palette of Okabe and Ito, safe for colour-blind readers, and two more; all
+are legible on white and on black."""
+_NUM_POINTS = 15_000  # total over all charts of a page
 _MIN_SMOOTHED = 30
 THEME: dict[str, Any] = {
     "background": None,
@@ -41,7 +41,7 @@ THEME: dict[str, Any] = {
     },
     "axisY": {"minExtent": 58, "maxExtent": 58, "labelLimit": 60},
 }
-"""The look of all charts: in the text colour of the page, and with their steps aligned."""
+"""The style of all charts: text in the colour of the page, x axes aligned."""
 
 
 class Curve(NamedTuple):
@@ -55,9 +55,8 @@ class Curve(NamedTuple):
 def smooth(values: Sequence[float]) -> list[float]:
     """The exponential moving average over about a thirtieth of the values, at most 100.
 
-    It is without the pull of its start, and values that are not finite are left out.
-
-    Source: the bias correction of Adam (Kingma and Ba, 2015).
+    The bias towards the initial 0 is corrected as in Adam (Kingma and Ba, 2015). Non-finite values
+    are skipped.
     """
     weight = 1 - 1 / min(max(len(values) / 30, 2), 100)
     mean, share, found = 0.0, 0.0, []
@@ -70,9 +69,9 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def thin(values: Sequence[float], num_buckets: int) -> list[int]:
-    """The places of the lowest and highest value of each bucket, ascending, so that spikes stay.
+    """The indices of the lowest and highest value of each bucket, ascending, so that spikes stay.
 
-    A value that is not finite stays too, once for each bucket: there the line breaks.
+    The first non-finite value of each bucket stays too, and breaks the line.
     """
     if len(values) <= 2 * num_buckets:
         return list(range(len(values)))
@@ -102,14 +101,14 @@ def draw_curves(
 
     Args:
       curves: at most one for each run.
-      runs: their names.
-      steps: the ends of the x axis.
-      unit: the title of the y axis.
-      smoothed: the raw values faint, and their moving average in front; not for few values.
-      points: a mark at each value.
-      log: a logarithmic axis, where the values span so much that it helps.
-      bounds: the ends of the y axis.
-      num_charts: among which the points of a page are shared.
+      runs: names of the runs.
+      steps: range of the x axis.
+      unit: title of the y axis.
+      smoothed: draw raw values faintly and their moving average in front, unless values are few.
+      points: draw a mark at each value.
+      log: use a logarithmic y axis if the values span a large range.
+      bounds: range of the y axis.
+      num_charts: charts of the page, which share the maximum number of points.
     """
     smoothed = smoothed and max((len(xy) for _, xy in curves), default=0) >= _MIN_SMOOTHED
     data, num_buckets = [], max(50, _NUM_POINTS // (2 * num_charts * len(runs)))
@@ -151,9 +150,9 @@ def draw_timeline(
 
     Args:
       events: run, step, kind and reason.
-      runs: their names.
-      steps: the ends of the x axis.
-      kinds: from top to bottom; those without events are left out.
+      runs: names of the runs.
+      steps: range of the x axis.
+      kinds: kinds from top to bottom; a kind without events is left out.
     """
     data = [{"r": r, "x": x, "k": kind, "w": why[:120]} for r, x, kind, why in events]
     present = [kind for kind in kinds if any(kind == event[2] for event in events)]
@@ -193,7 +192,7 @@ def _spec(data: list[dict[str, Any]], layers: list[dict[str, Any]], height: int)
 def _hover(encoding: dict[str, Any], smoothed: bool, unit: str) -> dict[str, Any]:
     shown = [("r", "run", "d"), ("x", "step", ","), ("y", unit, ".5~g")]
     shown += [("s", "smoothed", ".5~g")] if smoothed else []
-    # Each has a format: without one, Vega-Lite looks in the wrong place for the nearest point.
+    # Without a format on each field, Vega-Lite misplaces the nearest point.
     tooltip = [{"field": field, "title": title, "format": form} for field, title, form in shown]
     near = {"type": "point", "on": "pointerover", "nearest": True, "clear": "pointerout"}
     opacity = {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}

@@ -1,4 +1,4 @@
-"""What differs between two checkpoints."""
+"""Compares two checkpoints bit by bit."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from jaxlm.terminal import track
 
 
 class Difference(NamedTuple):
-    """One array that is not the same in two checkpoints."""
+    """An array that differs between two checkpoints."""
 
     name: str
     what: str
@@ -24,7 +24,7 @@ def diff_checkpoints(run_a: str, run_b: str) -> list[Difference]:
     """The arrays that differ between `RUN_A@STEP` and `RUN_B@STEP`, to the bit.
 
     Raises:
-      ValueError: no such run or step, or it is damaged.
+      ValueError: no such run or step, or a checkpoint is damaged.
     """
 
     def against(a: Selected) -> list[Difference]:
@@ -36,7 +36,7 @@ def diff_checkpoints(run_a: str, run_b: str) -> list[Difference]:
 def _diff(*sides: tuple[str, Path]) -> list[Difference]:
     (run_a, _), (run_b, _) = sides
     found = []
-    for item in track(ITEMS, "Comparing"):  # two whole states may be more than the memory
+    for item in track(ITEMS, "Comparing"):  # two complete states may not fit into memory
         a, b = (_arrays(path, item) for _, path in sides)
         for name in a | b:
             if name not in a or name not in b:
@@ -61,13 +61,13 @@ def _difference(a: np.ndarray, b: np.ndarray) -> str | None:
     differs = (bits_a != bits_b).any(axis=-1)
     if not differs.any():
         return None
-    told = f"{differs.sum()} of {a.size} values differ"
-    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
-    finite = np.isfinite(wide_a) & np.isfinite(wide_b)
+    summary = f"{differs.sum()} of {a.size} values differ"
+    float_a, float_b = a.astype(np.float64), b.astype(np.float64)
+    finite = np.isfinite(float_a) & np.isfinite(float_b)
     if not (differs & finite).any():
-        return f"{told}, and none of them is finite in both"
-    gaps = np.subtract(wide_a, wide_b, where=finite, out=np.zeros(a.shape))
+        return f"{summary}, and none of them is finite in both"
+    gaps = np.subtract(float_a, float_b, where=finite, out=np.zeros(a.shape))
     gap = float(np.abs(gaps).max())
-    scale = float(np.sqrt(np.mean(np.square(wide_a[finite]))))
+    scale = float(np.sqrt(np.mean(np.square(float_a[finite]))))
     relative = f", {gap / scale:.1e} of its rms" if scale else ""
-    return f"{told}, by up to {gap:.3e}{relative}"
+    return f"{summary}, by up to {gap:.3e}{relative}"

@@ -1,6 +1,6 @@
-"""The history of a run on disk, as far as it can be read: rows, events, checkpoints, settings.
+"""The history of a run on disk, as far as it is readable: rows, events, checkpoints, settings.
 
-Reading only; the run may be training, stopped, damaged or not even begun.
+Changes nothing on disk; the run may be training, stopped, damaged or not yet started.
 """
 
 from collections.abc import Callable
@@ -23,46 +23,46 @@ from jaxlm.tracking.metrics import read_metrics
 from jaxlm.tracking.trackers import Row
 
 T = TypeVar("T")
-_UNREADABLE = (OSError, ValueError, DiskError)
+_READ_ERRORS = (OSError, ValueError, DiskError)
 _read_config = partial(read_json, kind=dict[str, Any])
 
 
 class Process(NamedTuple):
-    """A start of the run, as far as its rows are in metrics.jsonl."""
+    """One start of the run, as recorded in metrics.jsonl."""
 
     first_step: int
-    """Of its first row."""
+    """Step of the first row."""
     last_step: int
     seconds: dict[str, float]
-    """Kind of `clock.KINDS` -> wall time (s) up to its last row."""
+    """Kind of `clock.KINDS` -> wall time up to the last row (s)."""
 
 
 class History(NamedTuple):
-    """One run."""
+    """Everything readable of one run."""
 
     run: str
-    """As it was asked for."""
+    """The run as the caller named it."""
     rows: list[Row]
-    """metrics.jsonl."""
+    """Rows of metrics.jsonl."""
     processes: list[Process]
     events: list[Event]
-    """events.jsonl."""
+    """Rows of events.jsonl."""
     evals: list[Eval]
-    """evals.jsonl."""
+    """Rows of evals.jsonl."""
     checkpoints: list[dict[str, Any]]
-    """As in `table.describe_steps`."""
+    """The result of `table.describe_steps`."""
     num_bytes: int
-    """Of the run folder and of its checkpoints, those set aside included."""
+    """Size of the run folder and its checkpoints, including those set aside."""
     config: dict[str, Any]
     """Dotted name -> value."""
     environment: dict[str, Any]
     """Dotted name -> value, of the latest checkpoint."""
     missing: list[str]
-    """What is not there or cannot be read."""
+    """Messages on files that are missing or unreadable."""
 
 
 def read_history(run: str) -> History:
-    """Reads all there is.
+    """The history of a run, read from its folder.
 
     Args:
       run: a run folder, or its checkpoint folder.
@@ -75,13 +75,13 @@ def read_history(run: str) -> History:
         raise InputError(f"{run}: found no folder, expected a run folder (such as runs/tiny)")
     missing: list[str] = []
     run_dir = path.parent if path.name == "checkpoints" else path
-    rows = _tried(read_metrics, run_dir / "metrics.jsonl", "curves", missing)
-    events, unreadable = _tried(read_events, run_dir / EVENTS, "events", missing) or ([], [])
-    evals = _tried(read_evals, run_dir / EVALS, "losses of `jaxlm eval --follow`", missing) or []
+    rows = _try_read(read_metrics, run_dir / "metrics.jsonl", "curves", missing)
+    events, unreadable = _try_read(read_events, run_dir / EVENTS, "events", missing) or ([], [])
+    evals = _try_read(read_evals, run_dir / EVALS, "losses of `jaxlm eval --follow`", missing) or []
     if rows == []:
         missing.append("metrics.jsonl is empty so far: no curves")
     missing += unreadable
-    config = _tried(_read_config, run_dir / "config.json", "config", missing)
+    config = _try_read(_read_config, run_dir / "config.json", "config", missing)
     folder, checkpoints, latest = _checkpoints(run, evals, missing)
     folders = {run_dir} if folder is None or run_dir in folder.parents else {run_dir, folder}
     return History(
@@ -98,12 +98,12 @@ def read_history(run: str) -> History:
     )
 
 
-def _tried(read: Callable[[Path], T], path: Path, what: str, missing: list[str]) -> T | None:
+def _try_read(read: Callable[[Path], T], path: Path, what: str, missing: list[str]) -> T | None:
     try:
         return read(path)
     except FileNotFoundError:
         missing.append(f"{path.name} is not there: no {what}")
-    except _UNREADABLE as error:
+    except _READ_ERRORS as error:
         missing.append(f"no {what} from {path.name}: {error}")
     return None
 
@@ -114,12 +114,12 @@ def _checkpoints(
     try:
         try:
             folder = find_checkpoints(run)
-        except ValueError:  # a damaged config.json; they are most likely in their usual place
+        except ValueError:  # damaged config.json: try the default folder
             folder = Path(run) / "checkpoints"
             if not folder.is_dir():
                 raise
         steps = scan_folder(folder)
-    except _UNREADABLE as error:
+    except _READ_ERRORS as error:
         missing.append(f"no checkpoints: {error}")
         return None, [], None
     missing += [f"checkpoint {step} is damaged: {why[0]}" for step, why in steps.damaged.items()]
@@ -130,19 +130,22 @@ def _checkpoints(
 
 
 def goodput(seconds: dict[str, float]) -> float:
-    """The share of `steps` in the wall time; 0 where none has passed."""
+    """The share of `steps` in the wall time, 0 to 1; 0 if no time has passed."""
     total = sum(seconds.values())
     return seconds["steps"] / total if total > 0 else 0.0
 
 
 def times(row: Row) -> dict[str, float] | None:
-    """The seconds that a row has for each kind, or None if it has none."""
+    """The wall time of each kind in a row (s), or None if one is missing."""
     found = {kind: row[f"time/{kind}"] for kind in KINDS if f"time/{kind}" in row}
     return found if len(found) == len(KINDS) else None
 
 
 def split_by_start(rows: list[Row]) -> list[Process]:
-    """The starts of a run: each has its own clock, on which `start` stands still in the loop."""
+    """The starts of a run, distinguished by clock.
+
+    Each start has a new clock, on which `start` is constant during the loop.
+    """
     found: list[Process] = []
     for row in rows:
         if (seconds := times(row)) is None:

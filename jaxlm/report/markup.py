@@ -1,10 +1,10 @@
-"""Text and tables as HTML, and how the page of a report looks."""
+"""Text and tables as HTML, and the style sheet of the report."""
 
 import html
 from collections.abc import Iterable, Sequence
 
 MAX_CHARS = 160
-"""Of a text in a table."""
+"""Maximum length of a text in a table."""
 STYLE = """
 :root { color-scheme: light dark; --bg: #fff; --fg: #1c1e21; --soft: #5d6269; --line: #d9dce0;
         --mark: #fff1b8 }
@@ -43,7 +43,7 @@ tr.differs td { background: var(--mark) } summary { cursor: pointer; margin: .4r
 
 
 def as_text(value: object, max_chars: int = MAX_CHARS) -> str:
-    """Any value as HTML that shows it, cut where it is long."""
+    """Any value as escaped HTML text, cut to `max_chars`."""
     text = str(value).encode(errors="replace").decode()
     return html.escape(text if len(text) <= max_chars else f"{text[: max_chars - 1]}…")
 
@@ -53,12 +53,12 @@ class Html(str):
 
 
 def as_table(head: Iterable[str], rows: Iterable[Sequence[object]], num_marked: int = 0) -> str:
-    """A table.
+    """An HTML table.
 
     Args:
-      head: the names of the columns; as `rows`.
-      rows: values; those that are not `Html` are shown as text.
-      num_marked: so many rows stand out, the first ones.
+      head: names of the columns, escaped unless they are `Html`.
+      rows: cells, escaped unless they are `Html`.
+      num_marked: number of first rows to highlight.
     """
 
     def cell(value: object) -> str:

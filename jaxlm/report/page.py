@@ -1,7 +1,7 @@
 """The report of one run or several: one self-contained HTML page.
 
 Data from disk is escaped. A Content-Security-Policy allows only the inlined script, by hash, and no
-external resource.
+external resources.
 """
 
 import base64
@@ -32,9 +32,9 @@ CHARTS: dict[str, dict[str, Any]] = {
     "train/mfu": {"unit": "share of peak FLOP/s"},
     "goodput": {"unit": "% of time on steps", "bounds": (0, 100)},
 }
-"""Metric -> how its chart is drawn, in order of the page; a metric that no run has is left out."""
+"""Metric -> arguments of `draw_curves`, in page order; a metric without values is left out."""
 _MAX_ROWS = 100
-"""Rows of a table, for each run."""
+"""Maximum number of rows of a table for each run."""
 _MAX_SOURCES = 8
 _MAX_SAMPLES, _MAX_SAMPLE_CHARS = 3, 4000
 _ON_TIMELINE = (*RUN_KINDS, *CHECKPOINT_KINDS)
@@ -56,7 +56,7 @@ def make_report(histories: Sequence[History]) -> str:
     """The report as one HTML page.
 
     Raises:
-      ValueError: there is no run, or there are more than can be told apart.
+      ValueError: there is no run, or more runs than colours.
       ImportError: the extra `report` is missing.
     """
     if not 1 <= len(histories) <= len(COLOURS):
@@ -93,7 +93,7 @@ def make_report(histories: Sequence[History]) -> str:
 
 @functools.cache
 def _script() -> str:
-    # Vega-Lite, Vega and ours; to pack them takes a second or two.
+    # Vega, Vega-Lite and `_DRAW`, bundled once: bundling takes a second or two.
     bundle = needs("vl_convert", "jaxlm report").javascript_bundle(_DRAW)
     return bundle.replace("</script", "<\\/script")
 
@@ -132,7 +132,7 @@ def _overview(histories: Sequence[History]) -> str:
             ]
         )
         missing += [
-            f"<p>⚠ {_name(run, history.run)}: {as_text(what)}</p>" for what in history.missing
+            f"<p>⚠ {_name(run, history.run)}: {as_text(text)}</p>" for text in history.missing
         ]
     head = ["run", "step", "tokens", "train/loss", "lowest eval/loss", "time", "goodput", "disk"]
     return as_table(head, rows) + "".join(missing)
@@ -146,7 +146,7 @@ def _points(history: History, metric: str) -> list[tuple[int, float]]:
 
 
 def _followed(history: History, source: str) -> list[tuple[int, float]]:
-    # A run that went back has made a step twice: the later one counts.
+    # A run that rolled back evaluates a step twice: the later row counts.
     return sorted({r["step"]: r["loss"] for r in history.evals if r["source"] == source}.items())
 
 
@@ -177,10 +177,10 @@ def _charts(histories: Sequence[History], runs: list[str]) -> tuple[str, list[di
         figure = f'<figure><h3>{as_text(title)}</h3><div class=chart id="chart-{len(specs) - 1}">'
         return figure + "</div></figure>"
 
-    for metric, how in CHARTS.items():
+    for metric, options in CHARTS.items():
         curves = [Curve(run, _points(history, metric)) for run, history in enumerate(histories)]
         if any(points for _, points in curves):
-            spec = draw_curves(curves, runs, steps, num_charts=num_charts, **how)
+            spec = draw_curves(curves, runs, steps, num_charts=num_charts, **options)
             figures.append(add("goodput since the start" if metric == "goodput" else metric, spec))
     for source in _sources(histories):
         followed = [Curve(n, _followed(history, source)) for n, history in enumerate(histories)]
@@ -262,24 +262,24 @@ def _checkpoints(histories: Sequence[History]) -> str:
 
 def _settings(title: str, values: Sequence[dict[str, Any]], runs: list[str]) -> str:
     names = list(dict.fromkeys(name for value in values for name in value))
-    spelt = {
+    values_of = {
         name: [json.dumps(value[name]) if name in value else "-" for value in values]
         for name in names
     }
-    differing = [name for name in names if len(set(spelt[name])) > 1]
+    differing = [name for name in names if len(set(values_of[name])) > 1]
     names = [*differing, *(name for name in names if name not in differing)][:_MAX_ROWS]
     if not names:
         return ""
     head = ["", *(_name(run, name) for run, name in enumerate(runs))]
-    table = as_table(head, [[name, *spelt[name]] for name in names], len(differing))
-    said = f", {len(differing)} of {len(names)} differ" if len(runs) > 1 else ""
+    table = as_table(head, [[name, *values_of[name]] for name in names], len(differing))
+    note = f", {len(differing)} of {len(names)} differ" if len(runs) > 1 else ""
     return (
-        f"<h2>{title}</h2><details><summary>{len(names)} settings{said}</summary>{table}</details>"
+        f"<h2>{title}</h2><details><summary>{len(names)} settings{note}</summary>{table}</details>"
     )
 
 
 def report_at_end(run: Complete) -> None:
-    """The page of a complete run, for W&B; none without the extra `report`."""
+    """Sends the report of a complete run to W&B, if the extra `report` is installed."""
     config = run.config
     if config.tracking.wandb != "off" and importlib.util.find_spec(MODULES["report"]):
         run.show("report", lambda: make_report([read_history(config.run_dir)]), is_html=True)

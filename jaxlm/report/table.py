@@ -1,4 +1,4 @@
-"""The checkpoints of runs in a table. Without JAX, which takes seconds to import."""
+"""The checkpoints of runs as a table. Must not import JAX, which takes seconds."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,9 +24,9 @@ def describe_run(run: str) -> dict[str, Any]:
     """The sound checkpoints of a run, as JSON values.
 
     Returns:
-      `run`, `folder`, `weights_only` (steps), `set_aside` (names of damaged ones), `damaged` (those
-      not yet set aside, as step -> what is wrong, as far as a quick look shows), and `checkpoints`,
-      as `describe_steps` gives them.
+      `run`, `folder`, `weights_only` (steps), `set_aside` (names of quarantined steps), `damaged`
+      (step -> first damage found by a quick scan, of steps not yet set aside), and `checkpoints`,
+      the result of `describe_steps`.
 
     Raises:
       ValueError: there is no such run.
@@ -50,13 +50,13 @@ def describe_steps(
 
     Args:
       folder: the checkpoint folder.
-      found: those in it.
-      evals: the rows of evals.jsonl.
+      found: step -> metadata of the checkpoints in the folder.
+      evals: rows of evals.jsonl.
 
     Returns:
-      For each, ascending, `step`, `tokens_seen`, `eval_loss`, `best_eval_loss`, `bytes`, `is`, a
-      list of `best`, `latest` and `final`, and `followed`, what `jaxlm eval --follow` found, as
-      source -> loss.
+      For each checkpoint, ascending: `step`, `tokens_seen`, `eval_loss`, `best_eval_loss`, `bytes`,
+      `is` (a list of `best`, `latest` and `final`), and `followed` (source -> loss that
+      `jaxlm eval --follow` measured).
     """
     best = find_best({step: metadata.eval_loss for step, metadata in found.items()})
     named = {"best": best.step if best else None, "latest": max(found, default=None)}
@@ -74,7 +74,7 @@ def describe_steps(
 
 
 def format_table(runs: list[dict[str, Any]]) -> str:
-    """The table of one run, or of several with a column that tells them apart."""
+    """The table of one run, or of several with a column for the run."""
     sources = {name for run in runs for row in run["checkpoints"] for name in row["followed"]}
     columns: dict[str, Callable[[Any], str]] = {
         "   Step": lambda row: str(row["step"]),

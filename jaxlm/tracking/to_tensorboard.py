@@ -14,10 +14,10 @@ def _scalars(row: Row) -> dict[str, Any]:
 
 
 class TensorBoard:
-    """One event file, rewritten at each start, so that the folder shows one curve.
+    """The TensorBoard tracker: one event file, rewritten at each start, so that one curve is shown.
 
-    tensorboardX's SummaryWriter passes events to a thread; when the thread dies (a full disk), its
-    queue fills and the run hangs. EventsWriter writes directly, and raises.
+    tensorboardX's SummaryWriter passes events to a thread. If the thread dies (a full disk), its
+    queue fills up and the run hangs. EventsWriter writes directly, and raises.
     """
 
     def __init__(self, config: Config, history: Sequence[Row]):
@@ -28,7 +28,7 @@ class TensorBoard:
         folder = Path(config.run_dir) / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
         earlier = list(folder.glob("events.out.tfevents.*.jaxlm"))
-        # The name has the time in seconds: two starts within one would write to the same file.
+        # tensorboardX names files by the second: two starts in one second would share a file.
         self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}.jaxlm")
         for row in history:
             self._write(row["step"], _scalars(row))
@@ -41,12 +41,12 @@ class TensorBoard:
         self._writer.write_event(event)
 
     def log(self, step: int, row: Row) -> None:
-        """Writes a row, at once."""
+        """Writes a row and flushes it."""
         self._write(step, _scalars(row))
         self._writer.flush()
 
     def show(self, step: int, name: str, text: str, is_html: bool) -> None:
-        """Writes a text; there is no HTML in TensorBoard."""
+        """Writes a text; drops HTML, which TensorBoard cannot show."""
         if is_html:
             return
         from tensorboardX.summary import text as summary_of

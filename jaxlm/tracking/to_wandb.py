@@ -1,4 +1,4 @@
-"""The Weights & Biases tracker: rows of metrics.jsonl as one curve, over any number of starts."""
+"""The Weights & Biases tracker: rows of metrics.jsonl as one curve over all starts."""
 
 import html
 import logging
@@ -16,9 +16,9 @@ _log = logging.getLogger(__name__)
 def open_tracker(
     config: Config, history: Sequence[Row], run_id: str, earlier: str | None
 ) -> "Wandb":
-    """Resumes the W&B run `earlier`, or starts `run_id`.
+    """A tracker that resumes the W&B run `earlier`, or starts the W&B run `run_id`.
 
-    W&B cannot delete rows: a run with steps past the history is not resumed.
+    W&B cannot delete rows: a W&B run with steps past the history is not resumed.
     """
     if earlier and earlier != run_id and config.tracking.wandb == "online":
         run = _init(config, earlier)
@@ -40,25 +40,24 @@ def _init(config: Config, run_id: str) -> Any:
             id=run_id,
             mode="online" if online else "offline",
             resume="allow" if online else None,
-            reinit="create_new",  # Leaves a W&B run of the caller open.
+            reinit="create_new",  # leaves a W&B run of the caller open
             dir=config.run_dir,
             settings=wandb.Settings(
                 silent=True, console="off", disable_code=True, init_timeout=20, finish_timeout=60
             ),
         )
     finally:
-        sys.exit, sys.excepthook = hooks  # wandb wraps both, and never restores them.
+        sys.exit, sys.excepthook = hooks  # wandb wraps both and never restores them
 
 
 class Wandb:
-    """One W&B row a step: the log row and the eval row of a step go out together.
+    """The W&B tracker: one W&B row for each step, with its training and eval metrics.
 
-    Offline, each start replays the whole history into a new folder, since a kill leaves a folder
-    incomplete and an offline run cannot be resumed: the newest folder is complete. Online, the
-    rows that the server lacks are sent.
+    Offline, each start replays the whole history into a new folder, since an offline run cannot be
+    resumed: the newest folder has all rows. Online, only rows that the server lacks are sent.
 
     Attributes:
-      run_id: identity of the W&B run.
+      run_id: id of the W&B run.
     """
 
     def __init__(self, config: Config, run: Any, run_id: str, history: Sequence[Row]):
@@ -75,18 +74,18 @@ class Wandb:
                 self.log(row["step"], row)
 
     def log(self, step: int, row: Row) -> None:
-        """Collects the rows of a step; a row of another step sends the previous one."""
+        """Adds a row to the pending step; sends the previous step first if `step` is new."""
         if step != self._step:
             self._send()
         self._step = step
         self._pending |= {name: value for name, value in row.items() if name != "step"}
 
     def show(self, step: int, name: str, text: str, is_html: bool) -> None:
-        """Sends a panel of HTML."""
+        """Adds a panel of HTML to a step."""
         import wandb
 
         page = text if is_html else f'<pre style="white-space: pre-wrap">{html.escape(text)}</pre>'
-        # Without `inject=False`, W&B would add a stylesheet from the network.
+        # Without `inject=False`, W&B adds a stylesheet from the network.
         self.log(step, {name: wandb.Html(page, inject=False, data_is_not_path=True)})
 
     def _send(self) -> None:
@@ -95,9 +94,9 @@ class Wandb:
         self._pending = {}
 
     def close(self, *, failed: bool = False) -> None:
-        """Sends the last step, and ends the W&B run."""
-        # W&B drops later rows of a step that it has. A step whose eval was skipped by a stop is
-        # left to the resumed run, which sends row and eval together.
+        """Sends the pending step, and ends the W&B run."""
+        # W&B drops later rows of a step that it has. If a stop skipped the eval of a step, leave
+        # the step to the resumed run, which sends row and eval together.
         at_end = self._step == self._config.num_steps
         eval_due = at_end or self._step % self._config.eval_interval == 0
         if not (self._online and eval_due and "eval/loss" not in self._pending):

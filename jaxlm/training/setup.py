@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxlm.compilation_cache import keep_compiled
+from jaxlm.compilation_cache import enable_compilation_cache
 from jaxlm.config import Config
 from jaxlm.data.batches import EvalBatches, TrainBatches, recorded
 from jaxlm.data.dataset import Dataset, default_max_tokens, load_dataset
@@ -103,7 +103,7 @@ def set_up(
     """
     check_given(own.model, batches, eval_batches)
     sets = name_sets(eval_batches)
-    keep_compiled(config.data.cache_dir)
+    enable_compilation_cache(config.data.cache_dir)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     blueprint = blueprint_of(config, mesh, own)  # refuses a model before any data is prepared
