@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,17 @@ def test_stopped_after_every_single_step_it_ends_with_the_same_bits(
     assert diff_checkpoints(f"{tmp_path}@12", f"{straight}@12") == []
     assert untimed_rows(tmp_path) == untimed_rows(straight)
     assert select(f"{tmp_path}@best").step == select(f"{straight}@best").step
+
+
+def test_an_error_in_the_loop_ends_the_prefetch_thread(tmp_path: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine") as caught:
+        train_table(tiny_config(tmp_path), callbacks=[fail])
+    # The traceback holds the frames of the loop, and so whatever they left open.
+    assert caught.tb is not None
+    assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
 class _InEval(TinyEvalSet):

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ _WARM_UP = 5  # Steps that are unlike the others: first calls, first logs.
 
 def traced(
     batches: Iterable[tuple[int, X]], folder: Path, num_steps: int
-) -> Iterator[tuple[int, X]]:
+) -> Generator[tuple[int, X], None, None]:
     """The (step, batch) pairs; traces the caller's work from the sixth on.
 
     Args:

@@ -1,8 +1,10 @@
 """The training loop: steps, evals and saves; rows reach the disk before their checkpoint."""
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +18,7 @@ from jaxlm.cluster import all_fail
 from jaxlm.config import to_dict
 from jaxlm.data.batches import prefetch
 from jaxlm.device.guard import Guard
+from jaxlm.device.loss import Batch
 from jaxlm.device.state import TrainState
 from jaxlm.device.step import StepMetrics
 from jaxlm.errors import RunError
@@ -86,30 +89,30 @@ class Loop:
             stopping = not self.run_owed_eval(state, request.stops)
         ended = self.at_end(step) and not stopping
         stop = step if ended or stopping else config.num_steps
-        batches = prefetch(self.parts.put, step, stop, depth=config.data.prefetch)
-        batches, folder = self.clock.waiting(batches), Path(config.run_dir) / "profile"
         self.clock.rate(step)
-        for index, batch in traced(batches, folder, config.profile):
-            state, step_metrics = train_step(state, batch)
-            self.read_metrics()  # The previous step's: reading this one's would idle the device.
-            step = index + 1
-            self.unread = step, step_metrics
-            eval_loss, improved = None, False
-            if eval_due := self.parts.eval_due(step):
-                eval_loss, improved = self.evaluate(step, state, request.stops)
-            owes_eval = eval_due and eval_loss is None
-            ended = self.at_end(step) and not owes_eval
-            stopping, save_due = request.wanted(save=self.checkpoints.due_by_time)
-            stopping = owes_eval or (stopping and not ended)
-            save_due = save_due or step % config.checkpoint.save_interval == 0
-            reasons = {"interval": save_due, "best": improved, "final": ended, "stop": stopping}
-            if why := [reason for reason, applies in reasons.items() if applies]:
-                self.save(step, state, eval_loss, why)
-            self.run_hooks(step, state)
-            self.checkpoints.poll()
-            self.console.progress(step)
-            if ended or stopping:
-                break
+        with self.batches(step, stop) as batches:
+            for index, batch in batches:
+                state, step_metrics = train_step(state, batch)
+                # The previous step's: reading this one's would idle the device.
+                self.read_metrics()
+                step = index + 1
+                self.unread = step, step_metrics
+                eval_loss, improved = None, False
+                if eval_due := self.parts.eval_due(step):
+                    eval_loss, improved = self.evaluate(step, state, request.stops)
+                owes_eval = eval_due and eval_loss is None
+                ended = self.at_end(step) and not owes_eval
+                stopping, save_due = request.wanted(save=self.checkpoints.due_by_time)
+                stopping = owes_eval or (stopping and not ended)
+                save_due = save_due or step % config.checkpoint.save_interval == 0
+                reasons = {"interval": save_due, "best": improved, "final": ended, "stop": stopping}
+                if why := [reason for reason, applies in reasons.items() if applies]:
+                    self.save(step, state, eval_loss, why)
+                self.run_hooks(step, state)
+                self.checkpoints.poll()
+                self.console.progress(step)
+                if ended or stopping:
+                    break
         with self.clock.spent("save"):
             self.checkpoints.wait()
         latest = self.checkpoints.latest
@@ -122,6 +125,20 @@ class Loop:
                 f"{self.checkpoints.folder}; the same command repeats the lost steps"
             )
         return Result(step, ended, self.checkpoints.best)
+
+    @contextlib.contextmanager
+    def batches(self, start: int, stop: int) -> Iterator[Iterator[tuple[int, Batch]]]:
+        """(index, batch) of these steps, made ahead; traced where the config says so."""
+        config = self.config
+        # Closed here, not by the garbage collector: that may run in the middle of a thread's start,
+        # and the end of the prefetch thread would wait for a lock that the start holds.
+        with (
+            closing(prefetch(self.parts.put, start, stop, config.data.prefetch)) as ahead,
+            closing(
+                traced(self.clock.waiting(ahead), Path(config.run_dir) / "profile", config.profile)
+            ) as batches,
+        ):
+            yield batches
 
     def run_hooks(self, step: int, state: TrainState) -> None:
         """Calls the hooks that are due at this step."""
