@@ -13,7 +13,7 @@ import jax
 from jaxlm.files.cache import cache_root
 
 PROGRAMS = "programs"
-"""Name of all compiled programs in `jaxlm cache`."""
+"""The word for all compiled programs in `jaxlm cache list` and `jaxlm cache clear`."""
 MAX_BYTES = 4 * 10**9
 _LOCK = ".lockfile"  # JAX's own
 _MIN_COMPILE_S = 0.2
@@ -86,15 +86,15 @@ def xla_flags() -> str:
 
 
 def _machine() -> str:
-    # A program compiled for another CPU may crash, or compute other bits on fewer cores. JAX's
-    # cache key has the name of a file of XLA flags, not its content.
+    # A hash of what JAX's cache key lacks: CPU, cores, content of a file of XLA flags. A program
+    # compiled for another CPU may crash; one for another number of cores may give other bits.
     kind = "\n".join([platform.machine(), str(num_cores()), cpu_info(), xla_flags()])
     return sha256(kind.encode()).hexdigest()[:12]
 
 
 def _remove_partial(folder: Path) -> None:
-    # JAX writes an entry, then its time stamp. A kill between the two leaves an entry without a
-    # stamp, on which every later start would fail.
+    # JAX writes an entry, then its time stamp. A kill in between leaves an entry without a stamp,
+    # perhaps cut short: JAX never replaces it, and JAX 0.10 then fails to write any other.
     with filelock.FileLock(folder / _LOCK, timeout=10):
         for path in folder.glob("*-cache"):
             if not path.with_name(path.name.removesuffix("-cache") + "-atime").exists():

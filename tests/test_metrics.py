@@ -34,14 +34,14 @@ def start(
     *,
     run_id: str | None = "old",
     restored_step: int,
-    new_future: bool = False,
+    settings_changed: bool = False,
     **options: Any,
 ) -> Metrics:
     return Metrics(
         Config(run_dir=str(run_dir)),
         run_id=run_id,
         restored=restored(run_dir, restored_step) if run_id else (0, Rows()),
-        new_future=new_future,
+        settings_changed=settings_changed,
         **options,
     )
 
@@ -115,7 +115,7 @@ def again(run_dir: Path, step: int, proofs: dict[int, Rows]) -> Metrics:
         Config(run_dir=str(run_dir)),
         run_id="old",
         restored=(step, proofs[step]),
-        new_future=False,
+        settings_changed=False,
         proofs=lambda: proofs,
     )
 
@@ -251,7 +251,7 @@ from jaxlm.config import Config
 from jaxlm.tracking.metrics import Metrics
 from jaxlm.tracking.rows import Rows
 run = Metrics(Config(run_dir={str(tmp_path)!r}), run_id=None, restored=(0, Rows()),
-              new_future=False)
+              settings_changed=False)
 for step in range(1, 101):
     run.log(step, {{"train/loss": 1 / step}})
 os.kill(os.getpid(), 9)
@@ -295,7 +295,7 @@ def test_a_missing_package_is_found_before_anything_is_touched(
     monkeypatch.setitem(sys.modules, package, None)
     config = Config(run_dir=str(tmp_path), tracking=tracking)
     with pytest.raises(ImportError, match=rf"pip install '\.\[{extra}\]'"):
-        Metrics(config, run_id="a", restored=(10, Rows()), new_future=False)
+        Metrics(config, run_id="a", restored=(10, Rows()), settings_changed=False)
     assert path.read_bytes() == before
 
 
@@ -305,7 +305,8 @@ import sys
 from jaxlm.config import Config
 from jaxlm.tracking.metrics import Metrics
 from jaxlm.tracking.rows import Rows
-Metrics(Config(run_dir={str(tmp_path)!r}), run_id=None, restored=(0, Rows()), new_future=False)
+config = Config(run_dir={str(tmp_path)!r})
+Metrics(config, run_id=None, restored=(0, Rows()), settings_changed=False)
 assert "jaxlm.tracking.metrics" in sys.modules
 assert not {{"wandb", "tensorboardX", "jax"}} & set(sys.modules)
 """

@@ -187,7 +187,9 @@ def test_the_best_is_never_judged_by_another_held_out_set(tmp_path: Path) -> Non
         ({"near": far}, "near 2b"),
         (near, "eval 1a"),
     ):
-        with pytest.raises(ValueError, match=f"found {found} as the first .* judged by near 1a;"):
+        with pytest.raises(
+            ValueError, match=f"found {found} as the first .* it was near 1a, which"
+        ):
             train_table(longer, eval_batches=other)
     assert train_table(longer, eval_batches={"near": near}).complete
 

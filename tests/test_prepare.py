@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -105,6 +106,29 @@ def test_the_tokenizer_never_saw_the_held_out_documents(corpus, tmp_path):
     found = Tokenizer.from_file(str(dataset.tokenizer_path)).to_str()
     assert found == train_tokenizer(training, 300).to_str()
     assert found != train_tokenizer(documents(), 300).to_str()  # control
+
+
+def test_each_split_is_a_sample_of_all_files(tmp_path, lines):
+    rng = random.Random(5)
+    (tmp_path / "in").mkdir()
+    for name, count in (("a_code", 300), ("b_docs", 600), ("c_talk", 100)):
+        write(
+            tmp_path / "in" / f"{name}.jsonl", [f"{name} {rng.random()} " * 3 for _ in range(count)]
+        )
+    config = config_of(tmp_path / "in" / "*.jsonl", tmp_path, eval_tokens=2500)
+    dataset = run(config, max_tokens=12_000)
+    for split, tolerance in (("train", 0.05), ("eval", 0.2)):
+        texts = decoded(dataset, split)
+        shares = {
+            name: sum(name in text for text in texts) / len(texts)
+            for name in ("a_code", "b_docs", "c_talk")
+        }
+        assert shares == pytest.approx({"a_code": 0.3, "b_docs": 0.6, "c_talk": 0.1}, abs=tolerance)
+        assert len(texts) > 10
+    parts = manifest_of(dataset)["parts"]
+    assert sum(train for train, _ in parts.values()) == 12_000
+    assert sum(held_out for _, held_out in parts.values()) == dataset.eval.num_tokens
+    assert re.match(r" *\d\d\.\d%  b_docs.jsonl: [\d,]+ tokens and [\d,]+ held out", lines[-4])
 
 
 def test_limits_are_met_exactly(corpus, tmp_path):
@@ -463,7 +487,7 @@ def test_each_field_of_the_manifest_is_vouched_for(corpus, tmp_path):
     folder = run(config_of(corpus, tmp_path)).directory
     path = folder / "manifest.json"
     whole = json.loads(path.read_bytes())
-    for name in whole.keys() - {"source", "revision"}:
+    for name in whole.keys() - {"source", "revision", "parts"}:
         path.write_text(json.dumps(whole | {name: None}))
         with pytest.raises(ValueError, match="manifest.json"):
             open_dataset(folder, 300)
@@ -676,9 +700,8 @@ def test_lines_in_a_pipe(corpus, tmp_path, monkeypatch, lines):
     assert lines[0].startswith("Training a tokenizer of 300 tokens on text:")
     assert len(lines) > 1 and all(line.startswith("Preparing tokens: ") for line in lines[1:])
     # The corpus ends before the limit; the end of the progress is that of the corpus.
-    assert dataset.train.num_tokens < 10**5 and lines[-1].endswith(
-        "of at most 1,000,000 (100% done)"
-    )
+    last = re.search(r"of at most 1,000,000 \((\d+)% done\)$", lines[-1])
+    assert dataset.train.num_tokens < 10**5 and last and int(last[1]) > 90
 
 
 def test_progress_ends_at_the_limit_too(corpus, tmp_path, monkeypatch, lines):
@@ -686,8 +709,9 @@ def test_progress_ends_at_the_limit_too(corpus, tmp_path, monkeypatch, lines):
     monkeypatch.setattr(prepare.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(formats, "_BUFFER_BYTES", 1000)  # read ahead
     run(config_of(corpus, tmp_path), max_tokens=4000)
-    shares = [int(line.rpartition("(")[2].split("%")[0]) for line in lines[1:]]
+    shares = [int(line.rpartition("(")[2].split("%")[0]) for line in lines[1:-1]]
     assert shares == sorted(shares) and 10 < shares[0] < 60 and shares[-1] == 100
+    assert re.fullmatch(r"a sample of all files was read, \d\d% of their bytes; .*", lines[-1])
 
 
 def test_a_bar_in_a_terminal(corpus, tmp_path, monkeypatch, capsys, lines):

@@ -13,6 +13,7 @@ from tiny_run import TinyBatches, tiny_config, train_table
 
 from jaxlm.checkpoints import checkpoint, held, quarantine
 from jaxlm.checkpoints.folder import list_steps, select
+from jaxlm.checkpoints.metadata import FORMAT
 from jaxlm.config import Config, OptimConfig
 from jaxlm.proof.attempt import untimed_rows
 from jaxlm.report.diff import diff_checkpoints
@@ -157,7 +158,7 @@ def test_a_damaged_best_is_reported_and_the_next_one_taken(
     ("change", "told"),
     [
         ({"of_the_future": 1}, "written by another version"),
-        ({"format": 1}, "found format 1, expected 3; use the jaxlm that wrote it"),
+        ({"format": 1}, f"found format 1, expected {FORMAT}; use the jaxlm that wrote it"),
     ],
 )
 def test_a_checkpoint_of_another_version_is_no_reason_to_begin_anew(

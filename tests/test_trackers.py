@@ -39,7 +39,7 @@ config = Config(run_dir=run_dir, eval_interval=50, tracking=TrackingConfig(wandb
 ours = lambda *_: None
 signal.signal(signal.SIGTERM, ours)
 hooks = sys.exit, sys.excepthook, signal.getsignal(signal.SIGINT)
-run = Metrics(config, run_id="abc" if restored else None, new_future=False,
+run = Metrics(config, run_id="abc" if restored else None, settings_changed=False,
               restored=proofs.restored(pathlib.Path(run_dir), restored))
 with run:
     assert os.environ["WANDB_ERROR_REPORTING"] == "false"  # else it asks the name server
@@ -213,7 +213,7 @@ def online(run_dir: Path, tracking: TrackingConfig = ONLINE, **options) -> Metri
 
 def start(config: Config, run_id: str | None = "abc", restored_step: int = 0, **options) -> Metrics:
     at = proofs.restored(Path(config.run_dir), restored_step) if restored_step else (0, Rows())
-    return Metrics(config, run_id=run_id, restored=at, **{"new_future": False, **options})
+    return Metrics(config, run_id=run_id, restored=at, **{"settings_changed": False, **options})
 
 
 def id_of_start(run_dir: Path, **options) -> str:
@@ -286,11 +286,11 @@ def test_rows_taken_back_go_on_in_a_new_run(tmp_path, monkeypatch):
     before = dict(server.runs[old])
     # A start that is killed before it logs: the rows are gone from here, and not from W&B.
     assert id_of_start(tmp_path, run_id=old, restored_step=40) == old
-    with online(tmp_path, run_id=old, restored_step=40, new_future=True) as run:
+    with online(tmp_path, run_id=old, restored_step=40, settings_changed=True) as run:
         train(run, 50, 60, scale=2)
     between = run.run_id
     # Killed before the next checkpoint, which would have named the new run.
-    with online(tmp_path, run_id=old, restored_step=40, new_future=True) as run:
+    with online(tmp_path, run_id=old, restored_step=40, settings_changed=True) as run:
         train(run, 50, 100, scale=3)
     assert len({old, between, run.run_id}) == 3
     assert server.runs[old] == before and server.runs[run.run_id] == as_server(tmp_path)
@@ -306,13 +306,13 @@ def test_a_new_future_keeps_the_run_only_where_the_server_is_not_ahead(
         train(run, 10, 40)
     old = run.run_id
     if where == "online":
-        assert id_of_start(tmp_path, run_id=old, restored_step=40, new_future=True) == old
+        assert id_of_start(tmp_path, run_id=old, restored_step=40, settings_changed=True) == old
         assert list(server.runs) == [old]
     else:
         server.mode = where
         options = {"run_id": old, "restored_step": 40, "tracking": TrackingConfig(wandb=where)}
         assert id_of_start(tmp_path, **options) == old
-        assert id_of_start(tmp_path, **options, new_future=True) != old
+        assert id_of_start(tmp_path, **options, settings_changed=True) != old
 
 
 def test_a_tracker_that_fails_is_reported_once_and_the_others_go_on(tmp_path, monkeypatch, lines):

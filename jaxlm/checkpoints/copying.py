@@ -49,7 +49,7 @@ def copy_run(run: str, dest: str, *, copy_file: Callable[[str, str], Any] = shut
     """Copies a run or one step into a new run folder, and verifies every file of the copy.
 
     A trainer may be training the source. The copy is an independent run, which can be listed,
-    loaded and resumed. Only config, metrics, events, sound steps and milestones are copied.
+    loaded and resumed. It has config, metrics, events, tokenizer, sound steps and `weights/` alone.
 
     Args:
       run: a run folder or checkpoint folder, with `@STEP` for one step alone.
@@ -65,8 +65,8 @@ def copy_run(run: str, dest: str, *, copy_file: Callable[[str, str], Any] = shut
     source, target = find_checkpoints(name), check_free(dest)
     # Newest first: a trainer deletes old steps meanwhile.
     run_dir, steps = run_folder(name, source), list_steps(source)[::-1]
-    milestones = [] if at else list_steps(source / WEIGHTS)
-    if at:  # the folder `weights/` for a milestone
+    kept_weights = [] if at else list_steps(source / WEIGHTS)
+    if at:  # `selected.folder` is `weights/` for a step of which only the weights are left
         selected = select(run)
         source, steps = selected.folder, [selected.step]
     check_outside(target, run_dir, source)
@@ -77,7 +77,7 @@ def copy_run(run: str, dest: str, *, copy_file: Callable[[str, str], Any] = shut
         mark(partial)
         mark(folder)
         try:
-            paths = [str(step) for step in steps] + [f"{WEIGHTS}/{step}" for step in milestones]
+            paths = [str(step) for step in steps] + [f"{WEIGHTS}/{step}" for step in kept_weights]
             for path in track(paths, "Copying"):
                 step = int(Path(path).name)
                 damage = _copy_step(source / path, folder / path, copy_file)
@@ -115,6 +115,7 @@ def check_outside(target: Path, *folders: Path) -> None:
 
 
 def _copy_step(source: Path, target: Path, copy_file: Callable[..., Any]) -> list[str] | None:
+    # Returns the damage of source or copy, empty for none; None if the step was deleted meanwhile.
     def copy() -> list[str]:
         shutil.rmtree(target, ignore_errors=True)
         if damage := find_damage(source, contents=False):  # reports links and pipes as damage
@@ -143,5 +144,5 @@ def _copy_config(run: Path, target: Path) -> None:
     if path.is_file():
         values = read_json(path, dict[str, Any])
         if isinstance(values.get("checkpoint"), dict):
-            values["checkpoint"]["directory"] = None  # the copy has its checkpoints beside it
+            values["checkpoint"]["directory"] = None  # the default: `checkpoints/` in its run
         write_file(target / path.name, json.dumps(values, indent=2).encode())

@@ -1,4 +1,4 @@
-"""`jaxlm checkpoints prune`: lists the checkpoints that its rules drop, then deletes them."""
+"""`jaxlm checkpoints prune`: lists the checkpoints that the rules drop; --delete deletes them."""
 
 import math
 from pathlib import Path
@@ -26,7 +26,7 @@ class Pruning(NamedTuple):
     dropped: dict[int, int]
     """Step -> bytes."""
     keep_weights_every: int | None
-    """`keep_weights_every` of the run's config: the weights of these steps stay."""
+    """As in the run's config: of a dropped step that is a multiple, the weights stay."""
 
 
 def plan_pruning(
@@ -45,8 +45,8 @@ def plan_pruning(
       run: a run folder or checkpoint folder.
       keep_latest: number of newest steps to keep.
       keep_every: keep also each step that is a multiple of this.
-      disk_budget_gb: of those (of all steps, without `keep_every`) keep as many as fit, evenly
-        apart (10^9 bytes).
+      disk_budget_gb: of these multiples (of all steps, without `keep_every`) keep only as many
+        as fit, evenly spaced (10^9 bytes).
 
     Raises:
       ValueError: no such run, or a rule that is out of range.
@@ -71,7 +71,7 @@ def plan_pruning(
             del losses[step]
     sizes = {step: folder_bytes(folder / str(step)) for step in losses}
     if disk_budget_gb and not keep_every:
-        keep_every = math.gcd(*losses) or 1
+        keep_every = math.gcd(*losses) or 1  # every step is a multiple, for the budget to thin
     rules = CheckpointConfig(
         keep_latest=keep_latest, keep_every=keep_every, disk_budget_gb=disk_budget_gb
     )
@@ -85,7 +85,7 @@ def plan_pruning(
 
 
 def prune(run: str, **rules: Any) -> Pruning:
-    """Deletes the steps that `plan_pruning` drops, each by one rename first: atomic under a kill.
+    """Deletes the steps that `plan_pruning` drops; renames each first: a kill leaves no half step.
 
     Args:
       run: a run folder or checkpoint folder.
@@ -101,7 +101,7 @@ def prune(run: str, **rules: Any) -> Pruning:
         if not pruning.dropped:
             return pruning
         purger = Purger(folder, pruning.keep_weights_every)
-        purger.purge()  # A killed run may have left a folder of the same name there.
+        purger.purge()  # A killed run may have left steps of these names in `deleting/`.
         purger.join()
         if stuck := [path.name for path in list_named(folder / DELETING)]:
             raise RunError(f"{folder / DELETING}: {stuck} cannot be deleted; look at its disk")

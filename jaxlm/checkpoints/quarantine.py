@@ -1,4 +1,4 @@
-"""Renames steps that are set aside, and deletes folders in the background."""
+"""Sets damaged or superseded steps aside by a rename, and deletes others in the background."""
 
 import shutil
 import threading
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxlm.checkpoints.entries import DELETING, SUPERSEDED, UNFINISHED, list_named
-from jaxlm.checkpoints.milestones import keep_weights
+from jaxlm.checkpoints.kept_weights import keep_weights
 from jaxlm.files.durable import DiskError, free_path, fsync
 
 _CLEAR_ATTEMPTS = 40
 
 
 def put_aside(folder: Path, steps: Sequence[int], suffix: str) -> list[str]:
-    """Renames steps, never onto an existing name; returns the new names."""
+    """Renames steps to STEP + `suffix`, with a number if that exists; returns the new names."""
     names = []
     for step in steps:
         target = free_path(folder / f"{step}{suffix}")
@@ -25,7 +25,7 @@ def put_aside(folder: Path, steps: Sequence[int], suffix: str) -> list[str]:
 
 
 def list_old_superseded(folder: Path, num_kept: int) -> list[Path]:
-    """The superseded steps, without the `num_kept` renamed last."""
+    """The superseded steps to delete, oldest rename first: all but the newest `num_kept` (> 0)."""
 
     def age(path: Path) -> tuple[int, int]:
         return path.stat().st_ctime_ns, int(path.name.partition(".")[0])

@@ -14,13 +14,13 @@ def choose_kept(
     state_bytes: int = 0,
     num_in_transit: int = IN_TRANSIT,
 ) -> set[int]:
-    """The steps to keep: the newest, the best and the milestones.
+    """The steps to keep: the newest, the best and the milestones (multiples of `keep_every`).
 
-    No setting can drop best or latest.
+    No setting can drop best or latest; the disk budget drops milestones alone.
 
     Args:
       config: the rules.
-      eval_losses: step, ascending -> held-out loss or None.
+      eval_losses: each step on disk, in ascending order -> its held-out loss, None without an eval.
       state_bytes: size of a checkpoint, for the disk budget; 0 if unknown.
       num_in_transit: checkpoints that the budget must hold in addition to those kept.
     """
@@ -44,8 +44,8 @@ def num_kept(config: CheckpointConfig) -> int:
 
 
 def why_dropped(config: CheckpointConfig) -> str:
-    """The reason for deleting other steps."""
+    """The reason for deleting a step that `choose_kept` leaves out, for events.jsonl."""
     every, weights = config.keep_every, config.keep_weights_every
     reason = f"neither the best nor of the latest {config.keep_latest}"
     reason += f", and not kept by keep_every {every}" if every else ""
-    return reason + (f"; weights stay of multiples of {weights}" if weights else "")
+    return reason + (f"; of multiples of {weights}, the weights stay" if weights else "")

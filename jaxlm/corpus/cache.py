@@ -27,6 +27,8 @@ class Progress(TypedDict):
     source: str
     revision: str
     next_document: int
+    parts: dict[str, list[int]]
+    """Part of the corpus -> its training and held-out tokens."""
     tokenizer: Record | None
     train: list[Shard]
     eval: list[Shard]

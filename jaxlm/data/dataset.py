@@ -95,7 +95,7 @@ def digest(values: Mapping[str, Any]) -> str:
 
 def manifest_fingerprint(manifest: Mapping[str, Any]) -> str:
     """Fingerprint of the tokens, whatever their source: copied or touched files give the same."""
-    about = ("fingerprint", "source", "revision")
+    about = ("fingerprint", "source", "revision", "parts")
     return digest({name: value for name, value in manifest.items() if name not in about})
 
 

@@ -89,7 +89,7 @@ class Metrics:
         *,
         run_id: str | None,
         restored: tuple[int, Rows],
-        new_future: bool,
+        settings_changed: bool,
         proofs: Proofs = dict,
         events: Events | None = None,
         trackers: Sequence[OpenTracker] = (),
@@ -100,7 +100,7 @@ class Metrics:
           config: the run's config.
           run_id: as found in the restored checkpoint, or None for a new run.
           restored: step and rows of the checkpoint; step 0 without rows for a start from scratch.
-          new_future: the rows to come may differ from those cut off.
+          settings_changed: the rows to come may differ from those cut off.
           proofs: step -> rows of the checkpoints on disk, called if rows have changed.
           events: records losses of rows; by default nothing is recorded.
           trackers: the caller's own, beside those that the config asks for.
@@ -115,7 +115,7 @@ class Metrics:
         self._proofs, self._events = proofs, events or Events(None)
         path.parent.mkdir(parents=True, exist_ok=True)
         if run_id is None:  # also where it branches from another run
-            self._make_room(config, new_future)
+            self._make_room(config, settings_changed)
         content = read_file(path, MAX_BYTES) if path.exists() else b""
         self._step, self.rows = restored
         self._flushed, self._since = restored, b""  # what the last flush proved, and what came then
@@ -126,7 +126,9 @@ class Metrics:
             self._recover(content, "the rows are not as they were written")
         self._file = path.open("a+b", buffering=0)
         kept = read_metrics(path) if self.rows.num_bytes else []
-        self.trackers = Trackers(config, kept, run_id=run_id, new_future=new_future, own=trackers)
+        self.trackers = Trackers(
+            config, kept, run_id=run_id, settings_changed=settings_changed, own=trackers
+        )
         self.run_id = self.trackers.run_id
 
     def __enter__(self) -> "Metrics":
@@ -212,12 +214,12 @@ class Metrics:
         self._events.add("rows", self._step, found)
         _log.warning(f"{self._path}: {found}")
 
-    def _make_room(self, config: Config, new_future: bool) -> None:
+    def _make_room(self, config: Config, settings_changed: bool) -> None:
         # Rows without a checkpoint belong to an earlier run, and would precede those of a new one.
         rows = read_metrics(self._path) if self._path.exists() else []
         last = rows[-1]["step"] if rows else 0
         # With rows of less than two save intervals, a run may have died before a checkpoint.
-        if not new_future and last >= 2 * config.checkpoint.save_interval:
+        if not settings_changed and last >= 2 * config.checkpoint.save_interval:
             aside = self._path.with_name(f"metrics-{datetime.now():%Y%m%d-%H%M%S-%f}.jsonl")
             self._path.rename(aside)
             _log.warning(

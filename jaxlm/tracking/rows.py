@@ -1,4 +1,4 @@
-"""Proof of the rows of metrics.jsonl: their length and checksum, held by each checkpoint."""
+"""Length and checksum of metrics.jsonl, kept in each checkpoint to detect lost or changed rows."""
 
 import dataclasses
 from pathlib import Path
@@ -28,7 +28,7 @@ class Rows:
             raise InputError(f"rows: found {self}, expected 0 bytes or more, and gaps of two steps")
 
     def then(self, data: bytes) -> "Rows":
-        """The proof of these rows followed by `data`."""
+        """Length and checksum of these rows with `data` appended."""
         return dataclasses.replace(
             self,
             num_bytes=self.num_bytes + len(data),
@@ -47,13 +47,16 @@ class Rows:
 
 
 def longest_proven(content: bytes, proofs: dict[int, Rows]) -> tuple[int, Rows]:
-    """The last step whose rows the content begins with, and the proof; step 0 has no rows."""
+    """The checkpoint with the longest rows that `content` still begins with: its step and rows.
+
+    Step 0 and no rows, if `content` begins with those of no checkpoint.
+    """
     held = {step: rows for step, rows in proofs.items() if rows.begin(content)}
     return max(held.items(), key=lambda item: (item[1].num_bytes, item[0]), default=(0, Rows()))
 
 
 def find_row_damage(path: Path, rows: Rows) -> list[str]:
-    """A line for each difference between a file and the rows that it should begin with.
+    """What is wrong with a file that should begin with these rows: one line, or none.
 
     Raises:
       ValueError: no regular file, or too large.
@@ -70,6 +73,6 @@ def find_row_damage(path: Path, rows: Rows) -> list[str]:
     return [] if rows.begin(content) else ["content differs (checksum): rows were changed"]
 
 
-def find_losses(path: Path, rows: Rows) -> list[str]:
-    """As `find_row_damage`, and rows that the run lost earlier."""
+def find_lost_rows(path: Path, rows: Rows) -> list[str]:
+    """The damage of the file, as `find_row_damage`, and a line for rows lost earlier."""
     return find_row_damage(path, rows) + ([f"it lacks {rows.lacking}"] if rows.lacking else [])

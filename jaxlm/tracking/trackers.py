@@ -53,7 +53,7 @@ class Trackers:
         history: Sequence[Row],
         *,
         run_id: str | None = None,
-        new_future: bool = False,
+        settings_changed: bool = False,
         own: Sequence[OpenTracker] = (),
     ):
         """Opens the trackers, passing each the history to catch up.
@@ -62,11 +62,11 @@ class Trackers:
           config: the run's config, which selects W&B or TensorBoard.
           history: rows of metrics.jsonl up to here, oldest first.
           run_id: the W&B run so far, or None for a new one.
-          new_future: begin a new W&B run; later rows may differ from those sent.
+          settings_changed: begin a new W&B run; later rows may differ from those sent.
           own: openers of other trackers.
         """
         self._trackers: dict[str, Tracker] = {}
-        new_id = run_id if run_id and not new_future else secrets.token_hex(4)
+        new_id = run_id if run_id and not settings_changed else secrets.token_hex(4)
         self.run_id = new_id
         if config.tracking.wandb != "off":
             open_wandb = pkgutil.resolve_name("jaxlm.tracking.to_wandb:open_tracker")

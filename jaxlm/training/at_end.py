@@ -1,4 +1,4 @@
-"""Functions that act on a complete run (sample, report), which training does not import."""
+"""What follows a complete run (sample, report): functions found by name, not imported."""
 
 import pkgutil
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class Complete(NamedTuple):
     """None in all processes but one."""
 
     def show(self, name: str, make: Callable[[], str], *, is_html: bool = False) -> None:
-        """Sends a text to the trackers, as `Trackers.show` does."""
+        """Sends the text that `make` returns to the trackers, if there are any, as `name`."""
         if self.metrics:
             self.metrics.trackers.show(self.step, name, make, is_html=is_html)
 
@@ -32,7 +32,7 @@ AtEnd = Callable[[Complete], None]
 
 
 def find_tools() -> list[AtEnd]:
-    """The tools that act on a complete run, without those whose module was deleted."""
+    """The functions of `_TOOLS`, without those whose module you have deleted from the source."""
     found = []
     for name in _TOOLS:
         try:

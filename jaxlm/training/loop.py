@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -93,8 +92,7 @@ class Loop:
         with self.batches(step, stop) as batches:
             for index, batch in batches:
                 state, step_metrics = train_step(state, batch)
-                # The previous step's: reading this one's would idle the device.
-                self.read_metrics()
+                self.read_metrics()  # of the previous step, while the device is busy
                 step = index + 1
                 self.unread = step, step_metrics
                 eval_loss, improved = None, False
@@ -129,15 +127,12 @@ class Loop:
     @contextlib.contextmanager
     def batches(self, start: int, stop: int) -> Iterator[Iterator[tuple[int, Batch]]]:
         """(index, batch) of these steps, made ahead; traced where the config says so."""
-        config = self.config
+        config, folder = self.config, Path(self.config.run_dir) / "profile"
+        ahead = prefetch(self.parts.put, start, stop, config.data.prefetch)
+        batches = traced(self.clock.waiting(ahead), folder, config.profile)
         # Closed here, not by the garbage collector: that may run in the middle of a thread's start,
         # and the end of the prefetch thread would wait for a lock that the start holds.
-        with (
-            closing(prefetch(self.parts.put, start, stop, config.data.prefetch)) as ahead,
-            closing(
-                traced(self.clock.waiting(ahead), Path(config.run_dir) / "profile", config.profile)
-            ) as batches,
-        ):
+        with contextlib.closing(ahead), contextlib.closing(batches):
             yield batches
 
     def run_hooks(self, step: int, state: TrainState) -> None:
@@ -154,8 +149,7 @@ class Loop:
 
     def tokens_seen(self, step: int) -> int:
         """Tokens trained on up to this step; a Python integer, since int32 would overflow."""
-        done = step - self.start.step
-        return self.start.tokens_seen + done * self.config.tokens_per_step
+        return self.start.tokens_seen + (step - self.start.step) * self.config.tokens_per_step
 
     def read_metrics(self) -> None:
         """Fetches the metrics of the unread step, and logs them if due.
@@ -269,9 +263,7 @@ class Loop:
             self.checkpoints.save(state, metadata, self.flush, ", ".join(why))
 
     def run_owed_eval(self, state: TrainState, stops: Callable[[], bool]) -> bool:
-        """Runs the eval that a stop skipped, and saves the checkpoint again with its loss.
-
-        If training ends here, the new save marks the checkpoint final.
+        """Runs the eval that a stop skipped; saves the checkpoint again, with its loss.
 
         Returns:
           False if a stop cut the eval short again.

@@ -38,14 +38,14 @@ CONFIG = "config.json"
 
 
 class Start(NamedTuple):
-    """Where training starts: the counters and records beside the state."""
+    """Where training starts: the counters and records that are not in the `TrainState`."""
 
     step: int = 0
     """Batches taken in."""
     tokens_seen: int = 0
     """Tokens trained on."""
     skipped_steps: int = 0
-    """Steps so far that were not applied."""
+    """Steps so far without an update: their loss or gradient was NaN, infinite or an outlier."""
     num_worse_evals: int = 0
     """Evals since the best one."""
     eval_loss: float | None = None
@@ -53,13 +53,13 @@ class Start(NamedTuple):
     owes_eval: bool = False
     """Whether an eval is due at this step, and the checkpoint holds no eval loss."""
     owes_end: bool = False
-    """Whether the plan ends at this step, and the checkpoint is not marked final."""
+    """Whether training ends at this step, but its checkpoint is not marked final yet."""
     rows: Rows = Rows()
     """Size and checksum of the rows of metrics.jsonl up to this step."""
     tracking_run_id: str | None = None
     """Identity at the trackers; None for a new run."""
-    new_future: bool = False
-    """Whether later steps may differ from those in metrics.jsonl, by settings or batches."""
+    settings_changed: bool = False
+    """Whether a changed setting may make the next rows differ from those cut off metrics.jsonl."""
     why: str = "new"
     """Human-readable reason for this start."""
     lineage: list[dict[str, Any]] = []  # never changed in place
@@ -124,7 +124,7 @@ def _resumed(
     _check_data(parts, metadata)
     begun = any(entry.keys() & {"branched_from", "initialized_from"} for entry in lineage)
     if (config.branch_from or config.init_from) and not begun:
-        _log.warning("branch_from and init_from begin a new run; this one has begun, and goes on")
+        _log.warning("branch_from and init_from are ignored: this run has begun, and resumes")
     # Compare with the checkpoint that was restored: after damage, it is older than the latest.
     recorded = [c for c in changes(metadata.run_config(), config) if c.policy == "recorded"]
     log_changes(metadata, config, recorded)
@@ -155,7 +155,7 @@ def _resumed(
         owes_end=at_end and not metadata.final and not drops_average,
         rows=metadata.rows,
         tracking_run_id=metadata.tracking_run_id,
-        new_future=bool(recorded),
+        settings_changed=bool(recorded),
         why="; ".join(["resumed", *map(str, recorded)]),
         lineage=lineage,
     )
@@ -171,8 +171,8 @@ def _check_data(parts: TrainSetup, metadata: Metadata) -> None:
     judged = metadata.best_step is not None and bool(parts.eval_set)
     if judged and metadata.eval_set != parts.eval_set:
         raise InputError(
-            f"eval_batches: found {parts.eval_set} as the first held-out set, but the best of step "
-            f"{metadata.step} is judged by {metadata.eval_set or 'none'}; give that set first, or "
+            f"eval_batches: found {parts.eval_set} as the first held-out set, but up to step "
+            f"{metadata.step} it was {metadata.eval_set or 'none'}, which judges best; give it, or "
             "add --run_dir for a new run"
         )
 
@@ -220,7 +220,7 @@ def _selected(parts: TrainSetup, source: str) -> Selected:
 def open_run_folder(
     parts: TrainSetup, checkpoints: Checkpoints, start: Start, trackers: Sequence[OpenTracker] = ()
 ) -> AbstractContextManager[Metrics | None]:
-    """Writes the config and the tokenizer, and opens metrics.jsonl at the start of training.
+    """Writes the config and the tokenizer, and opens metrics.jsonl, cut back to `start`.
 
     Process 0 alone does this; the others get None.
     """
@@ -237,7 +237,7 @@ def open_run_folder(
         config,
         run_id=start.tracking_run_id,
         restored=(start.step, start.rows),
-        new_future=start.new_future,
+        settings_changed=start.settings_changed,
         proofs=lambda: {s: found.rows for s, found in scan_folder(checkpoint_dir).sound.items()},
         events=checkpoints.events,
         trackers=trackers,
@@ -252,7 +252,8 @@ def hold_run_folder(config: Config) -> AbstractContextManager[None]:
       RuntimeError: another trainer holds the folder, or the folder cannot be written.
     """
     run_dir = Path(config.run_dir)
-    same = run_dir.resolve() == Path(config.checkpoint_dir).resolve()  # which has its own lock
+    # The checkpoint folder has its own lock, which is enough if it is the run folder too.
+    same = run_dir.resolve() == Path(config.checkpoint_dir).resolve()
     if same or jax.process_index() != 0:
         return contextlib.nullcontext()
     files = (CONFIG, ROWS, EVENTS, HOLDER)

@@ -23,7 +23,7 @@ from jaxlm.tracking.clock import Clock
 from jaxlm.tracking.console import Console
 from jaxlm.tracking.events import NAME, Events
 from jaxlm.tracking.rows import NAME as ROWS
-from jaxlm.tracking.rows import find_losses
+from jaxlm.tracking.rows import find_lost_rows
 from jaxlm.tracking.trackers import OpenTracker
 from jaxlm.training.at_end import AtEnd, Complete, find_tools
 from jaxlm.training.evaluate import EvalSet
@@ -147,7 +147,7 @@ def _leave_complete(plan: ResumePlan, latest: Metadata, checkpoints: Checkpoints
     checkpoints.retain()
     log_complete(plan.config, latest, checkpoints.best, plan.changed)
     if jax.process_index() == 0:
-        for lost in find_losses(Path(plan.config.run_dir) / ROWS, latest.rows):
+        for lost in find_lost_rows(Path(plan.config.run_dir) / ROWS, latest.rows):
             _log.warning(f"{ROWS}: {lost}; bring back a copy of it, if there is one")
     return Result(latest.step, True, checkpoints.best)
 

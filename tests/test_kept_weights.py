@@ -11,12 +11,12 @@ import pytest
 from text_run import rewrite
 from tiny_run import Table, tiny_config, train_table
 
-from jaxlm.checkpoints import metadata, milestones, quarantine
+from jaxlm.checkpoints import kept_weights, metadata, quarantine
 from jaxlm.checkpoints.copying import copy_run
 from jaxlm.checkpoints.entries import DELETING
 from jaxlm.checkpoints.folder import WEIGHTS, list_steps, read_metadata, select
+from jaxlm.checkpoints.kept_weights import keep_weights
 from jaxlm.checkpoints.manifest import find_damage
-from jaxlm.checkpoints.milestones import keep_weights
 from jaxlm.checkpoints.prune import prune
 from jaxlm.checkpoints.quarantine import Purger
 from jaxlm.checkpoints.restore import restore_numpy
@@ -104,10 +104,10 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (milestones, "link"),
+        (kept_weights, "link"),
         (metadata, "write_file"),
-        (milestones, "fsync"),
-        (milestones.Path, "rename"),
+        (kept_weights, "fsync"),
+        (kept_weights.Path, "rename"),
     ],
 )
 def test_a_kill_at_any_instant_costs_nothing(
