@@ -65,7 +65,7 @@ def _flags(name: str, function: Callable[..., int]) -> list[str]:
 CONFIG_COMMANDS = ("train", "prepare", "prove-resume", "plan")
 """Commands that take the flags of launch.py."""
 GROUPS: dict[str, dict[str, Callable[..., int]]] = {
-    "cache": {"list": cache.list_all, "clear": cache.clear},
+    "cache": {"list": cache.list_all, "verify": cache.verify, "clear": cache.clear},
     "checkpoints": {
         "list": checkpoints.list_all,
         "compare": checkpoints.compare,
@@ -81,7 +81,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "prepare": runs.prepare,
     "prove-resume": runs.prove_resume,
     "plan": runs.plan,
-    "cache": _group("List and clear prepared tokens and programs.", GROUPS["cache"]),
+    "cache": _group("List, verify and clear prepared tokens and programs.", GROUPS["cache"]),
     "checkpoints": _group("List, check, prune and copy checkpoints.", GROUPS["checkpoints"]),
     "eval": models.evaluate,
     "benchmark": models.benchmark,

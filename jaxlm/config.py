@@ -205,7 +205,7 @@ class ModelConfig(_Part, prefix="model."):
 class DataConfig(_Part, prefix="data."):
     """Text and its tokens."""
 
-    source: str = fixed("embedded")
+    source: str = recorded("embedded")
     """embedded, text:GLOB, tfds:NAME, tfds_dir:PATH or hf:REPO[:CONFIG]."""
     split: str = fixed("train")
     """Split to read, where the source has several (tfds, hf)."""

@@ -14,9 +14,10 @@ from jaxlm import __main__ as cli
 from jaxlm import launch, load_model
 from jaxlm.checkpoints.folder import find_checkpoints, select
 from jaxlm.checkpoints.restore import restore_numpy
+from jaxlm.checkpoints.verify import verify_step
 from jaxlm.evaluation import average as averaging
 from jaxlm.evaluation.average import average
-from jaxlm.evaluation.score import score, verify_step
+from jaxlm.evaluation.score import score
 from jaxlm.launch import run_main
 
 STEPS = [4, 8, 12]

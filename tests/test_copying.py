@@ -13,7 +13,7 @@ from jaxlm import __main__ as cli
 from jaxlm.checkpoints import copying, manifest
 from jaxlm.checkpoints.copying import copy_run
 from jaxlm.checkpoints.folder import list_steps, recorded_directory, scan_folder
-from jaxlm.evaluation.score import verify_rows
+from jaxlm.checkpoints.verify import verify_rows
 from jaxlm.files.ours import MARKER, check_ours
 from jaxlm.report.diff import diff_checkpoints
 from jaxlm.report.table import describe_run

@@ -31,6 +31,7 @@ from tiny_run import Table, TinyBatches, tiny_config, train_table
 from jaxlm import __main__ as jaxlm_cli
 from jaxlm.checkpoints.folder import read_metadata, select
 from jaxlm.checkpoints.restore import items_of, restore_numpy, restore_state
+from jaxlm.checkpoints.verify import verify_step
 from jaxlm.config import Config, OptimConfig
 from jaxlm.device.fingerprint import fingerprint
 from jaxlm.device.loss import next_token_loss
@@ -38,7 +39,7 @@ from jaxlm.device.optim import make_optimizer, make_schedule
 from jaxlm.device.state import make_blueprint, num_bytes
 from jaxlm.device.step import make_train_step, scheduled
 from jaxlm.evaluation.average import average
-from jaxlm.evaluation.score import score, verify_step
+from jaxlm.evaluation.score import score
 from jaxlm.inference.load import load_model
 from jaxlm.plan.ahead import examine_step
 from jaxlm.proof.attempt import untimed_rows

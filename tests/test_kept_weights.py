@@ -20,7 +20,7 @@ from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.prune import prune
 from jaxlm.checkpoints.quarantine import Purger
 from jaxlm.checkpoints.restore import restore_numpy
-from jaxlm.evaluation.score import verify_step
+from jaxlm.checkpoints.verify import verify_step
 from jaxlm.files.durable import DiskError, folder_bytes
 from jaxlm.inference.load import load_model
 from jaxlm.report.table import describe_run, format_table

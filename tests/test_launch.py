@@ -109,6 +109,23 @@ def test_the_config_of_a_run_goes_on_with_it(shared_home: Path, monkeypatch: pyt
     assert launch.load_config("tiny").run_dir == "tiny"  # from where it is looked at now
 
 
+def test_a_run_whose_text_has_moved_resumes(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    monkeypatch.chdir(own_home)
+    resume = ["--config", text_run.RUN, "--num_steps"]
+    assert launch.main([*resume, "13"]) == 0
+    Path("texts").rename("moved")
+    assert launch.main([*resume, "14"]) == 0
+    assert "The run needs no source: its tokens are in " in capfd.readouterr().out
+    assert launch.main([*resume, "15", "--data.source", "text:moved/*.txt"]) == 0
+    assert "changed from step 14 on: data.source" in capfd.readouterr().out
+    assert cli.command(["eval", text_run.RUN]) == 0
+    Path("moved").rename("gone")
+    with pytest.raises(FileNotFoundError, match="no file matches"):
+        launch.main([*resume, "16", "--data.source", "text:texts/*.txt"])
+
+
 def test_a_config_json_that_is_none_of_a_run(home: Path):
     Path("config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="--config: config.json: model_type: not a field of .*run"):

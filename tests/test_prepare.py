@@ -16,15 +16,16 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from jaxlm import __main__ as cli
 from jaxlm.compilation_cache import enable_compilation_cache
 from jaxlm.config import DataConfig
-from jaxlm.corpus import cache, formats, prepare
+from jaxlm.corpus import cache, formats, prepare, prepared
 from jaxlm.corpus.cache import clear_caches, list_caches
 from jaxlm.corpus.prepare import is_held_out
 from jaxlm.corpus.tokenizer import load_tokenizer, mark_eos, train_tokenizer
-from jaxlm.data.dataset import default_max_tokens, open_dataset
+from jaxlm.data.dataset import Recorded, default_max_tokens, open_dataset
 from jaxlm.files.cache import cache_root
-from jaxlm.files.durable import write_file
+from jaxlm.files.durable import crc32c, write_file
 
 SMALL = {"SHARD_TOKENS": 4500, "CHUNK_CHARS": 3000, "PIECE_CHARS": 400}
 
@@ -58,7 +59,7 @@ def config_of(corpus, folder, **kwargs):
 
 
 def run(config, vocab_size=300, max_tokens=10**6):
-    return prepare.prepare(config, vocab_size=vocab_size, max_tokens=max_tokens)
+    return prepared.find_or_make(config, vocab_size=vocab_size, max_tokens=max_tokens)
 
 
 def contents(folder):
@@ -66,7 +67,8 @@ def contents(folder):
 
     Aside from locks, and from the progress of what is complete, which a kill may leave.
     """
-    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".lock"]
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    files = [path for path in files if path.suffix not in (".lock", ".checked")]
     complete = {path.parent for path in files if path.name == "manifest.json"}
     files = [p for p in files if p.name != "progress.json" or p.parent not in complete]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
@@ -277,7 +279,7 @@ def test_default_max_tokens():
 def test_a_second_call_takes_what_is_there(corpus, tmp_path, monkeypatch, lines):
     first = run(config_of(corpus, tmp_path))
     before = contents(tmp_path)
-    monkeypatch.setattr(prepare, "_make", None)
+    monkeypatch.setattr(prepared, "make_dataset", None)
     lines.clear()
     again = run(config_of(corpus, tmp_path))
     assert again.fingerprint == first.fingerprint and lines == []
@@ -340,7 +342,7 @@ def test_a_cache_that_cannot_be_written_is_named_before_any_work(
 
 def test_a_cache_that_may_only_be_read_serves_what_it_has(corpus, tmp_path, monkeypatch):
     dataset = run(config_of(corpus, tmp_path))
-    monkeypatch.setattr(prepare, "lock_data", None)
+    monkeypatch.setattr(prepared, "lock_data", None)
     monkeypatch.setattr(os, "utime", Mock(side_effect=PermissionError))
     assert run(config_of(corpus, tmp_path)).fingerprint == dataset.fingerprint
 
@@ -483,11 +485,46 @@ def test_any_damage_is_found_and_named(corpus, tmp_path):
     assert open_dataset(folder, 300).fingerprint == dataset.fingerprint
 
 
+def test_a_file_is_read_in_full_when_new_or_changed_and_by_cache_verify(
+    corpus, tmp_path, monkeypatch, capsys
+):
+    folder = run(config_of(corpus, tmp_path)).directory
+    read = []
+
+    def noted(path):
+        read.append(path.name)
+        return crc32c(path)
+
+    monkeypatch.setattr("jaxlm.data.dataset.crc32c", noted)
+    open_dataset(folder, 300)
+    assert read == []
+    path = folder / "train-00000.bin"
+    os.utime(path)
+    open_dataset(folder, 300)
+    assert read == [path.name]
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    data[7] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="train-00000.bin has crc32c"):
+        open_dataset(folder, 300)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a disk that decays
+    assert open_dataset(folder, 300)
+    verify = ["cache", "verify", "--cache-dir", str(tmp_path)]
+    assert cli.command(verify) == 1
+    assert f"{folder.name}: prepared data in {folder} is damaged" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="train-00000.bin has crc32c"):
+        open_dataset(folder, 300)
+    data[7] ^= 1
+    path.write_bytes(data)
+    assert cli.command(verify) == 0 and capsys.readouterr().out == f"{folder.name}: sound\n"
+
+
 def test_each_field_of_the_manifest_is_vouched_for(corpus, tmp_path):
     folder = run(config_of(corpus, tmp_path)).directory
     path = folder / "manifest.json"
     whole = json.loads(path.read_bytes())
-    for name in whole.keys() - {"source", "revision", "parts"}:
+    for name in whole.keys() - {"source", "revision", "sizes", "parts"}:
         path.write_text(json.dumps(whole | {name: None}))
         with pytest.raises(ValueError, match="manifest.json"):
             open_dataset(folder, 300)
@@ -505,6 +542,46 @@ def test_text_that_changes_while_it_is_read(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="changed while it was read"):
         run(config_of(corpus, tmp_path))
     assert not list(tmp_path.rglob("manifest.json"))
+
+
+# --- the data of a run that resumes
+
+
+def resume(config, before, dataset):
+    recorded = Recorded(dataset.fingerprint, before)
+    found = prepared.find_or_make(config, vocab_size=300, max_tokens=10**6, recorded=recorded)
+    return found.directory
+
+
+def test_a_run_resumes_on_its_prepared_tokens_wherever_its_files_are(tmp_path, monkeypatch, lines):
+    (tmp_path / "in").mkdir()
+    files = [write(tmp_path / "in" / f"{name}.jsonl", documents()[name::2]) for name in (0, 1)]
+    config = config_of(tmp_path / "in", tmp_path)
+    dataset = run(config)
+    monkeypatch.setattr(prepared, "make_dataset", None)  # nothing is prepared again
+    lines.clear()
+    assert resume(config, config, dataset) == dataset.directory and lines == []
+    write(tmp_path / "in" / "2.jsonl", ["added"])
+    assert resume(config, config, dataset) == dataset.directory
+    assert "its files have changed since the run began; the run goes on with" in lines.pop()
+    (tmp_path / "in" / "2.jsonl").unlink()
+    (tmp_path / "in").rename(tmp_path / "moved")
+    assert resume(config, config, dataset) == dataset.directory
+    assert lines.pop().endswith(f"The run needs no source: its tokens are in {dataset.directory}")
+    moved = config_of(tmp_path / "moved", tmp_path)
+    assert resume(moved, config, dataset) == dataset.directory and lines == []
+    write(tmp_path / "moved" / files[0].name, ["another"])
+    with pytest.raises(ValueError, match="moved, whose files have other sizes than .*/in, which"):
+        resume(moved, config, dataset)
+    with pytest.raises(FileNotFoundError, match="none"):
+        resume(config_of(tmp_path / "none", tmp_path), config, dataset)
+
+
+def test_without_its_prepared_tokens_a_run_prepares_them_again(corpus, tmp_path):
+    config = config_of(corpus, tmp_path)
+    dataset = run(config)
+    clear_caches([dataset.directory.name], str(tmp_path))
+    assert resume(config, config, dataset) == dataset.directory
 
 
 # --- durable files
@@ -536,12 +613,13 @@ def child(corpus, folder, body):
     return f"""
 import os, signal, sys
 from jaxlm.config import DataConfig
-from jaxlm.corpus import prepare
+from jaxlm.corpus import prepare, prepared
+from jaxlm.corpus.prepared import find_or_make
 for name, value in {SMALL!r}.items():
     setattr(prepare, name, value)
 def run(folder={str(folder)!r}):
     config = DataConfig(source="text:{corpus}", cache_dir=folder)
-    prepare.prepare(config, vocab_size=300, max_tokens=10**6)
+    find_or_make(config, vocab_size=300, max_tokens=10**6)
 {body}
 run()
 """
@@ -652,12 +730,12 @@ def test_a_full_disk(corpus, tmp_path, limit, name, monkeypatch):
 
 # Says that it has the lock, and waits for a word before it goes on.
 HOLDS = """
-original = prepare._make
+original = prepared.make_dataset
 def waiting(*args):
     print("locked", flush=True)
     sys.stdin.readline()
     original(*args)
-prepare._make = waiting
+prepared.make_dataset = waiting
 """
 
 

@@ -11,7 +11,8 @@ from jaxlm.checkpoints import folder as folders
 from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.folder import MAX_CHOICES, Selected, select
 from jaxlm.checkpoints.reading import read
-from jaxlm.evaluation.score import score, verify_step
+from jaxlm.checkpoints.verify import verify_step
+from jaxlm.evaluation.score import score
 from jaxlm.inference import load
 from jaxlm.inference.load import load_model
 from jaxlm.inference.reader import ScoringModel
@@ -116,5 +117,5 @@ def test_a_step_that_goes_while_it_is_verified_is_passed_over(
         shutil.rmtree(path)
         raise FileNotFoundError(path)
 
-    monkeypatch.setattr("jaxlm.evaluation.score.find_damage", gone)
+    monkeypatch.setattr("jaxlm.checkpoints.verify.find_damage", gone)
     assert verify_step(folder, 4) is None

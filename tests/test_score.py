@@ -1,6 +1,7 @@
 """Checkpoints judged from outside: what is told of them is so, and how sure it is."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,13 @@ import pytest
 import text_run
 from scipy import stats
 
-from jaxlm.checkpoints import restore
+from jaxlm.checkpoints import restore, verify
 from jaxlm.checkpoints.folder import read_metadata
 from jaxlm.checkpoints.manifest import write_manifest
-from jaxlm.evaluation import score as score_module
-from jaxlm.evaluation.score import paired_difference, score, verify_step
+from jaxlm.checkpoints.verify import verify_step
+from jaxlm.corpus import overlap
+from jaxlm.data.shards import TokenShards
+from jaxlm.evaluation.score import paired_difference, score
 from jaxlm.training.setup import prepare_data
 
 NUM_TRIALS = 4000
@@ -143,9 +146,55 @@ def test_other_data_than_that_of_the_run_is_refused(
     own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(own_home)
+    monkeypatch.setenv("JAXLM_CACHE", str(own_home / "cache"))  # where nothing is prepared
     (own_home / "texts" / "01.txt").write_text("other words in what is held out " * 99)
     with pytest.raises(ValueError, match="found data .*, expected that of the run, .*--source"):
         score([text_run.RUN])
+
+
+def test_all_of_a_source_is_scored_and_what_was_trained_on_is_said(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> None:
+    monkeypatch.chdir(own_home)
+    monkeypatch.setenv("JAXLM_CACHE", str(own_home / "cache"))
+    (unknown,) = score([text_run.RUN], source="text:texts/*.txt")
+    assert any("is unknown: its data is not here" in line for line in lines)
+    score([text_run.RUN])  # prepares the run's own data
+    lines.clear()
+    (whole,) = score([text_run.RUN], source="text:texts/*.txt")
+    (part,) = score([text_run.RUN], source="text:texts/*.txt", held_out=True)
+    assert whole.sums.tolist() == unknown.sums.tolist() and part.num_tokens < whole.num_tokens / 9
+    assert part.source == "text:texts/*.txt, held out" and whole.source == "text:texts/*.txt"
+    said = [line for line in lines if "the run was trained on" in line]
+    assert re.search(r"trained on (\d+) of these (\d+) documents \(.* of [\d,]+ tokens\)", said[0])
+    (own_home / "new.txt").write_text("one document of words that no run has seen")
+    lines.clear()
+    (one,) = score([text_run.RUN], source="text:new.txt")
+    assert one.num_tokens > 5 and not any("trained on" in line for line in lines)
+    with pytest.raises(ValueError, match="held_out: found no source"):
+        score([text_run.RUN], held_out=True)
+
+
+def test_documents_in_common_are_found_across_chunks_and_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    documents = [[*rng.integers(1, 50, rng.integers(1, 9)).tolist(), 0] for _ in range(60)]
+    monkeypatch.setattr(overlap, "_CHUNK_TOKENS", 7)
+
+    def shards(name: str, chosen: list[list[int]]) -> TokenShards:
+        tokens = np.concatenate(chosen).astype("<u2")
+        paths = [tmp_path / f"{name}{n}" for n in (0, 1)]
+        for path, part in zip(paths, np.array_split(tokens, 2), strict=True):
+            part.tofile(path)
+        return TokenShards(paths, "<u2")
+
+    found = overlap.find_overlap(shards("a", documents[:20]), shards("b", documents[10:]), 0)
+    held_out = {tuple(document) for document in documents[:20]}
+    expected = held_out & {tuple(document) for document in documents[10:]}
+    assert found.num_documents == len(expected) >= 10
+    assert found.num_tokens == sum(map(len, expected))
+    assert found.of_documents == len(held_out)
 
 
 # --- verification, while a trainer is at work
@@ -172,7 +221,7 @@ def test_a_step_deleted_or_replaced_meanwhile_is_no_damage(
     own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = own_home / text_run.RUN / "checkpoints"
-    find_damage, whole = score_module.find_damage, own_home / "whole"
+    find_damage, whole = verify.find_damage, own_home / "whole"
     shutil.copytree(folder / "8", whole)
     looks: list[Path] = []
 
@@ -184,10 +233,10 @@ def test_a_step_deleted_or_replaced_meanwhile_is_no_damage(
             shutil.rmtree(path)
             if path.name == "8":
                 shutil.copytree(whole, path)
-                monkeypatch.setattr(score_module, "find_damage", find_damage)
+                monkeypatch.setattr(verify, "find_damage", find_damage)
         return found
 
-    monkeypatch.setattr(score_module, "find_damage", look)
+    monkeypatch.setattr(verify, "find_damage", look)
     assert verify_step(folder, 4) is None
     looks.clear()
     assert verify_step(folder, 8) == []

@@ -23,10 +23,10 @@ from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.checkpoint import CheckpointError
 from jaxlm.checkpoints.folder import list_steps, read_metadata, select
 from jaxlm.checkpoints.restore import find_changed_arrays
+from jaxlm.checkpoints.verify import verify_rows
 from jaxlm.config import Config, MeshConfig, TrackingConfig
 from jaxlm.device.loss import Batch, next_token_loss
 from jaxlm.device.sharding import make_mesh
-from jaxlm.evaluation.score import verify_rows
 from jaxlm.inference.load import load_model
 from jaxlm.proof.attempt import untimed_rows
 from jaxlm.report.diff import diff_checkpoints

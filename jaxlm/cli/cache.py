@@ -36,6 +36,28 @@ def list_all(*, cache_dir: str | None = None, json: bool = False) -> int:
     return 0
 
 
+def verify(names: Positional[tuple[str, ...]] = (), *, cache_dir: str | None = None) -> int:
+    """Read every byte of prepared tokens, and compare with their checksums.
+
+    A run reads a file in full only if the file is new or has another size or time. The exit code
+    is 1 if a file is damaged.
+
+    Args:
+      names: names of `jaxlm cache list`; all prepared tokens if left out.
+      cache_dir: the cache; by default $JAXLM_CACHE, else ~/.cache/jaxlm.
+
+    Examples:
+      jaxlm cache verify
+    """
+    from jaxlm.corpus.cache import DATA, find_caches, verify_cache
+
+    chosen = find_caches(names or (DATA,), cache_dir)
+    found = {name: verify_cache(name, cache_dir) for name in chosen}
+    for name, damage in found.items():
+        print(f"{name}: {damage or 'sound'}")
+    return int(any(found.values()))
+
+
 def clear(
     names: Positional[tuple[str, ...]] = (), *, cache_dir: str | None = None, delete: bool = False
 ) -> int:

@@ -72,7 +72,8 @@ def verify(run: Run, *, eval: bool = False, json: bool = False) -> int:
       jaxlm checkpoints verify runs/tiny --eval
     """
     from jaxlm.checkpoints.folder import find_checkpoints, list_corrupt, list_steps, scan_folder
-    from jaxlm.evaluation.score import score, verify_rows, verify_step
+    from jaxlm.checkpoints.verify import verify_rows, verify_step
+    from jaxlm.evaluation.score import score
     from jaxlm.terminal import track
 
     folder, found = find_checkpoints(run), {}

@@ -13,6 +13,7 @@ def evaluate(
     *,
     paired: bool = False,
     source: str | None = None,
+    held_out: bool = False,
     follow: bool = False,
     out: str | None = None,
     poll_s: float = 10.0,
@@ -23,7 +24,8 @@ def evaluate(
     Args:
       runs: RUN@STEP each; STEP is best, latest, final or a number, and best if left out.
       paired: compare two checkpoints on the same batches, with a 95% confidence interval.
-      source: evaluate on the held-out documents of another source, such as text:GLOB.
+      source: evaluate on all of another source, such as text:GLOB.
+      held_out: of --source, take only the documents that a run on it would hold out (1 of 20).
       follow: evaluate each new checkpoint of a training run until the run ends (exit code 0; 130
         after Ctrl-C, and the same command continues).
       out: with --follow, the file to append to; evals.jsonl in the run folder if left out.
@@ -41,7 +43,7 @@ def evaluate(
         if len(runs) != 1 or split_step(runs[0])[1] or paired:
             found = " ".join(runs)
             raise InputError(f"--follow: found {found}, expected one RUN; leave out the rest")
-        return _follow(runs[0], source, out, poll_s, json)
+        return _follow(runs[0], source, held_out, out, poll_s, json)
     if out:
         raise InputError(f"--out: found {out}, expected it with --follow only; add --follow")
     from jaxlm.evaluation.score import paired_difference, score
@@ -50,11 +52,12 @@ def evaluate(
         expected = "two of them with --paired" if paired else "at least one"
         raise InputError(f"RUN@STEP: found {len(runs)}, expected {expected}; add or drop some")
     with notes(json):
-        scores = score(runs, source=source, paired=paired)
+        scores = score(runs, source=source, held_out=held_out, paired=paired)
     values: list[Any] = [s.to_json() for s in scores]
+    part = "of" if source else "held out of"
     lines = [
         f"{s.run} (step {s.step}): loss {s.loss:.4f}, perplexity {s.perplexity:.2f}, "
-        f"{s.num_tokens:,} tokens held out of {s.source}"
+        f"{s.num_tokens:,} tokens {part} {s.source}"
         for s in scores
     ]
     if paired:
@@ -69,15 +72,17 @@ def evaluate(
     return 0
 
 
-def _follow(run: str, source: str | None, out: str | None, poll_s: float, as_json: bool) -> int:
+def _follow(
+    run: str, source: str | None, held_out: bool, out: str | None, poll_s: float, as_json: bool
+) -> int:
     from jaxlm.evaluation.follow import follow
 
     def print_row(row: Any) -> None:
         line = f"step {row['step']}: loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f}"
-        print(json.dumps(row) if as_json else f"{line}, held out of {row['source']}", flush=True)
+        print(json.dumps(row) if as_json else f"{line}, on {row['source']}", flush=True)
 
     with notes(as_json):
-        follow(run, source=source, out=out, poll_s=poll_s, on_row=print_row)
+        follow(run, source=source, held_out=held_out, out=out, poll_s=poll_s, on_row=print_row)
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 import filelock
 
-from jaxlm.data.dataset import MANIFEST, Record, Shard
+from jaxlm.data.dataset import MANIFEST, Manifest, Record, Shard, checked_path, open_dataset
 from jaxlm.errors import FileError, InputError
 from jaxlm.files.cache import ELSEWHERE, cache_root
 from jaxlm.files.strict import read_json
@@ -37,6 +37,15 @@ class Progress(TypedDict):
 def data_folder(cache_dir: str | None) -> Path:
     """The folder of prepared data."""
     return cache_root(cache_dir) / DATA
+
+
+def find_prepared(fingerprint: str, cache_dir: str | None = None) -> Path | None:
+    """The folder of the complete dataset with this fingerprint, or None."""
+    for path in sorted(data_folder(cache_dir).glob(f"*/{MANIFEST}")):
+        with contextlib.suppress(OSError, ValueError):
+            if read_json(path, Manifest)["fingerprint"] == fingerprint:
+                return path.parent
+    return None
 
 
 def list_caches(cache_dir: str | None = None) -> list[dict[str, Any]]:
@@ -122,6 +131,19 @@ def find_caches(names: Sequence[str], cache_dir: str | None = None) -> list[str]
     return there if DATA in names else sorted({*names})
 
 
+def verify_cache(name: str, cache_dir: str | None = None) -> str | None:
+    """The damage of a dataset, every byte of which is read; None for a sound or unfinished one."""
+    folder = data_folder(cache_dir) / name
+    if not (folder / MANIFEST).exists():
+        return None
+    checked_path(folder).unlink(missing_ok=True)
+    try:
+        open_dataset(folder)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def clear_caches(names: Sequence[str], cache_dir: str | None = None) -> list[str]:
     """Deletes the datasets that `find_caches` finds; returns their names.
 
@@ -135,6 +157,7 @@ def clear_caches(names: Sequence[str], cache_dir: str | None = None) -> list[str
                 # The manifest first: a kill then leaves unfinished data, not damaged data.
                 (folder / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(folder)
+                checked_path(folder).unlink(missing_ok=True)
                 Path(f"{folder}.lock").unlink(missing_ok=True)
         except filelock.Timeout as error:
             raise InputError(

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxlm.config import DataConfig
 from jaxlm.corpus.formats import READERS, Block, blocks_of, kind_of, reader_of
@@ -41,6 +41,8 @@ class Source:
     """Identity of the corpus without a network; of local files, that of their content too."""
     documents: Callable[[int], Iterator[Document]]
     """Index of a document -> that document and all after it."""
+    sizes: str = ""
+    """A hash of the sizes of local files, which stays equal when the files are moved."""
     look_up: Callable[[], str] | None = None
     """Asks a remote source for its revision; None if `key` is the revision."""
     share: Callable[[], float] = lambda: 0.0
@@ -113,6 +115,7 @@ def text_files(config: DataConfig) -> Source:
         f"text:{pattern}",
         files_revision(paths),
         documents,
+        sizes=_digest([os.path.getsize(path) for path in paths]),
         share=lambda: num_read / max(total, 1),
     )
 
@@ -199,5 +202,8 @@ def _literal(path: str) -> str:
 def files_revision(paths: Iterable[str]) -> str:
     """A hash of the paths, sizes and modification times of files, which are not read."""
     stats = [(path, os.stat(path)) for path in paths]
-    listing = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+    return _digest([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
+
+
+def _digest(values: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]

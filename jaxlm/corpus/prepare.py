@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import logging
-import re
 import shutil
 import sys
 import time
@@ -25,22 +24,19 @@ from tokenizers import Tokenizer
 
 from jaxlm.config import DataConfig
 from jaxlm.corpus import tokenizer as tokenizer_lib
-from jaxlm.corpus.cache import PROGRESS, Progress, data_folder, lock_data, started
+from jaxlm.corpus.cache import PROGRESS, Progress
 from jaxlm.corpus.files import Document, Source
 from jaxlm.corpus.sources import open_source
 from jaxlm.data.dataset import (
     MANIFEST,
-    Dataset,
     check_vocabulary,
-    digest,
     find_shard_damage,
     manifest_fingerprint,
-    open_dataset,
 )
 from jaxlm.errors import FileError, InputError
 from jaxlm.files.durable import write_file
 from jaxlm.files.strict import read_json
-from jaxlm.terminal import can_draw, prints_lines, progress
+from jaxlm.terminal import can_draw, progress
 
 _log = logging.getLogger(__name__)
 
@@ -55,38 +51,6 @@ PIECE_CHARS = 500_000
 HOLD_OUT_EVERY = 20
 
 
-@prints_lines
-def prepare(config: DataConfig, *, vocab_size: int, max_tokens: int) -> Dataset:
-    """The dataset of a text source, as `load_dataset` describes it.
-
-    A cached dataset is reused without asking a remote source for changes.
-    """
-    source = open_source(config)
-    recipe = _recipe(config, source, vocab_size, max_tokens)
-    kind, _, rest = source.name.partition(":")
-    label = re.sub(r"[^A-Za-z0-9]+", "-", f"{kind}-{rest[-30:]}").strip("-")
-    folder = data_folder(config.cache_dir) / f"{label}-{digest(recipe)}"
-    if not (folder / MANIFEST).exists():
-        with lock_data(folder):
-            if not (folder / MANIFEST).exists():
-                with started(folder):
-                    _make(folder, source, config, vocab_size, max_tokens)
-    return open_dataset(folder, vocab_size)
-
-
-def _recipe(config: DataConfig, source: Source, vocab_size: int, max_tokens: int) -> dict[str, Any]:
-    """Everything that determines the content, as far as it is known without a network."""
-    tokenizer = config.tokenizer
-    if tokenizer == "train":
-        tokenizer = f"train {vocab_size}"
-    elif tokenizer_lib.local_tokenizer(tokenizer):
-        tokenizer = tokenizer_lib.content_hash(tokenizer_lib.load_tokenizer(tokenizer))
-    fields = ("source", "split", "text_field", "eos_token", "eval_tokens")
-    recipe = {name: getattr(config, name) for name in fields}
-    recipe |= {"reading": TOKENS_VERSION, "key": source.key}
-    return recipe | {"tokenizer": tokenizer, "max_tokens": max_tokens}
-
-
 def is_held_out(index: int) -> bool:
     """Whether document `index` is for evaluation: one of each 20, chosen by a hash.
 
@@ -97,10 +61,15 @@ def is_held_out(index: int) -> bool:
     return place == (chosen if block else 1)
 
 
-def _make(
-    folder: Path, source: Source, config: DataConfig, vocab_size: int, max_tokens: int
+def make_dataset(
+    folder: Path,
+    source: Source,
+    config: DataConfig,
+    vocab_size: int,
+    max_tokens: int,
+    all_held_out: bool,
 ) -> None:
-    """Prepares the missing part of a dataset, and publishes it."""
+    """Prepares the missing part of a dataset, and publishes it; arguments as of `load_dataset`."""
     progress = _progress(folder, source)
     tokenizer_path = folder / "tokenizer.json"
     if not progress["tokenizer"]:
@@ -122,7 +91,7 @@ def _make(
         while counts["train"] < max_tokens and (chunk := next(chunks, None)):
             texts = [document.text for document in chunk]
             for document, ids in zip(chunk, _encode(tokenizer, texts, eos_id, dtype), strict=True):
-                held_out = is_held_out(progress["next_document"])
+                held_out = all_held_out or is_held_out(progress["next_document"])
                 split = "eval" if held_out and counts["eval"] < limits["eval"] else "train"
                 ids = ids[: limits[split] - counts[split]]
                 waiting[split].append(ids)
@@ -133,7 +102,7 @@ def _make(
             show(counts["train"], source.share())
             if sum(map(len, itertools.chain(*waiting.values()))) >= SHARD_TOKENS:
                 _write_shards(folder, progress, waiting)
-    _check_corpus(config, source, progress["next_document"], **counts)
+    _check_corpus(config, source, progress["next_document"], all_held_out, **counts)
     _write_shards(folder, progress, waiting)
     manifest = progress | {
         "vocab_size": num_ids,
@@ -161,7 +130,8 @@ def _log_parts(parts: dict[str, list[int]], share: float | None) -> None:
 def _progress(folder: Path, source: Source) -> dict[str, Any]:
     """Progress of an interrupted preparation if all of it is sound; else that of a new one."""
     fresh = {"source": source.name, "revision": source.revision, "format": FORMAT}
-    fresh |= {"next_document": 0, "parts": {}, "tokenizer": None, "train": [], "eval": []}
+    fresh |= {"sizes": source.sizes, "next_document": 0, "parts": {}, "tokenizer": None}
+    fresh |= {"train": [], "eval": []}
     try:
         found = {**read_json(folder / PROGRESS, Progress)}
         shards = [*found["train"], *found["eval"]]
@@ -231,11 +201,16 @@ def _write(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _check_corpus(
-    config: DataConfig, source: Source, num_documents: int, train: int, eval: int
+    config: DataConfig,
+    source: Source,
+    num_documents: int,
+    all_held_out: bool,
+    train: int,
+    eval: int,
 ) -> None:
     if open_source(config).key != source.key:
         raise InputError(f"data.source {source.name}: changed while it was read; try again")
-    if not (train and eval):
+    if not (eval and (train or all_held_out)):
         raise InputError(
             f"{'corpus cannot be split' if train or eval else 'empty corpus'}: {source.name} has "
             f"{num_documents:,} documents, which gave {train:,} training and {eval:,} held-out "

@@ -9,20 +9,21 @@ import pkgutil
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
 from jaxlm.config import DataConfig
 from jaxlm.data.shards import TokenShards
 from jaxlm.errors import InputError
-from jaxlm.files.durable import crc32c
+from jaxlm.files.durable import crc32c, write_file
 from jaxlm.files.strict import read_json, shown
 
 MANIFEST = "manifest.json"
+_NAME = r"[\w-][\w.-]{,99}"
 # Kind of source -> function that makes its dataset, imported when a run has such a source.
 _MAKERS: dict[str, str] = dict.fromkeys(
-    ("embedded", "text", "hf", "tfds", "tfds_dir"), "jaxlm.corpus.prepare:prepare"
+    ("embedded", "text", "hf", "tfds", "tfds_dir"), "jaxlm.corpus.prepared:find_or_make"
 )
 
 
@@ -71,13 +72,30 @@ def default_max_tokens(config: DataConfig, num_tokens: int) -> int:
     return config.max_tokens or max(num_tokens + num_tokens // 100, 10_000_000)
 
 
-def load_dataset(config: DataConfig, *, vocab_size: int, max_tokens: int) -> Dataset:
+class Recorded(NamedTuple):
+    """The data of a run, as a checkpoint of the run records it."""
+
+    fingerprint: str
+    config: DataConfig
+
+
+def load_dataset(
+    config: DataConfig,
+    *,
+    vocab_size: int,
+    max_tokens: int,
+    recorded: Recorded | None = None,
+    all_held_out: bool = False,
+) -> Dataset:
     """The dataset of `config`: prepared data from the cache, or data made now.
 
     Args:
       config: the source, and how its text becomes tokens.
       vocab_size: of the model: size of a trained tokenizer, and the limit for a given one.
       max_tokens: limit of training tokens.
+      recorded: of a run that resumes: its prepared data is found by the fingerprint, even if the
+        source has moved or is gone.
+      all_held_out: hold out every document, to evaluate on all of a source.
 
     Raises:
       ValueError: the corpus or the tokenizer does not fit, or a file of the cache is damaged.
@@ -85,7 +103,13 @@ def load_dataset(config: DataConfig, *, vocab_size: int, max_tokens: int) -> Dat
       OSError: the disk is full.
     """
     make = pkgutil.resolve_name(_MAKERS[config.source.partition(":")[0]])
-    return make(config, vocab_size=vocab_size, max_tokens=max_tokens)
+    return make(
+        config,
+        vocab_size=vocab_size,
+        max_tokens=max_tokens,
+        recorded=recorded,
+        all_held_out=all_held_out,
+    )
 
 
 def digest(values: Mapping[str, Any]) -> str:
@@ -95,12 +119,12 @@ def digest(values: Mapping[str, Any]) -> str:
 
 def manifest_fingerprint(manifest: Mapping[str, Any]) -> str:
     """Fingerprint of the tokens, whatever their source: copied or touched files give the same."""
-    about = ("fingerprint", "source", "revision", "parts")
+    about = ("fingerprint", "source", "revision", "sizes", "parts")
     return digest({name: value for name, value in manifest.items() if name not in about})
 
 
-def open_dataset(folder: Path, vocab_size: int) -> Dataset:
-    """Opens a prepared dataset, and verifies every byte.
+def open_dataset(folder: Path, vocab_size: int | None = None) -> Dataset:
+    """Opens a prepared dataset; a file is read in full if it is new or has another size or time.
 
     Raises:
       ValueError: a file is damaged, or the model's `vocab_size` is too small.
@@ -114,7 +138,8 @@ def open_dataset(folder: Path, vocab_size: int) -> Dataset:
             f"`jaxlm cache clear {folder.name} --delete`; the next run then prepares it anew"
         ) from error
     tokenizer_path = folder / manifest["tokenizer"]["name"]
-    check_vocabulary(str(tokenizer_path), manifest["vocab_size"], vocab_size)
+    if vocab_size is not None:
+        check_vocabulary(str(tokenizer_path), manifest["vocab_size"], vocab_size)
     with contextlib.suppress(OSError):  # A read-only cache cannot record the time of use.
         os.utime(folder / MANIFEST)
     train, held_out = (
@@ -130,18 +155,38 @@ def _check(folder: Path, manifest: Manifest) -> None:
     shards = [*manifest["train"], *manifest["eval"]]
     itemsize = np.dtype(manifest["dtype"]).itemsize
     fit = [shard["num_bytes"] == shard["num_tokens"] * itemsize > 0 for shard in shards]
-    sound = all(fit) and manifest["train"] and manifest["eval"]
-    if manifest["fingerprint"] != manifest_fingerprint(manifest) or not sound:
+    if manifest["fingerprint"] != manifest_fingerprint(manifest) or not (all(fit) and shards):
         raise InputError(f"{MANIFEST} was altered")
-    if damage := find_shard_damage(folder, [manifest["tokenizer"], *shards]):
+    known, records = list[str](), [manifest["tokenizer"], *shards]
+    with contextlib.suppress(OSError, ValueError):
+        known = read_json(checked_path(folder), list[str])
+    stamps = {record["name"]: _stamp(folder, record) for record in records}
+    unread = [record for record in records if stamps[record["name"]] not in known]
+    if damage := find_shard_damage(folder, unread):
         raise InputError(damage)
+    if unread:
+        with contextlib.suppress(OSError):  # a read-only cache
+            write_file(checked_path(folder), json.dumps([*stamps.values()]).encode())
+
+
+def checked_path(folder: Path) -> Path:
+    """The file that says which files of a dataset were read in full, with their sizes and times."""
+    return Path(f"{folder}.checked")
+
+
+def _stamp(folder: Path, record: Record) -> str | None:
+    path = folder / record["name"]
+    if not re.fullmatch(_NAME, record["name"]) or not path.is_file():
+        return None
+    found = path.stat()
+    return f"{path.name} {found.st_size} {found.st_mtime_ns} {record['crc32c']:08x}"
 
 
 def find_shard_damage(folder: Path, records: Iterable[Record]) -> str | None:
     """The first difference between a file and its record, or None; reads every byte."""
     for record in records:
         path = folder / record["name"]
-        if not re.fullmatch(r"[\w-][\w.-]{,99}", record["name"]):
+        if not re.fullmatch(_NAME, record["name"]):
             return f"{shown(record['name'])} is not the name of a file in it"
         if not path.is_file():
             return f"{path.name} is missing"

@@ -15,7 +15,7 @@ class TokenShards:
         # Plain arrays over the mapped files: a slice of an `np.memmap` costs ten times as much.
         self._arrays = [np.asarray(np.memmap(path, self.dtype, "r")) for path in paths]
         self._ends = np.cumsum([len(array) for array in self._arrays], dtype=np.int64)
-        self.num_tokens = int(self._ends[-1])
+        self.num_tokens = int(self._ends[-1]) if paths else 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop - 1.

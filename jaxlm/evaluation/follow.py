@@ -26,6 +26,7 @@ def follow(
     run: str,
     *,
     source: str | None = None,
+    held_out: bool = False,
     out: str | None = None,
     poll_s: float,
     on_row: Callable[[Eval], None] = lambda _: None,
@@ -37,7 +38,8 @@ def follow(
 
     Args:
       run: a run folder or checkpoint folder.
-      source: another `data.source` to take the held-out documents from.
+      source: another `data.source` to evaluate on, all of it.
+      held_out: of `source`, take only the documents that a run on it would hold out.
       out: the file to append to; by default `evals.jsonl` in the run folder.
       poll_s: time between two scans of the folder (s).
       on_row: called with each row, once the row is on disk.
@@ -50,7 +52,7 @@ def follow(
     if not 0 < poll_s < math.inf:
         raise InputError(f"--poll_s: found {poll_s}, expected seconds above 0")
     folder = find_checkpoints(run)
-    scorer, warn_once = Scorer(source), functools.cache(_log.warning)
+    scorer, warn_once = Scorer(source, held_out=held_out), functools.cache(_log.warning)
     with (
         _each_line_once(log_selected.__module__),
         EvalLog(Path(out) if out else run_folder(run, folder) / NAME) as log,
@@ -61,7 +63,11 @@ def follow(
             steps, missed = scan_folder(folder).sound, False
             done = {(row["step"], row["checkpoint"], row["source"]) for row in log.rows}
             for step, metadata in steps.items():
-                key = (step, checkpoint_id(metadata), source or metadata.config["data"]["source"])
+                key = (
+                    step,
+                    checkpoint_id(metadata),
+                    scorer.label or metadata.config["data"]["source"],
+                )
                 if key in damaged or key in done:
                     continue
                 try:

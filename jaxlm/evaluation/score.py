@@ -1,10 +1,10 @@
-"""Verifies, evaluates and compares checkpoints outside of the run."""
+"""Evaluates and compares checkpoints outside of the run."""
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,22 +12,18 @@ import numpy as np
 from jax.sharding import Mesh
 from scipy.special import stdtrit
 
-from jaxlm.checkpoints.entries import when_settled
 from jaxlm.checkpoints.folder import (
     TOKENIZER,
     Selected,
-    read_metadata,
-    run_folder,
-    scan_folder,
     select,
 )
-from jaxlm.checkpoints.manifest import find_damage
 from jaxlm.checkpoints.names import split_step
 from jaxlm.checkpoints.reading import read
-from jaxlm.checkpoints.restore import find_changed_arrays
 from jaxlm.compilation_cache import enable_compilation_cache
 from jaxlm.config import Config, MeshConfig
-from jaxlm.data.dataset import Dataset
+from jaxlm.corpus.cache import find_prepared
+from jaxlm.corpus.overlap import find_overlap
+from jaxlm.data.dataset import Dataset, Recorded, open_dataset
 from jaxlm.device.loss import Batch, next_token_loss
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import Params
@@ -37,51 +33,15 @@ from jaxlm.evaluation.evals import checkpoint_id
 from jaxlm.inference.load import log_selected, restore_params
 from jaxlm.terminal import prints_lines, progress
 from jaxlm.tracking.metrics import perplexity
-from jaxlm.tracking.rows import NAME as ROWS
-from jaxlm.tracking.rows import find_row_damage
 from jaxlm.training.environment import compare_environments, describe_environment
 from jaxlm.training.evaluate import batch_sums, means
 from jaxlm.training.setup import held_out_batches, hold_out, mask_id, prepare_data
 
+_log = logging.getLogger(__name__)
+
+_NO_LIMIT = 2**62
 TOLERANCE = 1e-3
 """Allowed relative difference of a loss, as between float32 and bfloat16."""
-
-
-def verify_step(folder: Path, step: int) -> list[str] | None:
-    """The damage of a step, after a check of every file and every array.
-
-    Changes nothing on disk, and needs no model. The run may be training.
-
-    Returns:
-      One text for each damage, none for a sound step; None if the step was deleted meanwhile.
-    """
-    path = folder / str(step)
-
-    def inspect_step() -> list[str]:
-        try:
-            if damage := find_damage(path):
-                return damage
-            metadata = read_metadata(folder, step)
-            metadata.run_config()  # raises if a resume could not read it
-            changed = find_changed_arrays(path, metadata)
-        except (OSError, ValueError, RuntimeError) as error:
-            return [f"it cannot be restored: {error}"]
-        return [f"{name} differs from what was saved" for name in changed]
-
-    return when_settled(path, inspect_step)
-
-
-def verify_rows(run: str, folder: Path) -> tuple[list[str], str]:
-    """The damage of metrics.jsonl, and a text on rows that were lost earlier.
-
-    metrics.jsonl is compared with the newest checkpoint. The run may be training.
-    """
-    path, found = run_folder(run, folder) / ROWS, scan_folder(folder).sound
-    if not found:
-        return [], ""
-    newest = found[max(found)]
-    damage = when_settled(folder / str(newest.step), lambda: find_row_damage(path, newest.rows))
-    return damage or [], newest.rows.lacking
 
 
 class Score(NamedTuple):
@@ -93,7 +53,7 @@ class Score(NamedTuple):
     checkpoint: str
     """`checkpoint_id` of the loaded checkpoint."""
     source: str
-    """`data.source` of the held-out documents."""
+    """`data.source` of the documents, and `held out` if only that part was scored."""
     loss: float
     """Nats per token."""
     perplexity: float
@@ -130,36 +90,47 @@ class _Candidate(NamedTuple):
 
 
 @prints_lines
-def score(runs: Sequence[str], *, source: str | None = None, paired: bool = False) -> list[Score]:
+def score(
+    runs: Sequence[str],
+    *,
+    source: str | None = None,
+    held_out: bool = False,
+    paired: bool = False,
+) -> list[Score]:
     """The scores of checkpoints on the held-out sets of their runs, on any number of devices.
 
     Args:
       runs: `RUN@STEP` each; best if STEP is left out.
-      source: another `data.source` to take the held-out documents from.
+      source: another `data.source` to evaluate on, all of it.
+      held_out: of `source`, take only the documents that a run on it would hold out.
       paired: evaluate all checkpoints on the batches of the first.
 
     Raises:
       ValueError: a run or step is missing or damaged; the data has changed since the run; or
         `paired`, and the runs differ in held-out set, tokenizer or `seq_len`.
     """
-    scorer = Scorer(source)
+    scorer = Scorer(source, held_out=held_out)
     found = [scorer.find(run) for run in runs]
     if paired:
         found = [_in_batches_of(found[0], candidate) for candidate in found]
-    return [_score(candidate, source) for candidate in found]
+    return [_score(candidate, scorer.label) for candidate in found]
 
 
 class Scorer:
     """Evaluates checkpoints one by one; the data of consecutive ones is prepared once if equal."""
 
-    def __init__(self, source: str | None):
+    def __init__(self, source: str | None, *, held_out: bool = False):
         """Arguments are those of `score`."""
-        self._source = source
+        if held_out and not source:
+            raise InputError("held_out: found no source, expected one; name text with --source")
+        self._source, self._all = source, source is not None and not held_out
+        self.label = f"{source}, held out" if held_out else source
         self._prepare = functools.lru_cache(maxsize=1)(prepare_data)
+        self._warn_overlap = functools.lru_cache(maxsize=1)(_warn_overlap)
 
     def __call__(self, run: str) -> Score:
         """The score of `RUN@STEP`; raises as `score`."""
-        return _score(self.find(run), self._source)
+        return _score(self.find(run), self.label)
 
     def find(self, run: str) -> _Candidate:
         """`RUN@STEP`, and the data to evaluate it on."""
@@ -173,16 +144,36 @@ class Scorer:
         if self._source:
             tokenizer = str(selected.folder / TOKENIZER)
             data = dataclasses.replace(config.data, source=self._source, tokenizer=tokenizer)
+            if self._all:
+                data = dataclasses.replace(data, max_tokens=1, eval_tokens=_NO_LIMIT)
             config = dataclasses.replace(config, data=data)
         enable_compilation_cache(config.data.cache_dir)
-        config, dataset = self._prepare(config)
+        of_run = None if self._source else Recorded(recorded, config.data)
+        config, dataset = self._prepare(config, of_run, all_held_out=self._all)
         if not self._source and dataset.fingerprint != recorded:
             raise InputError(
                 f"{run}: found data {dataset.fingerprint}, expected that of the run, {recorded}; "
                 "restore that data, or name other text with --source"
             )
+        if self._source:
+            self._warn_overlap(dataset, recorded, config)
         name = run if split_step(run)[1] else f"{run}@best"
         return _Candidate(name, selected, config, dataset)
+
+
+def _warn_overlap(dataset: Dataset, fingerprint: str, config: Config) -> None:
+    # Warns if the run was trained on documents of `dataset`.
+    folder = find_prepared(fingerprint, config.data.cache_dir) if fingerprint else None
+    if folder is None:
+        _log.info("whether the run was trained on these documents is unknown: its data is not here")
+        return
+    train = open_dataset(folder, config.model.vocab_size).train
+    if (found := find_overlap(dataset.eval, train, dataset.eos_id)).num_documents:
+        _log.warning(
+            f"the run was trained on {found.num_documents:,} of these {found.of_documents:,} "
+            f"documents ({found.num_tokens:,} of {dataset.eval.num_tokens:,} tokens): their loss "
+            "says little"
+        )
 
 
 def _in_batches_of(first: _Candidate, other: _Candidate) -> _Candidate:
@@ -203,7 +194,7 @@ def _in_batches_of(first: _Candidate, other: _Candidate) -> _Candidate:
     return other._replace(config=dataclasses.replace(other.config, **batch))
 
 
-def _score(candidate: _Candidate, source: str | None) -> Score:
+def _score(candidate: _Candidate, label: str | None) -> Score:
     run, first, config, dataset = candidate
     mesh = _choose_mesh(first.metadata.environment["mesh"], config.micro_batch_size)
     selected, (blueprint, params) = read(run, lambda s: (s, restore_params(s, mesh)), first=first)
@@ -230,11 +221,11 @@ def _score(candidate: _Candidate, source: str | None) -> Score:
         run=run,
         step=selected.step,
         checkpoint=checkpoint_id(metadata),
-        source=config.data.source,
+        source=label or config.data.source,
         loss=loss,
         perplexity=perplexity(loss),
         num_tokens=int(sums["tokens"].sum()),
-        recorded_loss=None if source else metadata.eval_loss,
+        recorded_loss=None if label else metadata.eval_loss,
         differences=compare_environments(metadata.environment, environment),
         environment=environment,
         sums=np.stack([sums["loss"], sums["tokens"]], axis=1),

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxlm.compilation_cache import enable_compilation_cache
 from jaxlm.config import Config
 from jaxlm.data.batches import EvalBatches, TrainBatches, recorded
-from jaxlm.data.dataset import Dataset, default_max_tokens, load_dataset
+from jaxlm.data.dataset import Dataset, Recorded, default_max_tokens, load_dataset
 from jaxlm.device.loss import Batch, Loss, next_token_loss
 from jaxlm.device.optim import make_schedule
 from jaxlm.device.sharding import AXES_OF, make_mesh, put_batch, replicated
@@ -93,6 +93,7 @@ def set_up(
     eval_loss: Loss | None = None,
     batches: TrainSet | None = None,
     eval_batches: EvalSet | Mapping[str, EvalSet] | None = None,
+    data_of_run: Recorded | None = None,
     clock: Clock | None = None,
 ) -> TrainSetup:
     """Prepares the data, shards the model on the mesh and compiles the step.
@@ -109,7 +110,7 @@ def set_up(
     blueprint = blueprint_of(config, mesh, own)  # refuses a model before any data is prepared
     dataset = None
     if batches is None:
-        config, dataset = prepare_data(config)
+        config, dataset = prepare_data(config, data_of_run)
         batches = TrainBatches(
             dataset.train,
             batch_size=config.batch_size,
@@ -230,11 +231,19 @@ def held_out_batches(config: Config, dataset: Dataset) -> EvalBatches:
     return EvalBatches(dataset.eval, batch_size=config.micro_batch_size, seq_len=config.seq_len)
 
 
-def prepare_data(config: Config) -> tuple[Config, Dataset]:
-    """The config with what was left open filled in, and its data, from the cache or made now."""
+def prepare_data(
+    config: Config, recorded: Recorded | None = None, *, all_held_out: bool = False
+) -> tuple[Config, Dataset]:
+    """The config with `data.max_tokens` filled in, and its data: see `load_dataset`."""
     max_tokens = default_max_tokens(config.data, config.num_steps * config.tokens_per_step)
     data = dataclasses.replace(config.data, max_tokens=max_tokens)
-    dataset = load_dataset(data, vocab_size=config.model.vocab_size, max_tokens=max_tokens)
+    dataset = load_dataset(
+        data,
+        vocab_size=config.model.vocab_size,
+        max_tokens=max_tokens,
+        recorded=recorded,
+        all_held_out=all_held_out,
+    )
     return dataclasses.replace(config, data=data), dataset
 
 

@@ -14,6 +14,7 @@ from jaxlm.checkpoints.checkpoint import Checkpoints
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.cluster import check_equal
 from jaxlm.config import Config
+from jaxlm.data.dataset import Recorded
 from jaxlm.device.loss import Loss
 from jaxlm.device.state import ModelFactory, Own
 from jaxlm.errors import InputError, RunError
@@ -131,6 +132,7 @@ def train(
                 eval_loss=eval_loss,
                 batches=batches,
                 eval_batches=eval_batches,
+                data_of_run=_recorded(checkpoints.latest),
                 clock=clock,
             )
             check_equal("data", {"fingerprint": parts.data_fingerprint})
@@ -150,6 +152,10 @@ def _leave_complete(plan: ResumePlan, latest: Metadata, checkpoints: Checkpoints
         for lost in find_lost_rows(Path(plan.config.run_dir) / ROWS, latest.rows):
             _log.warning(f"{ROWS}: {lost}; bring back a copy of it, if there is one")
     return Result(latest.step, True, checkpoints.best)
+
+
+def _recorded(latest: Metadata | None) -> Recorded | None:
+    return Recorded(latest.data_fingerprint, latest.run_config().data) if latest else None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,44 @@
+"""Documents that two token sequences have in common."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlm.data.shards import TokenShards
+
+_CHUNK_TOKENS = 1 << 22
+
+
+class Overlap(NamedTuple):
+    """How much of a held-out set was trained on."""
+
+    num_documents: int
+    """Held-out documents that are training documents too."""
+    num_tokens: int
+    """Tokens of these documents."""
+    of_documents: int
+    """All held-out documents."""
+
+
+def find_overlap(held_out: TokenShards, train: TokenShards, eos_id: int) -> Overlap:
+    """The documents of `held_out` that are in `train`, token by token."""
+    sizes = {_hash(document): len(document) for document in _documents(held_out, eos_id)}
+    found = sizes.keys() & {_hash(document) for document in _documents(train, eos_id)}
+    return Overlap(len(found), sum(map(sizes.__getitem__, found)), len(sizes))
+
+
+def _hash(document: np.ndarray) -> bytes:
+    return hashlib.blake2b(document.astype("<u4").tobytes(), digest_size=16).digest()
+
+
+def _documents(tokens: TokenShards, eos_id: int) -> Iterator[np.ndarray]:
+    rest = np.empty(0, tokens.dtype)
+    for start in range(0, tokens.num_tokens, _CHUNK_TOKENS):
+        chunk = tokens.read(start, min(start + _CHUNK_TOKENS, tokens.num_tokens))
+        chunk = np.concatenate([rest, chunk])
+        *documents, rest = np.split(chunk, np.flatnonzero(chunk == eos_id) + 1)
+        yield from documents
+    if len(rest):  # cut at the limit of tokens
+        yield rest

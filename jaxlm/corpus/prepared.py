@@ -1,0 +1,88 @@
+"""The dataset of a source of text: from the cache, or made now."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from jaxlm.config import DataConfig
+from jaxlm.corpus import tokenizer as tokenizer_lib
+from jaxlm.corpus.cache import data_folder, find_prepared, lock_data, started
+from jaxlm.corpus.files import Source
+from jaxlm.corpus.prepare import TOKENS_VERSION, make_dataset
+from jaxlm.corpus.sources import open_source
+from jaxlm.data.dataset import MANIFEST, Dataset, Recorded, digest, open_dataset
+from jaxlm.errors import InputError, MissingFileError
+from jaxlm.files.strict import read_json
+from jaxlm.terminal import prints_lines
+
+_log = logging.getLogger(__name__)
+
+
+@prints_lines
+def find_or_make(
+    config: DataConfig,
+    *,
+    vocab_size: int,
+    max_tokens: int,
+    recorded: Recorded | None = None,
+    all_held_out: bool = False,
+) -> Dataset:
+    """The dataset of a source of text, as `load_dataset` describes it.
+
+    A cached dataset is reused without asking a remote source for changes.
+    """
+    if recorded and (folder := find_prepared(recorded.fingerprint, config.cache_dir)):
+        _compare_source(config, recorded.config, folder)
+        return open_dataset(folder, vocab_size)
+    source = open_source(config)
+    recipe = _recipe(config, source, vocab_size, max_tokens)
+    if all_held_out:
+        recipe["held_out"] = "all"
+    kind, _, rest = source.name.partition(":")
+    label = re.sub(r"[^A-Za-z0-9]+", "-", f"{kind}-{rest[-30:]}").strip("-")
+    folder = data_folder(config.cache_dir) / f"{label}-{digest(recipe)}"
+    if not (folder / MANIFEST).exists():
+        with lock_data(folder):
+            if not (folder / MANIFEST).exists():
+                with started(folder):
+                    make_dataset(folder, source, config, vocab_size, max_tokens, all_held_out)
+    return open_dataset(folder, vocab_size)
+
+
+def _recipe(config: DataConfig, source: Source, vocab_size: int, max_tokens: int) -> dict[str, Any]:
+    """Everything that determines the content, as far as it is known without a network."""
+    tokenizer = config.tokenizer
+    if tokenizer == "train":
+        tokenizer = f"train {vocab_size}"
+    elif tokenizer_lib.local_tokenizer(tokenizer):
+        tokenizer = tokenizer_lib.content_hash(tokenizer_lib.load_tokenizer(tokenizer))
+    fields = ("source", "split", "text_field", "eos_token", "eval_tokens")
+    recipe = {name: getattr(config, name) for name in fields}
+    recipe |= {"reading": TOKENS_VERSION, "key": source.key}
+    return recipe | {"tokenizer": tokenizer, "max_tokens": max_tokens}
+
+
+def _compare_source(config: DataConfig, before: DataConfig, folder: Path) -> None:
+    # The run trains on its prepared tokens in any case: says what became of their source, and
+    # refuses another one.
+    moved = config.source != before.source
+    try:
+        sizes = open_source(config).sizes
+    except MissingFileError as error:
+        if moved:
+            raise
+        _log.info(f"{error}. The run needs no source: its tokens are in {folder}")
+        return
+    if sizes == read_json(folder / MANIFEST, dict[str, Any]).get("sizes"):
+        return
+    if moved:
+        raise InputError(
+            f"data.source: found {config.source}, whose files have other sizes than those of "
+            f"{before.source}, which the run began with; expected the same files in another place. "
+            "Add --run_dir for a new run, or set it back"
+        )
+    _log.info(
+        f"data.source {config.source}: its files have changed since the run began; the run goes on "
+        "with the tokens that it has. To train on the new ones, add --run_dir for a new run"
+    )
