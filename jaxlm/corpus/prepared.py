@@ -12,7 +12,7 @@ from jaxlm.corpus.files import Source
 from jaxlm.corpus.prepare import TOKENS_VERSION, make_dataset
 from jaxlm.corpus.sources import open_source
 from jaxlm.data.dataset import MANIFEST, Dataset, Recorded, digest, open_dataset
-from jaxlm.errors import InputError, MissingFileError
+from jaxlm.errors import InputError, JaxlmError
 from jaxlm.files.strict import read_json
 from jaxlm.terminal import prints_lines
 
@@ -68,21 +68,22 @@ def _compare_source(config: DataConfig, before: DataConfig, folder: Path) -> Non
     # refuses another one.
     moved = config.source != before.source
     try:
-        sizes = open_source(config).sizes
-    except MissingFileError as error:
+        source = open_source(config)
+    except JaxlmError as error:  # no file, no package, a file of another kind
         if moved:
             raise
         _log.info(f"{error}. The run needs no source: its tokens are in {folder}")
         return
-    if sizes == read_json(folder / MANIFEST, dict[str, Any]).get("sizes"):
-        return
-    if moved:
+    made_of = read_json(folder / MANIFEST, dict[str, Any])
+    if moved and source.sizes != made_of.get("sizes"):
         raise InputError(
             f"data.source: found {config.source}, whose files have other sizes than those of "
             f"{before.source}, which the run began with; expected the same files in another place. "
             "Add --run_dir for a new run, or set it back"
         )
-    _log.info(
-        f"data.source {config.source}: its files have changed since the run began; the run goes on "
-        "with the tokens that it has. To train on the new ones, add --run_dir for a new run"
-    )
+    if not moved and source.look_up is None and source.key != made_of.get("revision"):
+        _log.info(
+            f"data.source {config.source}: its files have changed since the run began; the run "
+            "goes on with the tokens that it has. To train on the new ones, add --run_dir for a "
+            "new run"
+        )

@@ -43,6 +43,7 @@ def log_start(parts: TrainSetup) -> None:
         f"{format_bytes(preflight.checkpoint_bytes(config, abstract))} on disk, every "
         f"{config.checkpoint.save_interval} steps in {config.checkpoint_dir}"
     )
+    _log_evals(parts)
     if shortage := preflight.disk_shortage(config, abstract):
         if config.checkpoint.on_low_disk == "refuse":
             raise InputError(f"{shortage}, or add --checkpoint.on_low_disk warn")
@@ -52,6 +53,20 @@ def log_start(parts: TrainSetup) -> None:
             f"save_interval {config.checkpoint.save_interval} and eval_interval "
             f"{config.eval_interval} seldom meet; keep them equal to have a checkpoint at each eval"
         )
+
+
+def _log_evals(parts: TrainSetup) -> None:
+    # An eval costs a third of a step on the same tokens: it has no backward pass.
+    config = parts.config
+    count = -(-config.num_steps // config.eval_interval)
+    num_batches = sum(of.num_batches for of in parts.held_out.values())
+    num_tokens = num_batches * config.micro_batch_size * config.seq_len
+    if not num_tokens:
+        return
+    work = count * num_tokens / 3
+    share = work / (work + config.num_steps * config.tokens_per_step)
+    advice = "; fewer with --eval_interval or, in a new run, --data.eval_tokens" * (share > 0.25)
+    _log.info(f"evals: {count} of {num_tokens:,} tokens, {share:.0%} of the run's work{advice}")
 
 
 def log_resume_best(config: Config, latest: Metadata | None, best: Best | None) -> None:
