@@ -290,7 +290,7 @@ def test_verify_finds_the_recorded_loss_of_the_best(own_home: Path, out, monkeyp
     metadata.write_text(text.replace(f'"eval_loss": {loss!r}', f'"eval_loss": {loss - 1e-9!r}', 1))
     assert metadata.read_text() != text
     monkeypatch.setattr("jaxlm.checkpoints.manifest.find_damage", lambda *_, **__: [])
-    monkeypatch.setattr("jaxlm.evaluation.score.find_damage", lambda *_, **__: [])
+    monkeypatch.setattr("jaxlm.checkpoints.verify.find_damage", lambda *_, **__: [])
     said = out("checkpoints", "verify", text_run.RUN, "--eval", code=1).splitlines()
     assert said[-2].endswith(f"found {loss!r}: not the same")
 

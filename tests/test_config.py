@@ -324,9 +324,17 @@ def test_every_leaf_takes_part_in_changes():
 
 def test_what_decides_the_weights_and_the_data_is_fixed():
     policies = {name: policy for name, (_, policy) in leaves(Config()).items()}
-    for name in ("model.d_model", "data.source", "data.tokenizer", "batch_size", "seq_len", "seed"):
+    for name in (
+        "model.d_model",
+        "data.text_field",
+        "data.tokenizer",
+        "batch_size",
+        "seq_len",
+        "seed",
+    ):
         assert policies[name] == "fixed", name
-    for name in ("optim.learning_rate", "optim.schedule", "optim.weight_decay", "num_steps"):
+    # The tokens are compared by their fingerprint: their source may move.
+    for name in ("optim.learning_rate", "optim.schedule", "data.source", "num_steps"):
         assert policies[name] == "recorded", name
     for name in ("log_interval", "checkpoint.keep_latest", "mesh.fsdp", "eval_interval"):
         assert policies[name] == "free", name

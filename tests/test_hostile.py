@@ -277,7 +277,7 @@ def test_a_metric_that_is_no_number_is_named(tmp_path: Path, value: str):
 @pytest.mark.parametrize(
     "change",
     [
-        {"dtype": "O"}, {"dtype": "<f8"}, {"train": []}, {"train": 5}, {"eval": [None]},
+        {"dtype": "O"}, {"dtype": "<f8"}, {"eval": []}, {"train": 5}, {"eval": [None]},
         {"tokenizer": None}, {"vocab_size": "9"}, {"exhausted": 1},
     ],
 )  # fmt: skip

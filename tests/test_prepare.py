@@ -68,7 +68,9 @@ def contents(folder):
     Aside from locks, and from the progress of what is complete, which a kill may leave.
     """
     files = [path for path in Path(folder).rglob("*") if path.is_file()]
-    files = [path for path in files if path.suffix not in (".lock", ".checked")]
+    files = [
+        path for path in files if not path.name.endswith((".lock", ".checked", ".checked.tmp"))
+    ]
     complete = {path.parent for path in files if path.name == "manifest.json"}
     files = [p for p in files if p.name != "progress.json" or p.parent not in complete]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}

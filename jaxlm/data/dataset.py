@@ -155,7 +155,9 @@ def _check(folder: Path, manifest: Manifest) -> None:
     shards = [*manifest["train"], *manifest["eval"]]
     itemsize = np.dtype(manifest["dtype"]).itemsize
     fit = [shard["num_bytes"] == shard["num_tokens"] * itemsize > 0 for shard in shards]
-    if manifest["fingerprint"] != manifest_fingerprint(manifest) or not (all(fit) and shards):
+    if manifest["fingerprint"] != manifest_fingerprint(manifest) or not (
+        all(fit) and manifest["eval"]
+    ):
         raise InputError(f"{MANIFEST} was altered")
     known, records = list[str](), [manifest["tokenizer"], *shards]
     with contextlib.suppress(OSError, ValueError):

@@ -169,7 +169,7 @@ def _data_readers(home: Path) -> dict[str, Reader]:
             assert read.train.num_tokens > 0 and read.train.read(0, 1).dtype.kind == "u"
 
         def resume(place: Path = place) -> None:
-            source: Any = types.SimpleNamespace(name="text:x", revision="r")
+            source: Any = types.SimpleNamespace(name="text:x", revision="r", sizes="")
             sound = {path: path.read_bytes() for path in place.iterdir()}
             read = prepare._progress(place, source)
             assert read["next_document"] >= 0 and sum(s["num_tokens"] for s in read["train"]) >= 0
