@@ -223,7 +223,9 @@ def explain(error: BaseException) -> tuple[int, str | None]:
         return 1, f"error: {error}"
     # Of the machine: a full disk, a folder in place of a file. Only a bug looks for a missing file.
     if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
-        return 1, f"error: {error.filename2 or error.filename or 'output'}: {error.strerror}"
+        name = error.filename2 or error.filename
+        where = f"{os.fsdecode(name)}: " if isinstance(name, str | bytes) else ""
+        return 1, f"error: {where}{error.strerror}"
     return 1, None
 
 

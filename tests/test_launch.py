@@ -323,7 +323,7 @@ def test_an_output_that_is_full_is_a_message(own_home: Path):
     command = [sys.executable, "-m", "jaxlm", "checkpoints", "list", text_run.RUN]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, cwd=own_home, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (1, "error: output: No space left on device\n")
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
 
 
 def launch_apart(home: Path, *flags: str) -> subprocess.CompletedProcess:

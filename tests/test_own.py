@@ -191,6 +191,8 @@ def test_the_best_is_never_judged_by_another_held_out_set(tmp_path: Path) -> Non
             ValueError, match=f"found {found} as the first .* it was near 1a, which"
         ):
             train_table(longer, eval_batches=other)
+    between = tiny_config(tmp_path, **{**SHORT, "num_steps": 6})
+    assert train_table(between, eval_batches=None).complete  # none, and then the same set again
     assert train_table(longer, eval_batches={"near": near}).complete
 
 

@@ -23,7 +23,7 @@ from jaxlm.corpus import cache, formats, prepare, prepared
 from jaxlm.corpus.cache import clear_caches, list_caches
 from jaxlm.corpus.prepare import is_held_out
 from jaxlm.corpus.tokenizer import load_tokenizer, mark_eos, train_tokenizer
-from jaxlm.data.dataset import Recorded, default_max_tokens, open_dataset
+from jaxlm.data.dataset import Recorded, checked_path, default_max_tokens, open_dataset
 from jaxlm.files.cache import cache_root
 from jaxlm.files.durable import crc32c, write_file
 
@@ -510,16 +510,45 @@ def test_a_file_is_read_in_full_when_new_or_changed_and_by_cache_verify(
     path.write_bytes(data)
     with pytest.raises(ValueError, match="train-00000.bin has crc32c"):
         open_dataset(folder, 300)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a disk that decays
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copy that loses a bit
+    with pytest.raises(ValueError, match="train-00000.bin has crc32c"):
+        open_dataset(folder, 300)
+    data[7] ^= 1
+    path.write_bytes(data)
+    open_dataset(folder, 300)
+    data[7] ^= 1
+    path.write_bytes(data)
+    # A disk that decays changes no time.
+    stamps = json.loads(checked_path(folder).read_bytes())
+    monkeypatch.setattr(
+        "jaxlm.data.dataset._stamp",
+        lambda _, record: next(stamp for stamp in stamps if stamp.startswith(record["name"])),
+    )
     assert open_dataset(folder, 300)
     verify = ["cache", "verify", "--cache-dir", str(tmp_path)]
     assert cli.command(verify) == 1
-    assert f"{folder.name}: prepared data in {folder} is damaged" in capsys.readouterr().out
+    assert f"{folder.name}: damaged: train-00000.bin has crc32c" in capsys.readouterr().out
     with pytest.raises(ValueError, match="train-00000.bin has crc32c"):
         open_dataset(folder, 300)
     data[7] ^= 1
     path.write_bytes(data)
     assert cli.command(verify) == 0 and capsys.readouterr().out == f"{folder.name}: sound\n"
+
+
+def test_a_shard_cut_short_is_found_whatever_was_noted_of_it(corpus, tmp_path):
+    folder = run(config_of(corpus, tmp_path)).directory
+    path = folder / "train-00000.bin"
+    path.write_bytes(path.read_bytes()[:100])
+    found = path.stat()
+    times = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
+    noted = json.loads(checked_path(folder).read_bytes())
+    noted = [
+        f"{path.name} {times} {stamp.split()[-1]}" if stamp.startswith(path.name) else stamp
+        for stamp in noted
+    ]
+    checked_path(folder).write_text(json.dumps(noted))
+    with pytest.raises(ValueError, match="train-00000.bin has 100 bytes, expected"):
+        open_dataset(folder, 300)
 
 
 def test_each_field_of_the_manifest_is_vouched_for(corpus, tmp_path):
@@ -565,15 +594,19 @@ def test_a_run_resumes_on_its_prepared_tokens_wherever_its_files_are(tmp_path, m
     assert resume(config, config, dataset) == dataset.directory and lines == []
     write(tmp_path / "in" / "2.jsonl", ["added"])
     assert resume(config, config, dataset) == dataset.directory
-    assert "its files have changed since the run began; the run goes on with" in lines.pop()
+    assert "of its files have changed since the run began" in lines.pop()
     (tmp_path / "in" / "2.jsonl").unlink()
     (tmp_path / "in").rename(tmp_path / "moved")
     assert resume(config, config, dataset) == dataset.directory
     assert lines.pop().endswith(f"The run needs no source: its tokens are in {dataset.directory}")
     moved = config_of(tmp_path / "moved", tmp_path)
-    assert resume(moved, config, dataset) == dataset.directory and lines == []
+    assert resume(moved, config, dataset) == dataset.directory
+    assert "the files have the sizes of those that the run began with" in lines.pop()
+    for other in ("embedded", "hf:another/one"):
+        with pytest.raises(ValueError, match="whose files are not those of"):
+            resume(dataclasses.replace(config, source=other), config, dataset)
     write(tmp_path / "moved" / files[0].name, ["another"])
-    with pytest.raises(ValueError, match="moved, whose files have other sizes than .*/in, which"):
+    with pytest.raises(ValueError, match="moved, whose files are not those of .*/in, which"):
         resume(moved, config, dataset)
     with pytest.raises(FileNotFoundError, match="none"):
         resume(config_of(tmp_path / "none", tmp_path), config, dataset)
@@ -791,7 +824,7 @@ def test_progress_ends_at_the_limit_too(corpus, tmp_path, monkeypatch, lines):
     run(config_of(corpus, tmp_path), max_tokens=4000)
     shares = [int(line.rpartition("(")[2].split("%")[0]) for line in lines[1:-1]]
     assert shares == sorted(shares) and 10 < shares[0] < 60 and shares[-1] == 100
-    assert re.fullmatch(r"a sample of all files was read, \d\d% of their bytes; .*", lines[-1])
+    assert re.fullmatch(r"a sample of the files was read, \d\d% of their bytes; .*", lines[-1])
 
 
 def test_a_bar_in_a_terminal(corpus, tmp_path, monkeypatch, capsys, lines):

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 import filelock
 
-from jaxlm.data.dataset import MANIFEST, Manifest, Record, Shard, checked_path, open_dataset
+from jaxlm.data.dataset import MANIFEST, Manifest, Record, Shard, checked_path, verify_dataset
 from jaxlm.errors import FileError, InputError
 from jaxlm.files.cache import ELSEWHERE, cache_root
 from jaxlm.files.strict import read_json
@@ -39,13 +39,15 @@ def data_folder(cache_dir: str | None) -> Path:
     return cache_root(cache_dir) / DATA
 
 
-def find_prepared(fingerprint: str, cache_dir: str | None = None) -> Path | None:
-    """The folder of the complete dataset with this fingerprint, or None."""
+def find_prepared(fingerprint: str, source: str, cache_dir: str | None = None) -> Path | None:
+    """The folder of a complete dataset with this fingerprint, of `source` if there are several."""
+    found = []
     for path in sorted(data_folder(cache_dir).glob(f"*/{MANIFEST}")):
         with contextlib.suppress(OSError, ValueError):
-            if read_json(path, Manifest)["fingerprint"] == fingerprint:
-                return path.parent
-    return None
+            manifest = read_json(path, Manifest)
+            if manifest["fingerprint"] == fingerprint:
+                found.append((dict(manifest).get("source") != source, path.parent))
+    return min(found)[1] if found else None
 
 
 def list_caches(cache_dir: str | None = None) -> list[dict[str, Any]]:
@@ -132,15 +134,13 @@ def find_caches(names: Sequence[str], cache_dir: str | None = None) -> list[str]
 
 
 def verify_cache(name: str, cache_dir: str | None = None) -> str | None:
-    """The damage of a dataset, every byte of which is read; None for a sound or unfinished one."""
-    folder = data_folder(cache_dir) / name
-    if not (folder / MANIFEST).exists():
-        return None
-    checked_path(folder).unlink(missing_ok=True)
+    """What is wrong with a dataset, every byte of which is read; None for a sound one."""
     try:
-        open_dataset(folder)
-    except ValueError as error:
-        return str(error)
+        verify_dataset(data_folder(cache_dir) / name)
+    except FileNotFoundError:
+        return "unfinished, and so not verified"
+    except (ValueError, OSError) as error:
+        return f"damaged: {error}"
     return None
 
 

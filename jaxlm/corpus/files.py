@@ -98,7 +98,7 @@ def text_files(config: DataConfig) -> Source:
         nonlocal num_read
         for block in blocks:
             left = block.num_bytes
-            with FileIO(block.path) as file:
+            with _open(block.path) as file:
                 for text in readers[block.path](file, config.text_field, block):
                     # Text may be longer than its bytes (compression) or shorter (other fields).
                     num_bytes = min(len(text.encode()), left)
@@ -118,6 +118,13 @@ def text_files(config: DataConfig) -> Source:
         sizes=_digest([os.path.getsize(path) for path in paths]),
         share=lambda: num_read / max(total, 1),
     )
+
+
+def _open(path: str) -> FileIO:
+    try:
+        return FileIO(path)
+    except FileNotFoundError as error:
+        raise MissingFileError(f"data.source: {path} is gone since it was listed") from error
 
 
 def _parts(paths: Sequence[str]) -> dict[str, str]:

@@ -162,7 +162,8 @@ def _read_parquet(file: FileIO, field: str, block: Block) -> Iterator[str]:
 def _parquet(file: FileIO) -> Iterator[Any]:
     path = str(file.name)
     parquet = needs("pyarrow.parquet", path)
-    damage = OSError, needs("pyarrow", path).ArrowInvalid  # Neither names the file.
+    # None of these names the file.
+    damage = OSError, UnicodeDecodeError, needs("pyarrow", path).ArrowInvalid
     try:
         # A buffer and small batches: a row group may be larger than the memory.
         with parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:

@@ -1,5 +1,6 @@
 """Documents that two token sequences have in common."""
 
+import collections
 import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -24,9 +25,13 @@ class Overlap(NamedTuple):
 
 def find_overlap(held_out: TokenShards, train: TokenShards, eos_id: int) -> Overlap:
     """The documents of `held_out` that are in `train`, token by token."""
-    sizes = {_hash(document): len(document) for document in _documents(held_out, eos_id)}
-    found = sizes.keys() & {_hash(document) for document in _documents(train, eos_id)}
-    return Overlap(len(found), sum(map(sizes.__getitem__, found)), len(sizes))
+    counts, sizes = collections.Counter[bytes](), dict[bytes, int]()
+    for document in _documents(held_out, eos_id):
+        counts[name := _hash(document)] += 1
+        sizes[name] = len(document)
+    found = {name for document in _documents(train, eos_id) if (name := _hash(document)) in sizes}
+    num_tokens = sum(counts[name] * sizes[name] for name in found)
+    return Overlap(sum(counts[name] for name in found), num_tokens, counts.total())
 
 
 def _hash(document: np.ndarray) -> bytes:

@@ -122,7 +122,7 @@ def _log_parts(parts: dict[str, list[int]], share: float | None) -> None:
             fraction = (train + held_out) / total
             _log.info(f"{fraction:6.1%}  {name}: {train:,} tokens and {held_out:,} held out")
     if share is not None:
-        sample = f"a sample of all files was read, {share:.0%} of their bytes"
+        sample = f"a sample of the files was read, {share:.0%} of their bytes"
         read = sample if share else "the source was not read to its end"
         _log.info(f"{read}; a higher --data.max_tokens takes more")
 

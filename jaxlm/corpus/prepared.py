@@ -32,7 +32,9 @@ def find_or_make(
 
     A cached dataset is reused without asking a remote source for changes.
     """
-    if recorded and (folder := find_prepared(recorded.fingerprint, config.cache_dir)):
+    if recorded and (
+        folder := find_prepared(recorded.fingerprint, recorded.config.source, config.cache_dir)
+    ):
         _compare_source(config, recorded.config, folder)
         return open_dataset(folder, vocab_size)
     source = open_source(config)
@@ -75,15 +77,19 @@ def _compare_source(config: DataConfig, before: DataConfig, folder: Path) -> Non
         _log.info(f"{error}. The run needs no source: its tokens are in {folder}")
         return
     made_of = read_json(folder / MANIFEST, dict[str, Any])
-    if moved and source.sizes != made_of.get("sizes"):
+    if moved and (not source.sizes or source.sizes != made_of.get("sizes")):
         raise InputError(
-            f"data.source: found {config.source}, whose files have other sizes than those of "
-            f"{before.source}, which the run began with; expected the same files in another place. "
-            "Add --run_dir for a new run, or set it back"
+            f"data.source: found {config.source}, whose files are not those of {before.source}, "
+            "which the run began with; expected the same files in another place. Add --run_dir for "
+            "a new run, or set it back"
+        )
+    if moved:
+        _log.info(
+            f"data.source {config.source}: the files have the sizes of those that the run began "
+            "with; the run goes on with its prepared tokens"
         )
     if not moved and source.look_up is None and source.key != made_of.get("revision"):
         _log.info(
-            f"data.source {config.source}: its files have changed since the run began; the run "
-            "goes on with the tokens that it has. To train on the new ones, add --run_dir for a "
-            "new run"
+            f"data.source {config.source}: names, sizes or times of its files have changed since "
+            "the run began; the run keeps its prepared tokens. Only a new --run_dir reads the files"
         )

@@ -95,7 +95,10 @@ class TrainBatches:
 class EvalBatches:
     """The whole held-out set, once and in order; missing rows of the last batch are masked."""
 
-    def __init__(self, tokens: TokenShards, *, batch_size: int, seq_len: int) -> None:
+    def __init__(
+        self, tokens: TokenShards, *, batch_size: int, seq_len: int, fingerprint: str = ""
+    ) -> None:
+        self.fingerprint = fingerprint
         if tokens.num_tokens < 2:
             raise InputError(
                 f"held-out set: {tokens.num_tokens} tokens, and an eval takes at least 2: "

@@ -123,7 +123,7 @@ def manifest_fingerprint(manifest: Mapping[str, Any]) -> str:
     return digest({name: value for name, value in manifest.items() if name not in about})
 
 
-def open_dataset(folder: Path, vocab_size: int | None = None) -> Dataset:
+def open_dataset(folder: Path, vocab_size: int) -> Dataset:
     """Opens a prepared dataset; a file is read in full if it is new or has another size or time.
 
     Raises:
@@ -138,8 +138,7 @@ def open_dataset(folder: Path, vocab_size: int | None = None) -> Dataset:
             f"`jaxlm cache clear {folder.name} --delete`; the next run then prepares it anew"
         ) from error
     tokenizer_path = folder / manifest["tokenizer"]["name"]
-    if vocab_size is not None:
-        check_vocabulary(str(tokenizer_path), manifest["vocab_size"], vocab_size)
+    check_vocabulary(str(tokenizer_path), manifest["vocab_size"], vocab_size)
     with contextlib.suppress(OSError):  # A read-only cache cannot record the time of use.
         os.utime(folder / MANIFEST)
     train, held_out = (
@@ -151,7 +150,17 @@ def open_dataset(folder: Path, vocab_size: int | None = None) -> Dataset:
     )
 
 
-def _check(folder: Path, manifest: Manifest) -> None:
+def verify_dataset(folder: Path) -> None:
+    """Reads every byte of a dataset.
+
+    Raises:
+      FileNotFoundError: the dataset is unfinished.
+      ValueError: a file is damaged.
+    """
+    _check(folder, read_json(folder / MANIFEST, Manifest), read_all=True)
+
+
+def _check(folder: Path, manifest: Manifest, *, read_all: bool = False) -> None:
     shards = [*manifest["train"], *manifest["eval"]]
     itemsize = np.dtype(manifest["dtype"]).itemsize
     fit = [shard["num_bytes"] == shard["num_tokens"] * itemsize > 0 for shard in shards]
@@ -160,11 +169,14 @@ def _check(folder: Path, manifest: Manifest) -> None:
     ):
         raise InputError(f"{MANIFEST} was altered")
     known, records = list[str](), [manifest["tokenizer"], *shards]
-    with contextlib.suppress(OSError, ValueError):
-        known = read_json(checked_path(folder), list[str])
+    if not read_all:
+        with contextlib.suppress(OSError, ValueError):
+            known = read_json(checked_path(folder), list[str])
     stamps = {record["name"]: _stamp(folder, record) for record in records}
     unread = [record for record in records if stamps[record["name"]] not in known]
     if damage := find_shard_damage(folder, unread):
+        with contextlib.suppress(OSError):
+            checked_path(folder).unlink()
         raise InputError(damage)
     if unread:
         with contextlib.suppress(OSError):  # a read-only cache
@@ -181,7 +193,11 @@ def _stamp(folder: Path, record: Record) -> str | None:
     if not re.fullmatch(_NAME, record["name"]) or not path.is_file():
         return None
     found = path.stat()
-    return f"{path.name} {found.st_size} {found.st_mtime_ns} {record['crc32c']:08x}"
+    if found.st_size != record["num_bytes"]:
+        return None
+    # Inode and change time: a copy keeps the other times, and may have lost a bit.
+    stamps = found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+    return f"{path.name} {' '.join(map(str, stamps))} {record['crc32c']:08x}"
 
 
 def find_shard_damage(folder: Path, records: Iterable[Record]) -> str | None:

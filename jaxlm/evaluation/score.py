@@ -162,17 +162,22 @@ class Scorer:
 
 
 def _warn_overlap(dataset: Dataset, fingerprint: str, config: Config) -> None:
-    # Warns if the run was trained on documents of `dataset`.
-    folder = find_prepared(fingerprint, config.data.cache_dir) if fingerprint else None
+    # Warns if the run's data holds documents of `dataset`.
+    data, unknown = config.data, "what the run was trained on is not compared with these documents"
+    folder = find_prepared(fingerprint, "", data.cache_dir) if fingerprint else None
     if folder is None:
-        _log.info("whether the run was trained on these documents is unknown: its data is not here")
+        _log.info(f"{unknown}: its prepared data is not here")
         return
-    train = open_dataset(folder, config.model.vocab_size).train
+    try:
+        train = open_dataset(folder, config.model.vocab_size).train
+    except (ValueError, OSError) as error:
+        _log.warning(f"{unknown}: {error}")
+        return
     if (found := find_overlap(dataset.eval, train, dataset.eos_id)).num_documents:
         _log.warning(
-            f"the run was trained on {found.num_documents:,} of these {found.of_documents:,} "
-            f"documents ({found.num_tokens:,} of {dataset.eval.num_tokens:,} tokens): their loss "
-            "says little"
+            f"the training data of {config.run_dir} holds {found.num_documents:,} of these "
+            f"{found.of_documents:,} documents ({found.num_tokens:,} of "
+            f"{dataset.eval.num_tokens:,} tokens): their loss says little"
         )
 
 

@@ -292,7 +292,7 @@ class Loop:
             final=final,
             config=to_dict(self.config),
             data_fingerprint=self.parts.data_fingerprint,
-            eval_set=self.parts.eval_set,
+            eval_set=self.parts.eval_set or self.start.eval_set,
             eos_id=self.parts.eos_id,
             environment=self.environment,
             tracking_run_id=self.metrics.run_id if self.metrics else "",

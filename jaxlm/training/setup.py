@@ -228,7 +228,12 @@ def mask_id(config: Config, dataset: Dataset | None) -> int | None:
 
 def held_out_batches(config: Config, dataset: Dataset) -> EvalBatches:
     """The held-out set in the batches of the run's evals."""
-    return EvalBatches(dataset.eval, batch_size=config.micro_batch_size, seq_len=config.seq_len)
+    return EvalBatches(
+        dataset.eval,
+        batch_size=config.micro_batch_size,
+        seq_len=config.seq_len,
+        fingerprint=dataset.fingerprint,
+    )
 
 
 def prepare_data(

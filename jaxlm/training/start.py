@@ -62,6 +62,8 @@ class Start(NamedTuple):
     """Whether a changed setting may make the next rows differ from those cut off metrics.jsonl."""
     why: str = "new"
     """Human-readable reason for this start."""
+    eval_set: str = ""
+    """Name and fingerprint of the held-out set that decided the best so far."""
     lineage: list[dict[str, Any]] = []  # never changed in place
     """Changes of settings, branches and initializations so far, oldest first."""
 
@@ -157,6 +159,7 @@ def _resumed(
         tracking_run_id=metadata.tracking_run_id,
         settings_changed=bool(recorded),
         why="; ".join(["resumed", *map(str, recorded)]),
+        eval_set=metadata.eval_set,
         lineage=lineage,
     )
 
