@@ -21,10 +21,10 @@ import numpy as np
 
 from jaxlm.config import Config
 from jaxlm.data.batches import EvalBatches, TrainBatches
+from jaxlm.data.dataset import load_dataset
 from jaxlm.device.optim import make_schedule
 from jaxlm.launch import parse_config
 from jaxlm.terminal import log_to
-from jaxlm.training.setup import prepare_data
 
 # A peer's model, and its optimizers, each with what its learning rate is of the run's.
 Peer = tuple[Any, list[tuple[Any, float]]]
@@ -124,7 +124,7 @@ def peer(name: str, config: Config) -> dict[int, float]:
     import torch  # pyright: ignore[reportMissingImports]
 
     with log_to(lambda line: None):
-        config, dataset = prepare_data(config)
+        config, dataset = load_dataset(config)
     batches = TrainBatches(
         dataset.train,
         batch_size=config.batch_size,

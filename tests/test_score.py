@@ -18,9 +18,9 @@ from jaxlm.checkpoints.folder import read_metadata
 from jaxlm.checkpoints.manifest import write_manifest
 from jaxlm.checkpoints.verify import verify_step
 from jaxlm.corpus import overlap
+from jaxlm.data.dataset import load_dataset
 from jaxlm.data.shards import TokenShards
 from jaxlm.evaluation.score import paired_difference, score
-from jaxlm.training.setup import prepare_data
 
 NUM_TRIALS = 4000
 
@@ -118,7 +118,7 @@ def like_tiny(name: str, **config: Any) -> str:
     metadata = read_metadata(path.parent, text_run.BEST)
     data = {**metadata.config["data"], **config.pop("data", {})}
     metadata = replace(metadata, config={**metadata.config, **config, "data": data})
-    _, dataset = prepare_data(metadata.run_config())
+    _, dataset = load_dataset(metadata.run_config())
     metadata = replace(metadata, data_fingerprint=dataset.fingerprint)
     (path / "meta" / "metadata").write_text(json.dumps(metadata.to_json()))
     write_manifest(path)

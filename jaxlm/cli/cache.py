@@ -40,7 +40,7 @@ def verify(names: Positional[tuple[str, ...]] = (), *, cache_dir: str | None = N
     """Read every byte of prepared tokens, and compare with their checksums.
 
     A run reads a file in full only if the file is new or has another size or time. The exit code
-    is 1 if a file is damaged.
+    is 1 if a file is damaged or a preparation unfinished.
 
     Args:
       names: names of `jaxlm cache list`; all prepared tokens if left out.

@@ -39,15 +39,10 @@ def prepare(flags: Positional[tuple[str, ...]] = ()) -> int:
       jaxlm prepare --config configs/tiny.py --data.source "text:books/*.txt"
     """
     config = parse_config(flags, prog="jaxlm prepare")
-    from jaxlm.data.dataset import default_max_tokens, load_dataset
+    from jaxlm.data.dataset import load_dataset
 
-    num_tokens = config.num_steps * config.tokens_per_step
     with notes(False):
-        dataset = load_dataset(
-            config.data,
-            vocab_size=config.model.vocab_size,
-            max_tokens=default_max_tokens(config.data, num_tokens),
-        )
+        _, dataset = load_dataset(config)
     print(
         f"{dataset.train.num_tokens:,} training tokens, {dataset.eval.num_tokens:,} held out, in "
         f"{dataset.directory}"

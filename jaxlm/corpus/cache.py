@@ -46,7 +46,7 @@ def find_prepared(fingerprint: str, source: str, cache_dir: str | None = None) -
         with contextlib.suppress(OSError, ValueError):
             manifest = read_json(path, Manifest)
             if manifest["fingerprint"] == fingerprint:
-                found.append((dict(manifest).get("source") != source, path.parent))
+                found.append((manifest["source"] != source, path.parent))
     return min(found)[1] if found else None
 
 

@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxlm.config import DataConfig
 from jaxlm.corpus.formats import READERS, Block, blocks_of, kind_of, reader_of
+from jaxlm.data.dataset import digest
 from jaxlm.errors import InputError, MissingFileError, MissingPackageError
 from jaxlm.files.durable import expand
 
@@ -92,7 +93,7 @@ def text_files(config: DataConfig) -> Source:
     paths = _find(pattern)
     readers, parts = {path: reader_of(path) for path in paths}, _parts(paths)
     _check_folder(pattern, paths)
-    total, num_read = sum(map(os.path.getsize, paths)), 0
+    sizes, num_read = [os.path.getsize(path) for path in paths], 0
 
     def read(blocks: Iterable[Block]) -> Iterator[Document]:
         nonlocal num_read
@@ -115,8 +116,8 @@ def text_files(config: DataConfig) -> Source:
         f"text:{pattern}",
         files_revision(paths),
         documents,
-        sizes=_digest([os.path.getsize(path) for path in paths]),
-        share=lambda: num_read / max(total, 1),
+        sizes=digest(sizes),
+        share=lambda: num_read / max(sum(sizes), 1),
     )
 
 
@@ -209,8 +210,4 @@ def _literal(path: str) -> str:
 def files_revision(paths: Iterable[str]) -> str:
     """A hash of the paths, sizes and modification times of files, which are not read."""
     stats = [(path, os.stat(path)) for path in paths]
-    return _digest([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
-
-
-def _digest(values: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+    return digest([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])

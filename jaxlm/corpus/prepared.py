@@ -11,7 +11,7 @@ from jaxlm.corpus.cache import data_folder, find_prepared, lock_data, started
 from jaxlm.corpus.files import Source
 from jaxlm.corpus.prepare import TOKENS_VERSION, make_dataset
 from jaxlm.corpus.sources import open_source
-from jaxlm.data.dataset import MANIFEST, Dataset, Recorded, digest, open_dataset
+from jaxlm.data.dataset import MANIFEST, Dataset, Manifest, Recorded, digest, open_dataset
 from jaxlm.errors import InputError, JaxlmError
 from jaxlm.files.strict import read_json
 from jaxlm.terminal import prints_lines
@@ -76,19 +76,19 @@ def _compare_source(config: DataConfig, before: DataConfig, folder: Path) -> Non
             raise
         _log.info(f"{error}. The run needs no source: its tokens are in {folder}")
         return
-    made_of = read_json(folder / MANIFEST, dict[str, Any])
-    if moved and (not source.sizes or source.sizes != made_of.get("sizes")):
-        raise InputError(
-            f"data.source: found {config.source}, whose files are not those of {before.source}, "
-            "which the run began with; expected the same files in another place. Add --run_dir for "
-            "a new run, or set it back"
-        )
+    made_of = read_json(folder / MANIFEST, Manifest)
     if moved:
+        if not source.sizes or source.sizes != made_of["sizes"]:
+            raise InputError(
+                f"data.source: found {config.source}, whose files are not those of "
+                f"{before.source}, which the run began with; expected the same files in another "
+                "place. Add --run_dir for a new run, or set it back"
+            )
         _log.info(
             f"data.source {config.source}: the files have the sizes of those that the run began "
             "with; the run goes on with its prepared tokens"
         )
-    if not moved and source.look_up is None and source.key != made_of.get("revision"):
+    elif source.look_up is None and source.key != made_of["revision"]:
         _log.info(
             f"data.source {config.source}: names, sizes or times of its files have changed since "
             "the run began; the run keeps its prepared tokens. Only a new --run_dir reads the files"

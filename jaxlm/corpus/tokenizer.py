@@ -1,6 +1,5 @@
 """Byte-level BPE: trained here, or loaded from a tokenizer.json."""
 
-import hashlib
 import itertools
 import json
 import re
@@ -10,6 +9,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Tokenizer
 
+from jaxlm.data.dataset import digest
 from jaxlm.errors import InputError, MissingFileError
 from jaxlm.files.durable import expand, read_file
 
@@ -176,5 +176,4 @@ def _spelled_out(tokenizer: Tokenizer, text: str, eos_id: int) -> list[int]:
 
 def content_hash(tokenizer: Tokenizer) -> str:
     """16 hex digits of a hash of the tokenizer's JSON."""
-    canonical = json.dumps(json.loads(tokenizer.to_str()), sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return digest(json.loads(tokenizer.to_str()))

@@ -13,14 +13,13 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
-from jaxlm.config import DataConfig
+from jaxlm.config import Config, DataConfig
 from jaxlm.data.shards import TokenShards
 from jaxlm.errors import InputError
 from jaxlm.files.durable import crc32c, write_file
 from jaxlm.files.strict import read_json, shown
 
 MANIFEST = "manifest.json"
-_NAME = r"[\w-][\w.-]{,99}"
 # Kind of source -> function that makes its dataset, imported when a run has such a source.
 _MAKERS: dict[str, str] = dict.fromkeys(
     ("embedded", "text", "hf", "tfds", "tfds_dir"), "jaxlm.corpus.prepared:find_or_make"
@@ -44,6 +43,10 @@ class Shard(Record):
 class Manifest(TypedDict):
     """Content of MANIFEST, of a complete dataset."""
 
+    source: str
+    revision: str
+    sizes: str
+    """Hash of the sizes of the source's files; empty for another source."""
     tokenizer: Record
     train: list[Shard]
     eval: list[Shard]
@@ -80,19 +83,13 @@ class Recorded(NamedTuple):
 
 
 def load_dataset(
-    config: DataConfig,
-    *,
-    vocab_size: int,
-    max_tokens: int,
-    recorded: Recorded | None = None,
-    all_held_out: bool = False,
-) -> Dataset:
-    """The dataset of `config`: prepared data from the cache, or data made now.
+    config: Config, recorded: Recorded | None = None, *, all_held_out: bool = False
+) -> tuple[Config, Dataset]:
+    """The config with `data.max_tokens` filled in, and its data: from the cache, or made now.
 
     Args:
-      config: the source, and how its text becomes tokens.
-      vocab_size: of the model: size of a trained tokenizer, and the limit for a given one.
-      max_tokens: limit of training tokens.
+      config: of a run. `vocab_size` of the model is the size of a trained tokenizer, and the limit
+        for a given one.
       recorded: of a run that resumes: its prepared data is found by the fingerprint, even if the
         source has moved or is gone.
       all_held_out: hold out every document, to evaluate on all of a source.
@@ -102,17 +99,20 @@ def load_dataset(
       FileNotFoundError, ImportError, ConnectionError: source or tokenizer is not available.
       OSError: the disk is full.
     """
-    make = pkgutil.resolve_name(_MAKERS[config.source.partition(":")[0]])
-    return make(
-        config,
-        vocab_size=vocab_size,
+    max_tokens = default_max_tokens(config.data, config.num_steps * config.tokens_per_step)
+    data = dataclasses.replace(config.data, max_tokens=max_tokens)
+    make = pkgutil.resolve_name(_MAKERS[data.source.partition(":")[0]])
+    dataset = make(
+        data,
+        vocab_size=config.model.vocab_size,
         max_tokens=max_tokens,
         recorded=recorded,
         all_held_out=all_held_out,
     )
+    return dataclasses.replace(config, data=data), dataset
 
 
-def digest(values: Mapping[str, Any]) -> str:
+def digest(values: Any) -> str:
     """16 hex digits of a hash of JSON values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -189,31 +189,35 @@ def checked_path(folder: Path) -> Path:
 
 
 def _stamp(folder: Path, record: Record) -> str | None:
-    path = folder / record["name"]
-    if not re.fullmatch(_NAME, record["name"]) or not path.is_file():
+    # What changes with the file or its record; None for a file that is damaged at a glance.
+    if _glance(folder, record):
         return None
-    found = path.stat()
-    if found.st_size != record["num_bytes"]:
-        return None
+    found = (folder / record["name"]).stat()
     # Inode and change time: a copy keeps the other times, and may have lost a bit.
     stamps = found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
-    return f"{path.name} {' '.join(map(str, stamps))} {record['crc32c']:08x}"
+    return f"{record['name']} {' '.join(map(str, stamps))} {record['crc32c']:08x}"
+
+
+def _glance(folder: Path, record: Record) -> str | None:
+    # The difference between a file and its record, as far as it shows without reading.
+    if not re.fullmatch(r"[\w-][\w.-]{,99}", record["name"]):
+        return f"{shown(record['name'])} is not the name of a file in it"
+    path = folder / record["name"]
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if (found := path.stat().st_size) != record["num_bytes"]:
+        return f"{path.name} has {found:,} bytes, expected {record['num_bytes']:,}"
+    return None
 
 
 def find_shard_damage(folder: Path, records: Iterable[Record]) -> str | None:
     """The first difference between a file and its record, or None; reads every byte."""
     for record in records:
-        path = folder / record["name"]
-        if not re.fullmatch(_NAME, record["name"]):
-            return f"{shown(record['name'])} is not the name of a file in it"
-        if not path.is_file():
-            return f"{path.name} is missing"
-        found = path.stat().st_size
-        if found != record["num_bytes"]:
-            return f"{path.name} has {found:,} bytes, expected {record['num_bytes']:,}"
-        crc = crc32c(path)
+        if problem := _glance(folder, record):
+            return problem
+        crc = crc32c(folder / record["name"])
         if crc != record["crc32c"]:
-            return f"{path.name} has crc32c {crc:08x}, expected {record['crc32c']:08x}"
+            return f"{record['name']} has crc32c {crc:08x}, expected {record['crc32c']:08x}"
     return None
 
 

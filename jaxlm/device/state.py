@@ -114,6 +114,7 @@ def make_blueprint(
     *,
     ema: bool = False,
     deterministic: bool = True,
+    try_update: bool = False,
 ) -> Blueprint:
     """The blueprint of a model and optimizer; shapes and shardings by abstract evaluation.
 
@@ -123,6 +124,8 @@ def make_blueprint(
       mesh: the devices.
       ema: keep an average of the params.
       deterministic: compile for the same bits each time (a GPU needs options for that).
+      try_update: trace an update first: a caller's optimizer may need more than gradients, state
+        and params.
 
     Raises:
       ValueError: the model holds state other than `nnx.Param` of floats, or the mesh does not
@@ -148,7 +151,9 @@ def make_blueprint(
     whole: Any = replicated(mesh)
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
     shapes = jax.eval_shape(build, seed)
-    _check_optimizer(tx, shapes)
+    _check_opt_state(shapes.opt_state)
+    if try_update:
+        _try_update(tx, shapes)
 
     def sharding_of(leaf: Any, sharding: NamedSharding, param: Any) -> Any:
         if isinstance(leaf, optax.MaskedNode):
@@ -195,7 +200,16 @@ def _check_variable(name: str, variable: Any) -> None:
         )
 
 
-def _check_optimizer(tx: optax.GradientTransformation, state: TrainState) -> None:
+def _check_opt_state(opt_state: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # which Orbax cannot restore
+            raise InputError(
+                f"optimizer: found {leaf.dtype} in its state ({path_name(path)}), expected "
+                "numbers; a random key may be a `jax.random.PRNGKey`"
+            )
+
+
+def _try_update(tx: optax.GradientTransformation, state: TrainState) -> None:
     def update(params: Params, opt_state: optax.OptState) -> Any:
         return tx.update(in_float32(params), opt_state, in_float32(params))
 
@@ -206,12 +220,6 @@ def _check_optimizer(tx: optax.GradientTransformation, state: TrainState) -> Non
             "optimizer: expected to be called as optimizer.update(gradients, state, params), "
             f"without the loss; {error}"
         ) from error
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # which Orbax cannot restore
-            raise InputError(
-                f"optimizer: found {leaf.dtype} in its state ({path_name(path)}), expected "
-                "numbers; a random key may be a `jax.random.PRNGKey`"
-            )
 
 
 class Own(NamedTuple):
@@ -245,6 +253,7 @@ def blueprint_of(config: Config, mesh: Mesh, own: Own = AS_CONFIGURED) -> Bluepr
         mesh,
         ema=config.optim.ema_decay is not None,
         deterministic=config.deterministic,
+        try_update=own.optimizer is not None,
     )
 
 

@@ -23,7 +23,7 @@ from jaxlm.compilation_cache import enable_compilation_cache
 from jaxlm.config import Config, MeshConfig
 from jaxlm.corpus.cache import find_prepared
 from jaxlm.corpus.overlap import find_overlap
-from jaxlm.data.dataset import Dataset, Recorded, open_dataset
+from jaxlm.data.dataset import Dataset, Recorded, load_dataset, open_dataset
 from jaxlm.device.loss import Batch, next_token_loss
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import Params
@@ -35,7 +35,7 @@ from jaxlm.terminal import prints_lines, progress
 from jaxlm.tracking.metrics import perplexity
 from jaxlm.training.environment import compare_environments, describe_environment
 from jaxlm.training.evaluate import batch_sums, means
-from jaxlm.training.setup import held_out_batches, hold_out, mask_id, prepare_data
+from jaxlm.training.setup import held_out_batches, hold_out, mask_id
 
 _log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class Scorer:
             raise InputError("held_out: found no source, expected one; name text with --source")
         self._source, self._all = source, source is not None and not held_out
         self.label = f"{source}, held out" if held_out else source
-        self._prepare = functools.lru_cache(maxsize=1)(prepare_data)
+        self._load = functools.lru_cache(maxsize=1)(load_dataset)
         self._warn_overlap = functools.lru_cache(maxsize=1)(_warn_overlap)
 
     def __call__(self, run: str) -> Score:
@@ -149,7 +149,7 @@ class Scorer:
             config = dataclasses.replace(config, data=data)
         enable_compilation_cache(config.data.cache_dir)
         of_run = None if self._source else Recorded(recorded, config.data)
-        config, dataset = self._prepare(config, of_run, all_held_out=self._all)
+        config, dataset = self._load(config, of_run, all_held_out=self._all)
         if not self._source and dataset.fingerprint != recorded:
             raise InputError(
                 f"{run}: found data {dataset.fingerprint}, expected that of the run, {recorded}; "

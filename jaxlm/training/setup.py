@@ -1,6 +1,5 @@
 """Mesh, model, compiled step and data of a run, from its config or a caller's own parts."""
 
-import dataclasses
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from jax.sharding import Mesh
 from jaxlm.compilation_cache import enable_compilation_cache
 from jaxlm.config import Config
 from jaxlm.data.batches import EvalBatches, TrainBatches, recorded
-from jaxlm.data.dataset import Dataset, Recorded, default_max_tokens, load_dataset
+from jaxlm.data.dataset import Dataset, Recorded, load_dataset
 from jaxlm.device.loss import Batch, Loss, next_token_loss
 from jaxlm.device.optim import make_schedule
 from jaxlm.device.sharding import AXES_OF, make_mesh, put_batch, replicated
@@ -110,7 +109,7 @@ def set_up(
     blueprint = blueprint_of(config, mesh, own)  # refuses a model before any data is prepared
     dataset = None
     if batches is None:
-        config, dataset = prepare_data(config, data_of_run)
+        config, dataset = load_dataset(config, data_of_run)
         batches = TrainBatches(
             dataset.train,
             batch_size=config.batch_size,
@@ -234,22 +233,6 @@ def held_out_batches(config: Config, dataset: Dataset) -> EvalBatches:
         seq_len=config.seq_len,
         fingerprint=dataset.fingerprint,
     )
-
-
-def prepare_data(
-    config: Config, recorded: Recorded | None = None, *, all_held_out: bool = False
-) -> tuple[Config, Dataset]:
-    """The config with `data.max_tokens` filled in, and its data: see `load_dataset`."""
-    max_tokens = default_max_tokens(config.data, config.num_steps * config.tokens_per_step)
-    data = dataclasses.replace(config.data, max_tokens=max_tokens)
-    dataset = load_dataset(
-        data,
-        vocab_size=config.model.vocab_size,
-        max_tokens=max_tokens,
-        recorded=recorded,
-        all_held_out=all_held_out,
-    )
-    return dataclasses.replace(config, data=data), dataset
 
 
 def _log_epochs(config: Config, dataset: Dataset, windows: int) -> None:

@@ -157,7 +157,7 @@ def _data_readers(home: Path) -> dict[str, Reader]:
             record = prepare._write(place / f"{split}-00000.bin", bytes(20))
             values |= {split: [{**record, "num_tokens": 10}]}
         values |= {"next_document": 4, "vocab_size": 280, "eos_id": 0, "dtype": "<u2"}
-        values |= {"exhausted": True}
+        values |= {"exhausted": True, "sizes": "", "parts": {"text:x": [10, 10]}}
         values["fingerprint"] = dataset.manifest_fingerprint(values)
         sample = json.dumps(values)
 
