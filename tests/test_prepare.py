@@ -516,6 +516,15 @@ def test_a_file_is_read_in_full_when_new_or_changed_and_by_cache_verify(
     data[7] ^= 1
     path.write_bytes(data)
     open_dataset(folder, 300)
+    before = path.stat()
+    data[7] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # noted as read before
+    with pytest.raises(ValueError, match="train-00000.bin has crc32c"):
+        open_dataset(folder, 300)
+    data[7] ^= 1
+    path.write_bytes(data)
+    open_dataset(folder, 300)
     data[7] ^= 1
     path.write_bytes(data)
     # A disk that decays changes no time.
@@ -605,6 +614,12 @@ def test_a_run_resumes_on_its_prepared_tokens_wherever_its_files_are(tmp_path, m
     for other in ("embedded", "hf:another/one"):
         with pytest.raises(ValueError, match="whose files are not those of"):
             resume(dataclasses.replace(config, source=other), config, dataset)
+    manifest = dataset.directory / "manifest.json"
+    whole = manifest.read_bytes()
+    manifest.write_text(json.dumps(json.loads(whole) | {"sizes": ""}))  # as of a remote source
+    with pytest.raises(ValueError, match="whose files are not those of"):
+        resume(dataclasses.replace(config, source="hf:another/one"), config, dataset)
+    manifest.write_bytes(whole)
     write(tmp_path / "moved" / files[0].name, ["another"])
     with pytest.raises(ValueError, match="moved, whose files are not those of .*/in, which"):
         resume(moved, config, dataset)
