@@ -357,6 +357,17 @@ def test_no_home(monkeypatch):
     enable_compilation_cache(None)  # does without
 
 
+def test_data_of_another_version_is_listed_and_verified(corpus, tmp_path):
+    folder = run(config_of(corpus, tmp_path)).directory
+    (before,) = list_caches(str(tmp_path))
+    path = folder / "manifest.json"
+    values = json.loads(path.read_bytes())
+    path.write_text(json.dumps({n: v for n, v in values.items() if n not in ("sizes", "parts")}))
+    (found,) = list_caches(str(tmp_path))
+    assert found["num_tokens"] == before["num_tokens"] > 0 and found["source"] == before["source"]
+    assert cache.verify_cache(folder.name, str(tmp_path)) is None
+
+
 def test_list_and_clear(corpus, tmp_path):
     assert list_caches(str(tmp_path)) == []
     one, two = run(config_of(corpus, tmp_path)), run(config_of(corpus, tmp_path), max_tokens=4000)

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 import filelock
 
-from jaxlm.data.dataset import MANIFEST, Manifest, Record, Shard, checked_path, verify_dataset
+from jaxlm.data.dataset import MANIFEST, Record, Shard, checked_path, verify_dataset
 from jaxlm.errors import FileError, InputError
 from jaxlm.files.cache import ELSEWHERE, cache_root
 from jaxlm.files.strict import read_json
@@ -21,17 +21,32 @@ DATA = "data"
 """Stands for all prepared datasets in a list of names."""
 
 
-class Progress(TypedDict):
-    """Progress of a preparation, as in the file PROGRESS; MANIFEST has these fields too."""
+class Origin(TypedDict):
+    """What a dataset was made of, as in MANIFEST."""
 
     source: str
+    revision: str
+    sizes: str
+    """`Source.sizes`."""
+    fingerprint: str
+
+
+class _Listed(TypedDict):
+    """What a list shows of a dataset, of another version too."""
+
+    source: str
+    train: list[Shard]
+    eval: list[Shard]
+
+
+class Progress(_Listed):
+    """Progress of a preparation, as in the file PROGRESS; MANIFEST has these fields too."""
+
     revision: str
     next_document: int
     parts: dict[str, list[int]]
     """Part of the corpus -> its training and held-out tokens."""
     tokenizer: Record | None
-    train: list[Shard]
-    eval: list[Shard]
 
 
 def data_folder(cache_dir: str | None) -> Path:
@@ -44,9 +59,9 @@ def find_prepared(fingerprint: str, source: str, cache_dir: str | None = None) -
     found = []
     for path in sorted(data_folder(cache_dir).glob(f"*/{MANIFEST}")):
         with contextlib.suppress(OSError, ValueError):
-            manifest = read_json(path, Manifest)
-            if manifest["fingerprint"] == fingerprint:
-                found.append((manifest["source"] != source, path.parent))
+            origin = read_json(path, Origin)
+            if origin["fingerprint"] == fingerprint:
+                found.append((origin["source"] != source, path.parent))
     return min(found)[1] if found else None
 
 
@@ -66,7 +81,7 @@ def _describe(folder: Path) -> dict[str, Any]:
     complete = (folder / MANIFEST).exists()
     path = folder / (MANIFEST if complete else PROGRESS)
     try:
-        about = read_json(path, Progress)
+        about = read_json(path, _Listed)
     except (FileNotFoundError, ValueError):
         about = {}
     files = [file for file in folder.iterdir() if file.suffix != ".tmp"]

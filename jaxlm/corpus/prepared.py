@@ -7,11 +7,11 @@ from typing import Any
 
 from jaxlm.config import DataConfig
 from jaxlm.corpus import tokenizer as tokenizer_lib
-from jaxlm.corpus.cache import data_folder, find_prepared, lock_data, started
+from jaxlm.corpus.cache import Origin, data_folder, find_prepared, lock_data, started
 from jaxlm.corpus.files import Source
 from jaxlm.corpus.prepare import TOKENS_VERSION, make_dataset
 from jaxlm.corpus.sources import open_source
-from jaxlm.data.dataset import MANIFEST, Dataset, Manifest, Recorded, digest, open_dataset
+from jaxlm.data.dataset import MANIFEST, Dataset, Recorded, digest, open_dataset
 from jaxlm.errors import InputError, JaxlmError
 from jaxlm.files.strict import read_json
 from jaxlm.terminal import prints_lines
@@ -76,7 +76,7 @@ def _compare_source(config: DataConfig, before: DataConfig, folder: Path) -> Non
             raise
         _log.info(f"{error}. The run needs no source: its tokens are in {folder}")
         return
-    made_of = read_json(folder / MANIFEST, Manifest)
+    made_of = read_json(folder / MANIFEST, Origin)
     if moved:
         if not source.sizes or source.sizes != made_of["sizes"]:
             raise InputError(

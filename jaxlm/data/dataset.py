@@ -43,10 +43,6 @@ class Shard(Record):
 class Manifest(TypedDict):
     """Content of MANIFEST, of a complete dataset."""
 
-    source: str
-    revision: str
-    sizes: str
-    """Hash of the sizes of the source's files; empty for another source."""
     tokenizer: Record
     train: list[Shard]
     eval: list[Shard]
