@@ -24,6 +24,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from text_run import damage
 from tiny_model import metadata_of
 
 from jaxlm.checkpoints import checkpoint, manager
@@ -89,13 +90,6 @@ def test_small_arrays_are_written_whole_however_many_devices_hold_them(tmp_path,
     assert chunks(tmp_path / "whole") == [[64, 64]]
     monkeypatch.setattr(manager, "LEAST_PART", 64 * 64 * 4 // 8)
     assert chunks(tmp_path / "in parts") == [[8, 64]]
-
-
-def _damage(folder: Path, step: int) -> None:
-    largest = max((folder / str(step)).rglob("*"), key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
 
 
 def test_what_is_restored_is_what_was_saved(tmp_path: Path) -> None:
@@ -223,7 +217,7 @@ def test_a_damaged_latest_is_set_aside_and_the_next_one_restored(
     tmp_path: Path, lines: list[str]
 ) -> None:
     _save_all(tmp_path, {1: None, 2: None, 3: None})
-    _damage(tmp_path, 3)
+    damage(tmp_path / "3")
     told = _Told()
     with _open(tmp_path, told) as checkpoints:
         restored = checkpoints.restore_latest(BLUEPRINT.abstract)
@@ -237,7 +231,7 @@ def test_a_damaged_latest_is_set_aside_and_the_next_one_restored(
 def test_with_verification_off_the_same_damage_is_silent(tmp_path: Path, lines: list[str]) -> None:
     # The negative control of the test above: Orbax itself sees nothing.
     _save_all(tmp_path, {1: None, 2: None, 3: None})
-    _damage(tmp_path, 3)
+    damage(tmp_path / "3")
     told = _Told()
     with _open(tmp_path, told, verify="off") as checkpoints:
         restored = checkpoints.restore_latest(BLUEPRINT.abstract)
@@ -249,7 +243,7 @@ def test_arrays_that_come_back_wrong_are_found_by_their_fingerprint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str]
 ) -> None:
     _save_all(tmp_path, {1: None, 2: None})
-    _damage(tmp_path, 2)
+    damage(tmp_path / "2")
     # The files lie: every manifest passes. What is left is the fingerprint.
     monkeypatch.setattr("jaxlm.checkpoints.manifest.find_damage", lambda *_, **__: [])
     told = _Told()
@@ -261,7 +255,7 @@ def test_arrays_that_come_back_wrong_are_found_by_their_fingerprint(
 
 def test_a_damaged_best_does_not_block_the_next(tmp_path: Path) -> None:
     _save_all(tmp_path, {1: 1.0, 2: 3.0, 3: 2.0})
-    _damage(tmp_path, 1)
+    damage(tmp_path / "1")
     told = _Told()
     with _open(tmp_path, told) as checkpoints:
         checkpoints.restore_latest(BLUEPRINT.abstract)
@@ -272,7 +266,7 @@ def test_a_damaged_best_does_not_block_the_next(tmp_path: Path) -> None:
 
 def test_without_a_sound_one_there_is_no_fresh_start(tmp_path: Path) -> None:
     _save_all(tmp_path, {1: None})
-    _damage(tmp_path, 1)
+    damage(tmp_path / "1")
     for _ in range(2):  # nor at the second try, when it has been set aside
         with (
             _open(tmp_path) as checkpoints,

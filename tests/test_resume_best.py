@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from test_events import KilledError, kill_at, tells_the_disk
-from text_run import rewrite
+from text_run import damage, rewrite
 from tiny_run import TinyBatches, tiny_config, train_table
 
 from jaxlm.checkpoints import checkpoint, held, quarantine
@@ -147,8 +147,7 @@ def test_a_damaged_best_is_reported_and_the_next_one_taken(
     ruined: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     best = select(f"{ruined}@best").path
-    largest = max((best / "params").rglob("*"), key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-1] + b"?")
+    damage(best)
     go_back(ruined, num_steps=14)
     assert "checkpoint 6 is damaged" in capsys.readouterr().out
     assert f"{best.name}.corrupt" in names_in(ruined / "checkpoints")
