@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxlm.config import MAIN
 from jaxlm.data.batches import TrainBatches
+from jaxlm.data.mixture import Mixture
 from jaxlm.data.shards import TokenShards
 from jaxlm.launch import load_config
 
@@ -28,11 +30,11 @@ def main() -> None:
         for path in paths:
             draw.integers(0, config.model.vocab_size, SHARD_TOKENS, np.uint16).tofile(path)
         batches = TrainBatches(
-            TokenShards(paths, np.uint16),
+            {MAIN: TokenShards(paths, np.uint16)},
+            Mixture([{"step": 0, "shares": {MAIN: 1}}], config.batch_size),
             batch_size=config.batch_size,
             seq_len=config.seq_len,
             seed=0,
-            fingerprint="",
         )
         for rows in (slice(0, config.batch_size), slice(0, config.batch_size // 4)):
             rates = []

@@ -15,16 +15,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from jaxlm.config import Config
-from jaxlm.data.batches import EvalBatches, TrainBatches
-from jaxlm.data.dataset import load_dataset
+from jaxlm.config import MAIN, Config
+from jaxlm.data.batches import EvalBatches
 from jaxlm.device.optim import make_schedule
 from jaxlm.launch import parse_config
 from jaxlm.terminal import log_to
+from jaxlm.training.inputs import find_inputs
 
 # A peer's model, and its optimizers, each with what its learning rate is of the run's.
 Peer = tuple[Any, list[tuple[Any, float]]]
@@ -124,15 +124,11 @@ def peer(name: str, config: Config) -> dict[int, float]:
     import torch  # pyright: ignore[reportMissingImports]
 
     with log_to(lambda line: None):
-        config, dataset = load_dataset(config)
-    batches = TrainBatches(
-        dataset.train,
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        seed=config.seed,
-        fingerprint="",
+        config, inputs = find_inputs(config, None, None, None)
+    batches, held_out = (
+        inputs.rows_of(inputs.phases([], 0)),
+        cast(EvalBatches, inputs.held_out[MAIN]),
     )
-    held_out = EvalBatches(dataset.eval, batch_size=config.batch_size, seq_len=config.seq_len)
     rates = np.asarray(make_schedule(config.optim, config.num_steps)(np.arange(config.num_steps)))
     torch.manual_seed(config.seed)
     model, optimizers = PEERS[name](config)
@@ -146,7 +142,7 @@ def peer(name: str, config: Config) -> dict[int, float]:
 
     losses = {}
     for step in range(config.num_steps):
-        (loss_sum(batches(step)) / (config.batch_size * config.seq_len)).backward()
+        (loss_sum(batches(step, slice(None))) / (config.batch_size * config.seq_len)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, ratio in optimizers:
             for group in optimizer.param_groups:

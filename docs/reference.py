@@ -49,7 +49,9 @@ def describe(cls: type, prefix: str) -> Iterator[str]:
         name = f"{prefix}.{field.name}" if prefix else field.name
         if field.name not in meanings:
             raise ValueError(f"{cls.__name__}.{field.name}: found no docstring below it")
-        default, policy = field.default, field.metadata["resume"]
+        made = field.default is dataclasses.MISSING  # a dict, which each config has its own of
+        default = {} if made else field.default
+        policy = field.metadata["resume"]
         shown = default if isinstance(default, str) else repr(default)
         yield f"`--{name}`\n: {meanings[field.name]}"
         bounds = f", {text}" if (text := str(field.metadata["bounds"])) else ""
@@ -74,9 +76,10 @@ def in_words(annotation: ast.expr) -> str:
     """`int | None` as it is; of `Annotated` the type alone, and of `Literal` the values."""
     if isinstance(annotation, ast.Subscript) and isinstance(annotation.slice, ast.Tuple):
         values = annotation.slice.elts
-        if ast.unparse(annotation.value) == "Annotated":
+        if (kind := ast.unparse(annotation.value)) == "Annotated":
             return in_words(values[0])
-        return ", ".join(f"`{ast.literal_eval(value)}`" for value in values)
+        if kind == "Literal":
+            return ", ".join(f"`{ast.literal_eval(value)}`" for value in values)
     return f"`{ast.unparse(annotation)}`"
 
 

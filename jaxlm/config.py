@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 from difflib import get_close_matches
+from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, cast
 
 import tyro
@@ -44,6 +45,8 @@ class Bounds(NamedTuple):
 def _field(default: T, policy: Policy, bounds: Bounds, *, is_folder: bool = False) -> T:
     # Typed as the default itself, so that a type checker sees an ordinary dataclass field.
     metadata = {"resume": policy, "is_folder": is_folder, "bounds": bounds}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=cast(Any, default.copy), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -80,6 +83,12 @@ _MAX_DISK_GB = 10**9
 _MAX_TEXT_BYTES = 1 << 16
 """Limit of a string: the metadata of a checkpoint, which holds the config, is bounded."""
 _MAX_TIMEOUT_S = 86_400
+_MAX_CYCLE = 2**16
+"""Limit of the sum of integer shares: a table of this many rows is made at each start."""
+_KINDS = ("text", "tokens", "tfds", "tfds_dir", "hf")
+_SOURCES = "embedded, text:GLOB, tokens:GLOB, tfds:NAME, tfds_dir:PATH or hf:REPO[:CONFIG]"
+MAIN = "main"
+"""Name of the only source of a run."""
 
 
 def _check(ok: bool, name: str, found: object, expected: str) -> None:
@@ -114,8 +123,8 @@ class _Part:
         hints = hints_of(type(self))
         for field in dataclasses.fields(cast(Any, self)):
             name, value = self._prefix + field.name, getattr(self, field.name)
-            if isinstance(value, str):
-                _check_text(name, value)
+            for text in _texts(value):
+                _check_text(name, text)
             if isinstance(field.default, _Part):
                 part = type(field.default)
                 _check(type(value) is part, name, value, f"a {part.__name__}")
@@ -141,6 +150,12 @@ class _Part:
     def _check_divides(self, name: str, whole: str) -> None:
         value, of = getattr(self, name), getattr(self, whole)
         self._check(of % value == 0, name, f"a divisor of {whole} ({of})")
+
+
+def _texts(value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [text for item in value.items() for text in item if isinstance(text, str)]
+    return [value] if isinstance(value, str) else []
 
 
 def _check_text(name: str, value: str) -> None:
@@ -206,7 +221,17 @@ class DataConfig(_Part, prefix="data."):
     """Text and its tokens."""
 
     source: str = recorded("embedded")
-    """embedded, text:GLOB, tfds:NAME, tfds_dir:PATH or hf:REPO[:CONFIG]."""
+    """The corpus: embedded, text:GLOB, tokens:GLOB, tfds:NAME, tfds_dir:PATH, hf:REPO[:CONFIG]."""
+    sources: dict[str, str] = recorded({})
+    """Several corpora by name, mixed by `weights`, in place of `source` (whose name is main)."""
+    weights: dict[str, float] = recorded({})
+    """Relative shares of `sources` in the rows of batches; equal shares by default. A resume may
+    change them, from its first step on."""
+    held_out: dict[str, str] = recorded({})
+    """More held-out sets by name, beside that of each source: all documents of a corpus."""
+    best_by: str | None = fixed(None)
+    """Held-out sets whose loss is `eval/loss` and decides the best, as in web+code; by default
+    those of all sources that the run begins with."""
     split: str = fixed("train")
     """Split to read, where the source has several (tfds, hf)."""
     text_field: str = fixed("text")
@@ -227,14 +252,58 @@ class DataConfig(_Part, prefix="data."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kind, _, rest = self.source.partition(":")
-        self._check(
-            self.source == "embedded"
-            or (kind in ("text", "tfds", "tfds_dir", "hf") and rest != ""),
-            "source",
-            "embedded, text:GLOB, tfds:NAME, tfds_dir:PATH or hf:REPO[:CONFIG]",
-        )
+        given = {"source": self.source}
+        for field in ("sources", "held_out"):
+            given |= {f"{field}.{name}": source for name, source in getattr(self, field).items()}
+        for name, source in given.items():
+            kind, _, rest = source.partition(":")
+            known = source == "embedded" or (kind in _KINDS and rest != "")
+            _check(known, f"data.{name}", source, _SOURCES)
+        self._check_sources()
         self._check(self.tokenizer != "", "tokenizer", "train, a path or a name")
+
+    def _check_sources(self) -> None:
+        for name in {**self.sources, **self.held_out}:
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{,39}", name):
+                _check(False, "data.sources", name, "names of up to 40 letters, digits, _, -")
+        alone = not self.sources or self.source == "embedded"
+        self._check(alone, "source", "no source beside data.sources: name it among them")
+        ok = not self.weights or self.weights.keys() == self.sources.keys()
+        self._check(ok, "weights", f"one for each of data.sources ({', '.join(self.sources)})")
+        ok = all(math.isfinite(w) and w >= 0 for w in self.weights.values())
+        self._check(
+            ok and (not self.weights or any(self.weights.values())),
+            "weights",
+            "numbers of 0 or more, not all 0",
+        )
+        self._check(
+            sum(self.shares.values()) <= _MAX_CYCLE,
+            "weights",
+            f"numbers in the ratio of integers with a sum of at most {_MAX_CYCLE:,}: round them, "
+            "as to 0.1234",
+        )
+        twice = ", ".join(self.held_out.keys() & self.corpora.keys())
+        self._check(not twice, "held_out", f"other names than those of sources ({twice})")
+        known = {**self.corpora, **self.held_out}
+        ok = self.best_by is None or {*self.best_by.split("+")} <= known.keys()
+        self._check(ok, "best_by", f"names joined by +, of {', '.join(known)}")
+
+    @property
+    def corpora(self) -> dict[str, str]:
+        """The training sources by name; a single one is `main`."""
+        return self.sources or {MAIN: self.source}
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """The weights of `corpora` as integers without a common divisor, by name in sorted order.
+
+        A batch is drawn in cycles of their sum, so that rows have these shares exactly.
+        """
+        weights = {name: Fraction(str(self.weights.get(name, 1))) for name in sorted(self.corpora)}
+        scale = math.lcm(*(weight.denominator for weight in weights.values()))
+        integers = {name: int(weight * scale) for name, weight in weights.items()}
+        divisor = math.gcd(*integers.values())
+        return {name: integer // divisor for name, integer in integers.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm.data.batches import EvalBatches, TrainBatches, permute, prefetch, recorded
+from jaxlm.data.batches import (
+    EvalBatches,
+    TrainBatches,
+    permute,
+    prefetch,
+    recorded,
+    windows_per_epoch,
+)
+from jaxlm.data.mixture import Mixture
 from jaxlm.data.shards import TokenShards
 
 
@@ -22,7 +30,10 @@ def shards(folder, lengths, dtype="<u2"):
 
 
 def train_batches(tokens, batch_size=4, seq_len=10, seed=0):
-    return TrainBatches(tokens, batch_size=batch_size, seq_len=seq_len, seed=seed, fingerprint="x")
+    mixture = Mixture([{"step": 0, "shares": {"main": 1}}], batch_size)
+    return TrainBatches(
+        {"main": tokens}, mixture, batch_size=batch_size, seq_len=seq_len, seed=seed
+    )
 
 
 def windows_of(batches, count, seq_len=10):
@@ -124,7 +135,7 @@ def test_an_epoch_holds_each_window_once(tmp_path_factory, lengths, seed):
     lengths[0] += 10
     tokens = shards(tmp_path_factory.mktemp("tokens"), lengths)
     batches = train_batches(tokens, batch_size=1, seed=seed)
-    size = batches.windows_per_epoch
+    size = windows_per_epoch(tokens, 10)
     for epoch in range(2):
         found = [batches(epoch * size + n)["inputs"][0, 0] // 10 for n in range(size)]
         assert is_permutation(np.array(found), size)
@@ -132,8 +143,9 @@ def test_an_epoch_holds_each_window_once(tmp_path_factory, lengths, seed):
 
 def test_no_token_is_lost(tmp_path):
     # Of 103 tokens, 0 is never a target, and 101 and 102 do not fill a window.
-    batches = train_batches(shards(tmp_path, [60, 43]), batch_size=5)
-    assert batches.windows_per_epoch == 10
+    tokens = shards(tmp_path, [60, 43])
+    batches = train_batches(tokens, batch_size=5)
+    assert windows_per_epoch(tokens, 10) == 10
     targets = np.concatenate([batches(n)["targets"].ravel() for n in range(2)])
     assert sorted(targets.tolist()) == list(range(1, 101))
 
@@ -210,7 +222,8 @@ def test_a_corpus_shorter_than_a_window(tmp_path):
     tokens = shards(tmp_path, [10])
     with pytest.raises(ValueError, match="10 training tokens.*takes 11.*lower seq_len"):
         train_batches(tokens)
-    assert train_batches(tokens, seq_len=9).windows_per_epoch == 1
+    train_batches(tokens, seq_len=9)
+    assert windows_per_epoch(tokens, 9) == 1
 
 
 # --- eval batches

@@ -14,6 +14,7 @@ import pytest
 
 from jaxlm.tracking import console as module
 from jaxlm.tracking.console import Console, format_bytes, format_count, format_duration
+from jaxlm.tracking.metrics import perplexity
 
 ROW = {
     "train/loss": 4.7748,
@@ -30,6 +31,10 @@ Evaluation at step 500 | 14:03:07
 ============================================================
 
 """
+
+
+def eval_row(loss: float) -> dict[str, float]:
+    return {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
 
 
 def warn(console: Console, text: str) -> None:
@@ -76,7 +81,7 @@ def test_a_step_line_is_the_seeds():
 
 def test_the_banner_is_the_seeds():
     out = io.StringIO()
-    Console(30_000, stream=out).evaluation(500, 4.78668, None, improved=True)
+    Console(30_000, stream=out).evaluation(500, eval_row(4.78668), None, improved=True)
     assert out.getvalue() == BANNER
 
 
@@ -89,7 +94,7 @@ def test_the_banner_is_the_seeds():
 )
 def test_the_banner_without_a_new_best(loss, best_loss, expected):
     out = io.StringIO()
-    Console(30_000, stream=out).evaluation(1000, loss, best_loss, improved=False)
+    Console(30_000, stream=out).evaluation(1000, eval_row(loss), best_loss, improved=False)
     assert out.getvalue().splitlines()[3:6] == expected
 
 
@@ -98,7 +103,7 @@ def test_a_loss_beyond_all_bounds_is_printed(loss, ppl):
     out = io.StringIO()
     console = Console(10, stream=out)
     console.step(1, {**ROW, "train/loss": loss, "train/grad_norm": math.inf}, math.nan)
-    console.evaluation(1, loss, 4.0, improved=False)
+    console.evaluation(1, eval_row(loss), 4.0, improved=False)
     assert re.search(rf"PPL: +{re.escape(ppl)} \|.*Grad: inf .*--:--:-- left", out.getvalue())
     assert f"  Eval PPL: {ppl}\n" in out.getvalue()
 
@@ -106,7 +111,7 @@ def test_a_loss_beyond_all_bounds_is_printed(loss, ppl):
 def test_a_stream_that_cannot_encode_gets_plain_text():
     raw, out = ascii_stream()
     console = Console(10, stream=out)
-    console.evaluation(5, 1.0, None, improved=True)
+    console.evaluation(5, eval_row(1.0), None, improved=True)
     console.saved(5, "runs/größe", best=True)
     console.saved(5, "runs/\udcff", best=False)
     text = raw.getvalue().decode("ascii")
@@ -146,7 +151,7 @@ def say_everything(console: Console) -> None:
     console.progress(1)
     warn(console, "x")
     console.step(1, ROW, None)
-    console.evaluation(1, 3.0, None, improved=True)
+    console.evaluation(1, eval_row(3.0), None, improved=True)
     console.saved(1, "runs/a", best=True)
     console.progress(10)
     console.close()

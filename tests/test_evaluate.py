@@ -7,7 +7,7 @@ from jaxlm.data.batches import EvalBatches
 from jaxlm.data.shards import TokenShards
 from jaxlm.device.loss import next_token_loss
 from jaxlm.device.step import make_eval_step
-from jaxlm.training.evaluate import Stopped, batch_sums, evaluate
+from jaxlm.training.evaluate import HeldOut, Stopped, batch_sums, means
 
 SHAPE = (8, 1, 1)
 MESH = mesh_of(*SHAPE)
@@ -32,7 +32,11 @@ def eval_of(bigram, tokens, tmp_path, batch_size=8, seq_len=5):
     path = tmp_path / "tokens.bin"
     tokens.astype("<u2").tofile(path)
     batches = EvalBatches(TokenShards([path], "<u2"), batch_size=batch_size, seq_len=seq_len)
-    found = evaluate(step, params, lambda n: put(batches(n, slice(None)), MESH), len(batches))
+    found = means(
+        batch_sums(
+            step, params, HeldOut(lambda n: put(batches(n, slice(None)), MESH), len(batches))
+        )
+    )
     return found["loss"], len(batches)
 
 
@@ -70,7 +74,9 @@ def test_one_mesh_evaluates_as_another():
         step = make_eval_step(blueprint, next_token_loss(), mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.abstract.params)
         params = jax.device_put(trained_params(), shardings)
-        losses[shape] = evaluate(step, params, lambda n, mesh=mesh: put(host_batch(n), mesh), 3)
+        losses[shape] = means(
+            batch_sums(step, params, HeldOut(lambda n, mesh=mesh: put(host_batch(n), mesh), 3))
+        )
     assert losses[1, 1, 1] == pytest.approx(losses[2, 2, 2], rel=1e-6)
 
 
@@ -91,5 +97,5 @@ def test_an_eval_is_stopped_between_two_batches():
 
     done: list[int] = []
     with pytest.raises(Stopped):
-        batch_sums(lambda _, n: done.append(n) or Sum(n), {}, lambda n: n, 9, stops)
+        batch_sums(lambda _, n: done.append(n) or Sum(n), {}, HeldOut(lambda n: n, 9), stops)
     assert done == [0, 1, 2, 3]

@@ -190,7 +190,7 @@ def test_the_metadata_holds_what_a_script_needs(shared_home: Path):
     config = metadata.run_config()
     assert isinstance(config, Config) and config.num_steps == 12
     assert metadata.best_step == 8 and metadata.final and metadata.num_worse_evals == 1
-    assert metadata.data_fingerprint and metadata.eos_id is not None
+    assert metadata.data["main"] and metadata.eos_id is not None
     assert metadata.environment["versions"]["jax"] == jax.__version__
     changed = metadata.lineage[0]["changed"]
     assert metadata.lineage[0]["step"] == 8

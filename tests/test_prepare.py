@@ -23,7 +23,8 @@ from jaxlm.corpus import cache, formats, prepare, prepared
 from jaxlm.corpus.cache import clear_caches, list_caches
 from jaxlm.corpus.prepare import is_held_out
 from jaxlm.corpus.tokenizer import load_tokenizer, mark_eos, train_tokenizer
-from jaxlm.data.dataset import Recorded, checked_path, default_max_tokens, open_dataset
+from jaxlm.data.dataset import checked_path, open_dataset
+from jaxlm.data.run_data import default_max_tokens
 from jaxlm.files.cache import cache_root
 from jaxlm.files.durable import crc32c, write_file
 
@@ -599,7 +600,7 @@ def test_text_that_changes_while_it_is_read(tmp_path, monkeypatch):
 
 
 def resume(config, before, dataset):
-    recorded = Recorded(dataset.fingerprint, before)
+    recorded = dataset.fingerprint, before.source
     found = prepared.find_or_make(config, vocab_size=300, max_tokens=10**6, recorded=recorded)
     return found.directory
 

@@ -18,9 +18,10 @@ from jaxlm.checkpoints.folder import read_metadata
 from jaxlm.checkpoints.manifest import write_manifest
 from jaxlm.checkpoints.verify import verify_step
 from jaxlm.corpus import overlap
-from jaxlm.data.dataset import load_dataset
+from jaxlm.data.run_data import load_data
 from jaxlm.data.shards import TokenShards
-from jaxlm.evaluation.score import paired_difference, score
+from jaxlm.evaluation.paired import paired_difference
+from jaxlm.evaluation.score import score
 
 NUM_TRIALS = 4000
 
@@ -118,8 +119,9 @@ def like_tiny(name: str, **config: Any) -> str:
     metadata = read_metadata(path.parent, text_run.BEST)
     data = {**metadata.config["data"], **config.pop("data", {})}
     metadata = replace(metadata, config={**metadata.config, **config, "data": data})
-    _, dataset = load_dataset(metadata.run_config())
-    metadata = replace(metadata, data_fingerprint=dataset.fingerprint)
+    _, found = load_data(metadata.run_config())
+    fingerprint = found.first.fingerprint
+    metadata = replace(metadata, data={"main": fingerprint}, eval_set=f"main {fingerprint}")
     (path / "meta" / "metadata").write_text(json.dumps(metadata.to_json()))
     write_manifest(path)
     return str(run)
@@ -190,7 +192,7 @@ def test_documents_in_common_are_found_across_chunks_and_shards(
             part.tofile(path)
         return TokenShards(paths, "<u2")
 
-    found = overlap.find_overlap(shards("a", documents[:20]), shards("b", documents[10:]), 0)
+    found = overlap.find_overlap(shards("a", documents[:20]), [shards("b", documents[10:])], 0)
     train = {tuple(document) for document in documents[10:]}
     expected = [document for document in documents[:20] if tuple(document) in train]
     assert found.num_documents == len(expected) >= 11

@@ -74,7 +74,7 @@ def test_a_checkpoint_holds_what_the_note_asks_for(straight: Path) -> None:
     assert (metadata.step, metadata.tokens_seen, metadata.final) == (12, 12 * 8 * 16, True)
     assert metadata.best_eval_loss == metadata.eval_loss and metadata.best_step == 12
     assert metadata.run_config() == tiny_config(straight)
-    assert metadata.data_fingerprint == "tiny"
+    assert metadata.data == {"main": "tiny"}
     assert metadata.environment["versions"]["jax"] == jax.__version__
     assert read_metadata(straight / "checkpoints", 8).eval_loss is None
 

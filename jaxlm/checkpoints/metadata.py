@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config import Config, from_dict
+from jaxlm.data.mixture import Phase
 from jaxlm.errors import InputError
 from jaxlm.files.durable import write_file
 from jaxlm.files.strict import jsonable, shown, validate
 from jaxlm.tracking.rows import Rows
 
-FORMAT = 4
+FORMAT = 5
 """Bump when the meaning of files or fingerprints changes."""
 
 
@@ -37,10 +38,12 @@ class Metadata:
     """Whether training ended here: by `num_steps`, or by `stop_after_worse_evals`."""
     config: dict[str, Any]
     """The run's config, as nested dicts."""
-    data_fingerprint: str
-    """Hash of the tokens that the run trains on."""
+    data: dict[str, str]
+    """Name of a source -> fingerprint of its tokens; all sources of the run so far."""
+    phases: list[Phase]
+    """The mixture of the sources, oldest first."""
     eval_set: str
-    """Name and fingerprint of the held-out set that decides the best; empty without one."""
+    """Names and fingerprints of the held-out sets that decide the best; empty without one."""
     eos_id: int | None
     """The token that ends a document."""
     environment: dict[str, Any]

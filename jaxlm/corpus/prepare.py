@@ -41,7 +41,7 @@ from jaxlm.terminal import can_draw, progress
 _log = logging.getLogger(__name__)
 
 FORMAT = 1
-TOKENS_VERSION = 3
+TOKENS_VERSION = 4
 """Part of the cache key: bump when the same source yields other tokens."""
 SHARD_TOKENS = 2**25  # 64 MB of uint16; a kill loses the work on one shard at most
 CHUNK_CHARS = 4_000_000
@@ -69,7 +69,7 @@ def make_dataset(
     max_tokens: int,
     all_held_out: bool,
 ) -> None:
-    """Prepares the missing part of a dataset, and publishes it; arguments as of `load_dataset`."""
+    """Prepares the missing part of a dataset, and publishes it; arguments as of `Make`."""
     progress = _progress(folder, source)
     tokenizer_path = folder / "tokenizer.json"
     if not progress["tokenizer"]:
@@ -93,11 +93,18 @@ def make_dataset(
             for document, ids in zip(chunk, _encode(tokenizer, texts, eos_id, dtype), strict=True):
                 held_out = all_held_out or is_held_out(progress["next_document"])
                 split = "eval" if held_out and counts["eval"] < limits["eval"] else "train"
-                ids = ids[: limits[split] - counts[split]]
-                waiting[split].append(ids)
-                counts[split] += len(ids)
+                kept = ids[: limits[split] - counts[split]]
+                if split == "eval" and len(kept):
+                    num_bytes = document.num_bytes
+                    if len(kept) < len(ids):
+                        num_bytes = prefix_bytes(tokenizer, document.text, len(kept))
+                    if not counts["eval"]:  # no eval predicts the first token
+                        num_bytes -= prefix_bytes(tokenizer, document.text, 1)
+                    progress["eval_bytes"] += num_bytes
+                waiting[split].append(kept)
+                counts[split] += len(kept)
                 of_part = progress["parts"].setdefault(document.part, [0, 0])
-                of_part[split == "eval"] += len(ids)
+                of_part[split == "eval"] += len(kept)
                 progress["next_document"] += 1
             show(counts["train"], source.share())
             if sum(map(len, itertools.chain(*waiting.values()))) >= SHARD_TOKENS:
@@ -131,14 +138,15 @@ def _progress(folder: Path, source: Source) -> dict[str, Any]:
     """Progress of an interrupted preparation if all of it is sound; else that of a new one."""
     fresh = {"source": source.name, "revision": source.revision, "format": FORMAT}
     fresh |= {"sizes": source.sizes, "next_document": 0, "parts": {}, "tokenizer": None}
-    fresh |= {"train": [], "eval": []}
+    fresh |= {"train": [], "eval": [], "eval_bytes": 0}
     try:
         found = {**read_json(folder / PROGRESS, Progress)}
         shards = [*found["train"], *found["eval"]]
         problem = find_shard_damage(folder, filter(None, [found["tokenizer"], *shards]))
         if found["revision"] != fresh["revision"]:
             problem = f"the source was {found['revision']}, is {fresh['revision']}"
-        if min([found["next_document"], *(shard["num_tokens"] for shard in shards)]) < 0:
+        counted = found["next_document"], found["eval_bytes"]
+        if min([*counted, *(shard["num_tokens"] for shard in shards)]) < 0:
             problem = f"{PROGRESS} was altered"
         if problem is None:
             _log.info(f"Going on with the preparation, from document {found['next_document']:,}")
@@ -161,9 +169,14 @@ def _new_tokenizer(source: Source, config: DataConfig, vocab_size: int) -> Token
         tokenizer_lib.mark_eos(tokenizer, tokenizer_lib.find_eos(tokenizer, config.eos_token))
         return tokenizer
     _log.info(f"Training a tokenizer of {vocab_size:,} tokens on {source.name}")
-    documents = enumerate(source.documents(0))
-    training = (document.text for index, document in documents if not is_held_out(index))
-    return tokenizer_lib.train_tokenizer(training, vocab_size)
+    return tokenizer_lib.train_tokenizer((d.text for d in training_documents(source)), vocab_size)
+
+
+def training_documents(source: Source) -> Iterator[Document]:
+    """The documents of a source that are not held out."""
+    for index, document in enumerate(source.documents(0)):
+        if not is_held_out(index):
+            yield document
 
 
 def _write_shards(
@@ -248,6 +261,18 @@ def _encode(
         ids[number] += own
     for own in ids:
         yield np.array([*own, eos_id] if own else [], dtype)
+
+
+def prefix_bytes(tokenizer: Tokenizer, text: str, num_ids: int) -> int:
+    """Bytes of the text that the first ids of its document stand for."""
+    num_bytes = 0
+    for start in range(0, len(text), PIECE_CHARS):
+        piece = text[start : start + PIECE_CHARS]
+        ends = [end for _, end in tokenizer.encode(piece, add_special_tokens=False).offsets]
+        if num_ids <= len(ends):
+            return num_bytes + len(piece[: ends[num_ids - 1]].encode())
+        num_ids, num_bytes = num_ids - len(ends), num_bytes + len(piece.encode())
+    return num_bytes
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """The dataset of a source of text: from the cache, or made now."""
 
+import heapq
 import logging
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,12 @@ from jaxlm.config import DataConfig
 from jaxlm.corpus import tokenizer as tokenizer_lib
 from jaxlm.corpus.cache import Origin, data_folder, find_prepared, lock_data, started
 from jaxlm.corpus.files import Source
-from jaxlm.corpus.prepare import TOKENS_VERSION, make_dataset
+from jaxlm.corpus.prepare import TOKENS_VERSION, make_dataset, training_documents
 from jaxlm.corpus.sources import open_source
-from jaxlm.data.dataset import MANIFEST, Dataset, Recorded, digest, open_dataset
+from jaxlm.data.dataset import MANIFEST, Dataset, digest, open_dataset
 from jaxlm.errors import InputError, JaxlmError
+from jaxlm.files.cache import cache_root
+from jaxlm.files.durable import write_file
 from jaxlm.files.strict import read_json
 from jaxlm.terminal import prints_lines
 
@@ -25,17 +29,15 @@ def find_or_make(
     *,
     vocab_size: int,
     max_tokens: int,
-    recorded: Recorded | None = None,
+    recorded: tuple[str, str] | None = None,
     all_held_out: bool = False,
 ) -> Dataset:
-    """The dataset of a source of text, as `load_dataset` describes it.
+    """The dataset of a source of text; `Make` in data/dataset.py describes the arguments.
 
     A cached dataset is reused without asking a remote source for changes.
     """
-    if recorded and (
-        folder := find_prepared(recorded.fingerprint, recorded.config.source, config.cache_dir)
-    ):
-        _compare_source(config, recorded.config, folder)
+    if recorded and (folder := find_prepared(*recorded, config.cache_dir)):
+        _compare_source(config, recorded[1], folder)
         return open_dataset(folder, vocab_size)
     source = open_source(config)
     recipe = _recipe(config, source, vocab_size, max_tokens)
@@ -52,6 +54,37 @@ def find_or_make(
     return open_dataset(folder, vocab_size)
 
 
+@prints_lines
+def train_for_all(configs: Sequence[DataConfig], shares: Sequence[int], vocab_size: int) -> str:
+    """The path of a tokenizer trained on several sources, each with its share of the text."""
+    sources = [open_source(config) for config in configs]
+    recipe = [vocab_size, [*shares], [source.key for source in sources], TOKENS_VERSION]
+    recipe += [[config.split, config.text_field] for config in configs]
+    path = cache_root(configs[0].cache_dir) / "tokenizers" / f"{digest(recipe)}.json"
+    if not path.is_file():
+        names = ", ".join(source.name for source in sources)
+        _log.info(f"Training a tokenizer of {vocab_size:,} tokens on {names}")
+        found = tokenizer_lib.train_tokenizer(_mixed_text(sources, shares), vocab_size)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, found.to_str(pretty=True).encode())
+    return str(path)
+
+
+def _mixed_text(sources: Sequence[Source], shares: Sequence[int]) -> Iterator[str]:
+    # Training documents of all sources; next is always the source that is furthest behind.
+    turns = [
+        (0.0, number, share, training_documents(source))
+        for number, (source, share) in enumerate(zip(sources, shares, strict=True))
+        if share
+    ]
+    while turns:
+        used, number, share, documents = heapq.heappop(turns)
+        if document := next(documents, None):
+            used += (1 + document.num_bytes) / share
+            heapq.heappush(turns, (used, number, share, documents))
+            yield document.text
+
+
 def _recipe(config: DataConfig, source: Source, vocab_size: int, max_tokens: int) -> dict[str, Any]:
     """Everything that determines the content, as far as it is known without a network."""
     tokenizer = config.tokenizer
@@ -65,10 +98,10 @@ def _recipe(config: DataConfig, source: Source, vocab_size: int, max_tokens: int
     return recipe | {"tokenizer": tokenizer, "max_tokens": max_tokens}
 
 
-def _compare_source(config: DataConfig, before: DataConfig, folder: Path) -> None:
+def _compare_source(config: DataConfig, before: str, folder: Path) -> None:
     # The run trains on its prepared tokens in any case: says what became of their source, and
     # refuses another one.
-    moved = config.source != before.source
+    moved = config.source != before
     try:
         source = open_source(config)
     except JaxlmError as error:  # no file, no package, a file of another kind
@@ -81,7 +114,7 @@ def _compare_source(config: DataConfig, before: DataConfig, folder: Path) -> Non
         if not source.sizes or source.sizes != made_of["sizes"]:
             raise InputError(
                 f"data.source: found {config.source}, whose files are not those of "
-                f"{before.source}, which the run began with; expected the same files in another "
+                f"{before}, which the run began with; expected the same files in another "
                 "place. Add --run_dir for a new run, or set it back"
             )
         _log.info(

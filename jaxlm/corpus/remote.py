@@ -21,7 +21,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from jaxlm.config import DataConfig
-from jaxlm.corpus.files import Document, Source, files_revision
+from jaxlm.corpus.files import Document, Source, document_of, files_revision
 from jaxlm.corpus.formats import text_of
 from jaxlm.data.batches import permute
 from jaxlm.errors import MissingFileError, MissingPackageError, NoConnectionError
@@ -54,7 +54,7 @@ def hugging_face(data: DataConfig) -> Source:
             repo, config or None, split=data.split, streaming=True, revision=revision
         )
         for index, row in enumerate(rows.skip(start), start):
-            yield Document(text_of(row, data.text_field, f"{name} row {index}"), name)
+            yield document_of(text_of(row, data.text_field, f"{name} row {index}"), name)
 
     key = _folder_revision(repo) if local else name
     return Source(name, key, documents, look_up=None if local else commit)
@@ -93,7 +93,7 @@ def tfds(data: DataConfig) -> Source:
             # Shuffled: the first documents are a sample of all.
             for index in map(int, permute(places, len(rows), seed=0, epoch=0)):
                 text = text_of(rows[index], data.text_field, f"{name} row {index}")
-                yield Document(text, name)
+                yield document_of(text, name)
 
     return Source(name, key, documents, look_up=lambda: f"{builder().info.full_name} {key}")
 

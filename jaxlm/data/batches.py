@@ -1,19 +1,22 @@
-"""Token shards -> batch n: a pure function of (tokens, seed, n).
+"""Token shards -> batch n: a pure function of (tokens, mixture, seed, n).
 
-Axes: B batch, T time, W windows of an epoch. Window w holds tokens w*T to w*T + T; its last token
-is also the first of the next window, so each token but the first is a target once an epoch. Row r
-of a run is row r % B of batch r // B, and holds window permutation(r % W) of epoch r // W.
+Axes: B batch, T time, W windows of an epoch. Window w of a source holds its tokens w*T to w*T + T;
+its last token is also the first of the next window, so each token but the first is a target once an
+epoch. Row r of a run is row r % B of batch r // B. The mixture maps row r to row q of a source,
+which holds window permutation(q % W) of the source's epoch q // W.
 """
 
 import collections
 import hashlib
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 
+from jaxlm.config import MAIN
+from jaxlm.data.mixture import Mixture
 from jaxlm.data.shards import TokenShards
 from jaxlm.errors import InputError
 
@@ -65,40 +68,73 @@ def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray
 
 
 class TrainBatches:
-    """Training batches: endless passes over the windows, reshuffled each epoch."""
+    """Training batches: endless passes over the windows of each source, reshuffled each epoch."""
 
     def __init__(
-        self, tokens: TokenShards, *, batch_size: int, seq_len: int, seed: int, fingerprint: str
+        self,
+        sources: Mapping[str, TokenShards],
+        mixture: Mixture,
+        *,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
     ) -> None:
-        if tokens.num_tokens < seq_len + 1:
-            raise InputError(
-                f"corpus: {tokens.num_tokens:,} training tokens, and one window of seq_len "
-                f"{seq_len:,} takes {seq_len + 1:,}: give it more text, or lower seq_len"
-            )
-        self.fingerprint = fingerprint
-        self.windows_per_epoch = (tokens.num_tokens - 1) // seq_len
-        self._tokens, self._batch_size, self._seq_len = tokens, batch_size, seq_len
-        self._seed = seed
+        """`sources` has those of the mixture's rows from now on; others may be gone."""
+        for name, tokens in sources.items():
+            if tokens.num_tokens < seq_len + 1:
+                raise InputError(
+                    f"corpus {name}: {tokens.num_tokens:,} training tokens, and one window of "
+                    f"seq_len {seq_len:,} takes {seq_len + 1:,}: give it more text, or lower "
+                    "seq_len"
+                )
+        self._sources, self._mixture = sources, mixture
+        self._batch_size, self._seq_len = batch_size, seq_len
+        self._seeds = {name: seed_of(seed, name) for name in sources}
 
     def __call__(self, index: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         """Rows of batch `index`: inputs and targets, each int32 [rows, T]."""
-        row = np.arange(self._batch_size, dtype=np.int64)[rows] + index * self._batch_size
-        epoch, place = np.divmod(row, self.windows_per_epoch)
+        numbers = np.arange(self._batch_size, dtype=np.int64)[rows] + index * self._batch_size
+        tokens_BT = np.empty((len(numbers), self._seq_len + 1), np.int32)
+        for name, (own, row) in self._mixture.split(numbers).items():
+            tokens_BT[own] = self._windows(name, row)
+        return {"inputs": tokens_BT[:, :-1], "targets": tokens_BT[:, 1:]}
+
+    def _windows(self, name: str, row: np.ndarray) -> np.ndarray:
+        tokens = self._sources[name]
+        num_windows = windows_per_epoch(tokens, self._seq_len)
+        epoch, place = np.divmod(row, num_windows)
         window = np.empty_like(place)
         for value in np.unique(epoch):
             here = epoch == value
-            window[here] = permute(place[here], self.windows_per_epoch, self._seed, int(value))
-        tokens_BT = self._tokens.windows(window * self._seq_len, self._seq_len + 1)
-        return {"inputs": tokens_BT[:, :-1], "targets": tokens_BT[:, 1:]}
+            window[here] = permute(place[here], num_windows, self._seeds[name], int(value))
+        return tokens.windows(window * self._seq_len, self._seq_len + 1)
+
+
+def seed_of(seed: int, name: str) -> int:
+    """The seed of a source's shuffles, so that equal sources have different orders."""
+    if name == MAIN:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8])
+
+
+def windows_per_epoch(tokens: TokenShards, seq_len: int) -> int:
+    """Number of windows in one pass over the tokens."""
+    return (tokens.num_tokens - 1) // seq_len
 
 
 class EvalBatches:
     """The whole held-out set, once and in order; missing rows of the last batch are masked."""
 
     def __init__(
-        self, tokens: TokenShards, *, batch_size: int, seq_len: int, fingerprint: str = ""
+        self,
+        tokens: TokenShards,
+        *,
+        batch_size: int,
+        seq_len: int,
+        fingerprint: str = "",
+        num_bytes: int | None = None,
     ) -> None:
-        self.fingerprint = fingerprint
+        self.fingerprint, self.num_bytes = fingerprint, num_bytes
         if tokens.num_tokens < 2:
             raise InputError(
                 f"held-out set: {tokens.num_tokens} tokens, and an eval takes at least 2: "

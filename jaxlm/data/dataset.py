@@ -5,25 +5,19 @@ import dataclasses
 import hashlib
 import json
 import os
-import pkgutil
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
-from jaxlm.config import Config, DataConfig
 from jaxlm.data.shards import TokenShards
 from jaxlm.errors import InputError
 from jaxlm.files.durable import crc32c, write_file
 from jaxlm.files.strict import read_json, shown
 
 MANIFEST = "manifest.json"
-# Kind of source -> function that makes its dataset, imported when a run has such a source.
-_MAKERS: dict[str, str] = dict.fromkeys(
-    ("embedded", "text", "hf", "tfds", "tfds_dir"), "jaxlm.corpus.prepared:find_or_make"
-)
 
 
 class Record(TypedDict):
@@ -43,9 +37,12 @@ class Shard(Record):
 class Manifest(TypedDict):
     """Content of MANIFEST, of a complete dataset."""
 
+    source: str
     tokenizer: Record
     train: list[Shard]
     eval: list[Shard]
+    eval_bytes: int
+    """Bytes of the text of the held-out tokens, but for the first, which no eval predicts."""
     vocab_size: int
     eos_id: int
     dtype: Literal["<u2", "<u4"]
@@ -58,54 +55,15 @@ class Dataset:
     """Prepared data."""
 
     directory: Path
+    source: str
     train: TokenShards
     eval: TokenShards
+    eval_bytes: int
+    """Bytes of text that an eval of `eval` predicts."""
     fingerprint: str
     """Identity of the tokens: equal for equal tokens of any source."""
     tokenizer_path: Path
     eos_id: int
-
-
-def default_max_tokens(config: DataConfig, num_tokens: int) -> int:
-    """Training tokens to prepare: `config.max_tokens`, else 1% more than the run, at least 10 M."""
-    return config.max_tokens or max(num_tokens + num_tokens // 100, 10_000_000)
-
-
-class Recorded(NamedTuple):
-    """The data of a run, as a checkpoint of the run records it."""
-
-    fingerprint: str
-    config: DataConfig
-
-
-def load_dataset(
-    config: Config, recorded: Recorded | None = None, *, all_held_out: bool = False
-) -> tuple[Config, Dataset]:
-    """The config with `data.max_tokens` filled in, and its data: from the cache, or made now.
-
-    Args:
-      config: of a run. `vocab_size` of the model is the size of a trained tokenizer, and the limit
-        for a given one.
-      recorded: of a run that resumes: its prepared data is found by the fingerprint, even if the
-        source has moved or is gone.
-      all_held_out: hold out every document, to evaluate on all of a source.
-
-    Raises:
-      ValueError: the corpus or the tokenizer does not fit, or a file of the cache is damaged.
-      FileNotFoundError, ImportError, ConnectionError: source or tokenizer is not available.
-      OSError: the disk is full.
-    """
-    max_tokens = default_max_tokens(config.data, config.num_steps * config.tokens_per_step)
-    data = dataclasses.replace(config.data, max_tokens=max_tokens)
-    make = pkgutil.resolve_name(_MAKERS[data.source.partition(":")[0]])
-    dataset = make(
-        data,
-        vocab_size=config.model.vocab_size,
-        max_tokens=max_tokens,
-        recorded=recorded,
-        all_held_out=all_held_out,
-    )
-    return dataclasses.replace(config, data=data), dataset
 
 
 def digest(values: Any) -> str:
@@ -142,7 +100,14 @@ def open_dataset(folder: Path, vocab_size: int) -> Dataset:
         for split in ("train", "eval")
     )
     return Dataset(
-        folder, train, held_out, manifest["fingerprint"], tokenizer_path, manifest["eos_id"]
+        directory=folder,
+        source=manifest["source"],
+        train=train,
+        eval=held_out,
+        eval_bytes=manifest["eval_bytes"],
+        fingerprint=manifest["fingerprint"],
+        tokenizer_path=tokenizer_path,
+        eos_id=manifest["eos_id"],
     )
 
 

@@ -1,16 +1,14 @@
 """Evaluates and compares checkpoints outside of the run."""
 
 import dataclasses
-import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from scipy.special import stdtrit
 
 from jaxlm.checkpoints.folder import (
     TOKENIZER,
@@ -23,7 +21,8 @@ from jaxlm.compilation_cache import enable_compilation_cache
 from jaxlm.config import Config, MeshConfig
 from jaxlm.corpus.cache import find_prepared
 from jaxlm.corpus.overlap import find_overlap
-from jaxlm.data.dataset import Dataset, Recorded, load_dataset, open_dataset
+from jaxlm.data.dataset import Dataset, open_dataset
+from jaxlm.data.run_data import Recorded, alone, default_max_tokens, load_data, load_dataset
 from jaxlm.device.loss import Batch, next_token_loss
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import Params
@@ -32,10 +31,10 @@ from jaxlm.errors import InputError
 from jaxlm.evaluation.evals import checkpoint_id
 from jaxlm.inference.load import log_selected, restore_params
 from jaxlm.terminal import prints_lines, progress
-from jaxlm.tracking.metrics import perplexity
 from jaxlm.training.environment import compare_environments, describe_environment
-from jaxlm.training.evaluate import batch_sums, means
-from jaxlm.training.setup import held_out_batches, hold_out, mask_id
+from jaxlm.training.evaluate import batch_sums, joined, means
+from jaxlm.training.inputs import held_out_batches
+from jaxlm.training.setup import hold_out, mask_id
 
 _log = logging.getLogger(__name__)
 
@@ -57,8 +56,12 @@ class Score(NamedTuple):
     loss: float
     """Nats per token."""
     perplexity: float
+    bits_per_byte: float
+    """Of the text, so comparable between tokenizers."""
     num_tokens: int
     """Number of tokens predicted."""
+    num_bytes: int
+    """Bytes of their text."""
     recorded_loss: float | None
     """Eval loss in the checkpoint's metadata; None if it has none, or with another source."""
     differences: list[str]
@@ -86,7 +89,8 @@ class _Candidate(NamedTuple):
     run: str
     selected: Selected
     config: Config
-    dataset: Dataset
+    datasets: list[Dataset]
+    """Their held-out sets are evaluated as one."""
 
 
 @prints_lines
@@ -125,8 +129,7 @@ class Scorer:
             raise InputError("held_out: found no source, expected one; name text with --source")
         self._source, self._all = source, source is not None and not held_out
         self.label = f"{source}, held out" if held_out else source
-        self._load = functools.lru_cache(maxsize=1)(load_dataset)
-        self._warn_overlap = functools.lru_cache(maxsize=1)(_warn_overlap)
+        self._loaded: tuple[object, list[Dataset]] = None, []
 
     def __call__(self, run: str) -> Score:
         """The score of `RUN@STEP`; raises as `score`."""
@@ -135,41 +138,67 @@ class Scorer:
     def find(self, run: str) -> _Candidate:
         """`RUN@STEP`, and the data to evaluate it on."""
         selected = select(run)
-        config, recorded = selected.metadata.run_config(), selected.metadata.data_fingerprint
-        if not (self._source or recorded):
+        metadata = selected.metadata
+        config = metadata.run_config()
+        if not (self._source or metadata.data):
             raise InputError(
                 f"{run}: was imported, or trained on custom batches, so it has no held-out set; "
                 "name text with --source"
             )
-        if self._source:
-            tokenizer = str(selected.folder / TOKENIZER)
-            data = dataclasses.replace(config.data, source=self._source, tokenizer=tokenizer)
-            if self._all:
-                data = dataclasses.replace(data, max_tokens=1, eval_tokens=_NO_LIMIT)
-            config = dataclasses.replace(config, data=data)
         enable_compilation_cache(config.data.cache_dir)
-        of_run = None if self._source else Recorded(recorded, config.data)
-        config, dataset = self._load(config, of_run, all_held_out=self._all)
-        if not self._source and dataset.fingerprint != recorded:
-            raise InputError(
-                f"{run}: found data {dataset.fingerprint}, expected that of the run, {recorded}; "
-                "restore that data, or name other text with --source"
-            )
-        if self._source:
-            self._warn_overlap(dataset, recorded, config)
+        key = config.data, config.model.vocab_size, metadata.data, selected.folder
+        if self._loaded[0] != key:
+            load = self._of_source if self._source else _of_run
+            self._loaded = key, load(selected, config)
         name = run if split_step(run)[1] else f"{run}@best"
-        return _Candidate(name, selected, config, dataset)
+        return _Candidate(name, selected, config, self._loaded[1])
+
+    def _of_source(self, selected: Selected, config: Config) -> list[Dataset]:
+        assert self._source
+        data = alone(config.data, self._source, str(selected.folder / TOKENIZER))
+        max_tokens = default_max_tokens(data, config.num_steps * config.tokens_per_step)
+        if self._all:
+            data, max_tokens = dataclasses.replace(data, eval_tokens=_NO_LIMIT), 1
+        dataset = load_dataset(
+            data,
+            vocab_size=config.model.vocab_size,
+            max_tokens=max_tokens,
+            all_held_out=self._all,
+        )
+        _warn_overlap(dataset, selected.metadata.data, config)
+        return [dataset]
 
 
-def _warn_overlap(dataset: Dataset, fingerprint: str, config: Config) -> None:
+def _of_run(selected: Selected, config: Config) -> list[Dataset]:
+    # The held-out sets that decide the best.
+    metadata = selected.metadata
+    recorded = Recorded(
+        metadata.step, metadata.data, metadata.phases, config.data, selected.folder / TOKENIZER
+    )
+    _, data = load_data(config, recorded)
+    datasets = data.by_name
+    names = str(config.data.best_by).split("+")
+    for name, dataset in data.sources.items():
+        if dataset.fingerprint != metadata.data.get(name):
+            raise InputError(
+                f"{selected.folder}: found data {dataset.fingerprint} for {name}, expected that of "
+                f"the run, {metadata.data.get(name, 'none')}; restore that data, or name other "
+                "text with --source"
+            )
+    return [datasets[name] for name in names]
+
+
+def _warn_overlap(dataset: Dataset, fingerprints: Mapping[str, str], config: Config) -> None:
     # Warns if the run's data holds documents of `dataset`.
     data, unknown = config.data, "what the run was trained on is not compared with these documents"
-    folder = find_prepared(fingerprint, "", data.cache_dir) if fingerprint else None
-    if folder is None:
+    folders = [find_prepared(found, "", data.cache_dir) for found in fingerprints.values()]
+    if None in folders or not folders:
         _log.info(f"{unknown}: its prepared data is not here")
         return
     try:
-        train = open_dataset(folder, config.model.vocab_size).train
+        train = [
+            open_dataset(folder, config.model.vocab_size).train for folder in folders if folder
+        ]
     except (ValueError, OSError) as error:
         _log.warning(f"{unknown}: {error}")
         return
@@ -182,11 +211,13 @@ def _warn_overlap(dataset: Dataset, fingerprint: str, config: Config) -> None:
 
 
 def _in_batches_of(first: _Candidate, other: _Candidate) -> _Candidate:
-    a, b = first.dataset, other.dataset
-    tokens_a, tokens_b = (data.eval.read(0, data.eval.num_tokens) for data in (a, b))
+    def tokens(candidate: _Candidate) -> list[bytes]:
+        return [of.eval.read(0, of.eval.num_tokens).tobytes() for of in candidate.datasets]
+
+    paths = [candidate.datasets[0].tokenizer_path for candidate in (first, other)]
     same = {
-        "tokenizer": a.tokenizer_path.read_bytes() == b.tokenizer_path.read_bytes(),
-        "held-out set": np.array_equal(tokens_a, tokens_b),
+        "tokenizer": paths[0].read_bytes() == paths[1].read_bytes(),
+        "held-out set": tokens(first) == tokens(other),
         "seq_len": first.config.seq_len == other.config.seq_len,
     }
     if not all(same.values()):
@@ -200,14 +231,17 @@ def _in_batches_of(first: _Candidate, other: _Candidate) -> _Candidate:
 
 
 def _score(candidate: _Candidate, label: str | None) -> Score:
-    run, first, config, dataset = candidate
+    run, first, config, datasets = candidate
     mesh = _choose_mesh(first.metadata.environment["mesh"], config.micro_batch_size)
     selected, (blueprint, params) = read(run, lambda s: (s, restore_params(s, mesh)), first=first)
     log_selected(selected)
-    held_out = hold_out(config, mesh, held_out_batches(config, dataset))
-    next_token = next_token_loss(eos_id=mask_id(config, dataset), num_chunks=config.loss_chunks)
+    sets = [hold_out(config, mesh, held_out_batches(config, dataset)) for dataset in datasets]
+    eos_id = mask_id(config, datasets[0].eos_id)
+    next_token = next_token_loss(eos_id=eos_id, num_chunks=config.loss_chunks)
     eval_step = make_eval_step(blueprint, next_token, mesh)
-    with progress(f"Evaluating step {selected.step}", held_out.num_batches) as advance:
+    num_batches = sum(of.num_batches for of in sets)
+    num_bytes = sum(dataset.eval_bytes for dataset in datasets)
+    with progress(f"Evaluating step {selected.step}", num_batches) as advance:
         before = None
 
         def step(params: Params, batch: Batch) -> dict[str, jax.Array]:
@@ -219,17 +253,19 @@ def _score(candidate: _Candidate, label: str | None) -> Score:
             before = now
             return now
 
-        sums = batch_sums(step, params, *held_out)
-    loss, environment = means(sums)["loss"], describe_environment(mesh)
+        sums = joined([batch_sums(step, params, of) for of in sets])
+    found, environment = means(sums, num_bytes), describe_environment(mesh)
     metadata = selected.metadata
     return Score(
         run=run,
         step=selected.step,
         checkpoint=checkpoint_id(metadata),
-        source=label or config.data.source,
-        loss=loss,
-        perplexity=perplexity(loss),
+        source=label or ", ".join(dataset.source for dataset in datasets),
+        loss=found["loss"],
+        perplexity=found["perplexity"],
+        bits_per_byte=found["bits_per_byte"],
         num_tokens=int(sums["tokens"].sum()),
+        num_bytes=num_bytes,
         recorded_loss=None if label else metadata.eval_loss,
         differences=compare_environments(metadata.environment, environment),
         environment=environment,
@@ -244,50 +280,3 @@ def _choose_mesh(recorded: dict[str, int], micro_batch_size: int) -> Mesh:
     if fits and math.prod(recorded.values()) == count:
         return make_mesh(MeshConfig(**recorded))
     return make_mesh(MeshConfig(), jax.devices()[: math.gcd(micro_batch_size, count)])
-
-
-class PairedDifference(NamedTuple):
-    """The difference of two losses on the same batches, with its confidence interval."""
-
-    mean: float
-    """Loss of the first minus loss of the second (nats per token)."""
-    low: float
-    high: float
-    """95% confidence interval of the mean."""
-    num_batches: int
-
-    @property
-    def better(self) -> int | None:
-        """0 if the first is better, 1 if the second; None if the interval contains 0."""
-        if self.high < 0:
-            return 0
-        return 1 if self.low > 0 else None
-
-
-def paired_difference(sums_a: np.ndarray, sums_b: np.ndarray) -> PairedDifference:
-    """The difference of two mean losses per token, with its 95% confidence interval.
-
-    The difficulty of a batch is common to both, and cancels in the difference (Miller, "Adding
-    Error Bars to Evals", 2411.00640, section 3). The mean is a ratio, of the sum of differences to
-    the number of tokens; its error is that of a ratio estimator over batches (Cochran, "Sampling
-    Techniques", 3rd ed. 1977, chapter 6), with Student's t of (batches - 1) degrees of freedom. The
-    interval holds for more text of this kind, not for other text.
-
-    Args:
-      sums_a: `Score.sums` of the first: loss sum (nats) and number of tokens [batches, 2].
-      sums_b: the same of the second, on the same batches.
-
-    Raises:
-      ValueError: fewer than two batches.
-    """
-    count = len(sums_a)
-    if count < 2:
-        raise InputError(
-            f"held-out set: found {count} batch, expected at least 2 for a confidence interval; "
-            "raise data.eval_tokens"
-        )
-    tokens, gaps = sums_a[:, 1], sums_a[:, 0] - sums_b[:, 0]
-    mean = gaps.sum() / tokens.sum()
-    variance = count / (count - 1) * np.square(gaps - mean * tokens).sum()
-    margin = float(stdtrit(count - 1, 0.975)) * math.sqrt(variance) / tokens.sum()
-    return PairedDifference(float(mean), float(mean - margin), float(mean + margin), count)

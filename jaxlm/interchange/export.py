@@ -163,17 +163,17 @@ def _write_about(folder: Path, selected: Selected, dtype: Dtype) -> bool:
 def _card(selected: Selected, name: str, num_params: int, dtype: str) -> str:
     metadata = selected.metadata
     config = metadata.run_config()
-    kind, _, _ = config.data.source.partition(":")
     # A public card must not show local paths.
-    source = {"text": "text files", "tfds_dir": "a folder of TFDS"}.get(kind, config.data.source)
+    local = {"text": "text files", "tokens": "token files", "tfds_dir": "a folder of TFDS"}
+    sources = [local.get(s.partition(":")[0], s) for s in config.data.corpora.values()]
     rows = {
         "parameters": f"{num_params:,}",
         "layers, width": f"{config.model.num_layers}, {config.model.d_model}",
         "step": f"{metadata.step:,}",
         "tokens trained on": f"{metadata.tokens_seen:,}",
         "sequence length": f"{config.seq_len:,}",
-        "data": source,
-        "data fingerprint": metadata.data_fingerprint or "none",
+        "data": ", ".join(dict.fromkeys(sources)),
+        "data fingerprint": ", ".join(metadata.data.values()) or "none",
         "optimizer, peak learning rate": f"{config.optim.name}, {config.optim.learning_rate:g}",
         "dtype of the weights": dtype,
     }

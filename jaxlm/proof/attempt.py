@@ -17,6 +17,7 @@ from jaxlm.tracking.metrics import read_metrics
 _POLL_INTERVAL_S = 0.001
 _TIMED = ("train/tokens_per_s", "train/mfu", "time/")
 _COMPARED = ("tokens_seen", "eval_loss", "best_eval_loss", "best_step", "num_worse_evals", "final")
+_COMPARED += ("data", "phases", "eval_set")
 
 
 class Process(Protocol):

@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxlm.checkpoints.folder import scan_folder
 from jaxlm.config import Config, to_dict
-from jaxlm.data.dataset import default_max_tokens
+from jaxlm.data.run_data import default_max_tokens
 from jaxlm.errors import InputError
 from jaxlm.files.durable import check_output_path
 from jaxlm.launch import STOPPED
@@ -94,7 +94,7 @@ def prove(config: Config, flags: Sequence[str], settings: Settings) -> dict[str,
         "seed": settings.prove_seed,
         "flags": [*flags, *overrides],
         "config_sha256": _sha256(to_dict(config)),
-        "data_fingerprint": metadata.data_fingerprint,
+        "data": metadata.data,
         "environment": metadata.environment,
         "fingerprints": metadata.fingerprints,
         "steps": steps[0],
@@ -199,7 +199,7 @@ def describe(certificate: dict[str, Any]) -> list[str]:
     """The certificate, as lines of text."""
     steps = certificate["steps"]
     lines = [
-        f"config {certificate['config_sha256']}, data {certificate['data_fingerprint']}",
+        f"config {certificate['config_sha256']}, data {certificate['data']}",
         *(f"{name}: {value}" for name, value in certificate["environment"].items()),
         f"seed {certificate['seed']}, {len(certificate['kills'])} kills",
     ]

@@ -4,6 +4,7 @@ import functools
 import math
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TextIO
 
@@ -118,20 +119,29 @@ class Console:
         self._print(" | ".join([*parts, _now()]))
         self._update(step, loss=f"Loss {loss:.4f}", left=left)
 
-    def evaluation(self, step: int, loss: float, best_loss: float | None, improved: bool) -> None:
+    def evaluation(
+        self, step: int, row: Mapping[str, float], best_loss: float | None, improved: bool
+    ) -> None:
         """Prints the banner of an eval.
 
         Args:
           step: steps done.
-          loss: eval loss.
+          row: `eval/loss`, `eval/perplexity`, and those of named held-out sets.
           best_loss: the best so far, or None before there is one.
           improved: whether this eval is the new best.
         """
         verdict = f"Best eval loss: {'none yet' if best_loss is None else f'{best_loss:.4f}'}"
         if improved:
             verdict = self._with_emoji("🎯", "New best eval loss!")
-        lines = [f"Evaluation at step {step} | {_now()}", f"  Eval Loss: {loss:.4f}"]
-        lines += [f"  Eval PPL: {_number(perplexity(loss))}", f"  {verdict}"]
+        lines = [f"Evaluation at step {step} | {_now()}", f"  Eval Loss: {row['eval/loss']:.4f}"]
+        lines.append(f"  Eval PPL: {_number(row['eval/perplexity'])}")
+        if (bits := row.get("eval/bits_per_byte")) is not None:
+            lines.append(f"  Bits per byte: {bits:.4f}")
+        for name, value in row.items():
+            of, _, metric = name.removeprefix("eval/").rpartition("/")
+            if of and metric == "loss":
+                lines.append(f"  Loss of {of}: {value:.4f}")
+        lines.append(f"  {verdict}")
         self._print("\n".join(["", _RULE, *lines, _RULE, ""]))
 
     def saved(self, step: int, path: str, best: bool) -> None:

@@ -19,7 +19,15 @@ _LOSS = (
     "float32 [], or a dict of such with a `loss` among them (a mean would not add up)"
 )
 
-_TAKEN = {"perplexity", "tokens", "best_loss", "grad_norm", "learning_rate", *Guard._fields}
+_TAKEN = {
+    "perplexity",
+    "bits_per_byte",
+    "tokens",
+    "best_loss",
+    "grad_norm",
+    "learning_rate",
+    *Guard._fields,
+}
 """Names of other metrics of a step or an eval."""
 
 

@@ -28,7 +28,7 @@ from jaxlm.tracking.rows import Rows
 from jaxlm.tracking.throughput import flops_per_token
 from jaxlm.tracking.trace import traced
 from jaxlm.training.environment import describe_environment
-from jaxlm.training.evaluate import Stopped, evaluate
+from jaxlm.training.evaluate import Stopped
 from jaxlm.training.resume import is_at_end
 from jaxlm.training.setup import TrainSetup
 from jaxlm.training.signals import StopRequest
@@ -128,7 +128,8 @@ class Loop:
     def batches(self, start: int, stop: int) -> Iterator[Iterator[tuple[int, Batch]]]:
         """(index, batch) of these steps, made ahead; traced where the config says so."""
         config, folder = self.config, Path(self.config.run_dir) / "profile"
-        ahead = prefetch(self.parts.put, start, stop, config.data.prefetch)
+        put = self.parts.put_batches(self.start.phases)
+        ahead = prefetch(put, start, stop, config.data.prefetch)
         batches = traced(self.clock.waiting(ahead), folder, config.profile)
         # Closed here, not by the garbage collector: that may run in the middle of a thread's start,
         # and the end of the prefetch thread would wait for a lock that the start holds.
@@ -224,12 +225,9 @@ class Loop:
         """
         self.read_metrics()
         with self.clock.spent("eval"):
-            eval_step, means, failure = self.parts.eval_step, {}, None
+            row, failure = {}, None
             try:
-                for name, of in self.parts.held_out.items():
-                    found = evaluate(eval_step, state.weights, of.put, of.num_batches, stops)
-                    means |= {f"{name}/{metric}": mean for metric, mean in found.items()}
-                    means[f"{name}/perplexity"] = perplexity(found["loss"])
+                row = self.parts.evaluate(state.weights, stops)
             except Stopped:
                 _log.info(f"the eval of step {step} was cut short; the next start makes it")
                 return None, False
@@ -244,12 +242,12 @@ class Loop:
                 raise failure
             self.checkpoints.wait()  # Best is chosen among checkpoints on disk.
             before = self.checkpoints.best
-            loss = means["eval/loss"]
+            loss = row["eval/loss"]
             best = self.checkpoints.best_with(step, loss)
             improved = best is not None and best.step == step
             self.num_worse_evals = 0 if improved else self.num_worse_evals + 1
-            self.log(step, {**means, "eval/best_loss": best.loss if best else math.inf})
-            self.console.evaluation(step, loss, before.loss if before else None, improved)
+            self.log(step, {**row, "eval/best_loss": best.loss if best else math.inf})
+            self.console.evaluation(step, row, before.loss if before else None, improved)
         return loss, improved
 
     def save(
@@ -291,9 +289,10 @@ class Loop:
             num_worse_evals=self.num_worse_evals,
             final=final,
             config=to_dict(self.config),
-            data_fingerprint=self.parts.data_fingerprint,
-            eval_set=self.parts.eval_set or self.start.eval_set,
-            eos_id=self.parts.eos_id,
+            data=self.start.data | self.parts.inputs.fingerprints,
+            phases=self.start.phases,
+            eval_set=self.parts.inputs.eval_set or self.start.eval_set,
+            eos_id=self.parts.inputs.eos_id,
             environment=self.environment,
             tracking_run_id=self.metrics.run_id if self.metrics else "",
             lineage=self.start.lineage,

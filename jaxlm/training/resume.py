@@ -82,10 +82,14 @@ def plan_resume(config: Config, checkpoints: Checkpoints) -> ResumePlan:
     if latest is None:
         return ResumePlan(config, [], False)
     before = latest.run_config()
-    if config.data.max_tokens is None:
-        # Chosen at the first start: more steps reuse its tokens, not new data.
-        data = dataclasses.replace(config.data, max_tokens=before.data.max_tokens)
-        config = dataclasses.replace(config, data=data)
+    # Chosen at the first start: more steps reuse its tokens, not new data; best keeps its meaning.
+    chosen = {
+        name: getattr(before.data, name)
+        for name in ("max_tokens", "best_by")
+        if getattr(config.data, name) is None
+    }
+    data = dataclasses.replace(config.data, **chosen)
+    config = dataclasses.replace(config, data=data)
     changed = _allowed_changes(latest, config, checkpoints.folder)
     _check_owner(latest, config)
     complete = latest.final and is_at_end(config, latest.step, latest.num_worse_evals)

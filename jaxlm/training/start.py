@@ -17,6 +17,7 @@ from jaxlm.checkpoints.names import split_step
 from jaxlm.checkpoints.restore import check_layout, items_of, restore_state, restore_weights
 from jaxlm.cluster import agree
 from jaxlm.config import Config, changes, to_dict
+from jaxlm.data.mixture import Phase
 from jaxlm.device.sharding import deterministic_options, make_mesh
 from jaxlm.device.state import Own, TrainState, blueprint_of
 from jaxlm.errors import InputError
@@ -62,8 +63,12 @@ class Start(NamedTuple):
     """Whether a changed setting may make the next rows differ from those cut off metrics.jsonl."""
     why: str = "new"
     """Human-readable reason for this start."""
+    phases: list[Phase] = []  # never changed in place
+    """The mixture of the sources so far and from here on."""
+    data: dict[str, str] = {}  # never changed in place
+    """Fingerprints of the sources so far, by name."""
     eval_set: str = ""
-    """Name and fingerprint of the held-out set that decided the best so far."""
+    """Names and fingerprints of the held-out sets that decided the best so far."""
     lineage: list[dict[str, Any]] = []  # never changed in place
     """Changes of settings, branches and initializations so far, oldest first."""
 
@@ -105,7 +110,7 @@ def start_state(parts: TrainSetup, checkpoints: Checkpoints) -> tuple[TrainState
     state = parts.blueprint.make(config.seed)
     if config.init_from:
         return _with_weights_of(parts, config.init_from, state)
-    return state, Start()
+    return state, Start(phases=parts.inputs.phases([], 0))
 
 
 def _go_back_to_best(parts: TrainSetup, checkpoints: Checkpoints) -> Restored | None:
@@ -159,24 +164,29 @@ def _resumed(
         tracking_run_id=metadata.tracking_run_id,
         settings_changed=bool(recorded),
         why="; ".join(["resumed", *map(str, recorded)]),
+        phases=parts.inputs.phases(metadata.phases, metadata.step),
+        data=metadata.data,
         eval_set=metadata.eval_set,
         lineage=lineage,
     )
 
 
 def _check_data(parts: TrainSetup, metadata: Metadata) -> None:
-    if metadata.data_fingerprint != parts.data_fingerprint:
+    before, now, eval_set = metadata.data, parts.inputs.fingerprints, parts.inputs.eval_set
+    for name in sorted(before.keys() | now.keys()):
+        both = name in before and name in now
+        if (both and before[name] != now[name]) or bool(before) != bool(now):
+            raise InputError(
+                f"data: found fingerprint {now.get(name, 'none')}, but step {metadata.step} was "
+                f"trained on {before.get(name, 'none')} as {name}; bring back the data of that run "
+                "(its source has changed since), or add --run_dir for a new run"
+            )
+    judged = metadata.best_step is not None and bool(eval_set)
+    if judged and metadata.eval_set != eval_set:
         raise InputError(
-            f"data: found fingerprint {parts.data_fingerprint or 'none'}, but step "
-            f"{metadata.step} was trained on {metadata.data_fingerprint or 'none'}; bring back the "
-            "data of that run (its source has changed since), or add --run_dir for a new run"
-        )
-    judged = metadata.best_step is not None and bool(parts.eval_set)
-    if judged and metadata.eval_set != parts.eval_set:
-        raise InputError(
-            f"eval_batches: found {parts.eval_set} as the first held-out set, but up to step "
-            f"{metadata.step} it was {metadata.eval_set or 'none'}, which judges best; give it, or "
-            "add --run_dir for a new run"
+            f"eval_batches: found {eval_set} to judge best by, but up to step {metadata.step} it "
+            f"was {metadata.eval_set or 'none'}; give that held-out set, or add --run_dir for a "
+            "new run"
         )
 
 
@@ -192,6 +202,8 @@ def _branch(parts: TrainSetup, source: str) -> tuple[TrainState, Start]:
         skipped_steps=int(state.guard.skipped_steps),
         owes_eval=parts.eval_due(selected.step),
         why=f"branched from {path}",
+        phases=parts.inputs.phases(metadata.phases, selected.step),
+        data=metadata.data,
         lineage=[*metadata.lineage, {"step": selected.step, "branched_from": str(path)}],
     )
 
@@ -205,7 +217,7 @@ def _with_weights_of(parts: TrainSetup, source: str, state: TrainState) -> tuple
     _log_best(selected.metadata)
     lineage = [*selected.metadata.lineage, {"step": 0, "initialized_from": str(selected.path)}]
     why = f"new, with the weights of {selected.path}"
-    return state, Start(why=why, lineage=lineage)
+    return state, Start(why=why, phases=parts.inputs.phases([], 0), lineage=lineage)
 
 
 def _selected(parts: TrainSetup, source: str) -> Selected:
@@ -213,7 +225,7 @@ def _selected(parts: TrainSetup, source: str) -> Selected:
     chosen = select(source) if jax.process_index() == 0 else None
     step = agree(chosen and chosen.step)
     selected = chosen or select(f"{split_step(source)[0]}@{step}", contents=False)
-    if selected.metadata.data_fingerprint != parts.data_fingerprint:
+    if selected.metadata.data != parts.inputs.fingerprints:
         _log.warning(f"the data is not that of {source}; its tokens must mean the same")
     for step, damage in selected.passed_over.items():
         _log.warning(f"step {step} of {source} is damaged ({damage[0]}) and was passed over")
@@ -234,8 +246,8 @@ def open_run_folder(
     run_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(to_dict(config), indent=2) + "\n"
     write_file(run_dir / CONFIG, text.encode())
-    if parts.tokenizer_path:
-        write_file(checkpoint_dir / TOKENIZER, parts.tokenizer_path.read_bytes())
+    if parts.inputs.tokenizer_path:
+        write_file(checkpoint_dir / TOKENIZER, parts.inputs.tokenizer_path.read_bytes())
     return Metrics(
         config,
         run_id=start.tracking_run_id,

@@ -11,10 +11,11 @@ import jax
 import optax
 
 from jaxlm.checkpoints.checkpoint import Checkpoints
+from jaxlm.checkpoints.folder import TOKENIZER
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.cluster import check_equal
 from jaxlm.config import Config
-from jaxlm.data.dataset import Recorded
+from jaxlm.data.run_data import Recorded
 from jaxlm.device.loss import Loss
 from jaxlm.device.state import ModelFactory, Own
 from jaxlm.errors import InputError, RunError
@@ -28,9 +29,10 @@ from jaxlm.tracking.rows import find_lost_rows
 from jaxlm.tracking.trackers import OpenTracker
 from jaxlm.training.at_end import AtEnd, Complete, find_tools
 from jaxlm.training.evaluate import EvalSet
+from jaxlm.training.inputs import TrainSet
 from jaxlm.training.loop import Callback, Hook, Loop, Result
 from jaxlm.training.resume import ResumePlan, check_folders, plan_resume
-from jaxlm.training.setup import TrainSet, TrainSetup, set_up
+from jaxlm.training.setup import TrainSetup, set_up
 from jaxlm.training.signals import stop_requests
 from jaxlm.training.start import (
     check_beginning,
@@ -132,10 +134,10 @@ def train(
                 eval_loss=eval_loss,
                 batches=batches,
                 eval_batches=eval_batches,
-                data_of_run=_recorded(checkpoints.latest),
+                data_of_run=_recorded(checkpoints),
                 clock=clock,
             )
-            check_equal("data", {"fingerprint": parts.data_fingerprint})
+            check_equal("data", parts.inputs.fingerprints)
             log_start(parts)
             stack.push(events.failed)
             acts = find_tools() if at_end is None and not (model or batches) else at_end or ()
@@ -154,8 +156,11 @@ def _leave_complete(plan: ResumePlan, latest: Metadata, checkpoints: Checkpoints
     return Result(latest.step, True, checkpoints.best)
 
 
-def _recorded(latest: Metadata | None) -> Recorded | None:
-    return Recorded(latest.data_fingerprint, latest.run_config().data) if latest else None
+def _recorded(checkpoints: Checkpoints) -> Recorded | None:
+    if not (latest := checkpoints.latest):
+        return None
+    tokenizer = checkpoints.folder / TOKENIZER
+    return Recorded(latest.step, latest.data, latest.phases, latest.run_config().data, tokenizer)
 
 
 @contextlib.contextmanager

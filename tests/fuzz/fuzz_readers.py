@@ -71,7 +71,8 @@ def _checkpoint_readers(home: Path) -> dict[str, Reader]:
     config = {"model": {"num_layers": 2, "rope_theta": 1e4, "compute_dtype": "auto"}}
     config |= {"optim": {"clip_norm": None}, "data": {"eos_token": "x"}, "num_steps": 1200}
     metadata = Metadata(
-        3, 384, 2.5, 2.5, 3, 0, True, config, "abc", "eval", 1,
+        3, 384, 2.5, 2.5, 3, 0, True, config, {"main": "abc"},
+        [{"step": 0, "shares": {"main": 1}}], "main abc", 1,
         {"cores": 2, "versions": {"jax": "0"}},
         "0a1b2c3d", [{"step": 1, "changed": ["a: was 1, is 2"]}],
         Rows(9, 7), "x", prints,
@@ -157,7 +158,7 @@ def _data_readers(home: Path) -> dict[str, Reader]:
             record = prepare._write(place / f"{split}-00000.bin", bytes(20))
             values |= {split: [{**record, "num_tokens": 10}]}
         values |= {"next_document": 4, "vocab_size": 280, "eos_id": 0, "dtype": "<u2"}
-        values |= {"exhausted": True, "sizes": "", "parts": {"text:x": [10, 10]}}
+        values |= {"exhausted": True, "sizes": "", "parts": {"text:x": [10, 10]}, "eval_bytes": 9}
         values["fingerprint"] = dataset.manifest_fingerprint(values)
         sample = json.dumps(values)
 

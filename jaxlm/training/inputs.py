@@ -1,0 +1,150 @@
+"""Training batches and held-out sets of a run: those of its config, or a caller's own."""
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from jaxlm.config import MAIN, Config
+from jaxlm.data.batches import EvalBatches, Rows, TrainBatches, recorded, windows_per_epoch
+from jaxlm.data.dataset import Dataset
+from jaxlm.data.mixture import Mixture, Phase, add_phase
+from jaxlm.data.run_data import Recorded, RunData, first_phase, load_data
+from jaxlm.training.evaluate import EvalSet
+
+_log = logging.getLogger(__name__)
+
+
+class TrainSet(Protocol):
+    """Batch n of the training data: a pure function of n, so that a resume needs no state.
+
+    An optional attribute `fingerprint` is kept in each checkpoint, and a resume with another one is
+    refused.
+    """
+
+    def __call__(self, index: int, rows: slice) -> dict[str, np.ndarray]:
+        """The given rows of batch `index`, as host arrays (`inputs`, `targets` by default)."""
+        ...
+
+
+class Inputs(NamedTuple):
+    """What a run trains on and is evaluated on."""
+
+    rows_of: Callable[[Sequence[Phase]], Rows]
+    """Phases of the mixture -> the training batches; a caller's own are the same for any."""
+    held_out: dict[str, EvalSet]
+    """Held-out sets by name."""
+    best_by: list[str]
+    """Names of the held-out sets that decide the best, together."""
+    shares: dict[str, int] = {}  # never changed in place
+    """Shares of the sources from now on; empty with a caller's own batches."""
+    fingerprints: dict[str, str] = {}  # never changed in place
+    """Name of a source -> fingerprint of its tokens."""
+    tokens: Dataset | None = None
+    """One of the datasets, whose tokenizer is that of all; None with a caller's own batches."""
+
+    @property
+    def eval_set(self) -> str:
+        """Names and fingerprints of the held-out sets that decide the best."""
+        found = (f"{n} {getattr(self.held_out[n], 'fingerprint', '')}" for n in self.best_by)
+        return " + ".join(found).strip()
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends a document."""
+        return self.tokens.eos_id if self.tokens else None
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """The tokenizer of the tokens."""
+        return self.tokens.tokenizer_path if self.tokens else None
+
+    def phases(self, before: Sequence[Phase], step: int) -> list[Phase]:
+        """The mixture of a run that goes on from a step."""
+        return add_phase(before, step, self.shares) if self.shares else []
+
+
+def find_inputs(
+    config: Config,
+    batches: TrainSet | None,
+    eval_batches: EvalSet | Mapping[str, EvalSet] | None,
+    recorded_data: Recorded | None,
+) -> tuple[Config, Inputs]:
+    """The config with settings of the data filled in, and the inputs of the run.
+
+    Raises:
+      ValueError: the data does not fit the model or the run.
+      OSError, ImportError: the data is not available.
+    """
+    own_sets = eval_batches if isinstance(eval_batches, Mapping) else {MAIN: eval_batches}
+    sets = {name: of for name, of in own_sets.items() if of is not None}
+    record_to = os.environ.get("JAXLM_RECORD_BATCHES")
+    if batches is not None:
+        own = recorded(batches, record_to)
+        fingerprint = str(getattr(batches, "fingerprint", ""))
+        return config, Inputs(
+            lambda _: own,
+            sets,
+            best_by=[*sets][:1],
+            fingerprints={MAIN: fingerprint} if fingerprint else {},
+        )
+    config, data = load_data(config, recorded_data)
+    phases = [first_phase(config.data)]
+    if recorded_data:
+        phases = add_phase(recorded_data.phases, recorded_data.step, config.data.shares)
+    _log_sources(config, data, phases)
+    train = {name: dataset.train for name, dataset in data.sources.items()}
+
+    def rows_of(phases: Sequence[Phase]) -> Rows:
+        mixture = Mixture(phases, config.batch_size)
+        made = TrainBatches(
+            train, mixture, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed
+        )
+        return recorded(made, record_to)
+
+    best_by = [*sets][:1] if sets else str(config.data.best_by).split("+")
+    return config, Inputs(
+        rows_of,
+        sets or {n: held_out_batches(config, of) for n, of in data.by_name.items()},
+        best_by,
+        shares=config.data.shares,
+        fingerprints={name: dataset.fingerprint for name, dataset in data.sources.items()},
+        tokens=data.first,
+    )
+
+
+def held_out_batches(config: Config, dataset: Dataset) -> EvalBatches:
+    """The held-out set of a dataset, in the batches of the run's evals."""
+    return EvalBatches(
+        dataset.eval,
+        batch_size=config.micro_batch_size,
+        seq_len=config.seq_len,
+        fingerprint=dataset.fingerprint,
+        num_bytes=dataset.eval_bytes,
+    )
+
+
+def _log_sources(config: Config, data: RunData, phases: Sequence[Phase]) -> None:
+    mixture, most = Mixture(phases, config.batch_size), 0.0
+    shares = phases[-1]["shares"]
+    for name, dataset in data.sources.items():
+        windows = windows_per_epoch(dataset.train, config.seq_len)
+        rows = mixture.rows_before(name, config.num_steps * config.batch_size)
+        epochs = rows / max(windows, 1)
+        most = max(most, epochs)
+        share = shares.get(name, 0) / sum(shares.values())
+        title = f"{name} ({share:.4g} of the rows)" if len(data.sources) > 1 else "data"
+        _log.info(
+            f"{title}: {dataset.train.num_tokens:,} training tokens from {dataset.source}, "
+            f"{dataset.eval.num_tokens:,} held out; the run goes through them {epochs:.2f} times"
+        )
+    for name, dataset in data.held_out.items():
+        _log.info(f"{name}: {dataset.eval.num_tokens:,} tokens from {dataset.source}, all held out")
+    if most > 4 and not config.overfit_one_batch:
+        _log.info(
+            f"the run is far larger than its data ({most:.1f} epochs): expect it to overfit; "
+            "--stop_after_worse_evals 3 ends it when it does"
+        )

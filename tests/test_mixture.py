@@ -1,0 +1,261 @@
+"""Rows of several sources by weight: exact shares, any kill, any change on the way."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_events import KilledError
+from tiny_run import tiny_config
+
+from jaxlm.checkpoints.folder import scan_folder
+from jaxlm.config import Config, DataConfig, ModelConfig
+from jaxlm.data.batches import TrainBatches, windows_per_epoch
+from jaxlm.data.mixture import Mixture, Phase, add_phase, spread
+from jaxlm.data.shards import TokenShards
+from jaxlm.proof.attempt import compare_runs, untimed_rows
+from jaxlm.training.train import train
+
+SHARES = st.dictionaries(st.sampled_from("abcde"), st.integers(0, 40), min_size=1).filter(
+    lambda shares: any(shares.values())
+)
+BATCH = 4
+
+
+def phases_of(*shares: dict[str, int], steps: tuple[int, ...] = (0, 3, 11)) -> list[Phase]:
+    return [{"step": step, "shares": each} for step, each in zip(steps, shares, strict=False)]
+
+
+def sources_of(mixture: Mixture, count: int) -> list[tuple[str, int]]:
+    """(source, its row) of each of the first rows."""
+    found: list[Any] = [None] * count
+    for name, (own, rows) in mixture.split(np.arange(count)).items():
+        for place, row in zip(np.flatnonzero(own), rows, strict=True):
+            assert found[place] is None
+            found[place] = name, int(row)
+    return found
+
+
+@given(shares=SHARES)
+@settings(max_examples=200, deadline=None)
+def test_at_any_row_each_source_has_its_share_but_for_less_than_one_row(shares):
+    names, total = spread(shares), sum(shares.values())
+    assert len(names) == total
+    for name, share in shares.items():
+        counts = np.cumsum([found == name for found in names])
+        assert counts[-1] == share
+        assert np.abs(counts - np.arange(1, total + 1) * share / total).max() < 1
+
+
+@given(shares=st.lists(SHARES, min_size=1, max_size=3), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_each_row_is_of_one_source_and_none_of_its_rows_is_lost(shares, data):
+    mixture = Mixture(phases_of(*shares), BATCH)
+    found = sources_of(mixture, 90)
+    for name in mixture.names:
+        assert [row for source, row in found if source == name] == list(
+            range(sum(source == name for source, _ in found))
+        )
+    stop = data.draw(st.integers(1, 90))
+    start = data.draw(st.integers(0, stop - 1))
+    alone = mixture.split(np.arange(start, stop))
+    assert [source for source, _ in found[start:stop]] == [
+        next(name for name, (own, _) in alone.items() if own[row]) for row in range(stop - start)
+    ]
+    for name, (own, rows) in alone.items():
+        assert rows.tolist() == [found[start + place][1] for place in np.flatnonzero(own)]
+        assert mixture.rows_before(name, stop) == rows[-1] + 1
+
+
+def test_golden_spread():
+    # Another order means that a run begun earlier would go on with other data.
+    assert "".join(spread({"a": 5, "b": 3, "c": 2})) == "abacababac"
+    assert "".join(spread({"a": 1, "b": 6})) == "bbbbbab"
+
+
+def test_phases_are_appended_where_the_shares_change():
+    begun = add_phase([], 0, {"a": 1, "b": 1})
+    assert add_phase(begun, 7, {"b": 1, "a": 1}) == begun
+    assert add_phase(begun, 7, {"a": 1, "b": 1, "c": 0}) == begun
+    changed = add_phase(begun, 7, {"a": 3, "b": 1})
+    assert changed == phases_of({"a": 1, "b": 1}, {"a": 3, "b": 1}, steps=(0, 7))
+    # The run goes back to before the change, and on with the new shares or the old.
+    assert add_phase(changed, 5, {"a": 3, "b": 1})[-1]["step"] == 5
+    assert add_phase(changed, 5, {"a": 1, "b": 1}) == begun
+
+
+def test_a_far_row_takes_no_longer():
+    mixture = Mixture(phases_of({"a": 2, "b": 1}, {"b": 5, "c": 2}), BATCH)
+    (own, _), (_, rows) = (mixture.split(np.arange(2**60, 2**60 + 7))[name] for name in "bc")
+    assert own.sum() == 5 and rows.min() > 2**57
+
+
+# --- batches
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> dict[str, TokenShards]:
+    """Three sources, whose tokens are their own positions, from 0, 1,000 and 2,000 on."""
+    found = {}
+    for number, (name, length) in enumerate({"a": 101, "b": 51, "main": 101}.items()):
+        (np.arange(length, dtype="<u2") + 1000 * number).tofile(tmp_path / name)
+        found[name] = TokenShards([tmp_path / name], "<u2")
+    return found
+
+
+def windows_of(
+    tokens: dict[str, TokenShards], phases: list[Phase], count: int
+) -> dict[int, list[int]]:
+    """Source number -> its windows of 10 tokens in the order of training."""
+    batches = TrainBatches(tokens, Mixture(phases, BATCH), batch_size=BATCH, seq_len=10, seed=1)
+    starts = np.concatenate([batches(n)["inputs"][:, 0] for n in range(count)])
+    return {n: (starts[starts // 1000 == n] % 1000 // 10).tolist() for n in range(3)}
+
+
+def test_each_source_has_epochs_of_its_own_through_changes(tokens):
+    phases = phases_of({"a": 7, "b": 3}, {"a": 1, "b": 2}, {"b": 1, "main": 4})
+    found = windows_of(tokens, phases, 60)
+    for number, name in enumerate(("a", "b", "main")):
+        size = windows_per_epoch(tokens[name], 10)
+        epochs = [found[number][i : i + size] for i in range(0, len(found[number]), size)]
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs[:-1])
+        assert len(set(epochs[-1])) == len(epochs[-1])
+    assert len(found[0]) < 40 < len(found[1])  # a ends with its phases, b begins its second epoch
+
+
+def test_sources_of_equal_size_have_orders_of_their_own(tokens):
+    found = windows_of(tokens, phases_of({"a": 1, "main": 1}), 5)
+    assert sorted(found[0]) == sorted(found[2]) and found[0] != found[2]
+    assert windows_of(tokens, phases_of({"main": 1}), 3)[2][:10] == found[2]  # as a source alone
+
+
+def test_a_source_with_less_than_a_window_is_named(tokens):
+    with pytest.raises(ValueError, match="corpus b: 51 training tokens.*takes 61"):
+        TrainBatches(tokens, Mixture(phases_of({"b": 1}), 1), batch_size=1, seq_len=60, seed=0)
+
+
+# --- runs
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for name, words in {"web": "to be or not", "code": "if x then y", "new": "11 12 13"}.items():
+        lines = [json.dumps({"text": f"{words} {n} " * 9}) for n in range(60)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def run(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Trains on some of the texts, given as `name=weight`, under a name and to a step."""
+
+    def start(
+        to: str,
+        num_steps: int,
+        *,
+        kill: int = 0,
+        data: dict[str, Any] | None = None,
+        **weights: float,
+    ) -> Config:
+        own = DataConfig(
+            sources={name: f"text:{texts}/{name}.jsonl" for name in weights},
+            weights=weights,
+            eval_tokens=300,
+            cache_dir=str(texts / "cache"),
+        )
+        model = ModelConfig(
+            vocab_size=300, num_layers=1, d_model=8, d_ff=8, num_heads=1, num_kv_heads=1, head_dim=8
+        )
+        config = tiny_config(
+            tmp_path / to,
+            model=model,
+            data=replace(own, **(data or {})),
+            num_steps=num_steps,
+            eval_interval=4,
+            checkpoint={"save_interval": 2, "keep_latest": 9},
+        )
+
+        monkeypatch.setenv("JAXLM_RECORD_BATCHES", f"{tmp_path / to}.batches")
+
+        def killed(step: int, row: dict[str, float]) -> None:
+            if step == kill:
+                raise KilledError
+
+        if kill:
+            with pytest.raises(KilledError):
+                train(config, callbacks=[killed])
+        else:
+            assert train(config, at_end=()).complete
+        return config
+
+    return start
+
+
+def test_a_run_killed_around_a_change_goes_on_to_the_same_bits(run, tmp_path):
+    run("whole", 6, web=0.7, code=0.3)
+    run("whole", 12, web=0.2, code=0.3, new=0.5)
+    run("cut", 6, web=0.7, code=0.3, kill=5)
+    run("cut", 6, web=0.7, code=0.3)
+    for kill in (7, 11):  # 7: nothing is saved since the change
+        run("cut", 12, web=0.2, code=0.3, new=0.5, kill=kill)
+    run("cut", 12, web=0.2, code=0.3, new=0.5)
+    assert compare_runs(tmp_path / "whole", tmp_path / "cut") == []
+    latest = scan_folder(tmp_path / "cut" / "checkpoints").sound[12]
+    assert latest.phases == [
+        {"step": 0, "shares": {"code": 3, "web": 7}},
+        {"step": 6, "shares": {"code": 3, "new": 5, "web": 2}},
+    ]
+    assert latest.data.keys() == {"web", "code", "new"}
+    run("other", 12, web=0.7, code=0.3)  # control: without the change, other bits
+    assert compare_runs(tmp_path / "whole", tmp_path / "other") != []
+
+
+def test_best_is_judged_by_the_sets_that_the_run_began_with(run, tmp_path):
+    run("a", 4, web=1, code=3)
+    run("a", 8, web=1, code=1, new=1)
+    first, second = (row for row in untimed_rows(tmp_path / "a") if "eval/loss" in row)
+    assert {"eval/web/loss", "eval/code/loss", "eval/code/bits_per_byte"} <= first.keys()
+    assert second.keys() - first.keys() == {
+        f"eval/new/{metric}" for metric in ("loss", "perplexity", "bits_per_byte")
+    }
+    assert min(first["eval/web/loss"], first["eval/code/loss"]) < first["eval/loss"]
+    with pytest.raises(ValueError, match=r"data.best_by: found 'code\+web', expected names .*, of"):
+        run("a", 12, web=1, new=1)
+    with pytest.raises(ValueError, match="data.best_by: was 'code.web', is 'web'"):
+        run("a", 12, web=1, code=1, new=1, data={"best_by": "web"})
+    run("a", 12, web=0, code=0, new=1)  # a source of weight 0 still judges
+
+
+def test_one_of_several_sets_may_judge(run, texts, tmp_path):
+    more = {"held_out": {"more": f"text:{texts}/new.jsonl"}, "best_by": "more"}
+    config = run("a", 4, web=1, data=more)
+    row = untimed_rows(tmp_path / "a")[-1]
+    assert row["eval/loss"] == row["eval/more/loss"] != row["eval/web/loss"]
+    changed = {**more, "held_out": {"more": f"text:{texts}/code.jsonl"}}
+    with pytest.raises(ValueError, match="found more .* to judge best by, but up to step 4 it was"):
+        run("a", 8, web=1, data=changed)
+    assert scan_folder(Path(config.checkpoint_dir)).sound[4].best_eval_loss == row["eval/loss"]
+
+
+def test_a_run_of_one_source_takes_in_others(run, texts, tmp_path):
+    alone = {"sources": {}, "weights": {}, "source": f"text:{texts}/web.jsonl"}
+    run("a", 4, data=alone)
+    with pytest.raises(ValueError, match="whose files are not those of .*web.jsonl"):
+        run("a", 8, data={**alone, "source": f"text:{texts}/code.jsonl"})
+    main = {"sources": {"main": alone["source"], "code": f"text:{texts}/code.jsonl"}}
+    run("a", 8, main=1, code=1, data=main)
+    tokenizers = {path.read_bytes() for path in (texts / "cache").rglob("text-*/tokenizer.json")}
+    assert (tmp_path / "a/checkpoints/tokenizer.json").read_bytes() in tokenizers
+    assert "eval/code/loss" in untimed_rows(tmp_path / "a")[-1]
+
+
+def test_the_tokenizer_of_several_sources_has_words_of_all(run, tmp_path):
+    run("a", 1, web=1, code=0.01, data={"eval_tokens": 100})
+    vocabulary = json.loads((tmp_path / "a/checkpoints/tokenizer.json").read_text())["model"]
+    assert {"Ġnot", "Ġthen"} <= vocabulary["vocab"].keys()
