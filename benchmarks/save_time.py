@@ -61,6 +61,7 @@ def describe_step(step: int, config: Config) -> Metadata:
         data={},
         phases=[],
         eval_set="",
+        bytes_per_token=None,
         environment={},
         tracking_run_id="",
         lineage=[],

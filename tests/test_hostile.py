@@ -123,6 +123,7 @@ def test_every_loss_survives_strict_json(loss: float | None):
     values = {f.name: None for f in dataclasses.fields(Metadata)} | {
         "step": 1, "tokens_seen": 2, "best_eval_loss": math.inf, "num_worse_evals": 0,
         "final": False, "config": {}, "data": {}, "phases": [], "eval_set": "", "environment": {},
+        "bytes_per_token": None,
         "tracking_run_id": "", "lineage": [], "rows": Rows(), "run_id": "",
         "fingerprints": {}, "eval_loss": loss, "format": FORMAT,
     }  # fmt: skip

@@ -114,6 +114,7 @@ def save_model(run: Path, model: ModelConfig) -> Any:
         data={"main": "abc"},
         phases=[{"step": 0, "shares": {"main": 1}}],
         eval_set="eval",
+        bytes_per_token=None,
         eos_id=tokenizer.token_to_id("<|endoftext|>"),
         environment={"mesh": {"data": 1, "fsdp": 1, "tensor": 1}},
         tracking_run_id="",

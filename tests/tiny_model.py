@@ -115,6 +115,7 @@ def metadata_of(step: int, eval_loss: float | None = None) -> Metadata:
         data={},
         phases=[],
         eval_set="",
+        bytes_per_token=None,
         eos_id=None,
         environment={},
         tracking_run_id="",

@@ -44,6 +44,8 @@ class Metadata:
     """The mixture of the sources, oldest first."""
     eval_set: str
     """Names and fingerprints of the held-out sets that decide the best; empty without one."""
+    bytes_per_token: float | None
+    """Bytes of text for each token of those sets; None if unknown."""
     eos_id: int | None
     """The token that ends a document."""
     environment: dict[str, Any]
@@ -60,6 +62,13 @@ class Metadata:
     """Leaf name -> [dtype, shape, lane, lane], computed on the device before the save."""
     format: int = FORMAT
     """Format of the checkpoint."""
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The eval loss in bits per byte of text, comparable between tokenizers."""
+        if self.eval_loss is None or not self.bytes_per_token:
+            return None
+        return self.eval_loss / math.log(2) / self.bytes_per_token
 
     @property
     def weights_item(self) -> str:

@@ -259,6 +259,7 @@ def _metadata(
         data={},
         phases=[],
         eval_set="",
+        bytes_per_token=None,
         eos_id=eos_id,
         environment=environment,
         tracking_run_id="",

@@ -15,7 +15,7 @@ from jaxlm.evaluation.evals import NAME as EVALS
 from jaxlm.evaluation.evals import Eval, read_evals
 from jaxlm.files.durable import DiskError, expand, folder_bytes
 from jaxlm.files.strict import read_json
-from jaxlm.report.table import describe_steps
+from jaxlm.report.table import describe_steps, tokenizer_id
 from jaxlm.tracking.clock import KINDS
 from jaxlm.tracking.events import NAME as EVENTS
 from jaxlm.tracking.events import Event, read_events
@@ -49,6 +49,8 @@ class History(NamedTuple):
     """Rows of events.jsonl."""
     evals: list[Eval]
     """Rows of evals.jsonl."""
+    tokenizer: str | None
+    """An identity of its tokenizer."""
     checkpoints: list[dict[str, Any]]
     """The result of `table.describe_steps`."""
     num_bytes: int
@@ -90,6 +92,7 @@ def read_history(run: str) -> History:
         processes=split_by_start(rows or []),
         events=events,
         evals=evals,
+        tokenizer=tokenizer_id(folder) if folder else None,
         checkpoints=checkpoints,
         num_bytes=sum(map(folder_bytes, folders)),
         config=flat(config or (latest.config if latest else {})),

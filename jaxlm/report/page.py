@@ -16,26 +16,16 @@ from typing import Any
 from jaxlm.errors import InputError
 from jaxlm.extras import MODULES, needs
 from jaxlm.report.charts import COLOURS, THEME, Curve, draw_curves, draw_timeline
-from jaxlm.report.history import History, goodput, read_history, times
+from jaxlm.report.curves import find_curves, followed_sources
+from jaxlm.report.history import History, goodput, read_history
 from jaxlm.report.markup import MAX_CHARS, STYLE, Html, as_table, as_text
 from jaxlm.tracking.clock import KINDS
 from jaxlm.tracking.console import format_bytes, format_count, format_duration
 from jaxlm.tracking.events import CHECKPOINT_KINDS, RUN_KINDS, Event
 from jaxlm.training.at_end import Complete
 
-CHARTS: dict[str, dict[str, Any]] = {
-    "train/loss": {"unit": "nats per token", "smoothed": True},
-    "eval/loss": {"unit": "nats per token", "points": True},
-    "train/learning_rate": {"unit": "learning rate"},
-    "train/grad_norm": {"unit": "norm", "smoothed": True, "log": True},
-    "train/tokens_per_s": {"unit": "tokens per second", "smoothed": True},
-    "train/mfu": {"unit": "share of peak FLOP/s"},
-    "goodput": {"unit": "% of time on steps", "bounds": (0, 100)},
-}
-"""Metric -> arguments of `draw_curves`, in page order; a metric without values is left out."""
 _MAX_ROWS = 100
 """Maximum number of rows of a table for each run."""
-_MAX_SOURCES = 8
 _MAX_SAMPLES, _MAX_SAMPLE_CHARS = 3, 4000
 _ON_TIMELINE = (*RUN_KINDS, *CHECKPOINT_KINDS)
 
@@ -138,22 +128,6 @@ def _overview(histories: Sequence[History]) -> str:
     return as_table(head, rows) + "".join(missing)
 
 
-def _points(history: History, metric: str) -> list[tuple[int, float]]:
-    if metric == "goodput":
-        found = [(row["step"], times(row)) for row in history.rows]
-        return [(int(step), 100 * goodput(s)) for step, s in found if s]
-    return [(int(row["step"]), row[metric]) for row in history.rows if metric in row]
-
-
-def _followed(history: History, source: str) -> list[tuple[int, float]]:
-    # A run that rolled back evaluates a step twice: the later row counts.
-    return sorted({r["step"]: r["loss"] for r in history.evals if r["source"] == source}.items())
-
-
-def _sources(histories: Sequence[History]) -> list[str]:
-    return sorted({row["source"] for history in histories for row in history.evals})[:_MAX_SOURCES]
-
-
 def _of_kinds(history: History, kinds: Sequence[str]) -> list[Event]:
     return [event for event in history.events if event["event"] in kinds]
 
@@ -169,7 +143,7 @@ def _charts(histories: Sequence[History], runs: list[str]) -> tuple[str, list[di
     all_steps = [int(row["step"]) for history in histories for row in history.rows]
     all_steps += [event["step"] for h in histories for event in (*h.events, *h.evals)]
     steps = min([0, *all_steps]), max([1, *all_steps])
-    num_charts = len(CHARTS) + len(_sources(histories))
+    curves = find_curves(histories)
     figures, specs = [], []
 
     def add(title: str, spec: dict[str, Any]) -> str:
@@ -177,15 +151,10 @@ def _charts(histories: Sequence[History], runs: list[str]) -> tuple[str, list[di
         figure = f'<figure><h3>{as_text(title)}</h3><div class=chart id="chart-{len(specs) - 1}">'
         return figure + "</div></figure>"
 
-    for metric, options in CHARTS.items():
-        curves = [Curve(run, _points(history, metric)) for run, history in enumerate(histories)]
-        if any(points for _, points in curves):
-            spec = draw_curves(curves, runs, steps, num_charts=num_charts, **options)
-            figures.append(add("goodput since the start" if metric == "goodput" else metric, spec))
-    for source in _sources(histories):
-        followed = [Curve(n, _followed(history, source)) for n, history in enumerate(histories)]
-        spec = draw_curves(followed, runs, steps, num_charts=num_charts, **CHARTS["eval/loss"])
-        figures.append(add(f"eval --follow: {source}", spec))
+    for title, points, options in curves:
+        of_runs = [Curve(run, found) for run, found in enumerate(points)]
+        spec = draw_curves(of_runs, runs, steps, num_charts=len(curves), **options)
+        figures.append(add(title, spec))
     events = [
         (run, event["step"], kind, _why(event))
         for run, history in enumerate(histories)
@@ -198,8 +167,8 @@ def _charts(histories: Sequence[History], runs: list[str]) -> tuple[str, list[di
         return "", []
     legend = " ".join(f"<span>{_name(run, name)}</span>" for run, name in enumerate(runs))
     legend = f"<div class=runs>{legend}</div>" if len(runs) > 1 else ""
-    curves = f"{legend}<div class=charts>{''.join(figures)}</div>"
-    return f"<h2>Curves</h2><section>{curves}</section>", specs
+    drawn = f"{legend}<div class=charts>{''.join(figures)}</div>"
+    return f"<h2>Curves</h2><section>{drawn}</section>", specs
 
 
 def _events(histories: Sequence[History]) -> str:
@@ -244,7 +213,7 @@ def _time(histories: Sequence[History]) -> str:
 
 
 def _checkpoints(histories: Sequence[History]) -> str:
-    sources = _sources(histories)
+    sources = followed_sources(histories)
     rows = [
         [_name(run, history.run), row["step"], format_count(row["tokens_seen"])]
         + [

@@ -53,6 +53,15 @@ class Inputs(NamedTuple):
         return " + ".join(found).strip()
 
     @property
+    def bytes_per_token(self) -> float | None:
+        """Bytes of text for each token that is predicted in those sets; None if unknown."""
+        sets = [self.held_out[name] for name in self.best_by]
+        known = [of for of in sets if isinstance(of, EvalBatches) and of.num_bytes]
+        if not known or len(known) < len(sets):
+            return None
+        return sum(of.num_bytes or 0 for of in known) / sum(of.num_targets for of in known)
+
+    @property
     def eos_id(self) -> int | None:
         """The token that ends a document."""
         return self.tokens.eos_id if self.tokens else None

@@ -292,6 +292,7 @@ class Loop:
             data=self.start.data | self.parts.inputs.fingerprints,
             phases=self.start.phases,
             eval_set=self.parts.inputs.eval_set or self.start.eval_set,
+            bytes_per_token=self.parts.inputs.bytes_per_token,
             eos_id=self.parts.inputs.eos_id,
             environment=self.environment,
             tracking_run_id=self.metrics.run_id if self.metrics else "",
