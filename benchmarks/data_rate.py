@@ -15,7 +15,7 @@ import numpy as np
 from jaxlm.config import MAIN
 from jaxlm.data.batches import TrainBatches
 from jaxlm.data.mixture import Mixture
-from jaxlm.data.shards import TokenShards
+from jaxlm.data.shards import TokenShards, map_tokens
 from jaxlm.launch import load_config
 
 NUM_SHARDS, SHARD_TOKENS, BATCHES, TURNS = 4, 50_000_000, 100, 5
@@ -30,7 +30,7 @@ def main() -> None:
         for path in paths:
             draw.integers(0, config.model.vocab_size, SHARD_TOKENS, np.uint16).tofile(path)
         batches = TrainBatches(
-            {MAIN: TokenShards(paths, np.uint16)},
+            {MAIN: TokenShards([map_tokens(path, np.uint16) for path in paths])},
             Mixture([{"step": 0, "shares": {MAIN: 1}}], config.batch_size),
             batch_size=config.batch_size,
             seq_len=config.seq_len,

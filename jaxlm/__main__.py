@@ -65,7 +65,12 @@ def _flags(name: str, function: Callable[..., int]) -> list[str]:
 CONFIG_COMMANDS = ("train", "prepare", "prove-resume", "plan")
 """Commands that take the flags of launch.py."""
 GROUPS: dict[str, dict[str, Callable[..., int]]] = {
-    "cache": {"list": cache.list_all, "verify": cache.verify, "clear": cache.clear},
+    "cache": {
+        "list": cache.list_all,
+        "verify": cache.verify,
+        "export": cache.export,
+        "clear": cache.clear,
+    },
     "checkpoints": {
         "list": checkpoints.list_all,
         "compare": checkpoints.compare,

@@ -244,6 +244,8 @@ class DataConfig(_Part, prefix="data."):
     """Limit of training tokens to prepare; by default 1% more than num_steps needs, or 10 M."""
     eval_tokens: int = fixed(2_000_000, least=1)
     """Limit of held-out tokens to prepare, from documents that are never trained on."""
+    drop_duplicates: bool = fixed(False)
+    """Drop a document whose text was there before; takes some 100 bytes of memory a document."""
     cache_dir: str | None = folder(None)
     """Folder of prepared tokens and compiled programs; by default $JAXLM_CACHE, else
     ~/.cache/jaxlm."""

@@ -16,7 +16,7 @@ from jaxlm.data.batches import (
     windows_per_epoch,
 )
 from jaxlm.data.mixture import Mixture
-from jaxlm.data.shards import TokenShards
+from jaxlm.data.shards import TokenShards, map_tokens
 
 
 def shards(folder, lengths, dtype="<u2"):
@@ -26,7 +26,7 @@ def shards(folder, lengths, dtype="<u2"):
         paths.append(folder / f"{number}.bin")
         np.arange(start, start + length).astype(dtype).tofile(paths[-1])
         start += length
-    return TokenShards(paths, dtype)
+    return TokenShards([map_tokens(path, dtype) for path in paths])
 
 
 def train_batches(tokens, batch_size=4, seq_len=10, seed=0):
@@ -64,7 +64,7 @@ def test_reads_outside_are_refused(tmp_path):
 
 def test_large_ids_survive(tmp_path):
     np.array([0, 65_536, 2**31 - 1], "<u4").tofile(tmp_path / "a.bin")
-    tokens = TokenShards([tmp_path / "a.bin"], "<u4")
+    tokens = TokenShards([map_tokens(tmp_path / "a.bin", "<u4")])
     assert tokens.windows(np.array([0]), 3).tolist() == [[0, 65_536, 2**31 - 1]]
 
 

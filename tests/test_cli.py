@@ -399,7 +399,7 @@ def test_prepare_and_cache(
     assert out("cache", "list") == f"nothing in {tmp_path}/cache\n"
     said = out("prepare", "--config", "configs/tiny.py", "--data.eval_tokens", "500")
     found = re.search(
-        r"^([\d,]+) training tokens, 500 held out, in .*/cache/data/text-", said, re.M
+        r"^main: ([\d,]+) training tokens in .* 500 held out in .*/cache/data/text-", said, re.M
     )
     assert found and said.count(found[1]) == 1  # said once
     again = out("prepare", "--config", "configs/tiny.py", "--data.eval_tokens", "500")

@@ -4,7 +4,7 @@ import pytest
 from tiny_model import Bigram, blueprint_of, host_batch, mesh_of, put, trained_params
 
 from jaxlm.data.batches import EvalBatches
-from jaxlm.data.shards import TokenShards
+from jaxlm.data.shards import TokenShards, map_tokens
 from jaxlm.device.loss import next_token_loss
 from jaxlm.device.step import make_eval_step
 from jaxlm.training.evaluate import HeldOut, Stopped, batch_sums, means
@@ -31,7 +31,9 @@ def eval_of(bigram, tokens, tmp_path, batch_size=8, seq_len=5):
     step, params = bigram
     path = tmp_path / "tokens.bin"
     tokens.astype("<u2").tofile(path)
-    batches = EvalBatches(TokenShards([path], "<u2"), batch_size=batch_size, seq_len=seq_len)
+    batches = EvalBatches(
+        TokenShards([map_tokens(path, "<u2")]), batch_size=batch_size, seq_len=seq_len
+    )
     found = means(
         batch_sums(
             step, params, HeldOut(lambda n: put(batches(n, slice(None)), MESH), len(batches))

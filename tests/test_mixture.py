@@ -17,7 +17,7 @@ from jaxlm.checkpoints.folder import scan_folder
 from jaxlm.config import Config, DataConfig, ModelConfig
 from jaxlm.data.batches import TrainBatches, windows_per_epoch
 from jaxlm.data.mixture import Mixture, Phase, add_phase, spread
-from jaxlm.data.shards import TokenShards
+from jaxlm.data.shards import TokenShards, map_tokens
 from jaxlm.proof.attempt import compare_runs, untimed_rows
 from jaxlm.training.train import train
 
@@ -104,7 +104,7 @@ def tokens(tmp_path: Path) -> dict[str, TokenShards]:
     found = {}
     for number, (name, length) in enumerate({"a": 101, "b": 51, "main": 101}.items()):
         (np.arange(length, dtype="<u2") + 1000 * number).tofile(tmp_path / name)
-        found[name] = TokenShards([tmp_path / name], "<u2")
+        found[name] = TokenShards([map_tokens(tmp_path / name, "<u2")])
     return found
 
 

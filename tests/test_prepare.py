@@ -19,16 +19,18 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from jaxlm import __main__ as cli
 from jaxlm.compilation_cache import enable_compilation_cache
 from jaxlm.config import DataConfig
-from jaxlm.corpus import cache, formats, prepare, prepared
+from jaxlm.corpus import cache, encode, formats, prepare, prepared, splits
 from jaxlm.corpus.cache import clear_caches, list_caches
-from jaxlm.corpus.prepare import is_held_out
+from jaxlm.corpus.overview import overview
+from jaxlm.corpus.splits import is_held_out
 from jaxlm.corpus.tokenizer import load_tokenizer, mark_eos, train_tokenizer
 from jaxlm.data.dataset import checked_path, open_dataset
 from jaxlm.data.run_data import default_max_tokens
 from jaxlm.files.cache import cache_root
 from jaxlm.files.durable import crc32c, write_file
 
-SMALL = {"SHARD_TOKENS": 4500, "CHUNK_CHARS": 3000, "PIECE_CHARS": 400}
+SHARD_TOKENS = 4500
+SMALL = {"CHUNK_CHARS": 3000, "PIECE_CHARS": 400}
 
 
 def documents(count=120):
@@ -40,8 +42,9 @@ def documents(count=120):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Limits that give a small corpus several shards."""
+    monkeypatch.setattr(prepare, "SHARD_TOKENS", SHARD_TOKENS)
     for name, value in SMALL.items():
-        monkeypatch.setattr(prepare, name, value)
+        monkeypatch.setattr(encode, name, value)
 
 
 def write(path, texts):
@@ -345,7 +348,7 @@ def test_a_cache_that_cannot_be_written_is_named_before_any_work(
 
 def test_a_cache_that_may_only_be_read_serves_what_it_has(corpus, tmp_path, monkeypatch):
     dataset = run(config_of(corpus, tmp_path))
-    monkeypatch.setattr(prepared, "lock_data", None)
+    monkeypatch.setattr(cache, "lock_data", None)
     monkeypatch.setattr(os, "utime", Mock(side_effect=PermissionError))
     assert run(config_of(corpus, tmp_path)).fingerprint == dataset.fingerprint
 
@@ -457,7 +460,7 @@ def test_a_refusal_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
         assert list_caches(str(tmp_path)) == []
     # What is of use to the same command is kept: after other errors, and from the first shard on.
     (tmp_path / "a.txt").write_text("\n\n".join(documents()))
-    monkeypatch.setattr(prepare, "_encode", Mock(side_effect=OSError("disk")))
+    monkeypatch.setattr(prepare, "encode_documents", Mock(side_effect=OSError("disk")))
     with pytest.raises(OSError, match="disk"):
         run(config)
     assert [entry["num_tokens"] for entry in list_caches(str(tmp_path))] == [0]
@@ -576,7 +579,7 @@ def test_each_field_of_the_manifest_is_vouched_for(corpus, tmp_path):
     folder = run(config_of(corpus, tmp_path)).directory
     path = folder / "manifest.json"
     whole = json.loads(path.read_bytes())
-    for name in whole.keys() - {"source", "revision", "sizes", "parts"}:
+    for name in whole.keys() - {"source", "revision", "sizes", "parts", "documents"}:
         path.write_text(json.dumps(whole | {name: None}))
         with pytest.raises(ValueError, match="manifest.json"):
             open_dataset(folder, 300)
@@ -584,16 +587,75 @@ def test_each_field_of_the_manifest_is_vouched_for(corpus, tmp_path):
 
 def test_text_that_changes_while_it_is_read(tmp_path, monkeypatch):
     corpus = write(tmp_path / "a.jsonl", documents())
-    original = prepare._new_tokenizer
+    original = prepare.new_tokenizer
 
     def touch(*args):
         os.utime(corpus)
         return original(*args)
 
-    monkeypatch.setattr(prepare, "_new_tokenizer", touch)
+    monkeypatch.setattr(prepare, "new_tokenizer", touch)
     with pytest.raises(ValueError, match="changed while it was read"):
         run(config_of(corpus, tmp_path))
     assert not list(tmp_path.rglob("manifest.json"))
+
+
+# --- what is counted of it
+
+
+@pytest.mark.parametrize("eval_tokens", [2_000_000, 700])  # 700: the last document is cut short
+def test_held_out_bytes_are_those_of_the_text_that_an_eval_predicts(corpus, tmp_path, eval_tokens):
+    dataset = run(config_of(corpus, tmp_path, eval_tokens=eval_tokens))
+    texts = decoded(dataset, "eval")
+    first = dataset.eval.read(0, 1).tolist()
+    tokenizer = Tokenizer.from_file(str(dataset.tokenizer_path))
+    assert dataset.eval_bytes == len("".join(texts).encode()) - len(tokenizer.decode(first))
+    assert dataset.eval_bytes > 500 and (dataset.eval.num_tokens == 700) == (eval_tokens == 700)
+
+
+def test_duplicates_are_dropped_through_a_kill(tmp_path, monkeypatch):
+    texts = [text for text in documents(60) if text]
+    corpus = write(tmp_path / "a.jsonl", [*texts, "", *texts[::2], *texts[:9]])
+    config = config_of(corpus, tmp_path / "whole", drop_duplicates=True)
+    whole = run(config)
+    found = [*decoded(whole, "train"), *decoded(whole, "eval")]
+    assert sorted(found) == ["", "", *sorted(texts)]  # "": after the last EOS
+    counts = manifest_of(whole)["documents"]
+    assert counts["duplicate"] == len(texts[::2]) + 9 and counts["empty"] == 1
+    assert counts["train"] + counts["eval"] == len(texts)
+
+    class StopError(Exception):
+        pass
+
+    def stop_in_the_middle(path, data):
+        if path.name == "train-00003.bin":
+            raise StopError
+        return write_record(path, data)
+
+    write_record = splits.write_record
+    monkeypatch.setattr(splits, "write_record", stop_in_the_middle)
+    config = config_of(corpus, tmp_path / "killed", drop_duplicates=True)
+    with pytest.raises(StopError):
+        run(config)
+    monkeypatch.setattr(splits, "write_record", write_record)
+    run(config)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    kept = run(config_of(corpus, tmp_path / "kept"))  # control
+    assert len(decoded(kept, "train")) > len(decoded(whole, "train"))
+
+
+def test_a_prepared_dataset_is_shown(tmp_path):
+    texts = [f"{text} once " * 9 for text in documents(60) if text]
+    corpus = write(tmp_path / "a.jsonl", [*texts, *texts, ""])
+    dataset = run(config_of(corpus, tmp_path))
+    said = "\n".join(overview("main", dataset))
+    assert f"main: {dataset.train.num_tokens:,} training tokens in " in said
+    assert f"{dataset.eval_bytes / (dataset.eval.num_tokens - 1):.2f} bytes a token" in said
+    assert "dropped: 1 empty documents" in said
+    counts = manifest_of(dataset)["documents"]
+    assert f"⚠ {counts['eval']} of {counts['eval']} held-out documents have half" in said
+    assert f"training, first: {texts[0][:40]!r}"[:-1] in said
+    alone = run(config_of(write(tmp_path / "b.jsonl", texts), tmp_path))
+    assert "⚠" not in "\n".join(overview("main", alone))
 
 
 # --- the data of a run that resumes
@@ -675,10 +737,11 @@ def child(corpus, folder, body):
     return f"""
 import os, signal, sys
 from jaxlm.config import DataConfig
-from jaxlm.corpus import prepare, prepared
+from jaxlm.corpus import encode, prepare, prepared
 from jaxlm.corpus.prepared import find_or_make
+prepare.SHARD_TOKENS = {SHARD_TOKENS}
 for name, value in {SMALL!r}.items():
-    setattr(prepare, name, value)
+    setattr(encode, name, value)
 def run(folder={str(folder)!r}):
     config = DataConfig(source="text:{corpus}", cache_dir=folder)
     find_or_make(config, vocab_size=300, max_tokens=10**6)
@@ -716,7 +779,7 @@ def test_a_kill_at_any_step_changes_no_byte(tmp_path, monkeypatch, lines):
     run(config_of(corpus, tmp_path / "straight"))
     straight = contents(tmp_path / "straight")
     script = child(corpus, tmp_path, KILLS)
-    script = script.replace("'SHARD_TOKENS': 4500", "'SHARD_TOKENS': 1200")
+    script = script.replace("SHARD_TOKENS = 4500", "SHARD_TOKENS = 1200")
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "killed")], check=True)
     folders = sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name))
     assert len(folders) > 30
@@ -776,7 +839,7 @@ def test_a_full_disk(corpus, tmp_path, limit, name, monkeypatch):
     straight = run(config_of(corpus, tmp_path / "straight"))
     assert 2000 < (straight.directory / "tokenizer.json").stat().st_size < 30_000
     script = child(corpus, tmp_path / "full", FULL.replace("@LIMIT", str(limit)))
-    script = script.replace("'SHARD_TOKENS': 4500", "'SHARD_TOKENS': 10**9")
+    script = script.replace("SHARD_TOKENS = 4500", "SHARD_TOKENS = 10**9")
     failed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert failed.returncode == 1
     last = failed.stderr.strip().splitlines()[-1]

@@ -19,7 +19,7 @@ from jaxlm.checkpoints.manifest import write_manifest
 from jaxlm.checkpoints.verify import verify_step
 from jaxlm.corpus import overlap
 from jaxlm.data.run_data import load_data
-from jaxlm.data.shards import TokenShards
+from jaxlm.data.shards import TokenShards, map_tokens
 from jaxlm.evaluation.paired import paired_difference
 from jaxlm.evaluation.score import score
 
@@ -190,7 +190,7 @@ def test_documents_in_common_are_found_across_chunks_and_shards(
         paths = [tmp_path / f"{name}{n}" for n in (0, 1)]
         for path, part in zip(paths, np.array_split(tokens, 2), strict=True):
             part.tofile(path)
-        return TokenShards(paths, "<u2")
+        return TokenShards([map_tokens(path, "<u2") for path in paths])
 
     found = overlap.find_overlap(shards("a", documents[:20]), [shards("b", documents[10:])], 0)
     train = {tuple(document) for document in documents[10:]}

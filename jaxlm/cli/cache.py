@@ -1,6 +1,7 @@
 """`jaxlm cache`: prepared tokens and compiled programs that runs share."""
 
 import time
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -56,6 +57,34 @@ def verify(names: Positional[tuple[str, ...]] = (), *, cache_dir: str | None = N
     for name, damage in found.items():
         print(f"{name}: {damage or 'sound'}")
     return int(any(found.values()))
+
+
+def export(
+    dataset: Positional[str],
+    *,
+    out: str,
+    format: Literal["nanogpt", "llm.c", "megatron", "npy"] = "nanogpt",
+    cache_dir: str | None = None,
+) -> int:
+    """Write prepared tokens as files that other trainers read: train, val and the tokenizer.
+
+    Args:
+      dataset: a name of `jaxlm cache list`.
+      out: the folder to make.
+      format: raw .bin of nanoGPT, .bin with the header of llm.c, .bin and .idx of Megatron-LM, or
+        .npy; data.source tokens:GLOB reads each.
+      cache_dir: the cache; by default $JAXLM_CACHE, else ~/.cache/jaxlm.
+
+    Examples:
+      jaxlm cache export embedded-eb4bcf8e9a60 --out tokens
+      jaxlm cache export embedded-eb4bcf8e9a60 --out tokens --format megatron
+    """
+    from jaxlm.corpus.tokens import export_dataset
+
+    found = export_dataset(dataset, out, format, cache_dir)
+    for path, num_tokens in found.items():
+        print(f"{path}: {num_tokens:,} tokens")
+    return 0
 
 
 def clear(

@@ -29,7 +29,7 @@ def train(flags: Positional[tuple[str, ...]] = ()) -> int:
 
 
 def prepare(flags: Positional[tuple[str, ...]] = ()) -> int:
-    """Prepare the tokens of a config, without training.
+    """Prepare the tokens of a config, and show them, without training.
 
     Args:
       flags: the flags of launch.py.
@@ -39,16 +39,13 @@ def prepare(flags: Positional[tuple[str, ...]] = ()) -> int:
       jaxlm prepare --config configs/tiny.py --data.source "text:books/*.txt"
     """
     config = parse_config(flags, prog="jaxlm prepare")
+    from jaxlm.corpus.overview import overview
     from jaxlm.data.run_data import load_data
 
     with notes(False):
         _, data = load_data(config)
     for name, dataset in data.by_name.items():
-        title = f"{name}: " if len(data.by_name) > 1 else ""
-        print(
-            f"{title}{dataset.train.num_tokens:,} training tokens, "
-            f"{dataset.eval.num_tokens:,} held out, in {dataset.directory}"
-        )
+        print("\n".join(overview(name, dataset)))
     return 0
 
 

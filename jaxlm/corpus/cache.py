@@ -2,8 +2,9 @@
 
 import contextlib
 import logging
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -31,21 +32,29 @@ class Origin(TypedDict):
     fingerprint: str
 
 
+class _Counted(TypedDict):
+    num_tokens: int
+
+
 class _Listed(TypedDict):
     """What a list shows of a dataset, of another version too."""
 
     source: str
-    train: list[Shard]
-    eval: list[Shard]
+    train: list[_Counted]
+    eval: list[_Counted]
 
 
-class Progress(_Listed):
+class Progress(TypedDict):
     """Progress of a preparation, as in the file PROGRESS; MANIFEST has these fields too."""
 
+    train: list[Shard]
+    eval: list[Shard]
     revision: str
     next_document: int
     parts: dict[str, list[int]]
     """Part of the corpus -> its training and held-out tokens."""
+    documents: dict[str, int]
+    """train, eval, empty or duplicate -> number of such documents."""
     eval_bytes: int
     tokenizer: Record | None
 
@@ -91,10 +100,25 @@ def _describe(folder: Path) -> dict[str, Any]:
         "name": folder.name,
         "source": about.get("source", "?"),
         "num_tokens": sum(shard["num_tokens"] for shard in shards),
-        "num_bytes": sum(file.stat().st_size for file in files),
+        "num_bytes": sum(file.lstat().st_size for file in files),
         "complete": complete,
         "last_used_s": (path if path.exists() else folder).stat().st_mtime,
     }
+
+
+def label(source: str) -> str:
+    """The beginning of the name of a dataset's folder."""
+    kind, _, rest = source.partition(":")
+    return re.sub(r"[^A-Za-z0-9]+", "-", f"{kind}-{rest[-30:]}").strip("-")
+
+
+def make_once(folder: Path, make: Callable[[], None]) -> None:
+    """Makes a dataset that is not complete, while no other process does."""
+    if not (folder / MANIFEST).exists():
+        with lock_data(folder):
+            if not (folder / MANIFEST).exists():
+                with started(folder):
+                    make()
 
 
 def lock_data(folder: Path) -> contextlib.AbstractContextManager[object]:

@@ -98,7 +98,7 @@ def text_files(config: DataConfig) -> Source:
       ValueError: a file's suffix is not one of text, or a folder holds files of other kinds.
     """
     pattern = config.source.partition(":")[2]
-    paths = _find(pattern)
+    paths = find_files(pattern, READERS)
     readers, parts = {path: reader_of(path) for path in paths}, _parts(paths)
     _check_folder(pattern, paths)
     sizes, num_read = [os.path.getsize(path) for path in paths], 0
@@ -180,7 +180,12 @@ def _hash(*numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(numbers).encode()).digest()[:8])
 
 
-def _find(pattern: str) -> list[str]:
+def find_files(pattern: str, suffixes: Iterable[str]) -> list[str]:
+    """The files of a path, a folder or a pattern, sorted.
+
+    Raises:
+      FileNotFoundError: no file matches.
+    """
     path = expand(pattern, "data.source")
     below = ["**", "*"] if os.path.isdir(path) else []
     found = glob.iglob(os.path.join(_literal(path), *below), recursive=True)
@@ -189,8 +194,8 @@ def _find(pattern: str) -> list[str]:
     if not paths:
         problem = "no file in that folder" if below else f"no file matches in {os.getcwd()}"
         raise MissingFileError(
-            f"data.source text:{pattern}: {problem}; expected {', '.join(READERS)} or other files "
-            "of plain text. Check the path, and quote a pattern"
+            f"data.source {pattern}: {problem}; expected files such as "
+            f"{', '.join(suffixes)}. Check the path, and quote a pattern"
         )
     return paths
 

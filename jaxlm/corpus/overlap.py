@@ -1,9 +1,9 @@
-"""Documents that two token sequences have in common."""
+"""Text that a held-out set and training tokens have in common: documents, and parts of them."""
 
 import collections
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +11,10 @@ import numpy as np
 from jaxlm.data.shards import TokenShards
 
 _CHUNK_TOKENS = 1 << 22
+NGRAM = 16
+_PRIME = np.uint64(0x9E3779B97F4A7C15)
+_TABLE_BITS = 26
+_TABLE_SHIFT = np.uint64(64 - _TABLE_BITS)
 
 
 class Overlap(NamedTuple):
@@ -36,14 +40,75 @@ def find_overlap(held_out: TokenShards, train: Sequence[TokenShards], eos_id: in
     return Overlap(sum(counts[name] for name in found), num_tokens, counts.total())
 
 
+class Leaks(NamedTuple):
+    """How many held-out documents are in the training tokens, at least by half."""
+
+    num_documents: int
+    of_documents: int
+
+
+def count_leaks(
+    held_out: TokenShards,
+    train: TokenShards,
+    eos_id: int,
+    advance: Callable[[float], None] = lambda share: None,
+) -> Leaks:
+    """Held-out documents that have half or more of their n-grams in the training tokens.
+
+    An n-gram is a run of `NGRAM` tokens within a document; shorter documents do not count. A table
+    of bits by hash sorts out nearly all training tokens, and a binary search decides the rest.
+
+    Args:
+      held_out: takes 8 bytes of memory a token.
+      train: read once.
+      eos_id: ends a document.
+      advance: called with the share of the training tokens that was read since the last call.
+    """
+    ids = np.concatenate([*_chunks(held_out, 0)]) if held_out.num_tokens else np.empty(0, int)
+    own, inside = _ngrams(ids, eos_id)
+    wanted = np.unique(own[inside])
+    table = np.zeros(1 << _TABLE_BITS, bool)
+    table[wanted >> _TABLE_SHIFT] = True
+    found = np.zeros(len(wanted), bool)
+    for chunk in _chunks(train, NGRAM - 1):
+        hashes, whole = _ngrams(chunk, eos_id)
+        hashes = hashes[whole & table[hashes >> _TABLE_SHIFT]]
+        places = np.searchsorted(wanted, hashes)
+        hit = places < len(wanted)
+        hit[hit] = wanted[places[hit]] == hashes[hit]
+        found[places[hit]] = True
+        advance(len(chunk) / train.num_tokens)
+    leaked = np.zeros(len(own), bool)
+    leaked[inside] = found[np.searchsorted(wanted, own[inside])]
+    document = np.cumsum(ids == eos_id)[: len(own)] - (ids[: len(own)] == eos_id)
+    totals = np.bincount(document[inside], minlength=1)
+    hits = np.bincount(document[inside], weights=leaked[inside], minlength=1)
+    return Leaks(int((2 * hits >= totals)[totals > 0].sum()), int((totals > 0).sum()))
+
+
+def _ngrams(ids: np.ndarray, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
+    # The hash of each n-gram, uint64 [N], and whether it lies within a document.
+    count = max(len(ids) - NGRAM + 1, 0)
+    hashes = np.zeros(count, np.uint64)
+    for place in range(NGRAM):
+        hashes = hashes * _PRIME + ids[place : place + count].astype(np.uint64) + np.uint64(1)
+    hashes ^= hashes >> np.uint64(32)
+    ends = np.concatenate([[0], np.cumsum(ids == eos_id)])
+    return hashes * _PRIME, ends[NGRAM : NGRAM + count] == ends[:count]
+
+
+def _chunks(tokens: TokenShards, overlap: int) -> Iterator[np.ndarray]:
+    for start in range(0, tokens.num_tokens, _CHUNK_TOKENS):
+        yield tokens.read(start, min(start + _CHUNK_TOKENS + overlap, tokens.num_tokens))
+
+
 def _hash(document: np.ndarray) -> bytes:
     return hashlib.blake2b(document.astype("<u4").tobytes(), digest_size=16).digest()
 
 
 def _documents(tokens: TokenShards, eos_id: int) -> Iterator[np.ndarray]:
     rest = np.empty(0, tokens.dtype)
-    for start in range(0, tokens.num_tokens, _CHUNK_TOKENS):
-        chunk = tokens.read(start, min(start + _CHUNK_TOKENS, tokens.num_tokens))
+    for chunk in _chunks(tokens, 0):
         chunk = np.concatenate([rest, chunk])
         *documents, rest = np.split(chunk, np.flatnonzero(chunk == eos_id) + 1)
         yield from documents

@@ -6,35 +6,37 @@ without one is unfinished, and its preparation resumes from `progress.json`.
 """
 
 import contextlib
-import errno
-import hashlib
-import itertools
-import json
 import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlm.config import DataConfig
 from jaxlm.corpus import tokenizer as tokenizer_lib
 from jaxlm.corpus.cache import PROGRESS, Progress
-from jaxlm.corpus.files import Document, Source
+from jaxlm.corpus.encode import chunks, encode_documents
+from jaxlm.corpus.files import Source
 from jaxlm.corpus.sources import open_source
+from jaxlm.corpus.splits import (
+    Seen,
+    Splits,
+    is_held_out,
+    training_documents,
+    write_json,
+    write_manifest,
+    write_record,
+)
 from jaxlm.data.dataset import (
-    MANIFEST,
     check_vocabulary,
     find_shard_damage,
-    manifest_fingerprint,
 )
-from jaxlm.errors import FileError, InputError
-from jaxlm.files.durable import write_file
+from jaxlm.errors import InputError
 from jaxlm.files.strict import read_json
 from jaxlm.terminal import can_draw, progress
 
@@ -44,21 +46,6 @@ FORMAT = 1
 TOKENS_VERSION = 4
 """Part of the cache key: bump when the same source yields other tokens."""
 SHARD_TOKENS = 2**25  # 64 MB of uint16; a kill loses the work on one shard at most
-CHUNK_CHARS = 4_000_000
-"""Text tokenized at once, on all cores."""
-PIECE_CHARS = 500_000
-"""A longer document is tokenized in pieces, on several cores; a cut may split a word."""
-HOLD_OUT_EVERY = 20
-
-
-def is_held_out(index: int) -> bool:
-    """Whether document `index` is for evaluation: one of each 20, chosen by a hash.
-
-    Of the first 20 it is the second, so that a corpus of two documents has one of each.
-    """
-    block, place = divmod(index, HOLD_OUT_EVERY)
-    chosen = hashlib.sha256(f"held out {block}".encode()).digest()[0] % HOLD_OUT_EVERY
-    return place == (chosen if block else 1)
 
 
 def make_dataset(
@@ -73,9 +60,9 @@ def make_dataset(
     progress = _progress(folder, source)
     tokenizer_path = folder / "tokenizer.json"
     if not progress["tokenizer"]:
-        new = _new_tokenizer(source, config, vocab_size)
-        progress["tokenizer"] = _write(tokenizer_path, new.to_str(pretty=True).encode())
-        _write_json(folder / PROGRESS, progress)
+        new = new_tokenizer(source, config, vocab_size)
+        progress["tokenizer"] = write_record(tokenizer_path, new.to_str(pretty=True).encode())
+        write_json(folder / PROGRESS, progress)
     tokenizer = tokenizer_lib.load_tokenizer(tokenizer_path)
     num_ids = tokenizer_lib.num_ids(tokenizer)
     eos_id = tokenizer_lib.find_eos(tokenizer, config.eos_token)
@@ -83,41 +70,30 @@ def make_dataset(
     tokenizer.encode_special_tokens = True
     dtype = np.dtype("<u2" if num_ids <= 2**16 else "<u4")
     limits = {"train": max_tokens, "eval": config.eval_tokens}
-    counts = {split: sum(shard["num_tokens"] for shard in progress[split]) for split in limits}
-    waiting: dict[str, list[np.ndarray]] = {split: [] for split in limits}
+    splits = Splits(folder, progress, limits, tokenizer)
+    seen = Seen(source, progress["next_document"]) if config.drop_duplicates else None
     with _progress_bar(max_tokens) as show:
         # After a kill before the manifest, the limit may be reached already: read nothing.
-        chunks = _chunks(source.documents(progress["next_document"]))
-        while counts["train"] < max_tokens and (chunk := next(chunks, None)):
-            texts = [document.text for document in chunk]
-            for document, ids in zip(chunk, _encode(tokenizer, texts, eos_id, dtype), strict=True):
+        documents = chunks(source.documents(progress["next_document"]))
+        while splits.counts["train"] < max_tokens and (chunk := next(documents, None)):
+            again = [seen is not None and seen.has(document) for document in chunk]
+            texts = ["" if old else of.text for of, old in zip(chunk, again, strict=True)]
+            all_ids = encode_documents(tokenizer, texts, eos_id, dtype)
+            for document, ids, old in zip(chunk, all_ids, again, strict=True):
                 held_out = all_held_out or is_held_out(progress["next_document"])
-                split = "eval" if held_out and counts["eval"] < limits["eval"] else "train"
-                kept = ids[: limits[split] - counts[split]]
-                if split == "eval" and len(kept):
-                    num_bytes = document.num_bytes
-                    if len(kept) < len(ids):
-                        num_bytes = prefix_bytes(tokenizer, document.text, len(kept))
-                    if not counts["eval"]:  # no eval predicts the first token
-                        num_bytes -= prefix_bytes(tokenizer, document.text, 1)
-                    progress["eval_bytes"] += num_bytes
-                waiting[split].append(kept)
-                counts[split] += len(kept)
-                of_part = progress["parts"].setdefault(document.part, [0, 0])
-                of_part[split == "eval"] += len(kept)
-                progress["next_document"] += 1
-            show(counts["train"], source.share())
-            if sum(map(len, itertools.chain(*waiting.values()))) >= SHARD_TOKENS:
-                _write_shards(folder, progress, waiting)
-    _check_corpus(config, source, progress["next_document"], all_held_out, **counts)
-    _write_shards(folder, progress, waiting)
+                splits.add(document, ids, held_out=held_out, is_duplicate=old)
+            show(splits.counts["train"], source.share())
+            if splits.num_waiting() >= SHARD_TOKENS:
+                splits.write()
+    _check_corpus(config, source, progress["next_document"], all_held_out, **splits.counts)
+    splits.write()
     manifest = progress | {
         "vocab_size": num_ids,
         "eos_id": eos_id,
         "dtype": dtype.str,
-        "exhausted": counts["train"] < max_tokens,
+        "exhausted": splits.counts["train"] < max_tokens,
     }
-    _write_json(folder / MANIFEST, manifest | {"fingerprint": manifest_fingerprint(manifest)})
+    write_manifest(folder, manifest)
     (folder / PROGRESS).unlink()
     _log_parts(progress["parts"], None if manifest["exhausted"] else source.share())
 
@@ -139,6 +115,7 @@ def _progress(folder: Path, source: Source) -> dict[str, Any]:
     fresh = {"source": source.name, "revision": source.revision, "format": FORMAT}
     fresh |= {"sizes": source.sizes, "next_document": 0, "parts": {}, "tokenizer": None}
     fresh |= {"train": [], "eval": [], "eval_bytes": 0}
+    fresh |= {"documents": dict.fromkeys(("train", "eval", "empty", "duplicate"), 0)}
     try:
         found = {**read_json(folder / PROGRESS, Progress)}
         shards = [*found["train"], *found["eval"]]
@@ -161,56 +138,16 @@ def _progress(folder: Path, source: Source) -> dict[str, Any]:
     return fresh
 
 
-def _new_tokenizer(source: Source, config: DataConfig, vocab_size: int) -> Tokenizer:
+def new_tokenizer(source: Source | None, config: DataConfig, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a config; without a source, `data.tokenizer` must name one."""
     name = config.tokenizer
-    if name != "train":
+    if name != "train" or source is None:
         tokenizer = tokenizer_lib.load_tokenizer(name)
         check_vocabulary(name, tokenizer_lib.num_ids(tokenizer), vocab_size)
         tokenizer_lib.mark_eos(tokenizer, tokenizer_lib.find_eos(tokenizer, config.eos_token))
         return tokenizer
     _log.info(f"Training a tokenizer of {vocab_size:,} tokens on {source.name}")
     return tokenizer_lib.train_tokenizer((d.text for d in training_documents(source)), vocab_size)
-
-
-def training_documents(source: Source) -> Iterator[Document]:
-    """The documents of a source that are not held out."""
-    for index, document in enumerate(source.documents(0)):
-        if not is_held_out(index):
-            yield document
-
-
-def _write_shards(
-    folder: Path, progress: dict[str, Any], waiting: dict[str, list[np.ndarray]]
-) -> None:
-    for split, arrays in waiting.items():
-        if any(map(len, arrays)):
-            tokens = np.concatenate(arrays)
-            path = folder / f"{split}-{len(progress[split]):05}.bin"
-            record = _write(path, tokens.tobytes())
-            progress[split].append(record | {"num_tokens": len(tokens)})
-        arrays.clear()
-    _write_json(folder / PROGRESS, progress)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    _write(path, json.dumps(values, indent=1).encode())
-
-
-def _write(path: Path, data: bytes) -> dict[str, Any]:
-    """Writes a file atomically; returns its record, for `find_shard_damage`."""
-    try:
-        write_file(path, data)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        free = shutil.disk_usage(path.parent).free
-        raise FileError(
-            error.errno,
-            f"{error.strerror} while writing {len(data):,} bytes ({free:,} free): make room, or "
-            "set another --data.cache-dir or JAXLM_CACHE; the same command keeps finished shards",
-            str(path),
-        ) from error
-    return {"name": path.name, "num_bytes": len(data), "crc32c": google_crc32c.value(data)}
 
 
 def _check_corpus(
@@ -230,49 +167,6 @@ def _check_corpus(
             "tokens; expected at least 2 with text, since whole documents are held out: divide "
             "the text among .txt files, or lines of a .jsonl"
         )
-
-
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    chunk, size = [], 0
-    for document in documents:
-        chunk.append(document)
-        size += len(document.text) + 1
-        if size >= CHUNK_CHARS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _encode(
-    tokenizer: Tokenizer, documents: list[str], eos_id: int, dtype: np.dtype
-) -> Iterator[np.ndarray]:
-    """The tokens of each document, with EOS at the end; an empty document has none."""
-    pieces = [
-        (number, text[start : start + PIECE_CHARS])
-        for number, text in enumerate(documents)
-        for start in range(0, len(text), PIECE_CHARS)
-    ]
-    texts = [piece for _, piece in pieces]
-    ids = [[] for _ in documents]
-    for (number, _), own in zip(
-        pieces, tokenizer_lib.encode(tokenizer, texts, eos_id), strict=True
-    ):
-        ids[number] += own
-    for own in ids:
-        yield np.array([*own, eos_id] if own else [], dtype)
-
-
-def prefix_bytes(tokenizer: Tokenizer, text: str, num_ids: int) -> int:
-    """Bytes of the text that the first ids of its document stand for."""
-    num_bytes = 0
-    for start in range(0, len(text), PIECE_CHARS):
-        piece = text[start : start + PIECE_CHARS]
-        ends = [end for _, end in tokenizer.encode(piece, add_special_tokens=False).offsets]
-        if num_ids <= len(ends):
-            return num_bytes + len(piece[: ends[num_ids - 1]].encode())
-        num_ids, num_bytes = num_ids - len(ends), num_bytes + len(piece.encode())
-    return num_bytes
 
 
 @contextlib.contextmanager

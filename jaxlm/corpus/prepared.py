@@ -2,17 +2,17 @@
 
 import heapq
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxlm.config import DataConfig
 from jaxlm.corpus import tokenizer as tokenizer_lib
-from jaxlm.corpus.cache import Origin, data_folder, find_prepared, lock_data, started
+from jaxlm.corpus.cache import Origin, data_folder, find_prepared, label, make_once
 from jaxlm.corpus.files import Source
-from jaxlm.corpus.prepare import TOKENS_VERSION, make_dataset, training_documents
+from jaxlm.corpus.prepare import TOKENS_VERSION, make_dataset
 from jaxlm.corpus.sources import open_source
+from jaxlm.corpus.splits import training_documents
 from jaxlm.data.dataset import MANIFEST, Dataset, digest, open_dataset
 from jaxlm.errors import InputError, JaxlmError
 from jaxlm.files.cache import cache_root
@@ -43,14 +43,11 @@ def find_or_make(
     recipe = _recipe(config, source, vocab_size, max_tokens)
     if all_held_out:
         recipe["held_out"] = "all"
-    kind, _, rest = source.name.partition(":")
-    label = re.sub(r"[^A-Za-z0-9]+", "-", f"{kind}-{rest[-30:]}").strip("-")
-    folder = data_folder(config.cache_dir) / f"{label}-{digest(recipe)}"
-    if not (folder / MANIFEST).exists():
-        with lock_data(folder):
-            if not (folder / MANIFEST).exists():
-                with started(folder):
-                    make_dataset(folder, source, config, vocab_size, max_tokens, all_held_out)
+    folder = data_folder(config.cache_dir) / f"{label(source.name)}-{digest(recipe)}"
+    make_once(
+        folder,
+        lambda: make_dataset(folder, source, config, vocab_size, max_tokens, all_held_out),
+    )
     return open_dataset(folder, vocab_size)
 
 
@@ -93,6 +90,7 @@ def _recipe(config: DataConfig, source: Source, vocab_size: int, max_tokens: int
     elif tokenizer_lib.local_tokenizer(tokenizer):
         tokenizer = tokenizer_lib.content_hash(tokenizer_lib.load_tokenizer(tokenizer))
     fields = ("source", "split", "text_field", "eos_token", "eval_tokens")
+    fields += ("drop_duplicates",)
     recipe = {name: getattr(config, name) for name in fields}
     recipe |= {"reading": TOKENS_VERSION, "key": source.key}
     return recipe | {"tokenizer": tokenizer, "max_tokens": max_tokens}

@@ -9,6 +9,7 @@ from jaxlm.corpus.files import Source
 _SOURCES = {
     "embedded": "jaxlm.corpus.files:embedded",
     "text": "jaxlm.corpus.files:text_files",
+    "tokens": "jaxlm.corpus.tokens:refuse_text",
     "hf": "jaxlm.corpus.remote:hugging_face",
     "tfds": "jaxlm.corpus.remote:tfds",
     "tfds_dir": "jaxlm.corpus.remote:tfds",

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict
 
 import numpy as np
 
-from jaxlm.data.shards import TokenShards
+from jaxlm.data.shards import TokenShards, map_tokens
 from jaxlm.errors import InputError
 from jaxlm.files.durable import crc32c, write_file
 from jaxlm.files.strict import read_json, shown
@@ -29,8 +29,10 @@ class Record(TypedDict):
 
 
 class Shard(Record):
-    """A record of token ids."""
+    """Token ids in a file, which may hold more."""
 
+    offset: int
+    """Bytes of the file before the first id."""
     num_tokens: int
 
 
@@ -45,7 +47,7 @@ class Manifest(TypedDict):
     """Bytes of the text of the held-out tokens, but for the first, which no eval predicts."""
     vocab_size: int
     eos_id: int
-    dtype: Literal["<u2", "<u4"]
+    dtype: Literal["|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8"]
     exhausted: bool
     fingerprint: str
 
@@ -73,7 +75,7 @@ def digest(values: Any) -> str:
 
 def manifest_fingerprint(manifest: Mapping[str, Any]) -> str:
     """Fingerprint of the tokens, whatever their source: copied or touched files give the same."""
-    about = ("fingerprint", "source", "revision", "sizes", "parts")
+    about = ("fingerprint", "source", "revision", "sizes", "parts", "documents")
     return digest({name: value for name, value in manifest.items() if name not in about})
 
 
@@ -96,7 +98,12 @@ def open_dataset(folder: Path, vocab_size: int) -> Dataset:
     with contextlib.suppress(OSError):  # A read-only cache cannot record the time of use.
         os.utime(folder / MANIFEST)
     train, held_out = (
-        TokenShards([folder / shard["name"] for shard in manifest[split]], manifest["dtype"])
+        TokenShards(
+            [
+                map_tokens(folder / of["name"], manifest["dtype"], of["offset"], of["num_tokens"])
+                for of in manifest[split]
+            ]
+        )
         for split in ("train", "eval")
     )
     return Dataset(
@@ -124,12 +131,17 @@ def verify_dataset(folder: Path) -> None:
 def _check(folder: Path, manifest: Manifest, *, read_all: bool = False) -> None:
     shards = [*manifest["train"], *manifest["eval"]]
     itemsize = np.dtype(manifest["dtype"]).itemsize
-    fit = [shard["num_bytes"] == shard["num_tokens"] * itemsize > 0 for shard in shards]
+    fit = [
+        of["num_tokens"] > 0 <= of["offset"] <= of["num_bytes"] - of["num_tokens"] * itemsize
+        for of in shards
+    ]
     if manifest["fingerprint"] != manifest_fingerprint(manifest) or not (
         all(fit) and manifest["eval"]
     ):
         raise InputError(f"{MANIFEST} was altered")
-    known, records = list[str](), [manifest["tokenizer"], *shards]
+    # By name: a file of tokens may hold a part of both splits.
+    records = {record["name"]: record for record in (manifest["tokenizer"], *shards)}.values()
+    known = list[str]()
     if not read_all:
         with contextlib.suppress(OSError, ValueError):
             known = read_json(checked_path(folder), list[str])
@@ -165,7 +177,7 @@ def _glance(folder: Path, record: Record) -> str | None:
         return f"{shown(record['name'])} is not the name of a file in it"
     path = folder / record["name"]
     if not path.is_file():
-        return f"{path.name} is missing"
+        return f"{os.path.realpath(path) if path.is_symlink() else path.name} is missing"
     if (found := path.stat().st_size) != record["num_bytes"]:
         return f"{path.name} has {found:,} bytes, expected {record['num_bytes']:,}"
     return None

@@ -13,7 +13,7 @@ from jaxlm.data.mixture import Phase
 # Kind of source -> function that makes its dataset, imported when a run has such a source.
 _MAKERS: dict[str, str] = dict.fromkeys(
     ("embedded", "text", "hf", "tfds", "tfds_dir"), "jaxlm.corpus.prepared:find_or_make"
-)
+) | {"tokens": "jaxlm.corpus.tokens:link_tokens"}
 _TOKENIZER_OF_ALL = "jaxlm.corpus.prepared:train_for_all"
 
 

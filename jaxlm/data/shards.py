@@ -7,15 +7,23 @@ from typing import Any
 import numpy as np
 
 
-class TokenShards:
-    """The tokens of one split; positions count over all its shards."""
+def map_tokens(
+    path: Path, dtype: Any, offset: int = 0, num_tokens: int | None = None
+) -> np.ndarray:
+    """The tokens of a file, from a byte on; all that follow by default."""
+    shape = None if num_tokens is None else (num_tokens,)
+    # A plain array over the mapped file: a slice of an `np.memmap` costs ten times as much.
+    return np.asarray(np.memmap(path, np.dtype(dtype), "r", offset, shape))
 
-    def __init__(self, paths: Sequence[Path], dtype: Any) -> None:
-        self.dtype = np.dtype(dtype)
-        # Plain arrays over the mapped files: a slice of an `np.memmap` costs ten times as much.
-        self._arrays = [np.asarray(np.memmap(path, self.dtype, "r")) for path in paths]
+
+class TokenShards:
+    """The tokens of one split; positions count over all its arrays."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self.dtype = arrays[0].dtype if arrays else np.dtype("<u2")
+        self._arrays = list(arrays)
         self._ends = np.cumsum([len(array) for array in self._arrays], dtype=np.int64)
-        self.num_tokens = int(self._ends[-1]) if paths else 0
+        self.num_tokens = int(self._ends[-1]) if arrays else 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop - 1.

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from jaxlm.checkpoints import folder, manifest  # noqa: E402
 from jaxlm.checkpoints.metadata import Metadata  # noqa: E402
-from jaxlm.corpus import cache, prepare, tokenizer  # noqa: E402
+from jaxlm.corpus import cache, prepare, splits, tokenizer  # noqa: E402
 from jaxlm.data import dataset  # noqa: E402
 from jaxlm.files import lock  # noqa: E402
 from jaxlm.tracking import events, metrics  # noqa: E402
@@ -153,12 +153,13 @@ def _data_readers(home: Path) -> dict[str, Reader]:
         place = home / name / "data" / "text-0"
         place.mkdir(parents=True)
         values: dict[str, Any] = {"source": "text:x", "revision": "r", "format": 1}
-        values |= {"tokenizer": prepare._write(place / "tokenizer.json", trained.encode())}
+        values |= {"tokenizer": splits.write_record(place / "tokenizer.json", trained.encode())}
         for split in ("train", "eval"):
-            record = prepare._write(place / f"{split}-00000.bin", bytes(20))
-            values |= {split: [{**record, "num_tokens": 10}]}
+            record = splits.write_record(place / f"{split}-00000.bin", bytes(20))
+            values |= {split: [{**record, "offset": 0, "num_tokens": 10}]}
         values |= {"next_document": 4, "vocab_size": 280, "eos_id": 0, "dtype": "<u2"}
         values |= {"exhausted": True, "sizes": "", "parts": {"text:x": [10, 10]}, "eval_bytes": 9}
+        values |= {"documents": {"train": 1, "eval": 1}}
         values["fingerprint"] = dataset.manifest_fingerprint(values)
         sample = json.dumps(values)
 

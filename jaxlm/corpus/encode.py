@@ -1,0 +1,58 @@
+"""Documents -> token ids, many at a time and on all cores; the bytes that ids stand for."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from jaxlm.corpus import tokenizer as tokenizer_lib
+from jaxlm.corpus.files import Document
+
+CHUNK_CHARS = 4_000_000
+"""Text tokenized at once, on all cores."""
+PIECE_CHARS = 500_000
+"""A longer document is tokenized in pieces, on several cores; a cut may split a word."""
+
+
+def chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in lists of about `CHUNK_CHARS`."""
+    chunk, size = [], 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document.text) + 1
+        if size >= CHUNK_CHARS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def encode_documents(
+    tokenizer: Tokenizer, documents: list[str], eos_id: int, dtype: np.dtype
+) -> Iterator[np.ndarray]:
+    """The tokens of each document, with EOS at the end; an empty document has none."""
+    pieces = [
+        (number, text[start : start + PIECE_CHARS])
+        for number, text in enumerate(documents)
+        for start in range(0, len(text), PIECE_CHARS)
+    ]
+    texts = [piece for _, piece in pieces]
+    ids = [[] for _ in documents]
+    for (number, _), own in zip(
+        pieces, tokenizer_lib.encode(tokenizer, texts, eos_id), strict=True
+    ):
+        ids[number] += own
+    for own in ids:
+        yield np.array([*own, eos_id] if own else [], dtype)
+
+
+def prefix_bytes(tokenizer: Tokenizer, text: str, num_ids: int) -> int:
+    """Bytes of the text that the first ids of its document stand for."""
+    num_bytes = 0
+    for start in range(0, len(text), PIECE_CHARS):
+        piece = text[start : start + PIECE_CHARS]
+        ends = [end for _, end in tokenizer.encode(piece, add_special_tokens=False).offsets]
+        if num_ids <= len(ends):
+            return num_bytes + len(piece[: ends[num_ids - 1]].encode())
+        num_ids, num_bytes = num_ids - len(ends), num_bytes + len(piece.encode())
+    return num_bytes

@@ -1,0 +1,146 @@
+"""Documents -> training and held-out tokens on disk; which documents are held out."""
+
+import errno
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from tokenizers import Tokenizer
+
+from jaxlm.corpus.cache import PROGRESS
+from jaxlm.corpus.encode import prefix_bytes
+from jaxlm.corpus.files import Document, Source
+from jaxlm.data.dataset import MANIFEST, manifest_fingerprint
+from jaxlm.errors import FileError
+from jaxlm.files.durable import write_file
+
+HOLD_OUT_EVERY = 20
+
+
+def is_held_out(index: int) -> bool:
+    """Whether document `index` is for evaluation: one of each 20, chosen by a hash.
+
+    Of the first 20 it is the second, so that a corpus of two documents has one of each.
+    """
+    block, place = divmod(index, HOLD_OUT_EVERY)
+    chosen = hashlib.sha256(f"held out {block}".encode()).digest()[0] % HOLD_OUT_EVERY
+    return place == (chosen if block else 1)
+
+
+class Splits:
+    """Tokens of both splits, on disk and still waiting for it; `progress` describes them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        progress: dict[str, Any],
+        limits: dict[str, int],
+        tokenizer: Tokenizer,
+    ):
+        self.counts = {
+            split: sum(shard["num_tokens"] for shard in progress[split]) for split in limits
+        }
+        self._waiting: dict[str, list[np.ndarray]] = {split: [] for split in limits}
+        self._folder, self._progress, self._limits = folder, progress, limits
+        self._tokenizer = tokenizer
+
+    def add(
+        self, document: Document, ids: np.ndarray, *, held_out: bool, is_duplicate: bool
+    ) -> None:
+        """Takes in the next document; it is dropped if it has no ids."""
+        progress, counts = self._progress, self.counts
+        split = "eval" if held_out and counts["eval"] < self._limits["eval"] else "train"
+        kept = ids[: self._limits[split] - counts[split]]
+        progress["next_document"] += 1
+        documents = progress["documents"]
+        if not len(ids):
+            documents["duplicate" if is_duplicate else "empty"] += 1
+        if not len(kept):
+            return
+        if split == "eval":
+            progress["eval_bytes"] += self._num_bytes(document, len(kept), len(ids))
+        documents[split] += 1
+        self._waiting[split].append(kept)
+        counts[split] += len(kept)
+        of_part = progress["parts"].setdefault(document.part, [0, 0])
+        of_part[split == "eval"] += len(kept)
+
+    def _num_bytes(self, document: Document, num_kept: int, num_ids: int) -> int:
+        # Bytes of the text that an eval of the document predicts.
+        num_bytes = document.num_bytes
+        if num_kept < num_ids:
+            num_bytes = prefix_bytes(self._tokenizer, document.text, num_kept)
+        if not self.counts["eval"]:  # no eval predicts the first token
+            num_bytes -= prefix_bytes(self._tokenizer, document.text, 1)
+        return num_bytes
+
+    def num_waiting(self) -> int:
+        """Number of tokens that are not on disk."""
+        return sum(map(len, itertools.chain(*self._waiting.values())))
+
+    def write(self) -> None:
+        """Writes the waiting tokens as a shard of each split, and the progress."""
+        for split, arrays in self._waiting.items():
+            if arrays:
+                tokens = np.concatenate(arrays)
+                path = self._folder / f"{split}-{len(self._progress[split]):05}.bin"
+                record = write_record(path, tokens.tobytes())
+                self._progress[split].append(record | {"offset": 0, "num_tokens": len(tokens)})
+            arrays.clear()
+        write_json(self._folder / PROGRESS, self._progress)
+
+
+class Seen:
+    """The documents so far, by a hash of their text: 16 bytes each, and a set's overhead."""
+
+    def __init__(self, source: Source, num_documents: int):
+        self._hashes = set[bytes]()
+        for document in itertools.islice(source.documents(0), num_documents):
+            self.has(document)
+
+    def has(self, document: Document) -> bool:
+        """Whether an equal document was asked for before."""
+        name = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+        known = name in self._hashes
+        self._hashes.add(name)
+        return known
+
+
+def training_documents(source: Source) -> Iterator[Document]:
+    """The documents of a source that are not held out."""
+    for index, document in enumerate(source.documents(0)):
+        if not is_held_out(index):
+            yield document
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest of a complete dataset, with its fingerprint."""
+    write_json(folder / MANIFEST, manifest | {"fingerprint": manifest_fingerprint(manifest)})
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes JSON atomically."""
+    write_record(path, json.dumps(values, indent=1).encode())
+
+
+def write_record(path: Path, data: bytes) -> dict[str, Any]:
+    """Writes a file atomically; returns its record, for `find_shard_damage`."""
+    try:
+        write_file(path, data)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise FileError(
+            error.errno,
+            f"{error.strerror} while writing {len(data):,} bytes ({free:,} free): make room, or "
+            "set another --data.cache-dir or JAXLM_CACHE; the same command keeps finished shards",
+            str(path),
+        ) from error
+    return {"name": path.name, "num_bytes": len(data), "crc32c": google_crc32c.value(data)}
