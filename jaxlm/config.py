@@ -223,7 +223,7 @@ class DataConfig(_Part, prefix="data."):
     source: str = recorded("embedded")
     """The corpus: embedded, text:GLOB, tokens:GLOB, tfds:NAME, tfds_dir:PATH, hf:REPO[:CONFIG]."""
     sources: dict[str, str] = recorded({})
-    """Several corpora by name, mixed by `weights`, in place of `source` (whose name is main)."""
+    """Several corpora by name, mixed by `weights`; they replace `source`, whose name is main."""
     weights: dict[str, float] = recorded({})
     """Relative shares of `sources` in the rows of batches; equal shares by default. A resume may
     change them, from its first step on."""
@@ -268,8 +268,6 @@ class DataConfig(_Part, prefix="data."):
         for name in {**self.sources, **self.held_out}:
             if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{,39}", name):
                 _check(False, "data.sources", name, "names of up to 40 letters, digits, _, -")
-        alone = not self.sources or self.source == "embedded"
-        self._check(alone, "source", "no source beside data.sources: name it among them")
         ok = not self.weights or self.weights.keys() == self.sources.keys()
         self._check(ok, "weights", f"one for each of data.sources ({', '.join(self.sources)})")
         ok = all(math.isfinite(w) and w >= 0 for w in self.weights.values())

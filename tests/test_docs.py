@@ -27,7 +27,7 @@ from jaxlm.tracking.throughput import flops_per_token
 PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (text_run.REPO / "docs").glob("*.md"))]
 # Models, programs and runs that no other page needs: most of the time of this file.
 SLOW_PAGES = {f"docs/{name}.md" for name in "checkpoints evals library sample tutorial".split()}
-WITH_LAUNCH = {"README.md", "docs/checkpoints.md", "docs/tutorial.md"}
+WITH_LAUNCH = {"README.md", "docs/checkpoints.md", "docs/data.md", "docs/tutorial.md"}
 # Commands that no test runs as they stand here, and why.
 NOT_RUN = {
     r"pip install uv": "these tests run in what it makes",
@@ -38,6 +38,8 @@ NOT_RUN = {
     r"jaxlm benchmark .*--tasks lambada_openai": "reads its texts from the Hub",
     r"HF_HUB_OFFLINE=1 jaxlm benchmark": "slow: tests/test_benchmark.py runs it in a process",
     r"jaxlm checkpoints copy .*gs://": "needs a bucket: tests/test_bucket.py, with an emulator",
+    r"jaxlm cache export": "names a hash of paths: tests/test_tokens.py",
+    r"python launch.py .*tokens:data": "needs files of that name: tests/test_tokens.py",
     r"jaxlm prove-resume": "slow: tests/test_prove.py",
     r"python tests/chaos\.py": "takes 45 minutes: tests/test_chaos.py runs a short one",
     r'python -c "import conversion': "needs llama.cpp: run by tests/parity/test_llama_cpp.py",
@@ -155,7 +157,7 @@ def test_the_flags_of_a_page_fit_the_real_configs(page: str, monkeypatch: pytest
     monkeypatch.chdir(text_run.REPO)
     text = (text_run.REPO / page).read_text().replace("\\\n", " ")
     commands = re.findall(r"launch\.py (--config configs/[^#`\n]*)", text)
-    for flags in map(str.split, commands):
+    for flags in map(shlex.split, commands):
         if "--help" in flags:
             continue
         config = launch.parse_config(flags, prog="launch.py")

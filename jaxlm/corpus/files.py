@@ -98,7 +98,7 @@ def text_files(config: DataConfig) -> Source:
       ValueError: a file's suffix is not one of text, or a folder holds files of other kinds.
     """
     pattern = config.source.partition(":")[2]
-    paths = find_files(pattern, READERS)
+    paths = find_files(config.source, READERS)
     readers, parts = {path: reader_of(path) for path in paths}, _parts(paths)
     _check_folder(pattern, paths)
     sizes, num_read = [os.path.getsize(path) for path in paths], 0
@@ -180,13 +180,13 @@ def _hash(*numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(numbers).encode()).digest()[:8])
 
 
-def find_files(pattern: str, suffixes: Iterable[str]) -> list[str]:
-    """The files of a path, a folder or a pattern, sorted.
+def find_files(source: str, suffixes: Iterable[str]) -> list[str]:
+    """The files of KIND:PATH, sorted; the path is that of a file or folder, or a pattern.
 
     Raises:
       FileNotFoundError: no file matches.
     """
-    path = expand(pattern, "data.source")
+    path = expand(source.partition(":")[2], "data.source")
     below = ["**", "*"] if os.path.isdir(path) else []
     found = glob.iglob(os.path.join(_literal(path), *below), recursive=True)
     # Deduplicated: with two `**`, glob finds a file several times.
@@ -194,7 +194,7 @@ def find_files(pattern: str, suffixes: Iterable[str]) -> list[str]:
     if not paths:
         problem = "no file in that folder" if below else f"no file matches in {os.getcwd()}"
         raise MissingFileError(
-            f"data.source {pattern}: {problem}; expected files such as "
+            f"data.source {source}: {problem}; expected files such as "
             f"{', '.join(suffixes)}. Check the path, and quote a pattern"
         )
     return paths

@@ -52,7 +52,7 @@ def link_tokens(
     """
     if config.tokenizer == "train":
         refuse_text(config)
-    found = find_files(config.source.partition(":")[2], (".bin", ".npy"))
+    found = find_files(config.source, (".bin", ".npy"))
     paths = [Path(path) for path in found if not path.endswith(".idx")]
     tokenizer = new_tokenizer(None, config, vocab_size)
     recipe = [files_revision(map(str, paths)), config.eval_tokens, all_held_out, TOKENS_VERSION]
@@ -160,7 +160,7 @@ def _check(file: TokenFile, eos_id: int, num_ids: int, advance: Any) -> _Checked
     if file.ends is not None and not (tokens_at(tokens, file.ends - 1) == eos_id).all():
         raise InputError(
             f"data.source tokens: {file.path}: found a document that does not end at id {eos_id}, "
-            "expected each to; prepare it with --append-eod"
+            "expected each to; prepare it with the append-eod flag"
         )
     crc = google_crc32c.Checksum()
     with open(file.path, "rb") as data:
