@@ -87,6 +87,7 @@ _MAX_CYCLE = 2**16
 """Limit of the sum of integer shares: a table of this many rows is made at each start."""
 _KINDS = ("text", "tokens", "tfds", "tfds_dir", "hf")
 _SOURCES = "embedded, text:GLOB, tokens:GLOB, tfds:NAME, tfds_dir:PATH or hf:REPO[:CONFIG]"
+MAX_EVAL_TOKENS = 2_000_000
 MAIN = "main"
 """Name of the only source of a run."""
 
@@ -242,8 +243,9 @@ class DataConfig(_Part, prefix="data."):
     """The token that ends a document; found by its usual names if not given."""
     max_tokens: int | None = fixed(None, least=1)
     """Limit of training tokens to prepare; by default 1% more than num_steps needs, or 10 M."""
-    eval_tokens: int = fixed(2_000_000, least=1)
-    """Limit of held-out tokens to prepare, from documents that are never trained on."""
+    eval_tokens: int | None = fixed(None, least=1)
+    """Limit of held-out tokens of each source, in documents that are never trained on; by default
+    so many that evals take a tenth of the run, and at most 2 M."""
     drop_duplicates: bool = fixed(False)
     """Drop a document whose text was there before; takes some 100 bytes of memory a document."""
     cache_dir: str | None = folder(None)
@@ -287,6 +289,11 @@ class DataConfig(_Part, prefix="data."):
         known = {**self.corpora, **self.held_out}
         ok = self.best_by is None or {*self.best_by.split("+")} <= known.keys()
         self._check(ok, "best_by", f"names joined by +, of {', '.join(known)}")
+
+    @property
+    def eval_limit(self) -> int:
+        """`eval_tokens`, or the largest default."""
+        return self.eval_tokens or MAX_EVAL_TOKENS
 
     @property
     def corpora(self) -> dict[str, str]:

@@ -22,6 +22,7 @@ from jaxlm import __main__ as cli
 from jaxlm import launch
 from jaxlm.config import Config, free, leaves
 from jaxlm.data.batches import TrainBatches
+from jaxlm.data.run_data import default_eval_tokens
 from jaxlm.tracking.throughput import flops_per_token
 
 PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (text_run.REPO / "docs").glob("*.md"))]
@@ -331,7 +332,7 @@ def work(config: Config) -> float:
     """Floating-point operations of a whole run, an eval being a third of a step for its tokens."""
     num_evals = config.num_steps // config.eval_interval
     num_tokens = config.num_steps * config.tokens_per_step
-    num_tokens += num_evals * config.data.eval_tokens // 3
+    num_tokens += num_evals * default_eval_tokens(config) // 3
     return num_tokens * flops_per_token(config.model, config.seq_len)
 
 

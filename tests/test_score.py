@@ -13,15 +13,23 @@ import pytest
 import text_run
 from scipy import stats
 
+from jaxlm import __main__ as cli
+from jaxlm import load_model
 from jaxlm.checkpoints import restore, verify
-from jaxlm.checkpoints.folder import read_metadata
+from jaxlm.checkpoints.folder import read_metadata, select
 from jaxlm.checkpoints.manifest import write_manifest
 from jaxlm.checkpoints.verify import verify_step
 from jaxlm.corpus import overlap
 from jaxlm.data.run_data import load_data
 from jaxlm.data.shards import TokenShards, map_tokens
+from jaxlm.device.likelihood import make_token_scores
+from jaxlm.device.sharding import make_mesh
+from jaxlm.evaluation.by_document import document_sums
 from jaxlm.evaluation.paired import paired_difference
-from jaxlm.evaluation.score import score
+from jaxlm.evaluation.score import Scorer, score
+from jaxlm.inference.load import restore_params
+from jaxlm.training.inputs import held_out_batches
+from jaxlm.training.setup import hold_out
 
 NUM_TRIALS = 4000
 
@@ -84,7 +92,7 @@ def test_the_difference_is_that_of_the_two_losses() -> None:
 def test_the_verdict() -> None:
     a, b = sums_of(np.random.default_rng(0), 40, 0.05)
     assert [paired_difference(*pair).better for pair in ((a, b), (b, a), (a, a))] == [1, 0, None]
-    with pytest.raises(ValueError, match="found 1 batch, expected at least 2"):
+    with pytest.raises(ValueError, match="found 1 batches .* expected at least 2"):
         paired_difference(a[:1], b[:1])
 
 
@@ -197,6 +205,56 @@ def test_documents_in_common_are_found_across_chunks_and_shards(
     expected = [document for document in documents[:20] if tuple(document) in train]
     assert found.num_documents == len(expected) >= 11
     assert found.num_tokens == sum(map(len, expected)) and found.of_documents == 20
+
+
+def test_checkpoints_of_different_tokenizers_are_compared_by_document(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(own_home)
+    small = "--run_dir runs/small --model.vocab_size 300 --num_steps 4"
+    assert text_run.launched(own_home, small)[0] == 0
+    runs = [text_run.RUN, "runs/small"]
+    with pytest.raises(ValueError, match="found 0 batches or documents in common"):
+        paired_difference(*(one.sums for one in score(runs, paired=True)))
+    found = score(runs, source="text:texts/*.txt", paired=True)
+    texts = [path.read_text() for path in sorted(Path("texts").glob("*.txt"))]
+    for one in found:
+        assert one.unit == "bits per byte" and len(one.sums) == len(texts) - 1
+        assert {*one.sums[:, 1]} < {*map(len, texts)}
+        bits, num_bytes = one.sums.sum(axis=0)
+        assert bits / num_bytes == pytest.approx(one.bits_per_byte, rel=0.02)
+    np.testing.assert_array_equal(found[0].sums[:, 1], found[1].sums[:, 1])
+    difference = paired_difference(*(one.sums for one in found))
+    assert difference.num_parts == 23 and difference.better == 0  # it was trained for longer
+    assert cli.command(["eval", *runs, "--source", "text:texts/*.txt", "--paired"]) == 0
+    said = capsys.readouterr().out
+    assert f"difference: {difference.mean:+.5f} bits per byte" in said and "23 documents" in said
+
+
+def test_the_loss_of_each_document_is_that_of_its_tokens(
+    shared_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the logits of windows, token by token."""
+    monkeypatch.chdir(shared_home)
+    scorer = Scorer("text:texts/0*.txt")
+    (dataset,) = scorer.find(text_run.RUN).datasets
+    model, metadata = load_model(text_run.RUN)
+    config = metadata.run_config()
+    mesh = make_mesh(config.mesh)
+    held_out = hold_out(config, mesh, held_out_batches(config, dataset))
+    blueprint, params = restore_params(select(text_run.RUN), mesh)
+    scores = make_token_scores(blueprint, mesh, None)
+    found = document_sums(dataset, held_out.put, held_out.num_batches, scores, params)
+    ids = dataset.eval.read(0, dataset.eval.num_tokens).astype(int)
+    windows = np.zeros((-(-(len(ids) - 1) // config.seq_len), config.seq_len), int)
+    windows.ravel()[: len(ids) - 1] = ids[:-1]
+    logits = np.asarray(model(windows), np.float64).reshape(windows.size, -1)
+    bits = [0.0]
+    for row, target in zip(logits, ids[1:], strict=False):
+        bits[-1] += (np.log(np.exp(row).sum()) - row[target]) / np.log(2)
+        if target == dataset.eos_id:
+            bits.append(0.0)
+    np.testing.assert_allclose(found.sums[:, 0], bits[1:-1], rtol=1e-4)
 
 
 # --- verification, while a trainer is at work

@@ -402,6 +402,16 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
 # --- hf
 
 
+def test_the_first_rows_of_hf_are_of_several_files(tmp_path):
+    pytest.importorskip("datasets")
+    for number in range(6):
+        lines = [json.dumps({"text": f"{number} {row}"}) for row in range(5)]
+        (tmp_path / f"train-{number}.jsonl").write_text("\n".join(lines))
+    found = read_all(source(f"hf:{tmp_path}"))
+    assert len({text[0] for text in found[:6]}) == 6 and len(set(found)) == 30
+    assert read_all(source(f"hf:{tmp_path}"), 13) == found[13:]
+
+
 def test_hf_folder(tmp_path):
     pytest.importorskip("datasets")
     (tmp_path / "train.jsonl").write_bytes(jsonl())

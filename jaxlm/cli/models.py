@@ -23,7 +23,8 @@ def evaluate(
 
     Args:
       runs: RUN@STEP each; STEP is best, latest, final or a number, and best if left out.
-      paired: compare two checkpoints on the same batches, with a 95% confidence interval.
+      paired: compare two checkpoints on the same batches, or on the same documents if their
+        tokenizers differ, with a 95% confidence interval.
       source: evaluate on all of another source, such as text:GLOB.
       held_out: of --source, take only the documents that a run on it would hold out (1 of 20).
       follow: evaluate each new checkpoint of a training run until the run ends (exit code 0; 130
@@ -64,10 +65,12 @@ def evaluate(
     if paired:
         found = paired_difference(scores[0].sums, scores[1].sums)
         verdict = "cannot tell" if found.better is None else f"{scores[found.better].run} is better"
-        values.append({**found._asdict(), "verdict": verdict})
+        unit = scores[0].unit
+        values.append({**found._asdict(), "unit": unit, "verdict": verdict})
+        parts = "documents" if unit == "bits per byte" else "batches"
         lines.append(
-            f"difference: {found.mean:+.5f}, 95% confidence {found.low:+.5f} to {found.high:+.5f}, "
-            f"over {found.num_batches} batches: {verdict}"
+            f"difference: {found.mean:+.5f} {unit}, 95% confidence {found.low:+.5f} to "
+            f"{found.high:+.5f}, over {found.num_parts} {parts}: {verdict}"
         )
     show(values if len(values) != 1 else values[0], "\n".join(lines), json)
     return 0

@@ -69,7 +69,7 @@ def make_dataset(
     # Special tokens in a document are encoded as text: they would act as control tokens.
     tokenizer.encode_special_tokens = True
     dtype = np.dtype("<u2" if num_ids <= 2**16 else "<u4")
-    limits = {"train": max_tokens, "eval": config.eval_tokens}
+    limits = {"train": max_tokens, "eval": config.eval_limit}
     splits = Splits(folder, progress, limits, tokenizer)
     seen = Seen(source, progress["next_document"]) if config.drop_duplicates else None
     with _progress_bar(max_tokens) as show:

@@ -89,8 +89,7 @@ def _recipe(config: DataConfig, source: Source, vocab_size: int, max_tokens: int
         tokenizer = f"train {vocab_size}"
     elif tokenizer_lib.local_tokenizer(tokenizer):
         tokenizer = tokenizer_lib.content_hash(tokenizer_lib.load_tokenizer(tokenizer))
-    fields = ("source", "split", "text_field", "eos_token", "eval_tokens")
-    fields += ("drop_duplicates",)
+    fields = ("source", "split", "text_field", "eos_token", "eval_limit", "drop_duplicates")
     recipe = {name: getattr(config, name) for name in fields}
     recipe |= {"reading": TOKENS_VERSION, "key": source.key}
     return recipe | {"tokenizer": tokenizer, "max_tokens": max_tokens}

@@ -53,6 +53,9 @@ def hugging_face(data: DataConfig) -> Source:
         rows = datasets.load_dataset(
             repo, config or None, split=data.split, streaming=True, revision=revision
         )
+        # Files in a shuffled order and in turns: the first documents are a sample. The rows of a
+        # file keep their order, since a buffer of several would have to be read ahead.
+        rows = rows.shuffle(seed=0, buffer_size=1)
         for index, row in enumerate(rows.skip(start), start):
             yield document_of(text_of(row, data.text_field, f"{name} row {index}"), name)
 

@@ -55,7 +55,7 @@ def link_tokens(
     found = find_files(config.source, (".bin", ".npy"))
     paths = [Path(path) for path in found if not path.endswith(".idx")]
     tokenizer = new_tokenizer(None, config, vocab_size)
-    recipe = [files_revision(map(str, paths)), config.eval_tokens, all_held_out, TOKENS_VERSION]
+    recipe = [files_revision(map(str, paths)), config.eval_limit, all_held_out, TOKENS_VERSION]
     recipe += [tokenizer_lib.content_hash(tokenizer)]
     folder = data_folder(config.cache_dir) / f"{label(config.source)}-{digest(recipe)}"
 
@@ -103,7 +103,7 @@ def _link(
     total = sum(file.num_tokens for file in files)
     with progress("Checking tokens", total) as advance:
         checked = [_check(file, eos_id, num_ids, advance) for file in files]
-    limit = min(config.eval_tokens, total if all_held_out else total // HOLD_OUT_EVERY)
+    limit = min(config.eval_limit, total if all_held_out else total // HOLD_OUT_EVERY)
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
     for number, (file, crc32c, _) in enumerate(checked):
         (folder / f"{number:05}.bin").symlink_to(file.path.absolute())

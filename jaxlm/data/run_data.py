@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from jaxlm.config import Config, DataConfig
+from jaxlm.config import MAX_EVAL_TOKENS, Config, DataConfig
 from jaxlm.data.dataset import Dataset
 from jaxlm.data.mixture import Phase
 
@@ -20,6 +20,18 @@ _TOKENIZER_OF_ALL = "jaxlm.corpus.prepared:train_for_all"
 def default_max_tokens(config: DataConfig, num_tokens: int) -> int:
     """Training tokens to prepare: `config.max_tokens`, else 1% more than the run, at least 10 M."""
     return config.max_tokens or max(num_tokens + num_tokens // 100, 10_000_000)
+
+
+def default_eval_tokens(config: Config) -> int:
+    """Held-out tokens of each source: `data.eval_tokens`, else a tenth of the run's work in all.
+
+    An eval costs a third of a step on the same tokens. The least is four steps' tokens, the most
+    `MAX_EVAL_TOKENS`.
+    """
+    num_evals = -(-config.num_steps // config.eval_interval) * len(config.data.corpora)
+    tenth = config.num_steps * config.tokens_per_step // (3 * num_evals)
+    chosen = min(max(tenth, 4 * config.tokens_per_step), MAX_EVAL_TOKENS)
+    return config.data.eval_tokens or chosen
 
 
 class Recorded(NamedTuple):
@@ -78,7 +90,7 @@ class Make(Protocol):
 
 
 def load_data(config: Config, recorded: Recorded | None = None) -> tuple[Config, RunData]:
-    """The config with `data.max_tokens` and `data.best_by` filled in, and the data of the run.
+    """The config with the defaults of its data filled in, and the data of the run.
 
     Each source is prepared with the share of `max_tokens` that it has when it is added. Sources
     share one tokenizer.
@@ -91,7 +103,9 @@ def load_data(config: Config, recorded: Recorded | None = None) -> tuple[Config,
     data, vocab_size = config.data, config.model.vocab_size
     max_tokens = default_max_tokens(data, config.num_steps * config.tokens_per_step)
     best_by = data.best_by or "+".join(sorted(data.corpora))
-    data = dataclasses.replace(data, max_tokens=max_tokens, best_by=best_by)
+    data = dataclasses.replace(
+        data, max_tokens=max_tokens, eval_tokens=default_eval_tokens(config), best_by=best_by
+    )
     config = dataclasses.replace(config, data=data)
     phases: list[Phase] = [*(recorded.phases if recorded else []), first_phase(data)]
     tokenizer = data.tokenizer

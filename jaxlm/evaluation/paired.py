@@ -10,14 +10,15 @@ from jaxlm.errors import InputError
 
 
 class PairedDifference(NamedTuple):
-    """The difference of two losses on the same batches, with its confidence interval."""
+    """The difference of two losses on the same parts of text, with its confidence interval."""
 
     mean: float
-    """Loss of the first minus loss of the second (nats per token)."""
+    """Loss of the first minus loss of the second (in `Score.unit`)."""
     low: float
     high: float
     """95% confidence interval of the mean."""
-    num_batches: int
+    num_parts: int
+    """Batches, or documents."""
 
     @property
     def better(self) -> int | None:
@@ -37,17 +38,17 @@ def paired_difference(sums_a: np.ndarray, sums_b: np.ndarray) -> PairedDifferenc
     interval holds for more text of this kind, not for other text.
 
     Args:
-      sums_a: `Score.sums` of the first: loss sum (nats) and number of tokens [batches, 2].
-      sums_b: the same of the second, on the same batches.
+      sums_a: `Score.sums` of the first: loss sum and number of tokens (or bytes) [parts, 2].
+      sums_b: the same of the second, on the same parts.
 
     Raises:
-      ValueError: fewer than two batches.
+      ValueError: fewer than two parts.
     """
     count = len(sums_a)
     if count < 2:
         raise InputError(
-            f"held-out set: found {count} batch, expected at least 2 for a confidence interval; "
-            "raise data.eval_tokens"
+            f"held-out set: found {count} batches or documents in common, expected at least 2 for "
+            "a confidence interval; raise data.eval_tokens, or name text with --source"
         )
     tokens, gaps = sums_a[:, 1], sums_a[:, 0] - sums_b[:, 0]
     mean = gaps.sum() / tokens.sum()

@@ -23,11 +23,13 @@ from jaxlm.corpus.cache import find_prepared
 from jaxlm.corpus.overlap import find_overlap
 from jaxlm.data.dataset import Dataset, open_dataset
 from jaxlm.data.run_data import Recorded, alone, default_max_tokens, load_data, load_dataset
+from jaxlm.device.likelihood import make_token_scores
 from jaxlm.device.loss import Batch, next_token_loss
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import Params
 from jaxlm.device.step import make_eval_step
 from jaxlm.errors import InputError
+from jaxlm.evaluation.by_document import Documents, document_sums, in_common
 from jaxlm.evaluation.evals import checkpoint_id
 from jaxlm.inference.load import log_selected, restore_params
 from jaxlm.terminal import prints_lines, progress
@@ -69,7 +71,9 @@ class Score(NamedTuple):
     environment: dict[str, Any]
     """Environment of this evaluation."""
     sums: np.ndarray
-    """Loss sum (nats) and number of tokens of each batch: float64 [batches, 2]."""
+    """Loss sum (nats) and number of tokens of each batch: float64 [batches, 2]. With another
+    `unit`, loss sum (bits) and number of bytes of each document."""
+    unit: str = "nats per token"
 
     @property
     def as_recorded(self) -> bool:
@@ -79,7 +83,7 @@ class Score(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """The score as JSON values, without checkpoint id, sums and environment."""
-        left_out = ("checkpoint", "sums", "environment")
+        left_out = ("checkpoint", "sums", "unit", "environment")
         return {name: value for name, value in self._asdict().items() if name not in left_out}
 
 
@@ -107,17 +111,25 @@ def score(
       runs: `RUN@STEP` each; best if STEP is left out.
       source: another `data.source` to evaluate on, all of it.
       held_out: of `source`, take only the documents that a run on it would hold out.
-      paired: evaluate all checkpoints on the batches of the first.
+      paired: give the sums of common batches; of common documents if the tokenizers differ.
 
     Raises:
       ValueError: a run or step is missing or damaged; the data has changed since the run; or
-        `paired`, and the runs differ in held-out set, tokenizer or `seq_len`.
+        `paired`, and runs of one tokenizer differ in held-out set or `seq_len`.
     """
     scorer = Scorer(source, held_out=held_out)
     found = [scorer.find(run) for run in runs]
-    if paired:
+    by_document = paired and len({_tokenizer(candidate) for candidate in found}) > 1
+    if paired and not by_document:
         found = [_in_batches_of(found[0], candidate) for candidate in found]
-    return [_score(candidate, scorer.label) for candidate in found]
+    scored = [_score(candidate, scorer.label, by_document) for candidate in found]
+    if not by_document:
+        return [score for score, _ in scored]
+    sums = in_common([documents for _, documents in scored])
+    return [
+        score._replace(sums=own, unit="bits per byte")
+        for (score, _), own in zip(scored, sums, strict=True)
+    ]
 
 
 class Scorer:
@@ -133,7 +145,7 @@ class Scorer:
 
     def __call__(self, run: str) -> Score:
         """The score of `RUN@STEP`; raises as `score`."""
-        return _score(self.find(run), self.label)
+        return _score(self.find(run), self.label)[0]
 
     def find(self, run: str) -> _Candidate:
         """`RUN@STEP`, and the data to evaluate it on."""
@@ -210,13 +222,15 @@ def _warn_overlap(dataset: Dataset, fingerprints: Mapping[str, str], config: Con
         )
 
 
+def _tokenizer(candidate: _Candidate) -> bytes:
+    return candidate.datasets[0].tokenizer_path.read_bytes()
+
+
 def _in_batches_of(first: _Candidate, other: _Candidate) -> _Candidate:
     def tokens(candidate: _Candidate) -> list[bytes]:
         return [of.eval.read(0, of.eval.num_tokens).tobytes() for of in candidate.datasets]
 
-    paths = [candidate.datasets[0].tokenizer_path for candidate in (first, other)]
     same = {
-        "tokenizer": paths[0].read_bytes() == paths[1].read_bytes(),
         "held-out set": tokens(first) == tokens(other),
         "seq_len": first.config.seq_len == other.config.seq_len,
     }
@@ -230,7 +244,9 @@ def _in_batches_of(first: _Candidate, other: _Candidate) -> _Candidate:
     return other._replace(config=dataclasses.replace(other.config, **batch))
 
 
-def _score(candidate: _Candidate, label: str | None) -> Score:
+def _score(
+    candidate: _Candidate, label: str | None, by_document: bool = False
+) -> tuple[Score, Documents]:
     run, first, config, datasets = candidate
     mesh = _choose_mesh(first.metadata.environment["mesh"], config.micro_batch_size)
     selected, (blueprint, params) = read(run, lambda s: (s, restore_params(s, mesh)), first=first)
@@ -255,8 +271,14 @@ def _score(candidate: _Candidate, label: str | None) -> Score:
 
         sums = joined([batch_sums(step, params, of) for of in sets])
     found, environment = means(sums, num_bytes), describe_environment(mesh)
-    metadata = selected.metadata
-    return Score(
+    metadata, documents = selected.metadata, Documents([], np.empty((0, 2)))
+    if by_document:
+        token_scores = make_token_scores(blueprint, mesh, eos_id)
+        for dataset, of in zip(datasets, sets, strict=True):
+            more = document_sums(dataset, of.put, of.num_batches, token_scores, params)
+            sums_of_all = np.concatenate([documents.sums, more.sums])
+            documents = Documents(documents.texts + more.texts, sums_of_all)
+    scored = Score(
         run=run,
         step=selected.step,
         checkpoint=checkpoint_id(metadata),
@@ -271,6 +293,7 @@ def _score(candidate: _Candidate, label: str | None) -> Score:
         environment=environment,
         sums=np.stack([sums["loss"], sums["tokens"]], axis=1),
     )
+    return scored, documents
 
 
 def _choose_mesh(recorded: dict[str, int], micro_batch_size: int) -> Mesh:

@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxlm.checkpoints.folder import scan_folder
 from jaxlm.config import Config, to_dict
-from jaxlm.data.run_data import default_max_tokens
+from jaxlm.data.run_data import default_eval_tokens, default_max_tokens
 from jaxlm.errors import InputError
 from jaxlm.files.durable import check_output_path
 from jaxlm.launch import STOPPED
@@ -113,6 +113,7 @@ def _proof_flags(config: Config, steps: int) -> list[str]:
     values = {
         "num_steps": steps,
         "optim.warmup_steps": min(config.optim.warmup_steps, steps // 2),
+        "data.eval_tokens": default_eval_tokens(config),
         "data.max_tokens": default_max_tokens(config.data, num_tokens),  # as in the real run
         "save_interval": steps // 4,
         "eval_interval": steps // 3,

@@ -85,7 +85,7 @@ def plan_resume(config: Config, checkpoints: Checkpoints) -> ResumePlan:
     # Chosen at the first start: more steps reuse its tokens, not new data; best keeps its meaning.
     chosen = {
         name: getattr(before.data, name)
-        for name in ("max_tokens", "best_by")
+        for name in ("max_tokens", "eval_tokens", "best_by")
         if getattr(config.data, name) is None
     }
     data = dataclasses.replace(config.data, **chosen)
