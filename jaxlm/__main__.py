@@ -84,6 +84,7 @@ GROUPS: dict[str, dict[str, Callable[..., int]]] = {
 COMMANDS: dict[str, Callable[..., int]] = {
     "train": runs.train,
     "prepare": runs.prepare,
+    "batch": runs.batch,
     "prove-resume": runs.prove_resume,
     "plan": runs.plan,
     "cache": _group("List, verify and clear prepared tokens and programs.", GROUPS["cache"]),

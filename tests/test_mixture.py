@@ -1,6 +1,7 @@
 """Rows of several sources by weight: exact shares, any kill, any change on the way."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_events import KilledError
 from tiny_run import tiny_config
+from tokenizers import Tokenizer
 
 from jaxlm.checkpoints.folder import scan_folder
 from jaxlm.config import Config, DataConfig, ModelConfig
 from jaxlm.data.batches import TrainBatches, windows_per_epoch
 from jaxlm.data.mixture import Mixture, Phase, add_phase, spread
 from jaxlm.data.shards import TokenShards, map_tokens
+from jaxlm.evaluation.documents import rows_of_batch
 from jaxlm.proof.attempt import compare_runs, untimed_rows
+from jaxlm.training.inputs import find_inputs
 from jaxlm.training.train import train
 
 SHARES = st.dictionaries(st.sampled_from("abcde"), st.integers(0, 40), min_size=1).filter(
@@ -259,3 +263,35 @@ def test_the_tokenizer_of_several_sources_has_words_of_all(run, tmp_path):
     run("a", 1, web=1, code=0.01, data={"eval_tokens": 100})
     vocabulary = json.loads((tmp_path / "a/checkpoints/tokenizer.json").read_text())["model"]
     assert {"Ġnot", "Ġthen"} <= vocabulary["vocab"].keys()
+
+
+# --- the documents behind a batch
+
+
+def test_the_documents_of_a_row_are_those_of_its_tokens(run, texts, tmp_path):
+    lines = (texts / "web.jsonl").read_text().splitlines()
+    web = {"web": f"text:{texts}/gaps.jsonl", "code": f"text:{texts}/code.jsonl"}
+    gaps = [json.dumps({"text": ""}), *lines[:30], json.dumps({"text": ""}), *lines[30:]]
+    (texts / "gaps.jsonl").write_text("\n".join(gaps))
+    config = run("a", 4, web=0.7, code=0.3, data={"sources": web})
+    loaded = Tokenizer.from_file(str(tmp_path / "a/checkpoints/tokenizer.json"))
+    _, inputs = find_inputs(config, None, None, None)
+    batch = inputs.rows_of(inputs.phases([], 0))(2, slice(None))
+    rows = rows_of_batch(config.run_dir, 3)
+    assert {row.source for row in rows} == {"web", "code"} and len(rows) == config.batch_size
+    for row, tokens in zip(rows, batch["inputs"], strict=True):
+        text = "".join(piece.text for piece in row.pieces)
+        assert text == loaded.decode(tokens.tolist(), skip_special_tokens=False)
+        assert sum(piece.num_tokens for piece in row.pieces) == config.seq_len
+        path = texts / ("gaps.jsonl" if row.source == "web" else "code.jsonl")
+        of_source = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+        for piece in row.pieces:
+            number = int(re.findall(r"document (\d+) of", piece.place)[0])
+            assert piece.text.removesuffix("<|endoftext|>") in of_source[number]
+            before = loaded.encode(of_source[number]).ids[: piece.first]
+            assert of_source[number].startswith(loaded.decode(before) + piece.text[:5])
+    assert rows_of_batch(config.run_dir, 3, 5) == rows[5:6]
+    with pytest.raises(ValueError, match="--row: found 8, expected 0 to 7"):
+        rows_of_batch(config.run_dir, 3, 8)
+    with pytest.raises(ValueError, match="--step: found 5, expected 1 to 4"):
+        rows_of_batch(config.run_dir, 5)

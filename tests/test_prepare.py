@@ -477,7 +477,7 @@ def test_any_damage_is_found_and_named(corpus, tmp_path):
     dataset = run(config_of(corpus, tmp_path))
     folder, rng = dataset.directory, random.Random(0)
     files = sorted(path for path in folder.iterdir())
-    assert {path.suffix for path in files} == {".bin", ".json"} and len(files) >= 6
+    assert {path.suffix for path in files} == {".bin", ".json", ".numbers"} and len(files) >= 6
     for path in files:
         whole = path.read_bytes()
         place = rng.randrange(len(whole))

@@ -6,11 +6,13 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
-from jaxlm.cli.arguments import Runs
+from jaxlm.cli.arguments import RunAtStep, Runs
 from jaxlm.cli.output import notes, show
 from jaxlm.errors import InputError
 from jaxlm.launch import parse_config, run
 from jaxlm.terminal import progress, track
+
+_MAX_TEXT = 60
 
 
 def train(flags: Positional[tuple[str, ...]] = ()) -> int:
@@ -46,6 +48,38 @@ def prepare(flags: Positional[tuple[str, ...]] = ()) -> int:
         _, data = load_data(config)
     for name, dataset in data.by_name.items():
         print("\n".join(overview(name, dataset)))
+    return 0
+
+
+def batch(run: RunAtStep, *, step: int, row: int | None = None, json: bool = False) -> int:
+    """Show the documents that a step of a run trains on.
+
+    Args:
+      run: a run folder, or RUN@STEP, whose mixture is taken; the latest if left out.
+      step: the step, as in metrics.jsonl.
+      row: a row of its batch, from 0; all if left out.
+      json: print JSON.
+
+    Examples:
+      jaxlm batch runs/tiny --step 100 --row 3
+    """
+    from jaxlm.evaluation.documents import rows_of_batch
+
+    with notes(json):
+        rows = rows_of_batch(run, step, row)
+    lines, values = [], []
+    for number, found in enumerate(rows, row or 0):
+        lines.append(
+            f"row {number}: source {found.source}, epoch {found.epoch}, window {found.window}"
+        )
+        pieces = [piece._asdict() for piece in found.pieces]
+        values.append({"row": number, **found._asdict(), "pieces": pieces})
+        lines += [
+            f"  {piece.place}: {piece.num_tokens} tokens from {piece.first} on: "
+            f"{piece.text[:_MAX_TEXT]!r}"
+            for piece in found.pieces
+        ]
+    show(values, "\n".join(lines), json)
     return 0
 
 

@@ -53,6 +53,8 @@ class Progress(TypedDict):
     next_document: int
     parts: dict[str, list[int]]
     """Part of the corpus -> its training and held-out tokens."""
+    numbers: dict[str, list[Record]]
+    """Split -> for each shard, the numbers of its documents in the source (uint64)."""
     documents: dict[str, int]
     """train, eval, empty or duplicate -> number of such documents."""
     eval_bytes: int
@@ -198,6 +200,7 @@ def clear_caches(names: Sequence[str], cache_dir: str | None = None) -> list[str
                 (folder / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(folder)
                 checked_path(folder).unlink(missing_ok=True)
+                Path(f"{folder}.ends").unlink(missing_ok=True)
                 Path(f"{folder}.lock").unlink(missing_ok=True)
         except filelock.Timeout as error:
             raise InputError(

@@ -3,12 +3,18 @@
 import collections
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxlm.config import Config
+from jaxlm.corpus.cache import find_prepared
+from jaxlm.data.dataset import Dataset, open_dataset
 from jaxlm.data.shards import TokenShards
+
+_log = logging.getLogger(__name__)
 
 _CHUNK_TOKENS = 1 << 22
 NGRAM = 16
@@ -114,3 +120,25 @@ def _documents(tokens: TokenShards, eos_id: int) -> Iterator[np.ndarray]:
         yield from documents
     if len(rest):  # cut at the limit of tokens
         yield rest
+
+
+def warn_overlap(dataset: Dataset, fingerprints: Mapping[str, str], config: Config) -> None:
+    """Warns if the data of a run, by its fingerprints, holds documents of a dataset."""
+    data, unknown = config.data, "what the run was trained on is not compared with these documents"
+    folders = [find_prepared(found, "", data.cache_dir) for found in fingerprints.values()]
+    if None in folders or not folders:
+        _log.info(f"{unknown}: its prepared data is not here")
+        return
+    try:
+        train = [
+            open_dataset(folder, config.model.vocab_size).train for folder in folders if folder
+        ]
+    except (ValueError, OSError) as error:
+        _log.warning(f"{unknown}: {error}")
+        return
+    if (found := find_overlap(dataset.eval, train, dataset.eos_id)).num_documents:
+        _log.warning(
+            f"the training data of {config.run_dir} holds {found.num_documents:,} of these "
+            f"{found.of_documents:,} documents ({found.num_tokens:,} of "
+            f"{dataset.eval.num_tokens:,} tokens): their loss says little"
+        )

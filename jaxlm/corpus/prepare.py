@@ -6,6 +6,7 @@ without one is unfinished, and its preparation resumes from `progress.json`.
 """
 
 import contextlib
+import itertools
 import logging
 import shutil
 import sys
@@ -114,12 +115,13 @@ def _progress(folder: Path, source: Source) -> dict[str, Any]:
     """Progress of an interrupted preparation if all of it is sound; else that of a new one."""
     fresh = {"source": source.name, "revision": source.revision, "format": FORMAT}
     fresh |= {"sizes": source.sizes, "next_document": 0, "parts": {}, "tokenizer": None}
-    fresh |= {"train": [], "eval": [], "eval_bytes": 0}
+    fresh |= {"train": [], "eval": [], "numbers": {"train": [], "eval": []}, "eval_bytes": 0}
     fresh |= {"documents": dict.fromkeys(("train", "eval", "empty", "duplicate"), 0)}
     try:
         found = {**read_json(folder / PROGRESS, Progress)}
         shards = [*found["train"], *found["eval"]]
-        problem = find_shard_damage(folder, filter(None, [found["tokenizer"], *shards]))
+        numbers = itertools.chain.from_iterable(found["numbers"].values())
+        problem = find_shard_damage(folder, filter(None, [found["tokenizer"], *shards, *numbers]))
         if found["revision"] != fresh["revision"]:
             problem = f"the source was {found['revision']}, is {fresh['revision']}"
         counted = found["next_document"], found["eval_bytes"]

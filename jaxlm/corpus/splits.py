@@ -47,6 +47,7 @@ class Splits:
             split: sum(shard["num_tokens"] for shard in progress[split]) for split in limits
         }
         self._waiting: dict[str, list[np.ndarray]] = {split: [] for split in limits}
+        self._numbers: dict[str, list[int]] = {split: [] for split in limits}
         self._folder, self._progress, self._limits = folder, progress, limits
         self._tokenizer = tokenizer
 
@@ -67,6 +68,7 @@ class Splits:
             progress["eval_bytes"] += self._num_bytes(document, len(kept), len(ids))
         documents[split] += 1
         self._waiting[split].append(kept)
+        self._numbers[split].append(progress["next_document"] - 1)
         counts[split] += len(kept)
         of_part = progress["parts"].setdefault(document.part, [0, 0])
         of_part[split == "eval"] += len(kept)
@@ -90,9 +92,14 @@ class Splits:
             if arrays:
                 tokens = np.concatenate(arrays)
                 path = self._folder / f"{split}-{len(self._progress[split]):05}.bin"
+                # First the numbers: a kill in between leaves no shard without them.
+                numbers = np.array(self._numbers[split], "<u8").tobytes()
+                of_numbers = write_record(path.with_suffix(".numbers"), numbers)
                 record = write_record(path, tokens.tobytes())
                 self._progress[split].append(record | {"offset": 0, "num_tokens": len(tokens)})
+                self._progress["numbers"][split].append(of_numbers)
             arrays.clear()
+            self._numbers[split].clear()
         write_json(self._folder / PROGRESS, self._progress)
 
 

@@ -130,6 +130,7 @@ def _link(
         "tokenizer": write_record(folder / "tokenizer.json", text),
         "train": [] if all_held_out else splits["train"],
         "eval": splits["eval"],
+        "numbers": {},
         "eval_bytes": _num_bytes(held_out, tokenizer, eos_id),
         "documents": {"train": num_documents - num_held_out, "eval": num_held_out},
         **{"vocab_size": num_ids, "eos_id": eos_id, "dtype": files[0].dtype.str},

@@ -99,15 +99,27 @@ class TrainBatches:
             tokens_BT[own] = self._windows(name, row)
         return {"inputs": tokens_BT[:, :-1], "targets": tokens_BT[:, 1:]}
 
+    def locate(self, index: int, row: int) -> tuple[str, int, int]:
+        """Source, epoch and window of a row of batch `index`."""
+        ((name, (_, rows)),) = self._mixture.split(
+            np.array([index * self._batch_size + row])
+        ).items()
+        epoch, window = self._shuffled(name, rows)
+        return name, int(epoch[0]), int(window[0])
+
     def _windows(self, name: str, row: np.ndarray) -> np.ndarray:
-        tokens = self._sources[name]
-        num_windows = windows_per_epoch(tokens, self._seq_len)
+        _, window = self._shuffled(name, row)
+        return self._sources[name].windows(window * self._seq_len, self._seq_len + 1)
+
+    def _shuffled(self, name: str, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # Epoch and window of rows of a source.
+        num_windows = windows_per_epoch(self._sources[name], self._seq_len)
         epoch, place = np.divmod(row, num_windows)
         window = np.empty_like(place)
         for value in np.unique(epoch):
             here = epoch == value
             window[here] = permute(place[here], num_windows, self._seeds[name], int(value))
-        return tokens.windows(window * self._seq_len, self._seq_len + 1)
+        return epoch, window
 
 
 def seed_of(seed: int, name: str) -> int:

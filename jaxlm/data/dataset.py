@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -43,6 +44,8 @@ class Manifest(TypedDict):
     tokenizer: Record
     train: list[Shard]
     eval: list[Shard]
+    numbers: dict[str, list[Record]]
+    """Split -> files with the numbers of its documents in the source (uint64), one a shard."""
     eval_bytes: int
     """Bytes of the text of the held-out tokens, but for the first, which no eval predicts."""
     vocab_size: int
@@ -75,7 +78,7 @@ def digest(values: Any) -> str:
 
 def manifest_fingerprint(manifest: Mapping[str, Any]) -> str:
     """Fingerprint of the tokens, whatever their source: copied or touched files give the same."""
-    about = ("fingerprint", "source", "revision", "sizes", "parts", "documents")
+    about = ("fingerprint", "source", "revision", "sizes", "parts", "documents", "numbers")
     return digest({name: value for name, value in manifest.items() if name not in about})
 
 
@@ -140,7 +143,8 @@ def _check(folder: Path, manifest: Manifest, *, read_all: bool = False) -> None:
     ):
         raise InputError(f"{MANIFEST} was altered")
     # By name: a file of tokens may hold a part of both splits.
-    records = {record["name"]: record for record in (manifest["tokenizer"], *shards)}.values()
+    named = [manifest["tokenizer"], *shards, *itertools.chain(*manifest["numbers"].values())]
+    records = {record["name"]: record for record in named}.values()
     known = list[str]()
     if not read_all:
         with contextlib.suppress(OSError, ValueError):

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +19,8 @@ from jaxlm.checkpoints.names import split_step
 from jaxlm.checkpoints.reading import read
 from jaxlm.compilation_cache import enable_compilation_cache
 from jaxlm.config import Config, MeshConfig
-from jaxlm.corpus.cache import find_prepared
-from jaxlm.corpus.overlap import find_overlap
-from jaxlm.data.dataset import Dataset, open_dataset
+from jaxlm.corpus.overlap import warn_overlap
+from jaxlm.data.dataset import Dataset
 from jaxlm.data.run_data import Recorded, alone, default_max_tokens, load_data, load_dataset
 from jaxlm.device.likelihood import make_token_scores
 from jaxlm.device.loss import Batch, next_token_loss
@@ -177,7 +176,7 @@ class Scorer:
             max_tokens=max_tokens,
             all_held_out=self._all,
         )
-        _warn_overlap(dataset, selected.metadata.data, config)
+        warn_overlap(dataset, selected.metadata.data, config)
         return [dataset]
 
 
@@ -198,28 +197,6 @@ def _of_run(selected: Selected, config: Config) -> list[Dataset]:
                 "text with --source"
             )
     return [datasets[name] for name in names]
-
-
-def _warn_overlap(dataset: Dataset, fingerprints: Mapping[str, str], config: Config) -> None:
-    # Warns if the run's data holds documents of `dataset`.
-    data, unknown = config.data, "what the run was trained on is not compared with these documents"
-    folders = [find_prepared(found, "", data.cache_dir) for found in fingerprints.values()]
-    if None in folders or not folders:
-        _log.info(f"{unknown}: its prepared data is not here")
-        return
-    try:
-        train = [
-            open_dataset(folder, config.model.vocab_size).train for folder in folders if folder
-        ]
-    except (ValueError, OSError) as error:
-        _log.warning(f"{unknown}: {error}")
-        return
-    if (found := find_overlap(dataset.eval, train, dataset.eos_id)).num_documents:
-        _log.warning(
-            f"the training data of {config.run_dir} holds {found.num_documents:,} of these "
-            f"{found.of_documents:,} documents ({found.num_tokens:,} of "
-            f"{dataset.eval.num_tokens:,} tokens): their loss says little"
-        )
 
 
 def _tokenizer(candidate: _Candidate) -> bytes:

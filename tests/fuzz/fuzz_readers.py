@@ -158,7 +158,13 @@ def _data_readers(home: Path) -> dict[str, Reader]:
             record = splits.write_record(place / f"{split}-00000.bin", bytes(20))
             values |= {split: [{**record, "offset": 0, "num_tokens": 10}]}
         values |= {"next_document": 4, "vocab_size": 280, "eos_id": 0, "dtype": "<u2"}
-        values |= {"exhausted": True, "sizes": "", "parts": {"text:x": [10, 10]}, "eval_bytes": 9}
+        values |= {
+            "exhausted": True,
+            "sizes": "",
+            "parts": {"text:x": [10, 10]},
+            "eval_bytes": 9,
+            "numbers": {},
+        }
         values |= {"documents": {"train": 1, "eval": 1}}
         values["fingerprint"] = dataset.manifest_fingerprint(values)
         sample = json.dumps(values)

@@ -1,0 +1,155 @@
+"""The documents behind a batch: their numbers, their text, and their place in the source."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlm.checkpoints.folder import TOKENIZER, select
+from jaxlm.checkpoints.names import split_step
+from jaxlm.corpus.tokenizer import load_tokenizer
+from jaxlm.data.batches import TrainBatches
+from jaxlm.data.dataset import MANIFEST, Dataset, Manifest
+from jaxlm.data.mixture import Mixture
+from jaxlm.data.run_data import Recorded, load_data
+from jaxlm.data.shards import TokenShards
+from jaxlm.errors import InputError
+from jaxlm.files.durable import write_file
+from jaxlm.files.strict import read_json
+from jaxlm.terminal import prints_lines
+
+_CHUNK_TOKENS = 1 << 24
+
+
+class Piece(NamedTuple):
+    """The part of a document that lies in a row."""
+
+    document: int
+    """Number of the document among the training documents of its source, from 0."""
+    place: str
+    """Its place in the source: its number there, or a file and the first of its tokens."""
+    first: int
+    """First token of the part in the document, from 0."""
+    num_tokens: int
+    text: str
+    """Text of the part."""
+
+
+class Row(NamedTuple):
+    """One row of a batch."""
+
+    source: str
+    epoch: int
+    window: int
+    pieces: list[Piece]
+
+
+@prints_lines
+def rows_of_batch(run: str, step: int, row: int | None = None) -> list[Row]:
+    """The rows that a step of a run takes in, or one of them.
+
+    Args:
+      run: a run folder, or RUN@STEP, whose mixture is taken.
+      step: of the run; the rows are those of batch `step - 1`.
+      row: of the batch, from 0; all by default.
+
+    Raises:
+      ValueError: the run was trained on custom batches, or has no such step or row.
+    """
+    selected = select(run if split_step(run)[1] else f"{run}@latest", contents=False)
+    metadata, config = selected.metadata, selected.metadata.run_config()
+    if not metadata.phases:
+        raise InputError(f"{run}: was trained on custom batches, so it has no documents")
+    if not 1 <= step <= config.num_steps:
+        raise InputError(f"--step: found {step}, expected 1 to {config.num_steps}, as in {run}")
+    if row is not None and not 0 <= row < config.batch_size:
+        raise InputError(f"--row: found {row}, expected 0 to {config.batch_size - 1}")
+    recorded = Recorded(
+        metadata.step, metadata.data, metadata.phases, config.data, selected.folder / TOKENIZER
+    )
+    _, data = load_data(config, recorded)
+    batches = TrainBatches(
+        {name: dataset.train for name, dataset in data.sources.items()},
+        Mixture(metadata.phases, config.batch_size),
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        seed=config.seed,
+    )
+    tokenizer = load_tokenizer(data.first.tokenizer_path)
+    found = []
+    for number in range(config.batch_size) if row is None else (row,):
+        name, epoch, window = batches.locate(step - 1, number)
+        dataset = data.sources[name]
+        start = window * config.seq_len
+        pieces = [
+            Piece(
+                document,
+                _place(dataset, document, start + first),
+                place,
+                count,
+                tokenizer.decode(
+                    dataset.train.read(start + first, start + first + count).tolist(),
+                    skip_special_tokens=False,
+                ),
+            )
+            for document, place, first, count in _split(dataset, start, config.seq_len)
+        ]
+        found.append(Row(name, epoch, window, pieces))
+    return found
+
+
+def _split(dataset: Dataset, start: int, num_tokens: int) -> list[tuple[int, int, int, int]]:
+    # (document, first token in it, first token in the window, number of tokens) of each part.
+    ends = document_ends(dataset)
+    stop, position, parts = start + num_tokens, start, []
+    while position < stop:
+        document = int(np.searchsorted(ends, position, side="right"))
+        begin = int(ends[document - 1]) if document else 0
+        end = int(ends[document]) if document < len(ends) else dataset.train.num_tokens
+        count = min(end, stop) - position
+        parts.append((document, position - begin, position - start, count))
+        position += count
+    return parts
+
+
+def document_ends(dataset: Dataset) -> np.ndarray:
+    """Position after the EOS of each training document: int64 [documents], mapped from a file.
+
+    The file is made once, beside the dataset, by a scan of all tokens.
+    """
+    path = ends_path(dataset.directory)
+    if not path.exists():
+        write_file(path, _scan(dataset.train, dataset.eos_id).tobytes())
+    size = path.stat().st_size
+    return np.memmap(path, "<i8", "r") if size else np.empty(0, np.int64)
+
+
+def ends_path(folder: Path) -> Path:
+    """The index of a dataset's documents."""
+    return Path(f"{folder}.ends")
+
+
+def _scan(tokens: TokenShards, eos_id: int) -> np.ndarray:
+    found = [np.empty(0, np.int64)]
+    for start in range(0, tokens.num_tokens, _CHUNK_TOKENS):
+        chunk = tokens.read(start, min(start + _CHUNK_TOKENS, tokens.num_tokens))
+        found.append(np.flatnonzero(chunk == eos_id) + start + 1)
+    return np.concatenate(found).astype("<i8")
+
+
+def _place(dataset: Dataset, document: int, position: int) -> str:
+    manifest = read_json(dataset.directory / MANIFEST, Manifest)
+    records = manifest["numbers"].get("train", [])
+    if not records:  # token files, which are linked
+        for shard in manifest["train"]:
+            if position < shard["num_tokens"]:
+                path = (dataset.directory / shard["name"]).resolve()
+                first = shard["offset"] // dataset.train.dtype.itemsize + position
+                return f"{path}, token {first:,}"
+            position -= shard["num_tokens"]
+    for record in records:
+        numbers = np.memmap(dataset.directory / record["name"], "<u8", "r")
+        if document < len(numbers):
+            return f"document {int(numbers[document]):,} of {dataset.source}"
+        document -= len(numbers)
+    return dataset.source
