@@ -78,7 +78,7 @@ def digest(values: Any) -> str:
 
 def manifest_fingerprint(manifest: Mapping[str, Any]) -> str:
     """Fingerprint of the tokens, whatever their source: copied or touched files give the same."""
-    about = ("fingerprint", "source", "revision", "sizes", "parts", "documents", "numbers")
+    about = ("fingerprint", "source", "revision", "sizes", "parts", "documents")
     return digest({name: value for name, value in manifest.items() if name not in about})
 
 
