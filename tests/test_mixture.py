@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from jaxlm.checkpoints.folder import scan_folder
 from jaxlm.config import Config, DataConfig, ModelConfig
 from jaxlm.data.batches import TrainBatches, windows_per_epoch
 from jaxlm.data.mixture import Mixture, Phase, add_phase, spread
+from jaxlm.data.run_data import load_data
 from jaxlm.data.shards import TokenShards, map_tokens
 from jaxlm.evaluation.documents import rows_of_batch
 from jaxlm.proof.attempt import compare_runs, untimed_rows
@@ -295,3 +297,30 @@ def test_the_documents_of_a_row_are_those_of_its_tokens(run, texts, tmp_path):
         rows_of_batch(config.run_dir, 3, 8)
     with pytest.raises(ValueError, match="--step: found 5, expected 1 to 4"):
         rows_of_batch(config.run_dir, 5)
+
+
+def test_after_the_cache_is_cleared_the_same_tokens_are_made(run, texts, tmp_path):
+    cache = {"cache_dir": str(tmp_path / "cache"), "max_tokens": 2000}
+    run("a", 4, web=0.9, code=0.1, data=cache)
+    run("a", 8, web=0.2, code=0.5, new=0.3, data=cache)
+    before = scan_folder(tmp_path / "a/checkpoints").sound[8].data
+    shutil.rmtree(tmp_path / "cache")
+    run("a", 12, web=0.2, code=0.5, new=0.3, data=cache)
+    assert scan_folder(tmp_path / "a/checkpoints").sound[12].data == before
+    config = run("b", 1, web=0.9, code=0.1, data=cache)
+    _, data = load_data(config)
+    tokens = {name: of.train.num_tokens for name, of in data.sources.items()}
+    assert tokens == {"web": 1800, "code": 200}  # each its share of the limit
+
+
+def test_the_loss_that_decides_is_that_of_all_tokens(run, tmp_path):
+    config = run("a", 4, web=1, code=1, data={"eval_tokens": 120})
+    row = untimed_rows(tmp_path / "a")[-1]
+    _, data = load_data(config)
+    sizes = {name: (of.eval.num_tokens - 1, of.eval_bytes) for name, of in data.sources.items()}
+    nats = sum(row[f"eval/{name}/loss"] * count for name, (count, _) in sizes.items())
+    count, num_bytes = map(sum, zip(*sizes.values(), strict=True))
+    assert row["eval/loss"] == pytest.approx(nats / count, rel=1e-9)
+    assert row["eval/bits_per_byte"] == pytest.approx(nats / np.log(2) / num_bytes, rel=1e-9)
+    metadata = scan_folder(tmp_path / "a/checkpoints").sound[4]
+    assert metadata.bits_per_byte == pytest.approx(row["eval/bits_per_byte"], rel=1e-9)
