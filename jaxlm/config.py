@@ -70,6 +70,26 @@ def fixed(default: T, **bounds: float) -> T:
     return _field(default, "fixed", Bounds(**bounds))
 
 
+def _pairs(kind: type[str] | type[float]) -> Any:
+    # A flag with names and values, which replaces the whole dict: tyro would make a flag of each
+    # name that the default has, and take no other name.
+    def parse(words: list[str]) -> dict[str, Any]:
+        if len(words) % 2 or len({*words[::2]}) * 2 != len(words):
+            raise ValueError(f"found {' '.join(words)}, expected NAME VALUE pairs, each name once")
+        return dict(zip(words[::2], map(kind, words[1::2]), strict=True))
+
+    def is_instance(value: object) -> bool:
+        return isinstance(value, dict) and all(isinstance(x, kind | int) for x in value.values())
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME VALUE ...",
+        instance_from_str=parse,
+        is_instance=is_instance,
+        str_from_instance=lambda value: [str(x) for item in value.items() for x in item],
+    )
+
+
 # A config is printed and stored in many places: refuse URLs with a password or a signed query.
 _KEY_IN_URL = re.compile(
     r"(?<=://)(?:[^/\s]*@|[^\s?]*\?(?:\S*&)?[\w.-]*"
@@ -223,12 +243,12 @@ class DataConfig(_Part, prefix="data."):
 
     source: str = recorded("embedded")
     """The corpus: embedded, text:GLOB, tokens:GLOB, tfds:NAME, tfds_dir:PATH, hf:REPO[:CONFIG]."""
-    sources: dict[str, str] = recorded({})
+    sources: Annotated[dict[str, str], _pairs(str)] = recorded({})
     """Several corpora by name, mixed by `weights`; they replace `source`, whose name is main."""
-    weights: dict[str, float] = recorded({})
+    weights: Annotated[dict[str, float], _pairs(float)] = recorded({})
     """Relative shares of `sources` in the rows of batches; equal shares by default. A resume may
     change them, from its first step on."""
-    held_out: dict[str, str] = recorded({})
+    held_out: Annotated[dict[str, str], _pairs(str)] = recorded({})
     """More held-out sets by name, beside that of each source: all documents of a corpus."""
     best_by: str | None = fixed(None)
     """Held-out sets whose loss is `eval/loss` and decides the best, as in web+code; by default
@@ -287,8 +307,9 @@ class DataConfig(_Part, prefix="data."):
         twice = ", ".join(self.held_out.keys() & self.corpora.keys())
         self._check(not twice, "held_out", f"other names than those of sources ({twice})")
         known = {**self.corpora, **self.held_out}
-        ok = self.best_by is None or {*self.best_by.split("+")} <= known.keys()
-        self._check(ok, "best_by", f"names joined by +, of {', '.join(known)}")
+        names = self.best_by.split("+") if self.best_by else []
+        ok = {*names} <= known.keys() and len({*names}) == len(names)
+        self._check(ok, "best_by", f"names joined by +, each once, of {', '.join(known)}")
 
     @property
     def eval_limit(self) -> int:

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_events import KilledError
+from text_run import damage
 from tiny_run import tiny_config
 from tokenizers import Tokenizer
 
 from jaxlm.checkpoints.folder import scan_folder
-from jaxlm.config import Config, DataConfig, ModelConfig
+from jaxlm.config import Config, DataConfig, ModelConfig, OptimConfig
+from jaxlm.corpus.tokenizer import train_tokenizer
 from jaxlm.data.batches import TrainBatches, windows_per_epoch
 from jaxlm.data.mixture import Mixture, Phase, add_phase, spread
 from jaxlm.data.run_data import load_data
 from jaxlm.data.shards import TokenShards, map_tokens
 from jaxlm.evaluation.documents import rows_of_batch
+from jaxlm.evaluation.score import score
 from jaxlm.proof.attempt import compare_runs, untimed_rows
 from jaxlm.training.inputs import find_inputs
+from jaxlm.training.loop import Callback
 from jaxlm.training.train import train
 
 SHARES = st.dictionaries(st.sampled_from("abcde"), st.integers(0, 40), min_size=1).filter(
@@ -167,6 +171,8 @@ def run(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
         *,
         kill: int = 0,
         data: dict[str, Any] | None = None,
+        branch_from: str | None = None,
+        callbacks: Sequence[Callback] = (),
         **weights: float,
     ) -> Config:
         own = DataConfig(
@@ -184,6 +190,8 @@ def run(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
             data=replace(own, **(data or {})),
             num_steps=num_steps,
             eval_interval=4,
+            optim=OptimConfig(learning_rate=1e-2, warmup_steps=0),
+            branch_from=branch_from,
             checkpoint={"save_interval": 2, "keep_latest": 9},
         )
 
@@ -197,7 +205,7 @@ def run(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
             with pytest.raises(KilledError):
                 train(config, callbacks=[killed])
         else:
-            assert train(config, at_end=()).complete
+            assert train(config, at_end=(), callbacks=callbacks).complete
         return config
 
     return start
@@ -231,7 +239,7 @@ def test_best_is_judged_by_the_sets_that_the_run_began_with(run, tmp_path):
         f"eval/new/{metric}" for metric in ("loss", "perplexity", "bits_per_byte")
     }
     assert min(first["eval/web/loss"], first["eval/code/loss"]) < first["eval/loss"]
-    with pytest.raises(ValueError, match=r"data.best_by: found 'code\+web', expected names .*, of"):
+    with pytest.raises(ValueError, match="data.sources: found web, new, without code, whose held"):
         run("a", 12, web=1, new=1)
     with pytest.raises(ValueError, match="data.best_by: was 'code.web', is 'web'"):
         run("a", 12, web=1, code=1, new=1, data={"best_by": "web"})
@@ -244,7 +252,7 @@ def test_one_of_several_sets_may_judge(run, texts, tmp_path):
     row = untimed_rows(tmp_path / "a")[-1]
     assert row["eval/loss"] == row["eval/more/loss"] != row["eval/web/loss"]
     changed = {**more, "held_out": {"more": f"text:{texts}/code.jsonl"}}
-    with pytest.raises(ValueError, match="found more .* to judge best by, but up to step 4 it was"):
+    with pytest.raises(ValueError, match="whose files are not those of .*new.jsonl, which the run"):
         run("a", 8, web=1, data=changed)
     assert scan_folder(Path(config.checkpoint_dir)).sound[4].best_eval_loss == row["eval/loss"]
 
@@ -324,3 +332,99 @@ def test_the_loss_that_decides_is_that_of_all_tokens(run, tmp_path):
     assert row["eval/bits_per_byte"] == pytest.approx(nats / np.log(2) / num_bytes, rel=1e-9)
     metadata = scan_folder(tmp_path / "a/checkpoints").sound[4]
     assert metadata.bits_per_byte == pytest.approx(row["eval/bits_per_byte"], rel=1e-9)
+
+
+# --- the data of a run is that of its checkpoints
+
+
+def test_a_name_stands_for_one_corpus(run, texts):
+    run("a", 2, web=1, code=1, data={"best_by": "web"})
+    run("a", 4, web=1)
+    again = {"sources": {"web": f"text:{texts}/web.jsonl", "code": f"text:{texts}/new.jsonl"}}
+    with pytest.raises(ValueError, match="whose files are not those of .*code.jsonl, which"):
+        run("a", 6, web=1, code=1, data=again)
+    run("a", 6, web=1, code=1)
+
+
+def test_a_run_has_one_tokenizer(run, texts, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    train_tokenizer(["to be or not " * 9], 280).save(str(path))
+    given = {"tokenizer": str(path)}
+    run("a", 2, web=1, data={**given, "best_by": "web"})
+    own = (tmp_path / "a/checkpoints/tokenizer.json").read_bytes()
+    train_tokenizer(["if x then y " * 9], 280).save(str(path))  # another one, under its name
+    for num_steps, weights in ((4, {"new": 1, "web": 1}), (6, {"web": 1, "code": 3})):
+        run("a", num_steps, data=given, **weights)
+        assert (tmp_path / "a/checkpoints/tokenizer.json").read_bytes() == own
+    path.unlink()
+    run("a", 8, web=1, data=given)
+    config = run("b", 10, web=1, code=1, data={"tokenizer": "train"}, branch_from=f"{tmp_path}/a@8")
+    assert (Path(config.checkpoint_dir) / "tokenizer.json").read_bytes() == own
+
+
+def test_a_branch_sees_the_batches_of_its_run(run, tmp_path):
+    bounded = {"cache_dir": str(tmp_path / "cache"), "max_tokens": 2000}
+    run("a", 6, web=1, code=1, data=bounded)
+    run("a", 8, web=3, code=1, data=bounded)
+    shutil.copytree(tmp_path / "a", tmp_path / "whole")
+    shutil.copy(tmp_path / "a.batches", tmp_path / "whole.batches")
+    run("a", 12, web=3, code=1, data=bounded)
+    run("b", 12, web=3, code=1, data=bounded, branch_from=f"{tmp_path}/whole@8")
+    sound = [scan_folder(tmp_path / run / "checkpoints").sound[12] for run in "ab"]
+    assert sound[0].phases == sound[1].phases and sound[0].data == sound[1].data
+    losses = [
+        [row["train/loss"] for row in untimed_rows(tmp_path / run) if "train/loss" in row]
+        for run in "ab"
+    ]
+    assert losses[0][8:] == losses[1]
+
+
+def test_damage_before_a_change_of_weights_is_told(run, tmp_path, capsys):
+    run("a", 6, web=0.9, code=0.1)
+    run("a", 12, web=0.1, code=0.9, kill=11)
+    for step in (4, 6, 8, 10):
+        if (path := tmp_path / "a" / "checkpoints" / str(step)).exists():
+            damage(path)
+    capsys.readouterr()
+    run("a", 12, web=0.1, code=0.9)
+    assert "changed from step 2 on: data.weights: was" in capsys.readouterr().out
+    phases = scan_folder(tmp_path / "a/checkpoints").sound[12].phases
+    assert [phase["step"] for phase in phases] == [0, 2]
+
+
+def test_a_source_of_weight_0_has_rows_once_it_has_a_weight(run, tmp_path):
+    run("a", 2, web=0, code=1)
+    run("a", 4, web=1, code=0, new=0)
+    run("a", 6, web=0, code=1, new=1)
+    phases = scan_folder(tmp_path / "a/checkpoints").sound[6].phases
+    assert [phase["shares"] for phase in phases] == [
+        {"code": 1, "web": 0}, {"code": 0, "new": 0, "web": 1}, {"code": 1, "new": 1, "web": 0}
+    ]  # fmt: skip
+
+
+def test_files_that_change_under_a_run_are_not_saved_as_its_data(run, texts, tmp_path):
+    cache = {"cache_dir": str(tmp_path / "cache")}
+
+    def rewrite(step: int, row: dict[str, float]) -> None:
+        if step == 5:
+            (path,) = (tmp_path / "cache").rglob("train-*.bin")
+            path.write_bytes(path.read_bytes()[::-1])
+
+    with pytest.raises(RuntimeError, match="train-00000.bin has changed since this start"):
+        run("a", 8, web=1, data=cache, callbacks=[rewrite])
+    assert max(scan_folder(tmp_path / "a/checkpoints").sound) == 4
+
+
+def test_held_out_sets_are_found_without_their_files(run, texts, tmp_path):
+    path = texts / "kept.jsonl"
+    path.write_text((texts / "new.jsonl").read_text())
+    more = {"held_out": {"kept": f"text:{path}"}}
+    run("a", 4, web=1, data=more)
+    loss = untimed_rows(tmp_path / "a")[-1]["eval/kept/loss"]
+    path.unlink()
+    assert score([str(tmp_path / "a")])[0].as_recorded
+    run("a", 8, web=1, data=more)
+    assert untimed_rows(tmp_path / "a")[-1]["eval/kept/loss"] < loss
+    both = {"sources": {"web": f"text:{texts}/web.jsonl", "kept": f"text:{path}"}}
+    with pytest.raises(ValueError, match="found kept, which was a held-out set up to step 8"):
+        run("a", 12, web=1, kept=1, data=both)

@@ -25,7 +25,7 @@ from jaxlm.corpus.overview import overview
 from jaxlm.corpus.splits import is_held_out
 from jaxlm.corpus.tokenizer import load_tokenizer, mark_eos, train_tokenizer
 from jaxlm.data.dataset import checked_path, open_dataset
-from jaxlm.data.run_data import default_max_tokens
+from jaxlm.data.run_data import Prepared, default_max_tokens
 from jaxlm.files.cache import cache_root
 from jaxlm.files.durable import crc32c, write_file
 
@@ -647,22 +647,22 @@ def test_a_prepared_dataset_is_shown(tmp_path):
     texts = [f"{text} once " * 9 for text in documents(60) if text]
     corpus = write(tmp_path / "a.jsonl", [*texts, *texts, ""])
     dataset = run(config_of(corpus, tmp_path))
-    said = "\n".join(overview("main", dataset))
+    said = "\n".join(overview("main", dataset, [dataset.train]))
     assert f"main: {dataset.train.num_tokens:,} training tokens in " in said
-    assert f"{dataset.eval_bytes / (dataset.eval.num_tokens - 1):.2f} bytes a token" in said
+    assert f"{dataset.eval_bytes / (dataset.eval.num_tokens - 1):.2f} bytes per token" in said
     assert "dropped: 1 empty documents" in said
     counts = manifest_of(dataset)["documents"]
     assert f"⚠ {counts['eval']} of {counts['eval']} held-out documents have half" in said
     assert f"training, first: {texts[0][:40]!r}"[:-1] in said
     alone = run(config_of(write(tmp_path / "b.jsonl", texts), tmp_path))
-    assert "⚠" not in "\n".join(overview("main", alone))
+    assert "⚠" not in "\n".join(overview("main", alone, [alone.train]))
 
 
 # --- the data of a run that resumes
 
 
 def resume(config, before, dataset):
-    recorded = dataset.fingerprint, before.source
+    recorded = Prepared(fingerprint=dataset.fingerprint, source=before.source, max_tokens=10**6)
     found = prepared.find_or_make(config, vocab_size=300, max_tokens=10**6, recorded=recorded)
     return found.directory
 
@@ -914,7 +914,9 @@ def test_progress_ends_at_the_limit_too(corpus, tmp_path, monkeypatch, lines):
     run(config_of(corpus, tmp_path), max_tokens=4000)
     shares = [int(line.rpartition("(")[2].split("%")[0]) for line in lines[1:-1]]
     assert shares == sorted(shares) and 10 < shares[0] < 60 and shares[-1] == 100
-    assert re.fullmatch(r"a sample of the files was read, \d\d% of their bytes; .*", lines[-1])
+    assert re.fullmatch(
+        r"text:.*: data.max_tokens ended the preparation after \d+% of its bytes; .*", lines[-1]
+    )
 
 
 def test_a_bar_in_a_terminal(corpus, tmp_path, monkeypatch, capsys, lines):

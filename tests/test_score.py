@@ -129,7 +129,7 @@ def like_tiny(name: str, **config: Any) -> str:
     metadata = replace(metadata, config={**metadata.config, **config, "data": data})
     _, found = load_data(metadata.run_config())
     fingerprint = found.first.fingerprint
-    metadata = replace(metadata, data={"main": fingerprint}, eval_set=f"main {fingerprint}")
+    metadata = replace(metadata, data=found.prepared, eval_set=f"main {fingerprint}")
     (path / "meta" / "metadata").write_text(json.dumps(metadata.to_json()))
     write_manifest(path)
     return str(run)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ from tiny_run import tiny_config
 
 from jaxlm.cli.cache import export
 from jaxlm.config import DataConfig, ModelConfig
-from jaxlm.corpus import overlap, prepared
+from jaxlm.corpus import overlap, prepared, tokens
 from jaxlm.corpus.cache import clear_caches, list_caches
-from jaxlm.corpus.token_files import read_token_file, write_token_file
+from jaxlm.corpus.token_files import map_file, read_token_file, write_token_file
 from jaxlm.corpus.tokenizer import train_tokenizer
 from jaxlm.corpus.tokens import link_tokens
 from jaxlm.data.dataset import Dataset
-from jaxlm.data.shards import TokenShards, map_tokens
+from jaxlm.data.shards import TokenShards
 from jaxlm.training.train import train
 
 KINDS: Any = ["nanogpt", "llm.c", "megatron", "npy"]
@@ -56,8 +57,9 @@ def all_of(tokens: TokenShards) -> list[int]:
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
 def test_each_kind_of_file_is_read_as_written(kind, dtype, tmp_path):
     tokens = shards(documents(), dtype)
-    path = write_token_file(tokens, tmp_path / "a", kind, EOS)
-    found = read_token_file(path, 300 if dtype == "<u2" else 100_000)
+    vocab_size = 300 if dtype == "<u2" else 100_000
+    path = write_token_file(tokens, tmp_path / "a", kind, EOS, vocab_size)
+    found = read_token_file(path, vocab_size)
     raw = path.read_bytes()[found.offset :]
     assert np.frombuffer(raw, found.dtype).tolist() == all_of(tokens)
     assert found.num_tokens == tokens.num_tokens and found.dtype.itemsize == int(dtype[-1])
@@ -71,7 +73,7 @@ def test_each_kind_of_file_is_read_as_written(kind, dtype, tmp_path):
 
 def test_a_megatron_index_has_its_documents(tmp_path):
     of = documents(9)
-    path = write_token_file(shards(of), tmp_path / "a", "megatron", EOS)
+    path = write_token_file(shards(of), tmp_path / "a", "megatron", EOS, 300)
     index = path.with_suffix(".idx").read_bytes()
     magic, version, code, num_sequences, num_documents = struct.unpack_from("<9sQBQQ", index)
     assert (magic, version, code, num_sequences, num_documents) == (b"MMIDIDX\0\0", 1, 8, 9, 10)
@@ -90,20 +92,85 @@ def test_the_last_documents_of_each_file_are_held_out_whole(kind, tmp_path, toke
     of = [documents(80), documents(200, seed=1)]
     (tmp_path / "in").mkdir()
     for name, each in zip("ab", of, strict=True):
-        write_token_file(shards(each), tmp_path / "in" / name, kind, EOS)
+        write_token_file(shards(each), tmp_path / "in" / name, kind, EOS, 300)
     dataset = link(tmp_path / "in", tokenizer, tmp_path / "cache")
     train, held_out = (split_at_eos(all_of(split)) for split in (dataset.train, dataset.eval))
-    # A document that the limit cuts short is the last of its file.
-    counts = [sum(each[: len(part)] == part for part in held_out) for each in of[0] + of[1]]
-    assert train == [each for each, count in zip(of[0] + of[1], counts, strict=True) if not count]
-    first, second = counts[:80], counts[80:]
-    assert first == sorted(first) and second == sorted(second) and first[-1] == second[-1] == 1
+    is_held_out = [each in held_out for each in of[0] + of[1]]
+    assert held_out == [
+        each for each, is_so in zip(of[0] + of[1], is_held_out, strict=True) if is_so
+    ]
+    assert train == [
+        each for each, is_so in zip(of[0] + of[1], is_held_out, strict=True) if not is_so
+    ]
+    assert any(is_held_out[70:80]) and any(is_held_out[-12:]) and not any(is_held_out[:60])
     share = dataset.eval.num_tokens / (dataset.train.num_tokens + dataset.eval.num_tokens)
     assert 0.02 < share < 0.06
     shard_files = [path for path in dataset.directory.iterdir() if path.suffix == ".bin"]
     assert shard_files and all(path.is_symlink() for path in shard_files)
     (entry,) = list_caches(str(tmp_path / "cache"))
     assert entry["num_bytes"] < 100_000 and entry["complete"]  # nothing was copied
+
+
+def test_no_token_is_lost_whatever_the_lengths(tmp_path, tokenizer):
+    long = [[7] * 3000 + [EOS], [8] * 20 + [EOS]]
+    for of, held_out in (
+        ([*documents(40), *long], [long[1]]),  # a long one is passed over
+        ([*documents(40), *long[::-1]], None),
+        ([[7] * 400 + [EOS], [8] * 500 + [EOS]], [[8] * 45]),  # all are longer than the share
+    ):
+        write_token_file(shards(of), tmp_path / "a", "nanogpt", EOS, 300)
+        dataset = link(tmp_path / "a.bin", tokenizer, tmp_path)
+        found = split_at_eos(all_of(dataset.eval))
+        if held_out is None:
+            assert found and all(each in of for each in found)
+        else:
+            assert found[-1:] == held_out
+        lengths = dataset.train.num_tokens + dataset.eval.num_tokens
+        assert lengths == sum(map(len, of)) and dataset.eval.num_tokens <= lengths // 20
+    counts = json.loads((dataset.directory / "manifest.json").read_text())["documents"]
+    assert counts == {"train": 2, "eval": 0}
+
+
+def test_files_of_wider_ids_are_read_as_such(tmp_path, tokenizer):
+    of = documents()
+    for dtype in ("<u4", "<i8"):
+        np.concatenate(of).astype(dtype).tofile(tmp_path / "a.bin")
+        found = link(tmp_path / "a.bin", tokenizer, tmp_path)
+        assert found.train.num_tokens + found.eval.num_tokens == sum(map(len, of))
+        assert all_of(found.train)[:50] == np.concatenate(of)[:50].tolist()
+
+
+def test_a_kill_while_files_are_linked_costs_nothing(tmp_path, tokenizer, monkeypatch):
+    write_token_file(shards(documents()), tmp_path / "a", "nanogpt", EOS, 300)
+    write = tokens.write_manifest
+
+    class KilledError(BaseException):
+        pass
+
+    def kill(*args: Any) -> None:
+        raise KilledError
+
+    monkeypatch.setattr(tokens, "write_manifest", kill)
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # a kill cleans up nothing
+    with pytest.raises(KilledError):
+        link(tmp_path / "a.bin", tokenizer, tmp_path)
+    monkeypatch.undo()
+    assert tokens.write_manifest is write
+    assert link(tmp_path / "a.bin", tokenizer, tmp_path).train.num_tokens > 100
+
+
+def test_another_eos_is_another_dataset(tmp_path):
+    text = ["to be or not to be, that is the question " * 9]
+    made = train_tokenizer(text, 280)
+    made.add_special_tokens(["<|end|>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (other,) = (made.token_to_id("<|end|>"),)
+    of = [[*each[:-1], other if number % 2 else EOS] for number, each in enumerate(documents())]
+    write_token_file(shards(of), tmp_path / "a", "nanogpt", EOS, 300)
+    first = link(tmp_path / "a.bin", tmp_path, tmp_path)
+    second = link(tmp_path / "a.bin", tmp_path, tmp_path, eos_token="<|end|>")
+    assert (first.eos_id, second.eos_id) == (EOS, other)
+    assert first.fingerprint != second.fingerprint
 
 
 def split_at_eos(ids: list[int]) -> list[list[int]]:
@@ -116,7 +183,7 @@ def test_held_out_bytes_are_those_of_the_text(tmp_path, tokenizer):
 
     loaded = Tokenizer.from_file(str(tokenizer))
     of = [[*loaded.encode(f"to be {n}, that is é the question").ids, EOS] for n in range(60)]
-    write_token_file(shards(of), tmp_path / "a", "nanogpt", EOS)
+    write_token_file(shards(of), tmp_path / "a", "nanogpt", EOS, 300)
     dataset = link(tmp_path / "a.bin", tokenizer, tmp_path)
     text = loaded.decode(all_of(dataset.eval))
     first = loaded.decode(all_of(dataset.eval)[:1])
@@ -126,7 +193,7 @@ def test_held_out_bytes_are_those_of_the_text(tmp_path, tokenizer):
 
 def test_moved_files_are_the_same_data_and_changed_ones_are_not(tmp_path, tokenizer):
     (tmp_path / "in").mkdir()
-    path = write_token_file(shards(documents()), tmp_path / "in" / "a", "nanogpt", EOS)
+    path = write_token_file(shards(documents()), tmp_path / "in" / "a", "nanogpt", EOS, 300)
     first = link(tmp_path / "in", tokenizer, tmp_path)
     assert link(tmp_path / "in", tokenizer, tmp_path).directory == first.directory
     (tmp_path / "in").rename(tmp_path / "moved")
@@ -157,7 +224,7 @@ def write_llmc(path: Path, magic: int, count: int) -> None:
 
 
 def write_index(path: Path, **changes: Any) -> None:
-    write_token_file(shards(documents(9)), path, "megatron", EOS)
+    write_token_file(shards(documents(9)), path, "megatron", EOS, 300)
     index = path.with_suffix(".idx")
     data = bytearray(index.read_bytes())
     if "code" in changes:
@@ -188,7 +255,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "one document": (
         lambda path: np.array([*[7] * 99, EOS], "<u2").tofile(path),
-        "found one document of 100 tokens",
+        "found one document a file, 100 tokens in all",
     ),
     "no tokens": (lambda path: path.write_bytes(b""), "found no tokens"),
     "short llm.c": (
@@ -213,26 +280,26 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "two dtypes": (
         lambda path: (
-            np.save(path.with_suffix(".npy"), np.array([1, EOS] * 9)),
-            np.array([1, EOS] * 9, "<u2").tofile(path),
+            np.save(path.with_suffix(".npy"), np.array([1, 2, EOS] * 9)),
+            np.array([1, 2, EOS] * 9, "<u2").tofile(path),
         ),
         "found dtypes int64, uint16, expected one",
     ),
     "index of floats": (lambda path: write_index(path, code=6), "found dtype code 6, expected one"),
     "index with gaps": (lambda path: write_index(path, start=2), "sequences with gaps"),
-    "other index": (lambda path: write_index(path, magic=0), "expected an index of Megatron-LM"),
+    "other index": (lambda path: write_index(path, magic=0), "found no MMIDIDX header"),
     "short index": (lambda path: write_index(path, size=50), "found 50 bytes, expected a whole"),
     "other bin": (
         lambda path: (write_index(path), path.write_bytes(bytes(10))),
         "found 10 bytes, expected the .* tokens of its index",
     ),
     "index without EOS": (
-        lambda path: write_token_file(shards([[1, 2], [3, EOS]]), path, "megatron", 2),
+        lambda path: write_token_file(shards([[1, 2], [3, EOS]]), path, "megatron", 2, 300),
         "found a document that does not end at id 0",
     ),
     "a text": (
         lambda path: path.with_suffix(".txt").write_text("x"),
-        "found a file .txt, expected .bin or .npy",
+        "found a .txt file, expected .bin or .npy",
     ),
 }
 
@@ -248,7 +315,7 @@ def test_files_that_do_not_fit_are_refused_by_name(name, tmp_path, tokenizer):
 
 
 def test_tokens_need_the_tokenizer_that_made_them(tmp_path, tokenizer):
-    write_token_file(shards(documents()), tmp_path / "a", "nanogpt", EOS)
+    write_token_file(shards(documents()), tmp_path / "a", "nanogpt", EOS, 300)
     with pytest.raises(ValueError, match="found train, expected the tokenizer that made tokens:"):
         link_tokens(DataConfig(source=f"tokens:{tmp_path}/a.bin"), vocab_size=300, max_tokens=1)
     (tmp_path / "t.txt").write_text("to be " * 99)
@@ -270,10 +337,10 @@ def test_prepared_text_goes_out_and_comes_back(tmp_path, capsys):
     assert capsys_before.err == ""
     assert export(name, out=str(tmp_path / "out"), format="llm.c", cache_dir=str(tmp_path)) == 0
     assert f"val.bin: {dataset.eval.num_tokens} tokens" in capsys.readouterr().out
-    for split, tokens in {"train": dataset.train, "val": dataset.eval}.items():
+    for split, expected in {"train": dataset.train, "val": dataset.eval}.items():
         path = tmp_path / "out" / f"{split}.bin"
         found = read_token_file(path, 300)
-        assert all_of(TokenShards([map_tokens(*found[:4])])) == all_of(tokens)
+        assert all_of(TokenShards([map_file(found)])) == all_of(expected)
         assert link(path, tmp_path / "out" / "tokenizer.json", tmp_path).eos_id == dataset.eos_id
     with pytest.raises(ValueError, match="found something there"):
         export(name, out=str(tmp_path / "out"), cache_dir=str(tmp_path))
@@ -285,7 +352,7 @@ def test_prepared_text_goes_out_and_comes_back(tmp_path, capsys):
 
 
 def leaks(held_out: list[list[int]], training: list[list[int]]) -> overlap.Leaks:
-    return overlap.count_leaks(shards(held_out), shards(training), EOS)
+    return overlap.count_leaks(shards(held_out), [shards(training)], EOS)
 
 
 def test_a_held_out_document_that_was_trained_on_by_half_is_counted(monkeypatch):

@@ -74,7 +74,7 @@ def test_a_checkpoint_holds_what_the_note_asks_for(straight: Path) -> None:
     assert (metadata.step, metadata.tokens_seen, metadata.final) == (12, 12 * 8 * 16, True)
     assert metadata.best_eval_loss == metadata.eval_loss and metadata.best_step == 12
     assert metadata.run_config() == tiny_config(straight)
-    assert metadata.data == {"main": "tiny"}
+    assert metadata.data["main"]["fingerprint"] == "tiny"
     assert metadata.environment["versions"]["jax"] == jax.__version__
     assert read_metadata(straight / "checkpoints", 8).eval_loss is None
 
@@ -261,7 +261,7 @@ def test_other_data_is_refused(straight: Path) -> None:
     class Other(TinyBatches):
         fingerprint = "other"
 
-    with pytest.raises(ValueError, match="found fingerprint other, but step 12"):
+    with pytest.raises(ValueError, match="found fingerprint other for main, but step 12"):
         train_table(tiny_config(straight, num_steps=13), batches=Other())
 
 

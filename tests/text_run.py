@@ -111,7 +111,7 @@ def save_model(run: Path, model: ModelConfig) -> Any:
         num_worse_evals=0,
         final=True,
         config=to_dict(config),
-        data={"main": "abc"},
+        data={"main": {"fingerprint": "abc", "source": "text:x", "max_tokens": 9}},
         phases=[{"step": 0, "shares": {"main": 1}}],
         eval_set="eval",
         bytes_per_token=None,

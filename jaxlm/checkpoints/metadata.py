@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxlm.config import Config, from_dict
 from jaxlm.data.mixture import Phase
+from jaxlm.data.run_data import Prepared, Recorded
 from jaxlm.errors import InputError
 from jaxlm.files.durable import write_file
 from jaxlm.files.strict import jsonable, shown, validate
@@ -38,8 +39,8 @@ class Metadata:
     """Whether training ended here: by `num_steps`, or by `stop_after_worse_evals`."""
     config: dict[str, Any]
     """The run's config, as nested dicts."""
-    data: dict[str, str]
-    """Name of a source -> fingerprint of its tokens; all sources of the run so far."""
+    data: dict[str, Prepared]
+    """The datasets of the run so far, by name: sources and held-out sets."""
     phases: list[Phase]
     """The mixture of the sources, oldest first."""
     eval_set: str
@@ -75,6 +76,10 @@ class Metadata:
         """The item with the weights to use: the moving average if there is one, else params."""
         has_average = any(name.startswith("ema_params/") for name in self.fingerprints)
         return "ema_params" if has_average else "params"
+
+    def recorded_data(self, tokenizer: Path) -> Recorded:
+        """The data of the run up to here; the tokenizer is that of the run."""
+        return Recorded(self.step, self.data, self.phases, tokenizer)
 
     def run_config(self) -> Config:
         """The config as dataclasses.

@@ -10,7 +10,16 @@ from typing import Any, TypedDict
 
 import filelock
 
-from jaxlm.data.dataset import MANIFEST, Record, Shard, checked_path, verify_dataset
+from jaxlm.data.dataset import (
+    MANIFEST,
+    Dataset,
+    Record,
+    Shard,
+    checked_path,
+    open_dataset,
+    verify_dataset,
+)
+from jaxlm.data.run_data import Prepared
 from jaxlm.errors import FileError, InputError
 from jaxlm.files.cache import ELSEWHERE, cache_root
 from jaxlm.files.strict import read_json
@@ -66,15 +75,34 @@ def data_folder(cache_dir: str | None) -> Path:
     return cache_root(cache_dir) / DATA
 
 
-def find_prepared(fingerprint: str, source: str, cache_dir: str | None = None) -> Path | None:
-    """The folder of a complete dataset with this fingerprint, of `source` if there are several."""
+def find_prepared(fingerprint: str, source: str, cache_dir: str | None = None) -> list[Path]:
+    """The folders of complete datasets with this fingerprint, those of `source` first."""
     found = []
     for path in sorted(data_folder(cache_dir).glob(f"*/{MANIFEST}")):
         with contextlib.suppress(OSError, ValueError):
             origin = read_json(path, Origin)
             if origin["fingerprint"] == fingerprint:
                 found.append((origin["source"] != source, path.parent))
-    return min(found)[1] if found else None
+    return [path for _, path in sorted(found)]
+
+
+def open_recorded(
+    recorded: Prepared, vocab_size: int, cache_dir: str | None = None
+) -> Dataset | None:
+    """The dataset of a run, if it is in the cache.
+
+    Raises:
+      ValueError: each such dataset is damaged.
+    """
+    damage = None
+    for folder in find_prepared(recorded["fingerprint"], recorded["source"], cache_dir):
+        try:
+            return open_dataset(folder, vocab_size)
+        except InputError as error:
+            damage = damage or error
+    if damage:
+        raise damage
+    return None
 
 
 def list_caches(cache_dir: str | None = None) -> list[dict[str, Any]]:

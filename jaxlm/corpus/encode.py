@@ -1,5 +1,6 @@
 """Documents -> token ids, many at a time and on all cores; the bytes that ids stand for."""
 
+import json
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -46,9 +47,32 @@ def encode_documents(
         yield np.array([*own, eos_id] if own else [], dtype)
 
 
-def prefix_bytes(tokenizer: Tokenizer, text: str, num_ids: int) -> int:
-    """Bytes of the text that the first ids of its document stand for."""
-    num_bytes = 0
+def bytes_of_ids(tokenizer: Tokenizer) -> np.ndarray | None:
+    """The bytes of text that each id stands for, int64 [ids]; None if ids are not made of bytes.
+
+    A byte-level tokenizer spells each byte as one character. Special tokens stand for no text.
+    """
+    decoder = json.loads(tokenizer.to_str())["decoder"] or {}
+    if "ByteLevel" not in {part.get("type") for part in (decoder, *decoder.get("decoders", ()))}:
+        return None
+    sizes = np.zeros(tokenizer_lib.num_ids(tokenizer), np.int64)
+    added = tokenizer.get_added_tokens_decoder()
+    for token, number in tokenizer.get_vocab().items():
+        if number not in added:
+            sizes[number] = len(token)
+        elif not added[number].special:
+            sizes[number] = len(token.encode())
+    return sizes
+
+
+def prefix_bytes(tokenizer: Tokenizer, document: Document, ids: np.ndarray) -> int:
+    """Bytes of the text that the first ids of its document stand for.
+
+    Exact for a byte-level tokenizer. For others, a character that is cut counts as a whole.
+    """
+    if (sizes := bytes_of_ids(tokenizer)) is not None:
+        return min(int(sizes[ids].sum()), document.num_bytes)
+    text, num_ids, num_bytes = document.text, len(ids), 0
     for start in range(0, len(text), PIECE_CHARS):
         piece = text[start : start + PIECE_CHARS]
         ends = [end for _, end in tokenizer.encode(piece, add_special_tokens=False).offsets]

@@ -12,6 +12,7 @@ import numpy as np
 from jaxlm.config import Config
 from jaxlm.corpus.cache import find_prepared
 from jaxlm.data.dataset import Dataset, open_dataset
+from jaxlm.data.run_data import Prepared
 from jaxlm.data.shards import TokenShards
 
 _log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Leaks(NamedTuple):
 
 def count_leaks(
     held_out: TokenShards,
-    train: TokenShards,
+    train: Sequence[TokenShards],
     eos_id: int,
     advance: Callable[[float], None] = lambda share: None,
 ) -> Leaks:
@@ -76,14 +77,15 @@ def count_leaks(
     table = np.zeros(1 << _TABLE_BITS, bool)
     table[wanted >> _TABLE_SHIFT] = True
     found = np.zeros(len(wanted), bool)
-    for chunk in _chunks(train, NGRAM - 1):
+    num_tokens = sum(tokens.num_tokens for tokens in train)
+    for chunk in itertools.chain(*(_chunks(tokens, NGRAM - 1) for tokens in train)):
         hashes, whole = _ngrams(chunk, eos_id)
         hashes = hashes[whole & table[hashes >> _TABLE_SHIFT]]
         places = np.searchsorted(wanted, hashes)
         hit = places < len(wanted)
         hit[hit] = wanted[places[hit]] == hashes[hit]
         found[places[hit]] = True
-        advance(len(chunk) / train.num_tokens)
+        advance(len(chunk) / num_tokens)
     leaked = np.zeros(len(own), bool)
     leaked[inside] = found[np.searchsorted(wanted, own[inside])]
     document = np.cumsum(ids == eos_id)[: len(own)] - (ids[: len(own)] == eos_id)
@@ -122,17 +124,16 @@ def _documents(tokens: TokenShards, eos_id: int) -> Iterator[np.ndarray]:
         yield rest
 
 
-def warn_overlap(dataset: Dataset, fingerprints: Mapping[str, str], config: Config) -> None:
-    """Warns if the data of a run, by its fingerprints, holds documents of a dataset."""
+def warn_overlap(dataset: Dataset, datasets: Mapping[str, Prepared], config: Config) -> None:
+    """Warns if the training data of a run holds documents of a dataset."""
     data, unknown = config.data, "what the run was trained on is not compared with these documents"
-    folders = [find_prepared(found, "", data.cache_dir) for found in fingerprints.values()]
-    if None in folders or not folders:
+    trained = [of for of in datasets.values() if of["max_tokens"]]
+    folders = [find_prepared(of["fingerprint"], of["source"], data.cache_dir)[:1] for of in trained]
+    if [] in folders or not folders:
         _log.info(f"{unknown}: its prepared data is not here")
         return
     try:
-        train = [
-            open_dataset(folder, config.model.vocab_size).train for folder in folders if folder
-        ]
+        train = [open_dataset(folder, config.model.vocab_size).train for (folder,) in folders]
     except (ValueError, OSError) as error:
         _log.warning(f"{unknown}: {error}")
         return

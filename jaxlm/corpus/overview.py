@@ -1,5 +1,6 @@
 """A prepared dataset in a few lines, to be looked at before a long run."""
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 from jaxlm.corpus.overlap import count_leaks
@@ -17,27 +18,29 @@ class _Counts(TypedDict):
     documents: dict[str, int]
 
 
-def overview(name: str, dataset: Dataset) -> list[str]:
-    """Tokens, documents, bytes a token, leaks, and the first and last text of a dataset."""
+def overview(name: str, dataset: Dataset, training: Sequence[TokenShards]) -> list[str]:
+    """Tokens, documents, leaks into `training`, and the first and last text of a dataset."""
     documents = read_json(dataset.directory / MANIFEST, _Counts)["documents"]
     bytes_per_token = dataset.eval_bytes / max(dataset.eval.num_tokens - 1, 1)
     lines = [
         f"{name}: {dataset.train.num_tokens:,} training tokens in {documents['train']:,} "
         f"documents, {dataset.eval.num_tokens:,} held out in {documents['eval']:,}, in "
         f"{dataset.directory}",
-        f"  {bytes_per_token:.2f} bytes a token, of the held-out text",
+        f"  {bytes_per_token:.2f} bytes per token (held-out text)",
     ]
     dropped = {kind: documents.get(kind, 0) for kind in ("empty", "duplicate")}
     if total := sum(dropped.values()):
         which = " and ".join(f"{count:,} {kind}" for kind, count in dropped.items() if count)
-        lines.append(f"  dropped: {which} documents ({total / sum(documents.values()):.1%})")
+        lines.append(
+            f"  dropped: {which} documents ({total / sum(documents.values()):.1%} of those read)"
+        )
     with progress("Looking for held-out text in the training tokens", 1) as advance:
-        leaks = count_leaks(dataset.eval, dataset.train, dataset.eos_id, advance)
+        leaks = count_leaks(dataset.eval, training, dataset.eos_id, advance)
     if leaks.num_documents:
         lines.append(
             f"  ⚠ {leaks.num_documents:,} of {leaks.of_documents:,} held-out documents have half "
-            "or more of their text in the training tokens too: their loss says little. Exact "
-            "copies go with --data.drop_duplicates True"
+            "or more of their text in the training tokens of the run: their loss says little. In a "
+            "new run, --data.drop_duplicates removes exact copies within a source"
         )
     tokenizer = load_tokenizer(dataset.tokenizer_path)
 

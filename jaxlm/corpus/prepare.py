@@ -55,7 +55,6 @@ def make_dataset(
     config: DataConfig,
     vocab_size: int,
     max_tokens: int,
-    all_held_out: bool,
 ) -> None:
     """Prepares the missing part of a dataset, and publishes it; arguments as of `Make`."""
     progress = _progress(folder, source)
@@ -73,42 +72,44 @@ def make_dataset(
     limits = {"train": max_tokens, "eval": config.eval_limit}
     splits = Splits(folder, progress, limits, tokenizer)
     seen = Seen(source, progress["next_document"]) if config.drop_duplicates else None
-    with _progress_bar(max_tokens) as show:
+    with _progress_bar(max_tokens or config.eval_limit) as show:
         # After a kill before the manifest, the limit may be reached already: read nothing.
         documents = chunks(source.documents(progress["next_document"]))
-        while splits.counts["train"] < max_tokens and (chunk := next(documents, None)):
+        while not splits.full() and (chunk := next(documents, None)):
             again = [seen is not None and seen.has(document) for document in chunk]
             texts = ["" if old else of.text for of, old in zip(chunk, again, strict=True)]
             all_ids = encode_documents(tokenizer, texts, eos_id, dtype)
             for document, ids, old in zip(chunk, all_ids, again, strict=True):
-                held_out = all_held_out or is_held_out(progress["next_document"])
+                held_out = not max_tokens or is_held_out(progress["next_document"])
                 splits.add(document, ids, held_out=held_out, is_duplicate=old)
-            show(splits.counts["train"], source.share())
+            show(splits.counts["train" if max_tokens else "eval"], source.share())
             if splits.num_waiting() >= SHARD_TOKENS:
                 splits.write()
-    _check_corpus(config, source, progress["next_document"], all_held_out, **splits.counts)
+    _check_corpus(config, source, progress["next_document"], not max_tokens, **splits.counts)
     splits.write()
     manifest = progress | {
         "vocab_size": num_ids,
         "eos_id": eos_id,
         "dtype": dtype.str,
-        "exhausted": splits.counts["train"] < max_tokens,
+        "exhausted": not splits.full(),
     }
     write_manifest(folder, manifest)
     (folder / PROGRESS).unlink()
-    _log_parts(progress["parts"], None if manifest["exhausted"] else source.share())
+    _log_parts(progress["parts"])
+    if not manifest["exhausted"]:
+        field = "max_tokens" if max_tokens else "eval_tokens"
+        share = f" after {source.share():.0%} of its bytes" if source.share() else ""
+        _log.info(
+            f"{source.name}: data.{field} ended the preparation{share}; a higher limit takes more"
+        )
 
 
-def _log_parts(parts: dict[str, list[int]], share: float | None) -> None:
+def _log_parts(parts: dict[str, list[int]]) -> None:
     total = sum(map(sum, parts.values()))
     for name, (train, held_out) in sorted(parts.items(), key=lambda part: -sum(part[1])):
         if len(parts) > 1:
             fraction = (train + held_out) / total
             _log.info(f"{fraction:6.1%}  {name}: {train:,} tokens and {held_out:,} held out")
-    if share is not None:
-        sample = f"a sample of the files was read, {share:.0%} of their bytes"
-        read = sample if share else "the source was not read to its end"
-        _log.info(f"{read}; a higher --data.max_tokens takes more")
 
 
 def _progress(folder: Path, source: Source) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from typing import Any
 
 from jaxlm.config import DataConfig
 from jaxlm.corpus import tokenizer as tokenizer_lib
-from jaxlm.corpus.cache import Origin, data_folder, find_prepared, label, make_once
+from jaxlm.corpus.cache import Origin, data_folder, label, make_once, open_recorded
 from jaxlm.corpus.files import Source
 from jaxlm.corpus.prepare import TOKENS_VERSION, make_dataset
 from jaxlm.corpus.sources import open_source
 from jaxlm.corpus.splits import training_documents
 from jaxlm.data.dataset import MANIFEST, Dataset, digest, open_dataset
+from jaxlm.data.run_data import Prepared
 from jaxlm.errors import InputError, JaxlmError
 from jaxlm.files.cache import cache_root
 from jaxlm.files.durable import write_file
@@ -29,24 +30,21 @@ def find_or_make(
     *,
     vocab_size: int,
     max_tokens: int,
-    recorded: tuple[str, str] | None = None,
-    all_held_out: bool = False,
+    recorded: Prepared | None = None,
 ) -> Dataset:
-    """The dataset of a source of text; `Make` in data/dataset.py describes the arguments.
+    """The dataset of a source of text; `Make` in data/run_data.py describes the arguments.
 
     A cached dataset is reused without asking a remote source for changes.
     """
-    if recorded and (folder := find_prepared(*recorded, config.cache_dir)):
-        _compare_source(config, recorded[1], folder)
-        return open_dataset(folder, vocab_size)
+    if recorded and (found := open_recorded(recorded, vocab_size, config.cache_dir)):
+        _compare_source(config, recorded["source"], found.directory)
+        return found
     source = open_source(config)
     recipe = _recipe(config, source, vocab_size, max_tokens)
-    if all_held_out:
-        recipe["held_out"] = "all"
     folder = data_folder(config.cache_dir) / f"{label(source.name)}-{digest(recipe)}"
     make_once(
         folder,
-        lambda: make_dataset(folder, source, config, vocab_size, max_tokens, all_held_out),
+        lambda: make_dataset(folder, source, config, vocab_size, max_tokens),
     )
     return open_dataset(folder, vocab_size)
 

@@ -54,7 +54,10 @@ class Splits:
     def add(
         self, document: Document, ids: np.ndarray, *, held_out: bool, is_duplicate: bool
     ) -> None:
-        """Takes in the next document; it is dropped if it has no ids."""
+        """Takes in the next document; one without ids is dropped.
+
+        A held-out document is trained on if the held-out split is full.
+        """
         progress, counts = self._progress, self.counts
         split = "eval" if held_out and counts["eval"] < self._limits["eval"] else "train"
         kept = ids[: self._limits[split] - counts[split]]
@@ -65,7 +68,7 @@ class Splits:
         if not len(kept):
             return
         if split == "eval":
-            progress["eval_bytes"] += self._num_bytes(document, len(kept), len(ids))
+            progress["eval_bytes"] += self._num_bytes(document, kept, len(ids))
         documents[split] += 1
         self._waiting[split].append(kept)
         self._numbers[split].append(progress["next_document"] - 1)
@@ -73,14 +76,19 @@ class Splits:
         of_part = progress["parts"].setdefault(document.part, [0, 0])
         of_part[split == "eval"] += len(kept)
 
-    def _num_bytes(self, document: Document, num_kept: int, num_ids: int) -> int:
+    def _num_bytes(self, document: Document, kept: np.ndarray, num_ids: int) -> int:
         # Bytes of the text that an eval of the document predicts.
         num_bytes = document.num_bytes
-        if num_kept < num_ids:
-            num_bytes = prefix_bytes(self._tokenizer, document.text, num_kept)
+        if len(kept) < num_ids:
+            num_bytes = prefix_bytes(self._tokenizer, document, kept)
         if not self.counts["eval"]:  # no eval predicts the first token
-            num_bytes -= prefix_bytes(self._tokenizer, document.text, 1)
+            num_bytes -= prefix_bytes(self._tokenizer, document, kept[:1])
         return num_bytes
+
+    def full(self) -> bool:
+        """Whether the limit of training tokens is reached, or of held-out ones if none trains."""
+        split = "train" if self._limits["train"] else "eval"
+        return self.counts[split] >= self._limits[split]
 
     def num_waiting(self) -> int:
         """Number of tokens that are not on disk."""

@@ -1,13 +1,14 @@
 """Files of token ids: nanoGPT and llm.c (.bin), Megatron-LM (.bin with .idx), NumPy (.npy)."""
 
 import struct
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
-from jaxlm.data.shards import TokenShards
+from jaxlm.data.shards import TokenShards, map_tokens
 from jaxlm.errors import InputError
 
 Kind = Literal["nanogpt", "llm.c", "megatron", "npy"]
@@ -34,6 +35,11 @@ class TokenFile(NamedTuple):
     """Number of tokens up to the end of each document, if the format says; int64."""
 
 
+def map_file(file: TokenFile) -> np.ndarray:
+    """The ids of a file, which stay on disk."""
+    return map_tokens(file.path, file.dtype, file.offset, file.num_tokens)
+
+
 def read_token_file(path: Path, vocab_size: int) -> TokenFile:
     """The layout of a file; `vocab_size` decides the dtype of a .bin that does not say it.
 
@@ -45,7 +51,7 @@ def read_token_file(path: Path, vocab_size: int) -> TokenFile:
     if path.with_suffix(".idx").is_file():
         return _read_megatron(path)
     if path.suffix != ".bin":
-        raise _refused(path, f"a file {path.suffix or 'without a suffix'}", ".bin or .npy")
+        raise _refused(path, f"a {path.suffix or 'nameless'} file", ".bin or .npy")
     size = path.stat().st_size
     header = np.fromfile(path, "<i4", min(_LLMC_INTS, size // 4))
     if len(header) == _LLMC_INTS and int(header[0]) in _LLMC:
@@ -57,14 +63,27 @@ def read_token_file(path: Path, vocab_size: int) -> TokenFile:
     dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
     if size % dtype.itemsize:
         raise _refused(path, f"{size:,} bytes", f"a multiple of {dtype.itemsize} ({dtype.name})")
-    return TokenFile(path, dtype, 0, size // dtype.itemsize)
+    return _widened(TokenFile(path, dtype, 0, size // dtype.itemsize))
+
+
+def _widened(file: TokenFile) -> TokenFile:
+    # Every second word of a file of wider ids is 0: it was read as ids of half their size.
+    if file.num_tokens % 2 or file.dtype.itemsize == 8 or file.num_tokens < 2:
+        return file
+    words = map_file(file)[: 2 * _CHUNK_TOKENS]
+    if words[1::2].any() or not words.any():
+        return file
+    wider = np.dtype(f"<u{2 * file.dtype.itemsize}")
+    return _widened(TokenFile(file.path, wider, 0, file.num_tokens // 2))
 
 
 def _read_npy(path: Path) -> TokenFile:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, OverflowError, zipfile.BadZipFile) as error:
         raise _refused(path, str(error), "an array of numpy.save") from error
+    if not isinstance(array, np.ndarray):
+        raise _refused(path, "several arrays", "an array of numpy.save")
     if array.ndim != 1 or array.dtype.kind not in "iu" or array.dtype.str.startswith(">"):
         raise _refused(
             path, f"{array.dtype.str} {list(array.shape)}", "one dim of little-endian integers"
@@ -76,17 +95,22 @@ def _read_megatron(path: Path) -> TokenFile:
     data = path.with_suffix(".idx").read_bytes()
     head = struct.calcsize("<9sQBQQ")
     if len(data) < head or not data.startswith(_MEGATRON):
-        raise _refused(path.with_suffix(".idx"), "another header", "an index of Megatron-LM")
-    _, _, code, num_sequences, num_documents = struct.unpack("<9sQBQQ", data[:head])
-    dtype = np.dtype(_MEGATRON_DTYPES.get(code, "f4"))
-    if dtype.kind not in "iu":
+        raise _refused(path.with_suffix(".idx"), "no MMIDIDX header", "an index of Megatron-LM")
+    _, version, code, num_sequences, num_documents = struct.unpack("<9sQBQQ", data[:head])
+    if version != 1:
+        raise _refused(path.with_suffix(".idx"), f"version {version}", "version 1")
+    if code not in _MEGATRON_DTYPES:
         raise _refused(path.with_suffix(".idx"), f"dtype code {code}", "one of integers")
+    dtype = np.dtype(_MEGATRON_DTYPES[code])
     if len(data) < head + 12 * num_sequences + 8 * num_documents:
         raise _refused(path.with_suffix(".idx"), f"{len(data):,} bytes", "a whole index")
     lengths = np.frombuffer(data, "<i4", num_sequences, head).astype(np.int64)
     starts = np.frombuffer(data, "<i8", num_sequences, head + 4 * num_sequences)
     documents = np.frombuffer(data, "<i8", num_documents, head + 12 * num_sequences)
     ends = np.cumsum(lengths)
+    sound = num_documents > 1 and documents[0] == 0 and documents[-1] == num_sequences
+    if not sound or (lengths <= 0).any() or (np.diff(documents) <= 0).any():
+        raise _refused(path.with_suffix(".idx"), "no ascending documents", "those of its sequences")
     if not np.array_equal(starts, (ends - lengths) * dtype.itemsize):
         raise _refused(path, "sequences with gaps between them", "consecutive ones")
     num_tokens = int(ends[-1]) if num_sequences else 0
@@ -99,10 +123,12 @@ def _refused(path: Path, found: str, expected: str) -> InputError:
     return InputError(f"data.source tokens: {path}: found {found}, expected {expected}")
 
 
-def write_token_file(tokens: TokenShards, path: Path, kind: Kind, eos_id: int) -> Path:
+def write_token_file(
+    tokens: TokenShards, path: Path, kind: Kind, eos_id: int, vocab_size: int
+) -> Path:
     """Writes tokens to `path`, with the suffix of the kind; documents end at `eos_id`."""
     path = path.with_suffix(".npy" if kind == "npy" else ".bin")
-    dtype = np.dtype("<u2" if tokens.dtype.itemsize <= 2 else "<u4")
+    dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
     _WRITERS[kind](tokens, path, dtype, eos_id)
     return path
 

@@ -1,35 +1,46 @@
 """Datasets of token files that exist already: checked once, linked, and never copied."""
 
+import contextlib
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-import google_crc32c
 import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlm.config import DataConfig
 from jaxlm.corpus import tokenizer as tokenizer_lib
-from jaxlm.corpus.cache import data_folder, find_caches, label, make_once
-from jaxlm.corpus.files import Source, files_revision, find_files
+from jaxlm.corpus.cache import data_folder, find_caches, label, make_once, open_recorded
+from jaxlm.corpus.encode import bytes_of_ids
+from jaxlm.corpus.files import files_revision, find_files
 from jaxlm.corpus.prepare import FORMAT, TOKENS_VERSION, new_tokenizer
 from jaxlm.corpus.splits import HOLD_OUT_EVERY, write_manifest, write_record
 from jaxlm.corpus.token_files import (
     Kind,
     TokenFile,
     chunks,
+    map_file,
     read_token_file,
     write_token_file,
 )
-from jaxlm.data.dataset import Dataset, digest, open_dataset
+from jaxlm.data.dataset import MANIFEST, Dataset, Manifest, digest, open_dataset
+from jaxlm.data.run_data import Prepared
 from jaxlm.data.shards import TokenShards, map_tokens
 from jaxlm.errors import InputError
+from jaxlm.files.durable import crc32c
 from jaxlm.files.publish import check_free, published
+from jaxlm.files.strict import read_json
 from jaxlm.terminal import prints_lines, progress
 
 _log = logging.getLogger(__name__)
+
+Ranges = list[tuple[int, int]]
+"""Token positions of a file: (first, last plus one) each, ascending."""
+_MAX_LOOK = 100_000
+"""Documents of a file that may be looked at for holding out."""
 
 
 @prints_lines
@@ -38,37 +49,43 @@ def link_tokens(
     *,
     vocab_size: int,
     max_tokens: int,
-    all_held_out: bool = False,
-    recorded: tuple[str, str] | None = None,
+    recorded: Prepared | None = None,
 ) -> Dataset:
     """The dataset of `tokens:GLOB`; `Make` in data/run_data.py describes the arguments.
 
-    All tokens are trained on but for the last documents of each file, which are held out: about one
-    token of 20, and `data.eval_tokens` at most.
+    Of each file, the last documents that fit into its share are held out: one token of 20 in all,
+    and `data.eval_tokens` at most. All others are trained on, whatever `max_tokens` is.
 
     Raises:
       FileNotFoundError: no file matches.
       ValueError: a file is of no known format, or its ids are not those of the tokenizer.
     """
+    if recorded and recorded["source"] == config.source:
+        with contextlib.suppress(InputError):  # a file has moved or changed: see below
+            if found := open_recorded(recorded, vocab_size, config.cache_dir):
+                return found
     if config.tokenizer == "train":
         refuse_text(config)
-    found = find_files(config.source, (".bin", ".npy"))
-    paths = [Path(path) for path in found if not path.endswith(".idx")]
+    paths = [Path(path) for path in find_files(config.source, (".bin", ".npy"))]
+    paths = [path for path in paths if path.suffix != ".idx"]
+    if not paths:
+        raise InputError(f"data.source {config.source}: found .idx alone, expected the .bin too")
     tokenizer = new_tokenizer(None, config, vocab_size)
-    recipe = [files_revision(map(str, paths)), config.eval_limit, all_held_out, TOKENS_VERSION]
-    recipe += [tokenizer_lib.content_hash(tokenizer)]
+    eos_id = tokenizer_lib.find_eos(tokenizer, config.eos_token)
+    recipe = [files_revision(map(str, paths)), config.eval_limit, max_tokens == 0, TOKENS_VERSION]
+    recipe += [tokenizer_lib.content_hash(tokenizer), eos_id]
     folder = data_folder(config.cache_dir) / f"{label(config.source)}-{digest(recipe)}"
 
     def make() -> None:
         _log.info(f"Checking the tokens of {config.source}, once")
         files = [read_token_file(path, tokenizer_lib.num_ids(tokenizer)) for path in paths]
-        _link(folder, files, tokenizer, config, all_held_out)
+        _link(folder, files, tokenizer, config, eos_id, all_held_out=max_tokens == 0)
 
     make_once(folder, make)
     return open_dataset(folder, vocab_size)
 
 
-def refuse_text(config: DataConfig) -> Source:
+def refuse_text(config: DataConfig) -> NoReturn:
     """Refuses to read tokens as the text that a tokenizer is trained on.
 
     Raises:
@@ -83,7 +100,8 @@ def refuse_text(config: DataConfig) -> Source:
 class _Checked(NamedTuple):
     file: TokenFile
     crc32c: int
-    num_documents: int
+    ends: np.ndarray
+    """Position after the EOS of each document: int64."""
 
 
 def _link(
@@ -91,9 +109,10 @@ def _link(
     files: Sequence[TokenFile],
     tokenizer: Tokenizer,
     config: DataConfig,
+    eos_id: int,
+    *,
     all_held_out: bool,
 ) -> None:
-    eos_id = tokenizer_lib.find_eos(tokenizer, config.eos_token)
     num_ids = tokenizer_lib.num_ids(tokenizer)
     if empty := [str(file.path) for file in files if not file.num_tokens]:
         raise InputError(f"data.source tokens: {empty[0]}: found no tokens; leave it out")
@@ -103,49 +122,107 @@ def _link(
     total = sum(file.num_tokens for file in files)
     with progress("Checking tokens", total) as advance:
         checked = [_check(file, eos_id, num_ids, advance) for file in files]
-    limit = min(config.eval_limit, total if all_held_out else total // HOLD_OUT_EVERY)
+    held_out_of = _hold_out(checked, total, config, all_held_out)
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
-    for number, (file, crc32c, _) in enumerate(checked):
-        (folder / f"{number:05}.bin").symlink_to(file.path.absolute())
-        record = {"name": f"{number:05}.bin", "crc32c": crc32c}
-        record |= {"num_bytes": file.path.stat().st_size}
-        share = -(-limit * file.num_tokens // total)
-        border = _border(file, share, eos_id)
-        ranges = {"train": (0, border), "eval": (border, min(border + share, file.num_tokens))}
-        for split, (start, stop) in ranges.items():
-            if stop > start:
-                offset = file.offset + start * file.dtype.itemsize
+    for number, (of, held_out) in enumerate(zip(checked, held_out_of, strict=True)):
+        link = folder / f"{number:05}.bin"
+        link.unlink(missing_ok=True)  # left by a kill
+        link.symlink_to(of.file.path.absolute())
+        record = {"name": link.name, "crc32c": of.crc32c, "num_bytes": os.path.getsize(link)}
+        rest = [] if all_held_out else _others(held_out, of.file.num_tokens)
+        for split, ranges in {"train": rest, "eval": held_out}.items():
+            for start, stop in ranges:
+                offset = of.file.offset + start * of.file.dtype.itemsize
                 splits[split].append(record | {"offset": offset, "num_tokens": stop - start})
-    held_out = _shards(folder, splits["eval"], files[0].dtype)
-    if not held_out.num_tokens:
-        raise InputError(
-            f"data.source {config.source}: found one document of {total:,} tokens, expected "
-            f"several, each ended by {tokenizer.id_to_token(eos_id)}, since whole ones are held out"
-        )
-    num_documents = sum(file.num_documents for file in checked)
-    num_held_out = sum(int((chunk == eos_id).sum()) for chunk in chunks(held_out))
-    text = tokenizer.to_str(pretty=True).encode()
+    train, held_out = (_shards(folder, of, files[0].dtype) for of in splits.values())
     manifest = {
-        **{"source": config.source, "format": FORMAT, "revision": "", "sizes": ""},
-        "tokenizer": write_record(folder / "tokenizer.json", text),
-        "train": [] if all_held_out else splits["train"],
-        "eval": splits["eval"],
+        "source": config.source,
+        "format": FORMAT,
+        "revision": "",
+        "sizes": "",
+        "tokenizer": write_record(
+            folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode()
+        ),
+        **splits,
         "numbers": {},
         "eval_bytes": _num_bytes(held_out, tokenizer, eos_id),
-        "documents": {"train": num_documents - num_held_out, "eval": num_held_out},
-        **{"vocab_size": num_ids, "eos_id": eos_id, "dtype": files[0].dtype.str},
+        "documents": {"train": _count(train, eos_id), "eval": _count(held_out, eos_id)},
+        "vocab_size": num_ids,
+        "eos_id": eos_id,
+        "dtype": files[0].dtype.str,
         "exhausted": True,
     }
     write_manifest(folder, manifest)
+    num_documents = sum(len(of.ends) for of in checked)
     _log.info(f"{total:,} tokens in {num_documents:,} documents, in {len(files)} file(s)")
 
 
+def _hold_out(
+    checked: Sequence[_Checked], total: int, config: DataConfig, everything: bool
+) -> list[Ranges]:
+    """The held-out tokens of each file: the last documents that fit into its share."""
+    limit = min(config.eval_limit, total if everything else total // HOLD_OUT_EVERY)
+    borders = np.cumsum([0, *(of.file.num_tokens for of in checked)]) * limit // total
+    shares = np.diff(borders).tolist()
+    if everything:
+        return [[(0, share)] for share in shares]
+    found = [_last_documents(of, share) for of, share in zip(checked, shares, strict=True)]
+    if not any(found):
+        # All documents are longer: of the last one that is not the first of its file, a part.
+        several = [number for number, of in enumerate(checked) if len(of.ends) > 1]
+        if not several:
+            raise InputError(
+                f"data.source {config.source}: found one document a file, {total:,} tokens in all, "
+                "expected several, since whole ones are held out"
+            )
+        ends = checked[several[-1]].ends
+        start = int(ends[-2])
+        found[several[-1]] = [(start, min(start + max(limit, 2), int(ends[-1])))]
+        _log.info(
+            f"data.source {config.source}: all documents are longer than the {limit:,} tokens to "
+            "hold out; the last is trained on but for that many"
+        )
+    return found
+
+
+def _last_documents(of: _Checked, share: int) -> Ranges:
+    # From the end, each document that fits into what is left, until nine tenths are filled. The
+    # first document of a file is trained on.
+    found, left = [], share
+    for number in range(len(of.ends) - 1, 0, -1)[:_MAX_LOOK]:
+        start, stop = int(of.ends[number - 1]), int(of.ends[number])
+        if stop - start <= left:
+            found.append((start, stop))
+            left -= stop - start
+        if 10 * left < share:
+            break
+    return _merged(found[::-1])
+
+
+def _merged(ranges: Ranges) -> Ranges:
+    merged: Ranges = []
+    for start, stop in ranges:
+        if merged and merged[-1][1] == start:
+            merged[-1] = merged[-1][0], stop
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _others(ranges: Ranges, num_tokens: int) -> Ranges:
+    # The ranges between these.
+    edges = [0, *(edge for both in ranges for edge in both), num_tokens]
+    return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if b > a]
+
+
 def _check(file: TokenFile, eos_id: int, num_ids: int, advance: Any) -> _Checked:
-    tokens = TokenShards([map_tokens(*file[:4])])
-    most, least, num_documents = -1, 0, 0
+    # Reads the file twice: its ids, and its bytes for the checksum.
+    tokens = TokenShards([map_file(file)])
+    most, least, ends, start = -1, 0, [np.empty(0, np.int64)], 0
     for chunk in chunks(tokens):
         most, least = max(most, int(chunk.max())), min(least, int(chunk.min()))
-        num_documents += int((chunk == eos_id).sum())
+        ends.append(np.flatnonzero(chunk == eos_id) + start + 1)
+        start += len(chunk)
         advance(len(chunk))
     if least < 0 or most >= num_ids:
         raise InputError(
@@ -153,38 +230,23 @@ def _check(file: TokenFile, eos_id: int, num_ids: int, advance: Any) -> _Checked
             f"{file.dtype.name}, expected 0 to {num_ids - 1}, those of data.tokenizer; name the "
             "tokenizer that made the file"
         )
-    if not num_documents:
+    checked = _Checked(file, crc32c(file.path), np.concatenate(ends))
+    if not len(checked.ends):
         raise InputError(
             f"data.source tokens: {file.path}: found no id {eos_id}, expected one at the end of "
             "each document; name the token that ends them with --data.eos_token"
         )
-    if file.ends is not None and not (tokens_at(tokens, file.ends - 1) == eos_id).all():
+    # The last document may be cut.
+    if file.ends is not None and not np.isin(file.ends[:-1], checked.ends).all():
         raise InputError(
             f"data.source tokens: {file.path}: found a document that does not end at id {eos_id}, "
-            "expected each to; prepare it with the append-eod flag"
+            "expected each to; prepare it with Megatron's --append-eod"
         )
-    crc = google_crc32c.Checksum()
-    with open(file.path, "rb") as data:
-        while part := data.read(1 << 24):
-            crc.update(part)
-    return _Checked(file, int.from_bytes(crc.digest()), num_documents)
+    return checked
 
 
-def tokens_at(tokens: TokenShards, places: np.ndarray) -> np.ndarray:
-    """The tokens at these positions."""
-    return tokens.windows(places, 1)[:, 0]
-
-
-def _border(file: TokenFile, num_held_out: int, eos_id: int) -> int:
-    # The first start of a document in the last `num_held_out` tokens, or that of the last document
-    # if it is longer; the end of a file of one document.
-    start = file.num_tokens - num_held_out
-    if start <= 0:
-        return 0
-    is_end = map_tokens(*file[:4]) == eos_id
-    starts = np.flatnonzero(is_end[:-1]) + 1
-    later = starts[starts >= start]
-    return int(later[0]) if len(later) else int(starts[-1]) if len(starts) else file.num_tokens
+def _count(tokens: TokenShards, eos_id: int) -> int:
+    return sum(int((chunk == eos_id).sum()) for chunk in chunks(tokens))
 
 
 def _shards(folder: Path, records: Sequence[dict[str, Any]], dtype: np.dtype) -> TokenShards:
@@ -195,8 +257,10 @@ def _shards(folder: Path, records: Sequence[dict[str, Any]], dtype: np.dtype) ->
 
 def _num_bytes(tokens: TokenShards, tokenizer: Tokenizer, eos_id: int) -> int:
     # Of the text of all tokens but the first, which no eval predicts.
-    ids = np.concatenate([*chunks(tokens)])
-    documents = np.split(ids[1:], np.flatnonzero(ids[1:] == eos_id) + 1)
+    ids = np.concatenate([*chunks(tokens)])[1:]
+    if (sizes := bytes_of_ids(tokenizer)) is not None:
+        return int(sizes[ids].sum())
+    documents = np.split(ids, np.flatnonzero(ids == eos_id) + 1)
     texts = tokenizer.decode_batch([document.tolist() for document in documents if len(document)])
     return sum(len(text.encode()) for text in texts)
 
@@ -213,11 +277,13 @@ def export_dataset(
       ValueError: there is no such dataset, or `out` exists.
     """
     (found,) = find_caches([name], cache_dir)
-    dataset = open_dataset(data_folder(cache_dir) / found, 2**31)
+    directory = data_folder(cache_dir) / found
+    vocab_size = read_json(directory / MANIFEST, Manifest)["vocab_size"]
+    dataset = open_dataset(directory, vocab_size)
     target, written = check_free(out), dict[Path, int]()
     with published(target) as folder:
         shutil.copy(dataset.tokenizer_path, folder / "tokenizer.json")
         for split, tokens in {"train": dataset.train, "val": dataset.eval}.items():
-            path = write_token_file(tokens, folder / split, kind, dataset.eos_id)
+            path = write_token_file(tokens, folder / split, kind, dataset.eos_id, vocab_size)
             written[target / path.name] = tokens.num_tokens
     return written

@@ -84,8 +84,8 @@ class TrainBatches:
             if tokens.num_tokens < seq_len + 1:
                 raise InputError(
                     f"corpus {name}: {tokens.num_tokens:,} training tokens, and one window of "
-                    f"seq_len {seq_len:,} takes {seq_len + 1:,}: give it more text, or lower "
-                    "seq_len"
+                    f"seq_len {seq_len:,} takes {seq_len + 1:,}: give it more text, a "
+                    "larger weight or data.max_tokens, or lower seq_len"
                 )
         self._sources, self._mixture = sources, mixture
         self._batch_size, self._seq_len = batch_size, seq_len
@@ -96,6 +96,11 @@ class TrainBatches:
         numbers = np.arange(self._batch_size, dtype=np.int64)[rows] + index * self._batch_size
         tokens_BT = np.empty((len(numbers), self._seq_len + 1), np.int32)
         for name, (own, row) in self._mixture.split(numbers).items():
+            if name not in self._sources:
+                raise InputError(
+                    f"data.sources: found none named {name}, and batch {index} has rows of it; "
+                    "name it, with weight 0 if it is not to be trained on any more"
+                )
             tokens_BT[own] = self._windows(name, row)
         return {"inputs": tokens_BT[:, :-1], "targets": tokens_BT[:, 1:]}
 

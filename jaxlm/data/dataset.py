@@ -67,6 +67,8 @@ class Dataset:
     """Bytes of text that an eval of `eval` predicts."""
     fingerprint: str
     """Identity of the tokens: equal for equal tokens of any source."""
+    stamps: Mapping[str, str]
+    """Name of a file -> its size and time when it was opened."""
     tokenizer_path: Path
     eos_id: int
 
@@ -90,7 +92,7 @@ def open_dataset(folder: Path, vocab_size: int) -> Dataset:
     """
     try:
         manifest = read_json(folder / MANIFEST, Manifest)
-        _check(folder, manifest)
+        names = _check(folder, manifest)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(
             f"prepared data in {folder} is damaged: {error}. Delete it with "
@@ -116,6 +118,7 @@ def open_dataset(folder: Path, vocab_size: int) -> Dataset:
         eval=held_out,
         eval_bytes=manifest["eval_bytes"],
         fingerprint=manifest["fingerprint"],
+        stamps={name: _file_stamp(folder / name) for name in names},
         tokenizer_path=tokenizer_path,
         eos_id=manifest["eos_id"],
     )
@@ -131,7 +134,22 @@ def verify_dataset(folder: Path) -> None:
     _check(folder, read_json(folder / MANIFEST, Manifest), read_all=True)
 
 
-def _check(folder: Path, manifest: Manifest, *, read_all: bool = False) -> None:
+def find_change(dataset: Dataset) -> Path | None:
+    """A file that has changed since the dataset was opened: batches are read from the files."""
+    for name, stamp in dataset.stamps.items():
+        path = dataset.directory / name
+        if not path.is_file() or _file_stamp(path) != stamp:
+            return path.resolve()
+    return None
+
+
+def _file_stamp(path: Path) -> str:
+    found = path.stat()
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ino}"
+
+
+def _check(folder: Path, manifest: Manifest, *, read_all: bool = False) -> list[str]:
+    # Returns the names of its files.
     shards = [*manifest["train"], *manifest["eval"]]
     itemsize = np.dtype(manifest["dtype"]).itemsize
     fit = [
@@ -158,6 +176,7 @@ def _check(folder: Path, manifest: Manifest, *, read_all: bool = False) -> None:
     if unread:
         with contextlib.suppress(OSError):  # a read-only cache
             write_file(checked_path(folder), json.dumps([*stamps.values()]).encode())
+    return [*stamps]
 
 
 def checked_path(folder: Path) -> Path:
@@ -169,10 +188,10 @@ def _stamp(folder: Path, record: Record) -> str | None:
     # What changes with the file or its record; None for a file that is damaged at a glance.
     if _glance(folder, record):
         return None
-    found = (folder / record["name"]).stat()
+    path = folder / record["name"]
     # Inode and change time: a copy keeps the other times, and may have lost a bit.
-    stamps = found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
-    return f"{record['name']} {' '.join(map(str, stamps))} {record['crc32c']:08x}"
+    times = f"{_file_stamp(path)} {path.stat().st_ctime_ns}"
+    return f"{record['name']} {times} {record['crc32c']:08x}"
 
 
 def _glance(folder: Path, record: Record) -> str | None:

@@ -95,7 +95,9 @@ class Mixture:
         }
 
     def rows_before(self, name: str, row: int) -> int:
-        """How many of the first `row` rows are of a source."""
+        """How many of the first `row` rows are of a source; 0 for one that has none."""
+        if name not in self.names:
+            return 0
         return int(self._count(name, np.array([row]))[0])
 
     def split(self, rows: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 from jaxlm.config import MAX_EVAL_TOKENS, Config, DataConfig
 from jaxlm.data.dataset import Dataset
 from jaxlm.data.mixture import Phase
+from jaxlm.errors import InputError
 
 # Kind of source -> function that makes its dataset, imported when a run has such a source.
 _MAKERS: dict[str, str] = dict.fromkeys(
@@ -34,14 +35,23 @@ def default_eval_tokens(config: Config) -> int:
     return config.data.eval_tokens or chosen
 
 
+class Prepared(TypedDict):
+    """A dataset of a run, as a checkpoint records it."""
+
+    fingerprint: str
+    source: str
+    """`data.source` when the dataset was added."""
+    max_tokens: int
+    """Limit of training tokens; 0 for a held-out set, all documents of which are held out."""
+
+
 class Recorded(NamedTuple):
-    """The data of a run, as its latest checkpoint records it."""
+    """The data of a run, as a checkpoint records it."""
 
     step: int
-    fingerprints: dict[str, str]
-    """Name of a source -> fingerprint."""
+    datasets: dict[str, Prepared]
+    """By name: the sources and the held-out sets so far."""
     phases: list[Phase]
-    config: DataConfig
     tokenizer: Path
 
 
@@ -52,6 +62,8 @@ class RunData(NamedTuple):
     """The training sources by name."""
     held_out: dict[str, Dataset]
     """More held-out sets by name."""
+    prepared: dict[str, Prepared]
+    """All of them, as a checkpoint records them."""
 
     @property
     def by_name(self) -> dict[str, Dataset]:
@@ -60,7 +72,7 @@ class RunData(NamedTuple):
 
     @property
     def first(self) -> Dataset:
-        """One of the sources; all have the same tokenizer."""
+        """The first source, for its tokenizer, which is that of all."""
         return next(iter(self.sources.values()))
 
 
@@ -73,18 +85,16 @@ class Make(Protocol):
         *,
         vocab_size: int,
         max_tokens: int,
-        all_held_out: bool = False,
-        recorded: tuple[str, str] | None = None,
+        recorded: Prepared | None = None,
     ) -> Dataset:
         """The dataset of `config.source`.
 
         Args:
           config: of the source alone.
           vocab_size: of the model; the size of a trained tokenizer, the limit of a given one.
-          max_tokens: limit of training tokens.
-          all_held_out: hold out every document, to evaluate on all of a source.
-          recorded: fingerprint and source of a run that resumes: its prepared data is found by the
-            fingerprint, even if the source has moved or is gone.
+          max_tokens: limit of training tokens; 0 to hold out every document.
+          recorded: of a run that has begun: the prepared data is found by its fingerprint, even if
+            the source has moved or is gone.
         """
         ...
 
@@ -92,8 +102,8 @@ class Make(Protocol):
 def load_data(config: Config, recorded: Recorded | None = None) -> tuple[Config, RunData]:
     """The config with the defaults of its data filled in, and the data of the run.
 
-    Each source is prepared with the share of `max_tokens` that it has when it is added. Sources
-    share one tokenizer.
+    Each source is prepared with the share of `max_tokens` that it has when it is added. All have
+    one tokenizer: that of the run, if it has begun.
 
     Raises:
       ValueError: the corpus or the tokenizer does not fit, or a file of the cache is damaged.
@@ -107,29 +117,48 @@ def load_data(config: Config, recorded: Recorded | None = None) -> tuple[Config,
         data, max_tokens=max_tokens, eval_tokens=default_eval_tokens(config), best_by=best_by
     )
     config = dataclasses.replace(config, data=data)
-    phases: list[Phase] = [*(recorded.phases if recorded else []), first_phase(data)]
     tokenizer = data.tokenizer
-    if tokenizer == "train" and len(data.corpora) > 1:
-        tokenizer = str(recorded.tokenizer) if recorded else _train_for_all(data, vocab_size)
-    found = {}
-    for name, source in data.corpora.items():
-        before = None
-        if recorded and name in recorded.fingerprints:
-            before = recorded.fingerprints[name], recorded.config.corpora.get(name, source)
+    if recorded and recorded.tokenizer.is_file():
+        tokenizer = str(recorded.tokenizer)
+    elif tokenizer == "train" and len(data.corpora) > 1:
+        tokenizer = _train_for_all(data, vocab_size)
+    before = recorded.datasets if recorded else {}
+    limits = dict.fromkeys(data.held_out, 0)
+    limits |= {name: _limit(name, data.shares, max_tokens) for name in data.corpora}
+    found, prepared = dict[str, Dataset](), dict[str, Prepared]()
+    for name, source in {**data.corpora, **data.held_out}.items():
+        known = before.get(name)
+        limit = known["max_tokens"] if known else limits[name]
+        if (limit == 0) != (name in data.held_out):
+            raise InputError(
+                f"data.held_out: found {name}, which was {'no' if limit else 'a'} held-out set up "
+                f"to step {recorded.step if recorded else 0}; take another name"
+            )
         found[name] = load_dataset(
-            alone(data, source, tokenizer),
+            config_of_source(data, source, tokenizer),
             vocab_size=vocab_size,
-            max_tokens=_limit(name, max_tokens, phases),
-            recorded=before,
+            max_tokens=limit,
+            recorded=known,
         )
-    tokenizer = str(next(iter(found.values())).tokenizer_path)
-    held_out = {
-        name: load_dataset(
-            alone(data, source, tokenizer), vocab_size=vocab_size, max_tokens=1, all_held_out=True
+        source = known["source"] if known else source
+        prepared[name] = Prepared(
+            fingerprint=found[name].fingerprint, source=source, max_tokens=limit
         )
-        for name, source in data.held_out.items()
-    }
-    return config, RunData(found, held_out)
+        tokenizer = str(found[name].tokenizer_path)
+    _check_tokenizers(found)
+    sources = {name: found[name] for name in data.corpora}
+    return config, RunData(sources, {name: found[name] for name in data.held_out}, prepared)
+
+
+def _check_tokenizers(datasets: Mapping[str, Dataset]) -> None:
+    first, *others = datasets
+    text = datasets[first].tokenizer_path.read_bytes()
+    for name in others:
+        if datasets[name].tokenizer_path.read_bytes() != text:
+            raise InputError(
+                f"data: found another tokenizer for {name} than for {first}, expected one; name it "
+                "with --data.tokenizer, in a new run"
+            )
 
 
 def first_phase(config: DataConfig) -> Phase:
@@ -143,7 +172,7 @@ def load_dataset(config: DataConfig, **options: Any) -> Dataset:
     return make(config, **options)
 
 
-def alone(config: DataConfig, source: str, tokenizer: str) -> DataConfig:
+def config_of_source(config: DataConfig, source: str, tokenizer: str) -> DataConfig:
     """The config of one source of several, or of a held-out set."""
     return dataclasses.replace(
         config,
@@ -156,15 +185,12 @@ def alone(config: DataConfig, source: str, tokenizer: str) -> DataConfig:
     )
 
 
-def _limit(name: str, max_tokens: int, phases: Sequence[Phase]) -> int:
-    # By the share at which the source was added: its tokens must not depend on later phases. A
-    # source of share 0 may get another share later.
-    shares = next(phase["shares"] for phase in phases if name in phase["shares"])
-    total = sum(shares.values())
-    return -(-max_tokens * shares[name] // total) or -(-max_tokens // len(shares))
+def _limit(name: str, shares: Mapping[str, int], max_tokens: int) -> int:
+    # A source of share 0 may get another share later.
+    return -(-max_tokens * shares[name] // sum(shares.values())) or -(-max_tokens // len(shares))
 
 
 def _train_for_all(config: DataConfig, vocab_size: int) -> str:
     train = pkgutil.resolve_name(_TOKENIZER_OF_ALL)
-    sources = [alone(config, config.corpora[name], "train") for name in config.shares]
+    sources = [config_of_source(config, config.corpora[name], "train") for name in config.shares]
     return train(sources, list(config.shares.values()), vocab_size)

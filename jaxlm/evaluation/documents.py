@@ -11,7 +11,7 @@ from jaxlm.corpus.tokenizer import load_tokenizer
 from jaxlm.data.batches import TrainBatches
 from jaxlm.data.dataset import MANIFEST, Dataset, Manifest
 from jaxlm.data.mixture import Mixture
-from jaxlm.data.run_data import Recorded, load_data
+from jaxlm.data.run_data import load_data
 from jaxlm.data.shards import TokenShards
 from jaxlm.errors import InputError
 from jaxlm.files.durable import write_file
@@ -64,10 +64,7 @@ def rows_of_batch(run: str, step: int, row: int | None = None) -> list[Row]:
         raise InputError(f"--step: found {step}, expected 1 to {config.num_steps}, as in {run}")
     if row is not None and not 0 <= row < config.batch_size:
         raise InputError(f"--row: found {row}, expected 0 to {config.batch_size - 1}")
-    recorded = Recorded(
-        metadata.step, metadata.data, metadata.phases, config.data, selected.folder / TOKENIZER
-    )
-    _, data = load_data(config, recorded)
+    _, data = load_data(config, metadata.recorded_data(selected.folder / TOKENIZER))
     batches = TrainBatches(
         {name: dataset.train for name, dataset in data.sources.items()},
         Mixture(metadata.phases, config.batch_size),

@@ -21,7 +21,7 @@ from jaxlm.compilation_cache import enable_compilation_cache
 from jaxlm.config import Config, MeshConfig
 from jaxlm.corpus.overlap import warn_overlap
 from jaxlm.data.dataset import Dataset
-from jaxlm.data.run_data import Recorded, alone, default_max_tokens, load_data, load_dataset
+from jaxlm.data.run_data import config_of_source, default_max_tokens, load_data, load_dataset
 from jaxlm.device.likelihood import make_token_scores
 from jaxlm.device.loss import Batch, next_token_loss
 from jaxlm.device.sharding import make_mesh
@@ -166,16 +166,12 @@ class Scorer:
 
     def _of_source(self, selected: Selected, config: Config) -> list[Dataset]:
         assert self._source
-        data = alone(config.data, self._source, str(selected.folder / TOKENIZER))
+        tokenizer = str(selected.folder / TOKENIZER)
+        data = config_of_source(config.data, self._source, tokenizer)
         max_tokens = default_max_tokens(data, config.num_steps * config.tokens_per_step)
         if self._all:
-            data, max_tokens = dataclasses.replace(data, eval_tokens=_NO_LIMIT), 1
-        dataset = load_dataset(
-            data,
-            vocab_size=config.model.vocab_size,
-            max_tokens=max_tokens,
-            all_held_out=self._all,
-        )
+            data, max_tokens = dataclasses.replace(data, eval_tokens=_NO_LIMIT), 0
+        dataset = load_dataset(data, vocab_size=config.model.vocab_size, max_tokens=max_tokens)
         warn_overlap(dataset, selected.metadata.data, config)
         return [dataset]
 
@@ -183,18 +179,15 @@ class Scorer:
 def _of_run(selected: Selected, config: Config) -> list[Dataset]:
     # The held-out sets that decide the best.
     metadata = selected.metadata
-    recorded = Recorded(
-        metadata.step, metadata.data, metadata.phases, config.data, selected.folder / TOKENIZER
-    )
-    _, data = load_data(config, recorded)
+    _, data = load_data(config, metadata.recorded_data(selected.folder / TOKENIZER))
     datasets = data.by_name
     names = str(config.data.best_by).split("+")
-    for name, dataset in data.sources.items():
-        if dataset.fingerprint != metadata.data.get(name):
+    for name, dataset in datasets.items():
+        was = metadata.data[name]["fingerprint"] if name in metadata.data else "none"
+        if dataset.fingerprint != was:
             raise InputError(
                 f"{selected.folder}: found data {dataset.fingerprint} for {name}, expected that of "
-                f"the run, {metadata.data.get(name, 'none')}; restore that data, or name other "
-                "text with --source"
+                f"the run, {was}; restore that data, or name other text with --source"
             )
     return [datasets[name] for name in names]
 
@@ -234,6 +227,8 @@ def _score(
     eval_step = make_eval_step(blueprint, next_token, mesh)
     num_batches = sum(of.num_batches for of in sets)
     num_bytes = sum(dataset.eval_bytes for dataset in datasets)
+    if not num_bytes:
+        raise InputError(f"{run}: the text to evaluate on is one token, expected more")
     with progress(f"Evaluating step {selected.step}", num_batches) as advance:
         before = None
 

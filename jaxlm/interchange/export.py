@@ -173,7 +173,7 @@ def _card(selected: Selected, name: str, num_params: int, dtype: str) -> str:
         "tokens trained on": f"{metadata.tokens_seen:,}",
         "sequence length": f"{config.seq_len:,}",
         "data": ", ".join(dict.fromkeys(sources)),
-        "data fingerprint": ", ".join(metadata.data.values()) or "none",
+        "data fingerprint": ", ".join(of["fingerprint"] for of in metadata.data.values()) or "none",
         "optimizer, peak learning rate": f"{config.optim.name}, {config.optim.learning_rate:g}",
         "dtype of the weights": dtype,
     }

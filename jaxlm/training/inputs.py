@@ -10,9 +10,10 @@ import numpy as np
 
 from jaxlm.config import MAIN, Config
 from jaxlm.data.batches import EvalBatches, Rows, TrainBatches, recorded, windows_per_epoch
-from jaxlm.data.dataset import Dataset
+from jaxlm.data.dataset import Dataset, find_change
 from jaxlm.data.mixture import Mixture, Phase, add_phase
-from jaxlm.data.run_data import Recorded, RunData, first_phase, load_data
+from jaxlm.data.run_data import Prepared, Recorded, RunData, first_phase, load_data
+from jaxlm.errors import RunError
 from jaxlm.training.evaluate import EvalSet
 
 _log = logging.getLogger(__name__)
@@ -41,10 +42,10 @@ class Inputs(NamedTuple):
     """Names of the held-out sets that decide the best, together."""
     shares: dict[str, int] = {}  # never changed in place
     """Shares of the sources from now on; empty with a caller's own batches."""
-    fingerprints: dict[str, str] = {}  # never changed in place
-    """Name of a source -> fingerprint of its tokens."""
-    tokens: Dataset | None = None
-    """One of the datasets, whose tokenizer is that of all; None with a caller's own batches."""
+    data: dict[str, Prepared] = {}  # never changed in place
+    """The datasets by name, as a checkpoint records them."""
+    datasets: Sequence[Dataset] = ()
+    """The first one is asked for the tokenizer, which is that of all; none with own batches."""
 
     @property
     def eval_set(self) -> str:
@@ -64,12 +65,26 @@ class Inputs(NamedTuple):
     @property
     def eos_id(self) -> int | None:
         """The token that ends a document."""
-        return self.tokens.eos_id if self.tokens else None
+        return self.datasets[0].eos_id if self.datasets else None
 
     @property
     def tokenizer_path(self) -> Path | None:
         """The tokenizer of the tokens."""
-        return self.tokens.tokenizer_path if self.tokens else None
+        return self.datasets[0].tokenizer_path if self.datasets else None
+
+    def check_unchanged(self) -> None:
+        """Refuses to go on if a file of the data has changed since the start.
+
+        Raises:
+          RuntimeError: names the file.
+        """
+        for dataset in self.datasets:
+            if path := find_change(dataset):
+                raise RunError(
+                    f"data: {path} has changed since this start, so steps since the latest "
+                    "checkpoint may have read other tokens, and are not saved; bring the file "
+                    "back, and the same command repeats them"
+                )
 
     def phases(self, before: Sequence[Phase], step: int) -> list[Phase]:
         """The mixture of a run that goes on from a step."""
@@ -94,11 +109,12 @@ def find_inputs(
     if batches is not None:
         own = recorded(batches, record_to)
         fingerprint = str(getattr(batches, "fingerprint", ""))
+        own_data = Prepared(fingerprint=fingerprint, source="", max_tokens=0)
         return config, Inputs(
             lambda _: own,
             sets,
             best_by=[*sets][:1],
-            fingerprints={MAIN: fingerprint} if fingerprint else {},
+            data={MAIN: own_data} if fingerprint else {},
         )
     config, data = load_data(config, recorded_data)
     phases = [first_phase(config.data)]
@@ -120,8 +136,8 @@ def find_inputs(
         sets or {n: held_out_batches(config, of) for n, of in data.by_name.items()},
         best_by,
         shares=config.data.shares,
-        fingerprints={name: dataset.fingerprint for name, dataset in data.sources.items()},
-        tokens=data.first,
+        data=data.prepared,
+        datasets=[*data.by_name.values()],
     )
 
 

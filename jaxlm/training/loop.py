@@ -242,19 +242,19 @@ class Loop:
                 raise failure
             self.checkpoints.wait()  # Best is chosen among checkpoints on disk.
             before = self.checkpoints.best
-            loss = row["eval/loss"]
-            best = self.checkpoints.best_with(step, loss)
+            best = self.checkpoints.best_with(step, row["eval/loss"])
             improved = best is not None and best.step == step
             self.num_worse_evals = 0 if improved else self.num_worse_evals + 1
             self.log(step, {**row, "eval/best_loss": best.loss if best else math.inf})
             self.console.evaluation(step, row, before.loss if before else None, improved)
-        return loss, improved
+        return row["eval/loss"], improved
 
     def save(
         self, step: int, state: TrainState, eval_loss: float | None, why: Sequence[str]
     ) -> None:
         """Starts to save this step, once every row up to it is on disk."""
         self.read_metrics()
+        self.parts.inputs.check_unchanged()
         with self.clock.spent("save"):
             self.checkpoints.wait()
             metadata = self.metadata(step, eval_loss, final="final" in why)
@@ -289,7 +289,7 @@ class Loop:
             num_worse_evals=self.num_worse_evals,
             final=final,
             config=to_dict(self.config),
-            data=self.start.data | self.parts.inputs.fingerprints,
+            data=self.start.data | self.parts.inputs.data,
             phases=self.start.phases,
             eval_set=self.parts.inputs.eval_set or self.start.eval_set,
             bytes_per_token=self.parts.inputs.bytes_per_token,

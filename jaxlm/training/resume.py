@@ -88,6 +88,13 @@ def plan_resume(config: Config, checkpoints: Checkpoints) -> ResumePlan:
         for name in ("max_tokens", "eval_tokens", "best_by")
         if getattr(config.data, name) is None
     }
+    there = {**config.data.corpora, **config.data.held_out}
+    if gone := {*(chosen.get("best_by") or "").split("+")} - {*there, ""}:
+        raise InputError(
+            f"data.sources: found {', '.join(there)}, without {', '.join(sorted(gone))}, whose "
+            f"held-out set decides the best of {config.run_dir}; name it too, with weight 0 if it "
+            "is not to be trained on any more, or add --run_dir for a new run"
+        )
     data = dataclasses.replace(config.data, **chosen)
     config = dataclasses.replace(config, data=data)
     changed = _allowed_changes(latest, config, checkpoints.folder)

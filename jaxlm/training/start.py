@@ -18,6 +18,7 @@ from jaxlm.checkpoints.restore import check_layout, items_of, restore_state, res
 from jaxlm.cluster import agree
 from jaxlm.config import Config, changes, to_dict
 from jaxlm.data.mixture import Phase
+from jaxlm.data.run_data import Prepared
 from jaxlm.device.sharding import deterministic_options, make_mesh
 from jaxlm.device.state import Own, TrainState, blueprint_of
 from jaxlm.errors import InputError
@@ -65,8 +66,8 @@ class Start(NamedTuple):
     """Human-readable reason for this start."""
     phases: list[Phase] = []  # never changed in place
     """The mixture of the sources so far and from here on."""
-    data: dict[str, str] = {}  # never changed in place
-    """Fingerprints of the sources so far, by name."""
+    data: dict[str, Prepared] = {}  # never changed in place
+    """The datasets so far, by name."""
     eval_set: str = ""
     """Names and fingerprints of the held-out sets that decided the best so far."""
     lineage: list[dict[str, Any]] = []  # never changed in place
@@ -172,14 +173,17 @@ def _resumed(
 
 
 def _check_data(parts: TrainSetup, metadata: Metadata) -> None:
-    before, now, eval_set = metadata.data, parts.inputs.fingerprints, parts.inputs.eval_set
+    inputs = parts.inputs
+    before, now, eval_set = metadata.data, inputs.data, inputs.eval_set
     for name in sorted(before.keys() | now.keys()):
+        was, found = (of[name]["fingerprint"] if name in of else "none" for of in (before, now))
         both = name in before and name in now
-        if (both and before[name] != now[name]) or bool(before) != bool(now):
+        if (both and was != found) or bool(before) != bool(now):
+            source = f" ({of['source']})" if (of := before.get(name, {})).get("source") else ""
             raise InputError(
-                f"data: found fingerprint {now.get(name, 'none')}, but step {metadata.step} was "
-                f"trained on {before.get(name, 'none')} as {name}; bring back the data of that run "
-                "(its source has changed since), or add --run_dir for a new run"
+                f"data: found fingerprint {found} for {name}, but step {metadata.step} was trained "
+                f"on {was}{source}; bring back the data of that run (its source has changed "
+                "since), or add --run_dir for a new run"
             )
     judged = metadata.best_step is not None and bool(eval_set)
     if judged and metadata.eval_set != eval_set:
@@ -225,7 +229,7 @@ def _selected(parts: TrainSetup, source: str) -> Selected:
     chosen = select(source) if jax.process_index() == 0 else None
     step = agree(chosen and chosen.step)
     selected = chosen or select(f"{split_step(source)[0]}@{step}", contents=False)
-    if selected.metadata.data != parts.inputs.fingerprints:
+    if selected.metadata.data != parts.inputs.data:
         _log.warning(f"the data is not that of {source}; its tokens must mean the same")
     for step, damage in selected.passed_over.items():
         _log.warning(f"step {step} of {source} is damaged ({damage[0]}) and was passed over")

@@ -11,7 +11,7 @@ import jax
 import optax
 
 from jaxlm.checkpoints.checkpoint import Checkpoints
-from jaxlm.checkpoints.folder import TOKENIZER
+from jaxlm.checkpoints.folder import TOKENIZER, select
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.cluster import check_equal
 from jaxlm.config import Config
@@ -134,10 +134,11 @@ def train(
                 eval_loss=eval_loss,
                 batches=batches,
                 eval_batches=eval_batches,
-                data_of_run=_recorded(checkpoints),
+                data_of_run=_recorded(plan.config, checkpoints),
                 clock=clock,
             )
-            check_equal("data", parts.inputs.fingerprints)
+            fingerprints = {n: of["fingerprint"] for n, of in parts.inputs.data.items()}
+            check_equal("data", fingerprints)
             log_start(parts)
             stack.push(events.failed)
             acts = find_tools() if at_end is None and not (model or batches) else at_end or ()
@@ -156,11 +157,18 @@ def _leave_complete(plan: ResumePlan, latest: Metadata, checkpoints: Checkpoints
     return Result(latest.step, True, checkpoints.best)
 
 
-def _recorded(checkpoints: Checkpoints) -> Recorded | None:
-    if not (latest := checkpoints.latest):
+def _recorded(config: Config, checkpoints: Checkpoints) -> Recorded | None:
+    # The data of the run, or of the run that it branches from.
+    if latest := checkpoints.latest:
+        return latest.recorded_data(checkpoints.folder / TOKENIZER)
+    if not config.branch_from:
         return None
-    tokenizer = checkpoints.folder / TOKENIZER
-    return Recorded(latest.step, latest.data, latest.phases, latest.run_config().data, tokenizer)
+    selected = select(config.branch_from, contents=False)
+    found = selected.metadata.recorded_data(selected.folder / TOKENIZER)
+    # A branch may train on other text under the same name.
+    corpora = {**config.data.corpora, **config.data.held_out}
+    same = {n: of for n, of in found.datasets.items() if corpora.get(n) == of["source"]}
+    return found._replace(datasets=same)
 
 
 @contextlib.contextmanager
