@@ -246,8 +246,8 @@ class DataConfig(_Part, prefix="data."):
     sources: Annotated[dict[str, str], _pairs(str)] = recorded({})
     """Several corpora by name, mixed by `weights`; they replace `source`, whose name is main."""
     weights: Annotated[dict[str, float], _pairs(float)] = recorded({})
-    """Relative shares of `sources` in the rows of batches; equal shares by default. A resume may
-    change them, from its first step on."""
+    """Relative shares of `sources` in the rows of batches; equal by default. A resume may change
+    them, from its first step on."""
     held_out: Annotated[dict[str, str], _pairs(str)] = recorded({})
     """More held-out sets by name, beside that of each source: all documents of a corpus."""
     best_by: str | None = fixed(None)
@@ -288,8 +288,9 @@ class DataConfig(_Part, prefix="data."):
 
     def _check_sources(self) -> None:
         for name in {**self.sources, **self.held_out}:
-            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{,39}", name):
-                _check(False, "data.sources", name, "names of up to 40 letters, digits, _, -")
+            field = "data.sources" if name in self.sources else "data.held_out"
+            known = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{,39}", name) is not None
+            _check(known, field, name, "names of up to 40 letters, digits, _, -")
         ok = not self.weights or self.weights.keys() == self.sources.keys()
         self._check(ok, "weights", f"one for each of data.sources ({', '.join(self.sources)})")
         ok = all(math.isfinite(w) and w >= 0 for w in self.weights.values())
@@ -304,8 +305,8 @@ class DataConfig(_Part, prefix="data."):
             f"numbers in the ratio of integers with a sum of at most {_MAX_CYCLE:,}: round them, "
             "as to 0.1234",
         )
-        twice = ", ".join(self.held_out.keys() & self.corpora.keys())
-        self._check(not twice, "held_out", f"other names than those of sources ({twice})")
+        ok = not self.held_out.keys() & self.corpora.keys()
+        self._check(ok, "held_out", f"other names than those of sources: {', '.join(self.corpora)}")
         known = {**self.corpora, **self.held_out}
         names = self.best_by.split("+") if self.best_by else []
         ok = {*names} <= known.keys() and len({*names}) == len(names)

@@ -408,7 +408,8 @@ def test_files_that_change_under_a_run_are_not_saved_as_its_data(run, texts, tmp
     def rewrite(step: int, row: dict[str, float]) -> None:
         if step == 5:
             (path,) = (tmp_path / "cache").rglob("train-*.bin")
-            path.write_bytes(path.read_bytes()[::-1])
+            with open(path, "r+b") as file:  # not cut: the run has mapped it
+                file.write(path.read_bytes()[::-1])
 
     with pytest.raises(RuntimeError, match="train-00000.bin has changed since this start"):
         run("a", 8, web=1, data=cache, callbacks=[rewrite])

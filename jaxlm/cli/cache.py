@@ -76,8 +76,8 @@ def export(
       cache_dir: the cache; by default $JAXLM_CACHE, else ~/.cache/jaxlm.
 
     Examples:
-      jaxlm cache export embedded-eb4bcf8e9a60 --out tokens
-      jaxlm cache export embedded-eb4bcf8e9a60 --out tokens --format megatron
+      jaxlm cache export embedded-eb4bcf8e9a60d2c1 --out tokens
+      jaxlm cache export embedded-eb4bcf8e9a60d2c1 --out tokens --format megatron
     """
     from jaxlm.corpus.tokens import export_dataset
 
@@ -100,7 +100,7 @@ def clear(
 
     Examples:
       jaxlm cache clear  # deletes nothing
-      jaxlm cache clear embedded-eb4bcf8e9a60 --delete
+      jaxlm cache clear embedded-eb4bcf8e9a60d2c1 --delete
       jaxlm cache clear data programs --delete
     """
     from jaxlm.compilation_cache import PROGRAMS, clear_compiled, compiled_bytes

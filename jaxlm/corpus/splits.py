@@ -24,9 +24,9 @@ HOLD_OUT_EVERY = 20
 
 
 def is_held_out(index: int) -> bool:
-    """Whether document `index` is for evaluation: one of each 20, chosen by a hash.
+    """Whether document `index` is for evaluation: one of every 20, chosen by a hash.
 
-    Of the first 20 it is the second, so that a corpus of two documents has one of each.
+    Of the first 20, it is the second, so that a corpus of two documents has one for each split.
     """
     block, place = divmod(index, HOLD_OUT_EVERY)
     chosen = hashlib.sha256(f"held out {block}".encode()).digest()[0] % HOLD_OUT_EVERY
@@ -73,8 +73,8 @@ class Splits:
         self._waiting[split].append(kept)
         self._numbers[split].append(progress["next_document"] - 1)
         counts[split] += len(kept)
-        of_part = progress["parts"].setdefault(document.part, [0, 0])
-        of_part[split == "eval"] += len(kept)
+        counts_of_part = progress["parts"].setdefault(document.part, [0, 0])  # train, eval
+        counts_of_part[split == "eval"] += len(kept)
 
     def _num_bytes(self, document: Document, kept: np.ndarray, num_ids: int) -> int:
         # Bytes of the text that an eval of the document predicts.
@@ -112,7 +112,7 @@ class Splits:
 
 
 class Seen:
-    """The documents so far, by a hash of their text: 16 bytes each, and a set's overhead."""
+    """The documents so far, by a hash of their text: some 100 bytes of memory each."""
 
     def __init__(self, source: Source, num_documents: int):
         self._hashes = set[bytes]()

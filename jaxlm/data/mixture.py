@@ -22,7 +22,10 @@ class Phase(TypedDict):
 
 
 def add_phase(phases: Sequence[Phase], step: int, shares: Mapping[str, int]) -> list[Phase]:
-    """The phases up to a step, and these shares from there on, if they are new."""
+    """The phases up to a step, and these shares from there on, if the last phase has others.
+
+    Phases after the step are left out: the run has gone back to before them.
+    """
     before = [phase for phase in phases if phase["step"] <= step]
     if before and _used(before[-1]["shares"]) == _used(shares):
         return before
@@ -36,39 +39,39 @@ def _used(shares: Mapping[str, int]) -> dict[str, int]:
 def spread(shares: Mapping[str, int]) -> list[str]:
     """The names of a cycle, each as often as its share and evenly spread.
 
-    Row q (from 0) of a share s is due within places q*C/s to (q+1)*C/s of the C places, and the
-    earliest end goes first. So the rows of a source in any first n places differ from n*s/C by less
-    than one (Baruah et al., "Proportionate Progress", Algorithmica 1996).
+    Row q (from 0) of a share s may take places from q*C/s up to (q+1)*C/s of the C places; of the
+    rows that may take a place, the one whose last place comes first gets it. So the rows of a
+    source in any first n places differ from n*s/C by less than one (Baruah et al., "Proportionate
+    Progress", Algorithmica 1996).
     """
     length = sum(shares.values())
-    windows = sorted(
+    spans = sorted(
         (row * length // share, -(-(row + 1) * length // share), name)
         for name, share in shares.items()
         for row in range(share)
     )
-    names, due, next_window = list[str](), list[tuple[int, str]](), 0
+    names, waiting, num_begun = list[str](), list[tuple[int, str]](), 0
     for place in range(length):
-        while next_window < length and windows[next_window][0] <= place:
-            heapq.heappush(due, windows[next_window][1:])
-            next_window += 1
-        names.append(heapq.heappop(due)[1])
+        while num_begun < length and spans[num_begun][0] <= place:
+            heapq.heappush(waiting, spans[num_begun][1:])
+            num_begun += 1
+        names.append(heapq.heappop(waiting)[1])
     return names
 
 
 class _Cycle:
-    # Of a phase: the source at each place, and how many rows it has before.
+    # Of a phase: how many rows each source has before each place, and in all.
 
     def __init__(self, shares: Mapping[str, int]):
         names = np.array(spread(shares))
         self.length = len(names)
-        self.of = {name: names == name for name in _used(shares)}
         self.before = {
-            name: np.concatenate([[0], np.cumsum(here)]) for name, here in self.of.items()
+            name: np.concatenate([[0], np.cumsum(names == name)]) for name in _used(shares)
         }
 
     def count(self, name: str, num_rows: Any) -> Any:
         """How many of the first rows are of a source: integers, or arrays of them."""
-        if name not in self.of:
+        if name not in self.before:
             return np.zeros_like(num_rows)
         cycles, places = np.divmod(num_rows, self.length)
         return cycles * self.before[name][-1] + self.before[name][places]
@@ -80,15 +83,15 @@ class Mixture:
     def __init__(self, phases: Sequence[Phase], batch_size: int):
         """Phases begin at step 0, in ascending order."""
         self.names = sorted({name for phase in phases for name in _used(phase["shares"])})
-        self._first = [phase["step"] * batch_size for phase in phases]
+        self._first_rows = [phase["step"] * batch_size for phase in phases]
         self._cycles = [_Cycle(phase["shares"]) for phase in phases]
-        sizes = np.diff(self._first)
+        sizes = np.diff(self._first_rows)
         self._rows_before = {
             name: [
                 0,
                 *itertools.accumulate(
                     int(cycle.count(name, size))
-                    for cycle, size in zip(self._cycles, sizes, strict=False)
+                    for cycle, size in zip(self._cycles, sizes, strict=False)  # the last is open
                 ),
             ]
             for name in self.names
@@ -110,10 +113,10 @@ class Mixture:
         return found
 
     def _count(self, name: str, rows: np.ndarray) -> np.ndarray:
-        phase = np.searchsorted(self._first, rows, side="right") - 1
+        phase = np.searchsorted(self._first_rows, rows, side="right") - 1
         counts = np.empty_like(rows)
         for number in np.unique(phase):
             here = phase == number
-            inside = self._cycles[number].count(name, rows[here] - self._first[number])
+            inside = self._cycles[number].count(name, rows[here] - self._first_rows[number])
             counts[here] = self._rows_before[name][number] + inside
         return counts

@@ -57,10 +57,11 @@ class Inputs(NamedTuple):
     def bytes_per_token(self) -> float | None:
         """Bytes of text for each token that is predicted in those sets; None if unknown."""
         sets = [self.held_out[name] for name in self.best_by]
-        known = [of for of in sets if isinstance(of, EvalBatches) and of.num_bytes]
+        known = [batches for batches in sets if isinstance(batches, EvalBatches)]
         if not known or len(known) < len(sets):
             return None
-        return sum(of.num_bytes or 0 for of in known) / sum(of.num_targets for of in known)
+        num_bytes = sum(batches.num_bytes or 0 for batches in known)
+        return num_bytes / sum(batches.num_targets for batches in known)
 
     @property
     def eos_id(self) -> int | None:
@@ -99,12 +100,14 @@ def find_inputs(
 ) -> tuple[Config, Inputs]:
     """The config with settings of the data filled in, and the inputs of the run.
 
+    Of a caller's own held-out sets, the first decides the best.
+
     Raises:
       ValueError: the data does not fit the model or the run.
       OSError, ImportError: the data is not available.
     """
-    own_sets = eval_batches if isinstance(eval_batches, Mapping) else {MAIN: eval_batches}
-    sets = {name: of for name, of in own_sets.items() if of is not None}
+    given = eval_batches if isinstance(eval_batches, Mapping) else {MAIN: eval_batches}
+    sets = {name: batches for name, batches in given.items() if batches is not None}
     record_to = os.environ.get("JAXLM_RECORD_BATCHES")
     if batches is not None:
         own = recorded(batches, record_to)
@@ -153,13 +156,13 @@ def held_out_batches(config: Config, dataset: Dataset) -> EvalBatches:
 
 
 def _log_sources(config: Config, data: RunData, phases: Sequence[Phase]) -> None:
-    mixture, most = Mixture(phases, config.batch_size), 0.0
+    mixture, most_epochs = Mixture(phases, config.batch_size), 0.0
     shares = phases[-1]["shares"]
     for name, dataset in data.sources.items():
         windows = windows_per_epoch(dataset.train, config.seq_len)
         rows = mixture.rows_before(name, config.num_steps * config.batch_size)
         epochs = rows / max(windows, 1)
-        most = max(most, epochs)
+        most_epochs = max(most_epochs, epochs)
         share = shares.get(name, 0) / sum(shares.values())
         title = f"{name} ({share:.4g} of the rows)" if len(data.sources) > 1 else "data"
         _log.info(
@@ -168,8 +171,8 @@ def _log_sources(config: Config, data: RunData, phases: Sequence[Phase]) -> None
         )
     for name, dataset in data.held_out.items():
         _log.info(f"{name}: {dataset.eval.num_tokens:,} tokens from {dataset.source}, all held out")
-    if most > 4 and not config.overfit_one_batch:
+    if most_epochs > 4 and not config.overfit_one_batch:
         _log.info(
-            f"the run is far larger than its data ({most:.1f} epochs): expect it to overfit; "
-            "--stop_after_worse_evals 3 ends it when it does"
+            f"the run is far larger than its data ({most_epochs:.1f} epochs): expect it to "
+            "overfit; --stop_after_worse_evals 3 ends it when it does"
         )
