@@ -314,7 +314,7 @@ def test_eval_of_two_tells_which_is_better(at_home: Path, out, capsys: pytest.Ca
     losses = text_run.eval_losses(at_home / text_run.RUN)
     a, b = f"{text_run.RUN}@12", f"{text_run.RUN}@best"
     line = out("eval", a, b, "--paired").splitlines()[-1]
-    assert line.startswith(f"difference: {losses[12] - losses[8]:+.5f}, 95% confidence +")
+    assert line.startswith(f"difference: {losses[12] - losses[8]:+.5f} nats per token, 95% ")
     assert line.endswith(f" over 4 batches: {b} is better")
     assert out("eval", b, a, "--paired").splitlines()[-1].endswith(f": {b} is better")
     assert out("eval", b, b, "--paired").splitlines()[-1].endswith(": cannot tell")
@@ -455,8 +455,8 @@ def test_doctor(out):
 
 
 ALL = (
-    "prepare, prove-resume, plan, cache, checkpoints, eval, benchmark, sample, export, import, "
-    "report, doctor, completion"
+    "prepare, batch, prove-resume, plan, cache, checkpoints, eval, benchmark, sample, export, "
+    "import, report, doctor, completion"
 )
 EACH = [f"• {name} " for name in ALL.split(", ")]
 

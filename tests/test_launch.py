@@ -123,7 +123,7 @@ def test_a_run_whose_text_has_moved_resumes(
     assert cli.command(["eval", text_run.RUN]) == 0
     Path("moved").rename("gone")
     with pytest.raises(FileNotFoundError, match="no file matches"):
-        launch.main([*resume, "16", "--data.source", "text:texts/*.txt"])
+        launch.main([*resume, "16", "--data.source", "text:nowhere/*.txt"])
 
 
 def test_a_config_json_that_is_none_of_a_run(home: Path):
