@@ -299,8 +299,9 @@ def test_the_map_names_every_file_once():
     for line in tree.partition("jaxlm/\n")[2].splitlines():
         if folder := re.match(r"  (\w+)/ ", line):
             package = folder[1]
-        elif file := re.match(r"( {2}| {4})(\w+\.py) +\S", line):
-            named.append(f"{package}/{file[2]}" if len(file[1]) == 4 else file[2])
+        elif found := re.match(r"( {2}| {4})((?:\w+\.py ,? ?)+) *\S", line.replace(",", " ,")):
+            prefix = f"{package}/" if len(found[1]) == 4 else ""
+            named += [prefix + name for name in re.findall(r"\w+\.py", found[2])]
     files = {
         path.relative_to(text_run.REPO / "jaxlm").as_posix()
         for path in (text_run.REPO / "jaxlm").rglob("*.py")
