@@ -77,8 +77,10 @@ class Metadata:
         has_average = any(name.startswith("ema_params/") for name in self.fingerprints)
         return "ema_params" if has_average else "params"
 
-    def recorded_data(self, tokenizer: Path) -> Recorded:
-        """The data of the run up to here; the tokenizer is that of the run."""
+    def recorded_data(self, tokenizer: Path) -> Recorded | None:
+        """The data of the run up to here, with its tokenizer; None with a caller's own batches."""
+        if not self.phases:
+            return None
         return Recorded(self.step, self.data, self.phases, tokenizer)
 
     def run_config(self) -> Config:

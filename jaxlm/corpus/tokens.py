@@ -122,6 +122,12 @@ def _link(
     total = sum(file.num_tokens for file in files)
     with progress("Checking tokens", total) as advance:
         checked = [_check(file, eos_id, num_ids, advance) for file in files]
+    lacking = [str(of.file.path) for of in checked if not len(of.ends)]
+    if lacking and not all_held_out:
+        raise InputError(
+            f"data.source tokens: {lacking[0]}: found no id {eos_id}, expected one at the end of "
+            "each document; name the token that ends them with --data.eos_token"
+        )
     held_out_of = _hold_out(checked, total, config, all_held_out)
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
     for number, (of, held_out) in enumerate(zip(checked, held_out_of, strict=True)):
@@ -231,11 +237,6 @@ def _check(file: TokenFile, eos_id: int, num_ids: int, advance: Any) -> _Checked
             "tokenizer that made the file"
         )
     checked = _Checked(file, crc32c(file.path), np.concatenate(ends))
-    if not len(checked.ends):
-        raise InputError(
-            f"data.source tokens: {file.path}: found no id {eos_id}, expected one at the end of "
-            "each document; name the token that ends them with --data.eos_token"
-        )
     # The last document may be cut.
     if file.ends is not None and not np.isin(file.ends[:-1], checked.ends).all():
         raise InputError(

@@ -151,7 +151,7 @@ class Scorer:
         selected = select(run)
         metadata = selected.metadata
         config = metadata.run_config()
-        if not (self._source or metadata.data):
+        if not (self._source or metadata.phases):
             raise InputError(
                 f"{run}: was imported, or trained on custom batches, so it has no held-out set; "
                 "name text with --source"

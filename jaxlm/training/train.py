@@ -164,7 +164,8 @@ def _recorded(config: Config, checkpoints: Checkpoints) -> Recorded | None:
     if not config.branch_from:
         return None
     selected = select(config.branch_from, contents=False)
-    found = selected.metadata.recorded_data(selected.folder / TOKENIZER)
+    if not (found := selected.metadata.recorded_data(selected.folder / TOKENIZER)):
+        return None
     # A branch may train on other text under the same name.
     corpora = {**config.data.corpora, **config.data.held_out}
     same = {n: of for n, of in found.datasets.items() if corpora.get(n) == of["source"]}
