@@ -29,22 +29,25 @@ def main() -> None:
         draw = np.random.default_rng(0)
         for path in paths:
             draw.integers(0, config.model.vocab_size, SHARD_TOKENS, np.uint16).tofile(path)
-        batches = TrainBatches(
-            {MAIN: TokenShards([map_tokens(path, np.uint16) for path in paths])},
-            Mixture([{"step": 0, "shares": {MAIN: 1}}], config.batch_size),
-            batch_size=config.batch_size,
-            seq_len=config.seq_len,
-            seed=0,
-        )
-        for rows in (slice(0, config.batch_size), slice(0, config.batch_size // 4)):
-            rates = []
-            for turn in range(TURNS):
-                started = time.perf_counter()
-                for index in range(BATCHES):
-                    batches(turn * BATCHES + index, rows)
-                seconds = time.perf_counter() - started
-                rates.append(BATCHES * rows.stop * config.seq_len / seconds / 1e6)
-            print(f"{rows.stop} rows:", ", ".join(f"{rate:.0f}" for rate in rates), "M tokens/s")
+        tokens = TokenShards([map_tokens(path, np.uint16) for path in paths])
+        for shares in ({MAIN: 1}, {"a": 7, "b": 2, "c": 1}):
+            batches = TrainBatches(
+                dict.fromkeys(shares, tokens),
+                Mixture([{"step": 0, "shares": shares}], config.batch_size),
+                batch_size=config.batch_size,
+                seq_len=config.seq_len,
+                seed=0,
+            )
+            for rows in (slice(0, config.batch_size), slice(0, config.batch_size // 4)):
+                rates = []
+                for turn in range(TURNS):
+                    started = time.perf_counter()
+                    for index in range(BATCHES):
+                        batches(turn * BATCHES + index, rows)
+                    seconds = time.perf_counter() - started
+                    rates.append(BATCHES * rows.stop * config.seq_len / seconds / 1e6)
+                what = f"{len(shares)} source(s), {rows.stop} rows:"
+                print(what, ", ".join(f"{rate:.0f}" for rate in rates), "M tokens/s")
 
 
 if __name__ == "__main__":

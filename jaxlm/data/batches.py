@@ -94,14 +94,18 @@ class TrainBatches:
     def __call__(self, index: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         """Rows of batch `index`: inputs and targets, each int32 [rows, T]."""
         numbers = np.arange(self._batch_size, dtype=np.int64)[rows] + index * self._batch_size
-        tokens_BT = np.empty((len(numbers), self._seq_len + 1), np.int32)
-        for name, (own, row) in self._mixture.split(numbers).items():
-            if name not in self._sources:
-                raise InputError(
-                    f"data.sources: found none named {name}, and batch {index} has rows of it; "
-                    "name it, with weight 0 if it is not to be trained on any more"
-                )
-            tokens_BT[own] = self._windows(name, row)
+        of_sources = self._mixture.split(numbers)
+        if gone := of_sources.keys() - self._sources.keys():
+            raise InputError(
+                f"data.sources: found none named {', '.join(sorted(gone))}, and batch {index} has "
+                "rows of it; name it, with weight 0 if it is not to be trained on any more"
+            )
+        parts = [(own, self._windows(name, row)) for name, (own, row) in of_sources.items()]
+        tokens_BT = parts[0][1]
+        if len(parts) > 1:
+            tokens_BT = np.empty((len(numbers), self._seq_len + 1), np.int32)
+            for own, windows in parts:
+                tokens_BT[own] = windows
         return {"inputs": tokens_BT[:, :-1], "targets": tokens_BT[:, 1:]}
 
     def locate(self, index: int, row: int) -> tuple[str, int, int]:

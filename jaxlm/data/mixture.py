@@ -5,10 +5,10 @@ source has as many rows as its share, evenly spread. After any number of rows, e
 exact share but for less than one row.
 """
 
+import bisect
 import heapq
-import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 
@@ -60,21 +60,22 @@ def spread(shares: Mapping[str, int]) -> list[str]:
 
 
 class _Cycle:
-    # Of a phase: how many rows each source has before each place, and in all.
+    # The rows of a phase, which repeat: at each place a source, and its rows at earlier places.
 
-    def __init__(self, shares: Mapping[str, int]):
-        names = np.array(spread(shares))
-        self.length = len(names)
-        self.before = {
-            name: np.concatenate([[0], np.cumsum(names == name)]) for name in _used(shares)
-        }
+    def __init__(self, shares: Mapping[str, int], names: Sequence[str]):
+        self.source = np.array([names.index(name) for name in spread(shares)])
+        self.length = len(self.source)
+        self.shares = np.array([shares.get(name, 0) for name in names])
+        order = np.argsort(self.source, kind="stable")
+        ends = np.cumsum(self.shares)
+        self.earlier = np.empty(self.length, np.int64)
+        self.earlier[order] = np.arange(self.length) - (ends - self.shares)[self.source[order]]
 
-    def count(self, name: str, num_rows: Any) -> Any:
-        """How many of the first rows are of a source: integers, or arrays of them."""
-        if name not in self.before:
-            return np.zeros_like(num_rows)
-        cycles, places = np.divmod(num_rows, self.length)
-        return cycles * self.before[name][-1] + self.before[name][places]
+    def count(self, num_rows: int) -> np.ndarray:
+        """How many of the first rows each source has."""
+        cycles, places = divmod(num_rows, self.length)
+        inside = np.bincount(self.source[:places], minlength=len(self.shares))
+        return cycles * self.shares + inside
 
 
 class Mixture:
@@ -84,39 +85,30 @@ class Mixture:
         """Phases begin at step 0, in ascending order."""
         self.names = sorted({name for phase in phases for name in _used(phase["shares"])})
         self._first_rows = [phase["step"] * batch_size for phase in phases]
-        self._cycles = [_Cycle(phase["shares"]) for phase in phases]
-        sizes = np.diff(self._first_rows)
-        self._rows_before = {
-            name: [
-                0,
-                *itertools.accumulate(
-                    int(cycle.count(name, size))
-                    for cycle, size in zip(self._cycles, sizes, strict=False)  # the last is open
-                ),
-            ]
-            for name in self.names
-        }
+        self._cycles = [_Cycle(phase["shares"], self.names) for phase in phases]
+        self._before = [np.zeros(len(self.names), np.int64)]
+        for cycle, size in zip(self._cycles, np.diff(self._first_rows).tolist(), strict=False):
+            self._before.append(self._before[-1] + cycle.count(size))  # the last phase is open
 
     def rows_before(self, name: str, row: int) -> int:
         """How many of the first `row` rows are of a source; 0 for one that has none."""
         if name not in self.names:
             return 0
-        return int(self._count(name, np.array([row]))[0])
+        number = bisect.bisect_right(self._first_rows, row) - 1
+        counts = self._before[number] + self._cycles[number].count(row - self._first_rows[number])
+        return int(counts[self.names.index(name)])
 
     def split(self, rows: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """For each source: which of these rows are its own, bool [N], and their numbers in it."""
-        found = {}
-        for name in self.names:
-            before, after = self._count(name, rows), self._count(name, rows + 1)
-            if (own := after > before).any():
-                found[name] = own, before[own]
-        return found
-
-    def _count(self, name: str, rows: np.ndarray) -> np.ndarray:
-        phase = np.searchsorted(self._first_rows, rows, side="right") - 1
-        counts = np.empty_like(rows)
-        for number in np.unique(phase):
-            here = phase == number
-            inside = self._cycles[number].count(name, rows[here] - self._first_rows[number])
-            counts[here] = self._rows_before[name][number] + inside
-        return counts
+        source, number = np.empty_like(rows), np.empty_like(rows)
+        phases = np.searchsorted(self._first_rows, rows, side="right") - 1
+        for phase in np.unique(phases):
+            here, cycle = phases == phase, self._cycles[phase]
+            cycles, places = np.divmod(rows[here] - self._first_rows[phase], cycle.length)
+            source[here] = of = cycle.source[places]
+            number[here] = (
+                self._before[phase][of] + cycles * cycle.shares[of] + cycle.earlier[places]
+            )
+        return {
+            self.names[of]: (own := source == of, number[own]) for of in np.unique(source).tolist()
+        }
