@@ -136,6 +136,11 @@ def _describe(folder: Path) -> dict[str, Any]:
     }
 
 
+def ends_path(folder: Path) -> Path:
+    """The index of a dataset's documents, beside it."""
+    return Path(f"{folder}.ends")
+
+
 def label(source: str) -> str:
     """The beginning of the name of a dataset's folder."""
     kind, _, rest = source.partition(":")
@@ -228,7 +233,7 @@ def clear_caches(names: Sequence[str], cache_dir: str | None = None) -> list[str
                 (folder / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(folder)
                 checked_path(folder).unlink(missing_ok=True)
-                Path(f"{folder}.ends").unlink(missing_ok=True)
+                ends_path(folder).unlink(missing_ok=True)
                 Path(f"{folder}.lock").unlink(missing_ok=True)
         except filelock.Timeout as error:
             raise InputError(

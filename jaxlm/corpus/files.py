@@ -159,12 +159,17 @@ def _interleaved(
     for number, path in enumerate(paths):
         group = groups[_hash(number) % len(groups) if len(paths) > _MAX_OPEN else number]
         group += [(_hash(number, block.start), number, block) for block in blocks_of(path)]
-    turns = []
-    for number, group in enumerate(groups):
+    streams = []
+    for group in groups:
         group.sort()
         weight = sum(block.num_bytes for _, _, block in group)
-        turns.append((0.0, number, weight, read(block for _, _, block in group)))
-    heapq.heapify(turns)
+        streams.append((weight, read(block for _, _, block in group)))
+    return in_proportion(streams)
+
+
+def in_proportion(streams: Iterable[tuple[float, Iterator[Document]]]) -> Iterator[Document]:
+    """Documents of (weight, documents) streams; the next is of the one that is furthest behind."""
+    turns = [(0.0, number, *stream) for number, stream in enumerate(streams)]
     while turns:
         share, number, weight, documents = turns[0]
         if (document := next(documents, None)) is None:

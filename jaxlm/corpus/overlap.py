@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxlm.config import Config
-from jaxlm.corpus.cache import find_prepared
-from jaxlm.data.dataset import Dataset, open_dataset
+from jaxlm.corpus.cache import open_recorded
+from jaxlm.data.dataset import Dataset
 from jaxlm.data.run_data import Prepared
 from jaxlm.data.shards import TokenShards
 
@@ -128,14 +128,14 @@ def warn_overlap(dataset: Dataset, datasets: Mapping[str, Prepared], config: Con
     """Warns if the training data of a run holds documents of a dataset."""
     data, unknown = config.data, "what the run was trained on is not compared with these documents"
     trained = [of for of in datasets.values() if of["max_tokens"]]
-    folders = [find_prepared(of["fingerprint"], of["source"], data.cache_dir)[:1] for of in trained]
-    if [] in folders or not folders:
-        _log.info(f"{unknown}: its prepared data is not here")
-        return
     try:
-        train = [open_dataset(folder, config.model.vocab_size).train for (folder,) in folders]
+        opened = [open_recorded(of, config.model.vocab_size, data.cache_dir) for of in trained]
     except (ValueError, OSError) as error:
         _log.warning(f"{unknown}: {error}")
+        return
+    train = [found.train for found in opened if found]
+    if not train or len(train) < len(trained):
+        _log.info(f"{unknown}: its prepared data is not here")
         return
     if (found := find_overlap(dataset.eval, train, dataset.eos_id)).num_documents:
         _log.warning(

@@ -33,10 +33,7 @@ from jaxlm.corpus.splits import (
     write_manifest,
     write_record,
 )
-from jaxlm.data.dataset import (
-    check_vocabulary,
-    find_shard_damage,
-)
+from jaxlm.data.dataset import check_vocabulary, find_shard_damage
 from jaxlm.errors import InputError
 from jaxlm.files.strict import read_json
 from jaxlm.terminal import can_draw, progress

@@ -1,15 +1,14 @@
 """The dataset of a source of text: from the cache, or made now."""
 
-import heapq
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxlm.config import DataConfig
 from jaxlm.corpus import tokenizer as tokenizer_lib
 from jaxlm.corpus.cache import Origin, data_folder, label, make_once, open_recorded
-from jaxlm.corpus.files import Source
+from jaxlm.corpus.files import Source, in_proportion
 from jaxlm.corpus.prepare import TOKENS_VERSION, make_dataset
 from jaxlm.corpus.sources import open_source
 from jaxlm.corpus.splits import training_documents
@@ -59,25 +58,12 @@ def train_for_all(configs: Sequence[DataConfig], shares: Sequence[int], vocab_si
     if not path.is_file():
         names = ", ".join(source.name for source in sources)
         _log.info(f"Training a tokenizer of {vocab_size:,} tokens on {names}")
-        found = tokenizer_lib.train_tokenizer(_mixed_text(sources, shares), vocab_size)
+        streams = zip(shares, map(training_documents, sources), strict=True)
+        documents = in_proportion((share, stream) for share, stream in streams if share)
+        found = tokenizer_lib.train_tokenizer((d.text for d in documents), vocab_size)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, found.to_str(pretty=True).encode())
     return str(path)
-
-
-def _mixed_text(sources: Sequence[Source], shares: Sequence[int]) -> Iterator[str]:
-    # Training documents of all sources; next is always the source that is furthest behind.
-    turns = [
-        (0.0, number, share, training_documents(source))
-        for number, (source, share) in enumerate(zip(sources, shares, strict=True))
-        if share
-    ]
-    while turns:
-        used, number, share, documents = heapq.heappop(turns)
-        if document := next(documents, None):
-            used += (1 + document.num_bytes) / share
-            heapq.heappush(turns, (used, number, share, documents))
-            yield document.text
 
 
 def _recipe(config: DataConfig, source: Source, vocab_size: int, max_tokens: int) -> dict[str, Any]:

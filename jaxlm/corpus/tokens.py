@@ -130,6 +130,7 @@ def _link(
         )
     held_out_of = _hold_out(checked, total, config, all_held_out)
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
+    documents = {"train": 0, "eval": 0}
     for number, (of, held_out) in enumerate(zip(checked, held_out_of, strict=True)):
         link = folder / f"{number:05}.bin"
         link.unlink(missing_ok=True)  # left by a kill
@@ -140,7 +141,9 @@ def _link(
             for start, stop in ranges:
                 offset = of.file.offset + start * of.file.dtype.itemsize
                 splits[split].append(record | {"offset": offset, "num_tokens": stop - start})
-    train, held_out = (_shards(folder, of, files[0].dtype) for of in splits.values())
+                first, last = np.searchsorted(of.ends, [start, stop], side="right").tolist()
+                documents[split] += last - first
+    held_out = _shards(folder, splits["eval"], files[0].dtype)
     manifest = {
         "source": config.source,
         "format": FORMAT,
@@ -152,7 +155,7 @@ def _link(
         **splits,
         "numbers": {},
         "eval_bytes": _num_bytes(held_out, tokenizer, eos_id),
-        "documents": {"train": _count(train, eos_id), "eval": _count(held_out, eos_id)},
+        "documents": documents,
         "vocab_size": num_ids,
         "eos_id": eos_id,
         "dtype": files[0].dtype.str,
@@ -244,10 +247,6 @@ def _check(file: TokenFile, eos_id: int, num_ids: int, advance: Any) -> _Checked
             "expected each to; prepare it with Megatron's --append-eod"
         )
     return checked
-
-
-def _count(tokens: TokenShards, eos_id: int) -> int:
-    return sum(int((chunk == eos_id).sum()) for chunk in chunks(tokens))
 
 
 def _shards(folder: Path, records: Sequence[dict[str, Any]], dtype: np.dtype) -> TokenShards:

@@ -1,12 +1,12 @@
 """The documents behind a batch: their numbers, their text, and their place in the source."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxlm.checkpoints.folder import TOKENIZER, select
 from jaxlm.checkpoints.names import split_step
+from jaxlm.corpus.cache import ends_path
 from jaxlm.corpus.tokenizer import load_tokenizer
 from jaxlm.data.batches import TrainBatches
 from jaxlm.data.dataset import MANIFEST, Dataset, Manifest
@@ -119,11 +119,6 @@ def document_ends(dataset: Dataset) -> np.ndarray:
         write_file(path, _scan(dataset.train, dataset.eos_id).tobytes())
     size = path.stat().st_size
     return np.memmap(path, "<i8", "r") if size else np.empty(0, np.int64)
-
-
-def ends_path(folder: Path) -> Path:
-    """The index of a dataset's documents."""
-    return Path(f"{folder}.ends")
 
 
 def _scan(tokens: TokenShards, eos_id: int) -> np.ndarray:

@@ -10,11 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.checkpoints.folder import (
-    TOKENIZER,
-    Selected,
-    select,
-)
+from jaxlm.checkpoints.folder import TOKENIZER, Selected, select
 from jaxlm.checkpoints.names import split_step
 from jaxlm.checkpoints.reading import read
 from jaxlm.compilation_cache import enable_compilation_cache
