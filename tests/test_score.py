@@ -20,6 +20,7 @@ from jaxlm.checkpoints.folder import read_metadata, select
 from jaxlm.checkpoints.manifest import write_manifest
 from jaxlm.checkpoints.verify import verify_step
 from jaxlm.corpus import overlap
+from jaxlm.data import shards as shards_lib
 from jaxlm.data.run_data import load_data
 from jaxlm.data.shards import TokenShards, map_tokens
 from jaxlm.device.likelihood import make_token_scores
@@ -191,7 +192,7 @@ def test_documents_in_common_are_found_across_chunks_and_shards(
     rng = np.random.default_rng(0)
     documents = [[*rng.integers(1, 50, rng.integers(1, 9)).tolist(), 0] for _ in range(60)]
     documents[3] = documents[12]  # twice in what is held out
-    monkeypatch.setattr(overlap, "_CHUNK_TOKENS", 7)
+    monkeypatch.setattr(shards_lib, "_CHUNK_TOKENS", 7)
 
     def shards(name: str, chosen: list[list[int]]) -> TokenShards:
         tokens = np.concatenate(chosen).astype("<u2")

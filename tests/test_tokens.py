@@ -18,6 +18,7 @@ from jaxlm.corpus.cache import clear_caches, list_caches
 from jaxlm.corpus.token_files import map_file, read_token_file, write_token_file
 from jaxlm.corpus.tokenizer import train_tokenizer
 from jaxlm.corpus.tokens import link_tokens
+from jaxlm.data import shards as shards_lib
 from jaxlm.data.dataset import Dataset
 from jaxlm.data.shards import TokenShards
 from jaxlm.training.train import train
@@ -356,7 +357,7 @@ def leaks(held_out: list[list[int]], training: list[list[int]]) -> overlap.Leaks
 
 
 def test_a_held_out_document_that_was_trained_on_by_half_is_counted(monkeypatch):
-    monkeypatch.setattr(overlap, "_CHUNK_TOKENS", 50)  # n-grams cross chunks
+    monkeypatch.setattr(shards_lib, "_CHUNK_TOKENS", 50)  # n-grams cross chunks
     rng = np.random.default_rng(0)
     of = [rng.integers(1, 280, 60).tolist() for _ in range(12)]
     training = [rng.integers(1, 280, 60).tolist() for _ in range(20)]

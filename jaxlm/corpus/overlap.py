@@ -17,7 +17,6 @@ from jaxlm.data.shards import TokenShards
 
 _log = logging.getLogger(__name__)
 
-_CHUNK_TOKENS = 1 << 22
 NGRAM = 16
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 _TABLE_BITS = 26
@@ -71,14 +70,14 @@ def count_leaks(
       eos_id: ends a document.
       advance: called with the share of the training tokens that was read since the last call.
     """
-    ids = np.concatenate([*_chunks(held_out, 0)]) if held_out.num_tokens else np.empty(0, int)
+    ids = np.concatenate([*held_out.chunks()]) if held_out.num_tokens else np.empty(0, int)
     own, inside = _ngrams(ids, eos_id)
     wanted = np.unique(own[inside])
     table = np.zeros(1 << _TABLE_BITS, bool)
     table[wanted >> _TABLE_SHIFT] = True
     found = np.zeros(len(wanted), bool)
     num_tokens = sum(tokens.num_tokens for tokens in train)
-    for chunk in itertools.chain(*(_chunks(tokens, NGRAM - 1) for tokens in train)):
+    for chunk in itertools.chain(*(tokens.chunks(NGRAM - 1) for tokens in train)):
         hashes, whole = _ngrams(chunk, eos_id)
         hashes = hashes[whole & table[hashes >> _TABLE_SHIFT]]
         places = np.searchsorted(wanted, hashes)
@@ -105,18 +104,13 @@ def _ngrams(ids: np.ndarray, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
     return hashes * _PRIME, ends[NGRAM : NGRAM + count] == ends[:count]
 
 
-def _chunks(tokens: TokenShards, overlap: int) -> Iterator[np.ndarray]:
-    for start in range(0, tokens.num_tokens, _CHUNK_TOKENS):
-        yield tokens.read(start, min(start + _CHUNK_TOKENS + overlap, tokens.num_tokens))
-
-
 def _hash(document: np.ndarray) -> bytes:
     return hashlib.blake2b(document.astype("<u4").tobytes(), digest_size=16).digest()
 
 
 def _documents(tokens: TokenShards, eos_id: int) -> Iterator[np.ndarray]:
     rest = np.empty(0, tokens.dtype)
-    for chunk in _chunks(tokens, 0):
+    for chunk in tokens.chunks():
         chunk = np.concatenate([rest, chunk])
         *documents, rest = np.split(chunk, np.flatnonzero(chunk == eos_id) + 1)
         yield from documents

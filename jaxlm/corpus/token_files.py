@@ -2,7 +2,7 @@
 
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ _LLMC_VERSIONS = {np.dtype("<u2"): 1, np.dtype("<u4"): 7}
 _MEGATRON = b"MMIDIDX\x00\x00"
 _MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 """Code in an .idx (megatron/core/datasets/indexed_dataset.py) -> dtype."""
-_CHUNK_TOKENS = 1 << 22
+_LOOK_TOKENS = 1 << 23
 
 
 class TokenFile(NamedTuple):
@@ -70,7 +70,7 @@ def _widened(file: TokenFile) -> TokenFile:
     # Every second word of a file of wider ids is 0: it was read as ids of half their size.
     if file.num_tokens % 2 or file.dtype.itemsize == 8 or file.num_tokens < 2:
         return file
-    words = map_file(file)[: 2 * _CHUNK_TOKENS]
+    words = map_file(file)[:_LOOK_TOKENS]
     if words[1::2].any() or not words.any():
         return file
     wider = np.dtype(f"<u{2 * file.dtype.itemsize}")
@@ -182,14 +182,8 @@ def _write_ids(
 ) -> list[int]:
     # Returns the end of each document that `eos_id` ends.
     ends, start = list[int](), 0
-    for chunk in chunks(tokens):
+    for chunk in tokens.chunks():
         file.write(chunk.astype(dtype).tobytes())
         ends += (start + 1 + np.flatnonzero(chunk == eos_id)).tolist() if eos_id is not None else []
         start += len(chunk)
     return ends
-
-
-def chunks(tokens: TokenShards) -> Iterator[np.ndarray]:
-    """The tokens in order, some millions at a time."""
-    for start in range(0, tokens.num_tokens, _CHUNK_TOKENS):
-        yield tokens.read(start, min(start + _CHUNK_TOKENS, tokens.num_tokens))

@@ -21,7 +21,6 @@ from jaxlm.corpus.splits import HOLD_OUT_EVERY, write_manifest, write_record
 from jaxlm.corpus.token_files import (
     Kind,
     TokenFile,
-    chunks,
     map_file,
     read_token_file,
     write_token_file,
@@ -228,7 +227,7 @@ def _check(file: TokenFile, eos_id: int, num_ids: int, advance: Any) -> _Checked
     # Reads the file twice: its ids, and its bytes for the checksum.
     tokens = TokenShards([map_file(file)])
     most, least, ends, start = -1, 0, [np.empty(0, np.int64)], 0
-    for chunk in chunks(tokens):
+    for chunk in tokens.chunks():
         most, least = max(most, int(chunk.max())), min(least, int(chunk.min()))
         ends.append(np.flatnonzero(chunk == eos_id) + start + 1)
         start += len(chunk)
@@ -257,7 +256,7 @@ def _shards(folder: Path, records: Sequence[dict[str, Any]], dtype: np.dtype) ->
 
 def _num_bytes(tokens: TokenShards, tokenizer: Tokenizer, eos_id: int) -> int:
     # Of the text of all tokens but the first, which no eval predicts.
-    ids = np.concatenate([*chunks(tokens)])[1:]
+    ids = np.concatenate([*tokens.chunks()])[1:]
     if (sizes := bytes_of_ids(tokenizer)) is not None:
         return int(sizes[ids].sum())
     documents = np.split(ids, np.flatnonzero(ids == eos_id) + 1)

@@ -1,10 +1,12 @@
 """Token shards: memory-mapped files of little-endian token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+_CHUNK_TOKENS = 1 << 22
 
 
 def map_tokens(
@@ -39,6 +41,15 @@ class TokenShards:
             offset = int(self._ends[shard]) - len(self._arrays[shard])
             parts.append(self._arrays[shard][max(start - offset, 0) : stop - offset])
         return np.concatenate(parts)
+
+    def chunks(self, overlap: int = 0) -> Iterator[np.ndarray]:
+        """All tokens in order, some millions at a time; each chunk has the first of the next too.
+
+        Args:
+          overlap: how many tokens of the next chunk.
+        """
+        for start in range(0, self.num_tokens, _CHUNK_TOKENS):
+            yield self.read(start, min(start + _CHUNK_TOKENS + overlap, self.num_tokens))
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Windows of `length` tokens from each of the B starts: int32 [B, length]."""

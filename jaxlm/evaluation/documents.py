@@ -18,8 +18,6 @@ from jaxlm.files.durable import write_file
 from jaxlm.files.strict import read_json
 from jaxlm.terminal import prints_lines
 
-_CHUNK_TOKENS = 1 << 24
-
 
 class Piece(NamedTuple):
     """The part of a document that lies in a row."""
@@ -122,10 +120,10 @@ def document_ends(dataset: Dataset) -> np.ndarray:
 
 
 def _scan(tokens: TokenShards, eos_id: int) -> np.ndarray:
-    found = [np.empty(0, np.int64)]
-    for start in range(0, tokens.num_tokens, _CHUNK_TOKENS):
-        chunk = tokens.read(start, min(start + _CHUNK_TOKENS, tokens.num_tokens))
+    found, start = [np.empty(0, np.int64)], 0
+    for chunk in tokens.chunks():
         found.append(np.flatnonzero(chunk == eos_id) + start + 1)
+        start += len(chunk)
     return np.concatenate(found).astype("<i8")
 
 
