@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from jaxlm.checkpoints.folder import TOKENIZER, select
 from jaxlm.checkpoints.names import split_step
@@ -71,40 +72,59 @@ def rows_of_batch(run: str, step: int, row: int | None = None) -> list[Row]:
         seed=config.seed,
     )
     tokenizer = load_tokenizer(data.first.tokenizer_path)
+    indexes = {name: _Index(dataset, tokenizer) for name, dataset in data.sources.items()}
     found = []
     for number in range(config.batch_size) if row is None else (row,):
         name, epoch, window = batches.locate(step - 1, number)
-        dataset = data.sources[name]
         start = window * config.seq_len
-        pieces = [
-            Piece(
-                document,
-                _place(dataset, document, start + first),
-                place,
-                count,
-                tokenizer.decode(
-                    dataset.train.read(start + first, start + first + count).tolist(),
-                    skip_special_tokens=False,
-                ),
-            )
-            for document, place, first, count in _split(dataset, start, config.seq_len)
-        ]
+        pieces = indexes[name].pieces(start, start + config.seq_len)
         found.append(Row(name, epoch, window, pieces))
     return found
 
 
-def _split(dataset: Dataset, start: int, num_tokens: int) -> list[tuple[int, int, int, int]]:
-    # (document, first token in it, first token in the window, number of tokens) of each part.
-    ends = document_ends(dataset)
-    stop, position, parts = start + num_tokens, start, []
-    while position < stop:
-        document = int(np.searchsorted(ends, position, side="right"))
-        begin = int(ends[document - 1]) if document else 0
-        end = int(ends[document]) if document < len(ends) else dataset.train.num_tokens
-        count = min(end, stop) - position
-        parts.append((document, position - begin, position - start, count))
-        position += count
-    return parts
+class _Index:
+    """The training documents of a dataset by position; the manifest is read once."""
+
+    def __init__(self, dataset: Dataset, tokenizer: Tokenizer):
+        self._dataset, self._tokenizer = dataset, tokenizer
+        self._ends = document_ends(dataset)
+        self._manifest = read_json(dataset.directory / MANIFEST, Manifest)
+
+    def pieces(self, start: int, stop: int) -> list[Piece]:
+        """The parts of documents at positions start to stop - 1."""
+        ends, tokens, found = self._ends, self._dataset.train, list[Piece]()
+        while start < stop:
+            document = int(np.searchsorted(ends, start, side="right"))
+            begin = int(ends[document - 1]) if document else 0
+            end = int(ends[document]) if document < len(ends) else tokens.num_tokens
+            end = min(end, stop)
+            ids = tokens.read(start, end).tolist()
+            found.append(
+                Piece(
+                    document=document,
+                    place=self._place(document, start),
+                    first=start - begin,
+                    num_tokens=len(ids),
+                    text=self._tokenizer.decode(ids, skip_special_tokens=False),
+                )
+            )
+            start = end
+        return found
+
+    def _place(self, document: int, position: int) -> str:
+        folder, records = self._dataset.directory, self._manifest["numbers"].get("train", [])
+        if not records:  # token files, which are linked
+            for shard in self._manifest["train"]:
+                if position < shard["num_tokens"]:
+                    first = shard["offset"] // self._dataset.train.dtype.itemsize + position
+                    return f"{(folder / shard['name']).resolve()}, token {first:,}"
+                position -= shard["num_tokens"]
+        for record in records:
+            numbers = np.memmap(folder / record["name"], "<u8", "r")
+            if document < len(numbers):
+                return f"document {int(numbers[document]):,} of {self._dataset.source}"
+            document -= len(numbers)
+        return self._dataset.source
 
 
 def document_ends(dataset: Dataset) -> np.ndarray:
@@ -125,21 +145,3 @@ def _scan(tokens: TokenShards, eos_id: int) -> np.ndarray:
         found.append(np.flatnonzero(chunk == eos_id) + start + 1)
         start += len(chunk)
     return np.concatenate(found).astype("<i8")
-
-
-def _place(dataset: Dataset, document: int, position: int) -> str:
-    manifest = read_json(dataset.directory / MANIFEST, Manifest)
-    records = manifest["numbers"].get("train", [])
-    if not records:  # token files, which are linked
-        for shard in manifest["train"]:
-            if position < shard["num_tokens"]:
-                path = (dataset.directory / shard["name"]).resolve()
-                first = shard["offset"] // dataset.train.dtype.itemsize + position
-                return f"{path}, token {first:,}"
-            position -= shard["num_tokens"]
-    for record in records:
-        numbers = np.memmap(dataset.directory / record["name"], "<u8", "r")
-        if document < len(numbers):
-            return f"document {int(numbers[document]):,} of {dataset.source}"
-        document -= len(numbers)
-    return dataset.source
