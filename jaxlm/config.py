@@ -308,8 +308,7 @@ class DataConfig(_Part, prefix="data."):
         ok = not self.held_out.keys() & self.corpora.keys()
         self._check(ok, "held_out", f"other names than those of sources: {', '.join(self.corpora)}")
         known = {**self.corpora, **self.held_out}
-        names = self.best_by.split("+") if self.best_by else []
-        ok = {*names} <= known.keys() and len({*names}) == len(names)
+        ok = {*self.judges} <= known.keys() and len({*self.judges}) == len(self.judges)
         self._check(ok, "best_by", f"names joined by +, each once, of {', '.join(known)}")
 
     @property
@@ -321,6 +320,11 @@ class DataConfig(_Part, prefix="data."):
     def corpora(self) -> dict[str, str]:
         """The training sources by name; a single one is `main`."""
         return self.sources or {MAIN: self.source}
+
+    @property
+    def judges(self) -> list[str]:
+        """Names of the held-out sets that decide the best: `best_by`, or those of all sources."""
+        return self.best_by.split("+") if self.best_by else sorted(self.corpora)
 
     @property
     def shares(self) -> dict[str, int]:

@@ -12,6 +12,7 @@ from jaxlm.checkpoints import manifest
 from jaxlm.checkpoints.entries import identity, list_corrupt, list_steps
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.checkpoints.names import split_step
+from jaxlm.data.run_data import Recorded
 from jaxlm.errors import InputError
 from jaxlm.files.durable import expand
 from jaxlm.files.strict import read_json
@@ -181,6 +182,11 @@ class Selected(NamedTuple):
     def path(self) -> Path:
         """The step folder."""
         return self.folder / str(self.step)
+
+    @property
+    def recorded_data(self) -> Recorded | None:
+        """The data of the run up to here; None with a caller's own batches."""
+        return self.metadata.recorded_data(self.folder / TOKENIZER)
 
 
 def select(run: str, default: str = "best", *, contents: bool = True) -> Selected:

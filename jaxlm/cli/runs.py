@@ -41,15 +41,15 @@ def prepare(flags: Positional[tuple[str, ...]] = ()) -> int:
       jaxlm prepare --config configs/tiny.py --data.source "text:books/*.txt"
     """
     config = parse_config(flags, prog="jaxlm prepare")
-    from jaxlm.checkpoints.folder import TOKENIZER, list_steps, select
+    from jaxlm.checkpoints.folder import list_steps, select
     from jaxlm.corpus.overview import overview
     from jaxlm.data.run_data import load_data
 
     with notes(False):
         recorded = None
         if list_steps(Path(config.checkpoint_dir)):
-            selected = select(f"{config.checkpoint_dir}@latest", contents=False)
-            recorded = selected.metadata.recorded_data(selected.folder / TOKENIZER)
+            latest = select(f"{config.checkpoint_dir}@latest", contents=False)
+            recorded = latest.recorded_data
         _, data = load_data(config, recorded)
     training = [dataset.train for dataset in data.sources.values()]
     for name, dataset in data.by_name.items():

@@ -112,9 +112,11 @@ def load_data(config: Config, recorded: Recorded | None = None) -> tuple[Config,
     """
     data, vocab_size = config.data, config.model.vocab_size
     max_tokens = default_max_tokens(data, config.num_steps * config.tokens_per_step)
-    best_by = data.best_by or "+".join(sorted(data.corpora))
     data = dataclasses.replace(
-        data, max_tokens=max_tokens, eval_tokens=default_eval_tokens(config), best_by=best_by
+        data,
+        max_tokens=max_tokens,
+        eval_tokens=default_eval_tokens(config),
+        best_by="+".join(data.judges),
     )
     config = dataclasses.replace(config, data=data)
     tokenizer = data.tokenizer
@@ -159,11 +161,6 @@ def _check_tokenizers(datasets: Mapping[str, Dataset]) -> None:
                 f"data: found another tokenizer for {name} than for {first}, expected one; name it "
                 "with --data.tokenizer, in a new run"
             )
-
-
-def first_phase(config: DataConfig) -> Phase:
-    """The mixture of a run that begins."""
-    return {"step": 0, "shares": config.shares}
 
 
 def load_dataset(config: DataConfig, **options: Any) -> Dataset:

@@ -5,19 +5,18 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxlm.checkpoints.folder import TOKENIZER, select
+from jaxlm.checkpoints.folder import select
 from jaxlm.checkpoints.names import split_step
 from jaxlm.corpus.cache import ends_path
 from jaxlm.corpus.tokenizer import load_tokenizer
-from jaxlm.data.batches import TrainBatches
 from jaxlm.data.dataset import MANIFEST, Dataset, Manifest
-from jaxlm.data.mixture import Mixture
 from jaxlm.data.run_data import load_data
 from jaxlm.data.shards import TokenShards
 from jaxlm.errors import InputError
 from jaxlm.files.durable import write_file
 from jaxlm.files.strict import read_json
 from jaxlm.terminal import prints_lines
+from jaxlm.training.inputs import train_batches
 
 
 class Piece(NamedTuple):
@@ -63,14 +62,8 @@ def rows_of_batch(run: str, step: int, row: int | None = None) -> list[Row]:
         raise InputError(f"--step: found {step}, expected 1 to {config.num_steps}, as in {run}")
     if row is not None and not 0 <= row < config.batch_size:
         raise InputError(f"--row: found {row}, expected 0 to {config.batch_size - 1}")
-    _, data = load_data(config, metadata.recorded_data(selected.folder / TOKENIZER))
-    batches = TrainBatches(
-        {name: dataset.train for name, dataset in data.sources.items()},
-        Mixture(metadata.phases, config.batch_size),
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        seed=config.seed,
-    )
+    _, data = load_data(config, selected.recorded_data)
+    batches = train_batches(config, data, metadata.phases)
     tokenizer = load_tokenizer(data.first.tokenizer_path)
     indexes = {name: _Index(dataset, tokenizer) for name, dataset in data.sources.items()}
     found = []

@@ -175,9 +175,8 @@ class Scorer:
 def _of_run(selected: Selected, config: Config) -> list[Dataset]:
     # The held-out sets that decide the best.
     metadata = selected.metadata
-    _, data = load_data(config, metadata.recorded_data(selected.folder / TOKENIZER))
+    _, data = load_data(config, selected.recorded_data)
     datasets = data.by_name
-    names = str(config.data.best_by).split("+")
     for name, dataset in datasets.items():
         was = metadata.data[name]["fingerprint"] if name in metadata.data else "none"
         if dataset.fingerprint != was:
@@ -185,7 +184,7 @@ def _of_run(selected: Selected, config: Config) -> list[Dataset]:
                 f"{selected.folder}: found data {dataset.fingerprint} for {name}, expected that of "
                 f"the run, {was}; restore that data, or name other text with --source"
             )
-    return [datasets[name] for name in names]
+    return [datasets[name] for name in config.data.judges]
 
 
 def _tokenizer(candidate: _Candidate) -> bytes:

@@ -12,7 +12,7 @@ from jaxlm.config import MAIN, Config
 from jaxlm.data.batches import EvalBatches, Rows, TrainBatches, recorded, windows_per_epoch
 from jaxlm.data.dataset import Dataset, find_change
 from jaxlm.data.mixture import Mixture, Phase, add_phase
-from jaxlm.data.run_data import Prepared, Recorded, RunData, first_phase, load_data
+from jaxlm.data.run_data import Prepared, Recorded, RunData, load_data
 from jaxlm.errors import RunError
 from jaxlm.training.evaluate import EvalSet
 
@@ -42,6 +42,10 @@ class Inputs(NamedTuple):
     """Names of the held-out sets that decide the best, together."""
     shares: dict[str, int] = {}  # never changed in place
     """Shares of the sources from now on; empty with a caller's own batches."""
+    planned: Sequence[Phase] = ()
+    """The mixture, unless damage takes this start back behind `step`."""
+    step: int = 0
+    """Where this start goes on, if its newest checkpoint is sound; 0 with own batches."""
     data: dict[str, Prepared] = {}  # never changed in place
     """The datasets by name, as a checkpoint records them."""
     datasets: Sequence[Dataset] = ()
@@ -120,27 +124,29 @@ def find_inputs(
             data={MAIN: own_data} if fingerprint else {},
         )
     config, data = load_data(config, recorded_data)
-    phases = [first_phase(config.data)]
-    if recorded_data:
-        phases = add_phase(recorded_data.phases, recorded_data.step, config.data.shares)
-    _log_sources(config, data, phases)
-    train = {name: dataset.train for name, dataset in data.sources.items()}
-
-    def rows_of(phases: Sequence[Phase]) -> Rows:
-        mixture = Mixture(phases, config.batch_size)
-        made = TrainBatches(
-            train, mixture, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed
-        )
-        return recorded(made, record_to)
-
-    best_by = [*sets][:1] if sets else str(config.data.best_by).split("+")
+    before, step = (recorded_data.phases, recorded_data.step) if recorded_data else ([], 0)
+    planned = add_phase(before, step, config.data.shares)
+    _log_sources(config, data, planned)
     return config, Inputs(
-        rows_of,
+        lambda phases: recorded(train_batches(config, data, phases), record_to),
         sets or {n: held_out_batches(config, of) for n, of in data.by_name.items()},
-        best_by,
+        best_by=[*sets][:1] or config.data.judges,
         shares=config.data.shares,
+        planned=planned,
+        step=step,
         data=data.prepared,
         datasets=[*data.by_name.values()],
+    )
+
+
+def train_batches(config: Config, data: RunData, phases: Sequence[Phase]) -> TrainBatches:
+    """The training batches of a run whose mixture has these phases."""
+    return TrainBatches(
+        {name: dataset.train for name, dataset in data.sources.items()},
+        Mixture(phases, config.batch_size),
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        seed=config.seed,
     )
 
 

@@ -89,7 +89,7 @@ def plan_resume(config: Config, checkpoints: Checkpoints) -> ResumePlan:
         if getattr(config.data, name) is None
     }
     there = {**config.data.corpora, **config.data.held_out}
-    if gone := {*(chosen.get("best_by") or "").split("+")} - {*there, ""}:
+    if chosen.get("best_by") and (gone := {*before.data.judges} - {*there}):
         raise InputError(
             f"data.sources: found {', '.join(there)}, without {', '.join(sorted(gone))}, whose "
             f"held-out set decides the best of {config.run_dir}; name it too, with weight 0 if it "

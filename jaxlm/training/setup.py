@@ -89,10 +89,8 @@ def set_up(
     if inputs.tokenizer_path and own.model is None:  # a caller's own model makes no sample
         check_prompt(config, inputs.tokenizer_path)
     train_loss, eval_of = _losses(config, inputs.eos_id, loss, eval_loss)
-    before = data_of_run if inputs.shares else None
-    step, phases = (before.step, before.phases) if before else (0, [])
     # Of the mixture from now on: a source of earlier batches may be gone.
-    example = put_rows(config, mesh, inputs.rows_of(inputs.phases(phases, step)))(step)
+    example = put_rows(config, mesh, inputs.rows_of(inputs.planned))(inputs.step)
     look_at(blueprint, example, own, loss, eval_loss)
     with (clock or Clock()).spent("compile"):
         compiled = lower_step(config, blueprint, train_loss, mesh, example).compile()

@@ -163,8 +163,7 @@ def _recorded(config: Config, checkpoints: Checkpoints) -> Recorded | None:
         return latest.recorded_data(checkpoints.folder / TOKENIZER)
     if not config.branch_from:
         return None
-    selected = select(config.branch_from, contents=False)
-    if not (found := selected.metadata.recorded_data(selected.folder / TOKENIZER)):
+    if not (found := select(config.branch_from, contents=False).recorded_data):
         return None
     # A branch may train on other text under the same name.
     corpora = {**config.data.corpora, **config.data.held_out}
