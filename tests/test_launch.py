@@ -120,6 +120,8 @@ def test_a_run_whose_text_has_moved_resumes(
     assert "The run needs no source: its tokens are in " in capfd.readouterr().out
     assert launch.main([*resume, "15", "--data.source", "text:moved/*.txt"]) == 0
     assert "changed from step 14 on: data.source" in capfd.readouterr().out
+    recorded = select(f"{text_run.RUN}@15").metadata.data["main"]
+    assert recorded["source"] == "text:texts/*.txt"  # what the tokens were made of
     assert cli.command(["eval", text_run.RUN]) == 0
     Path("moved").rename("gone")
     with pytest.raises(FileNotFoundError, match="no file matches"):
