@@ -380,6 +380,15 @@ def test_a_save_that_fails_is_reported_and_nothing_is_lost(
     assert told.commits == [(1, True), (3, False)]
 
 
+def test_a_save_that_orbax_refuses_at_once_does_not_keep_the_lock(tmp_path: Path) -> None:
+    fails = pytest.raises(CheckpointError, match=r"saving step 1 failed: .*untouched: 1\.")
+    with fails, _open(tmp_path) as checkpoints:
+        checkpoints.save(_state(1), metadata_of(1))
+        checkpoints.save(_state(1), metadata_of(1))
+    with _open(tmp_path) as checkpoints:
+        assert checkpoints.latest.step == 1
+
+
 def test_all_that_makes_a_step_whole_is_flushed_before_it_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

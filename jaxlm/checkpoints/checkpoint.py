@@ -100,8 +100,9 @@ class Checkpoints(HeldFolder):
             _log.warning(str(own))
         finally:
             # After an interrupt, Orbax's threads may still be writing: the next start cleans up.
-            # The end of the process releases the lock.
-            if not self._manager.is_saving_in_progress():
+            # The end of the process releases the lock. `is_saving_in_progress` alone stays true if
+            # Orbax refused a save before its threads started.
+            if not (self._saving and self._manager.is_saving_in_progress()):
                 self.clear_partial()
                 self.release()
 
