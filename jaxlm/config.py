@@ -435,6 +435,20 @@ class GuardConfig(_Part, prefix="guard."):
 
 
 @dataclasses.dataclass(frozen=True)
+class TasksConfig(_Part, prefix="tasks."):
+    """Tasks of EleutherAI's lm-eval during the run (extra lm-eval)."""
+
+    names: str | None = free(None)
+    """Tasks whose results are in the rows of evals, separated by commas."""
+    interval: int = free(5000, least=1)
+    """Interval between them, a multiple of eval_interval (steps); the last step has them too."""
+    limit: int | None = free(None, least=1)
+    """Limit of documents of each task."""
+    include_path: str | None = folder(None)
+    """A folder with your own tasks (YAML)."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TrackingConfig(_Part, prefix="tracking."):
     """Trackers that receive the metrics, in addition to the console and metrics.jsonl."""
 
@@ -462,6 +476,8 @@ class Config(_Part):
     """The checkpoints."""
     guard: GuardConfig = recorded(GuardConfig())
     """The divergence guard."""
+    tasks: TasksConfig = free(TasksConfig())
+    """The tasks."""
     tracking: TrackingConfig = free(TrackingConfig())
     """The trackers."""
     num_steps: int = recorded(1000, least=1, most=_MAX_SIZE)
@@ -516,6 +532,12 @@ class Config(_Part):
             warmup,
             f"less than num_steps ({self.num_steps}); "
             f"add --optim.warmup_steps {self.num_steps // 10}",
+        )
+        _check(
+            self.tasks.names is None or self.tasks.interval % self.eval_interval == 0,
+            "tasks.interval",
+            self.tasks.interval,
+            f"a multiple of eval_interval ({self.eval_interval})",
         )
         self._check(
             self.branch_from is None or self.init_from is None,

@@ -112,9 +112,9 @@ GOLDEN_LARGE = [568135924367, 1355559480869, 58635058191]
 def test_permutation_mixes():
     # Each of 10 places should get each of 10 windows about equally often: chi-squared with 81
     # degrees of freedom is below 140 for all but 5 of 100,000 fair shuffles.
-    orders = np.array([permute(np.arange(10), 10, seed=3, epoch=e) for e in range(5000)])
+    orders = np.array([permute(np.arange(10), 10, seed=3, epoch=e) for e in range(2000)])
     counts = np.array([np.bincount(column, minlength=10) for column in orders.T])
-    assert ((counts - 500) ** 2 / 500).sum() < 140
+    assert ((counts - 200) ** 2 / 200).sum() < 140
     large = permute(np.arange(100_000), 100_000, seed=0, epoch=0)
     assert abs(np.corrcoef(large[:-1], large[1:])[0, 1]) < 0.02
 

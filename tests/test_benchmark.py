@@ -22,7 +22,7 @@ SEQ_LEN = 32
 @pytest.fixture(scope="module")
 def reader(shared_home: Path) -> ScoringModel:
     with text_run.working_in(shared_home):
-        return ScoringModel(text_run.RUN)
+        return ScoringModel.of_run(text_run.RUN)
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +87,14 @@ def test_few_programs_are_compiled(reader: ScoringModel) -> None:
     assert reader._token_scores._cache_size() <= 2  # padded to 16 and 32
 
 
-def test_what_cannot_be_scored_is_refused(reader: ScoringModel) -> None:
+def test_what_cannot_be_scored_is_refused(reader: ScoringModel, shared_home: Path) -> None:
     for pair in (([], [1]), ([1], []), ([1], [1] * 33)):
         with pytest.raises(ValueError, match="expected 1 to 32"):
             reader.likelihoods([pair])
     with pytest.raises(ValueError, match="max_gen_toks: found 32, expected 1 to 31"):
         reader.continue_greedily([[1]], 32, lambda _: False)
     with pytest.raises(ValueError, match="batch_size: found 0, expected at least 1"):
-        ScoringModel(text_run.RUN, batch_size=0)
+        ScoringModel.of_run(f"{shared_home}/{text_run.RUN}", batch_size=0)
 
 
 def test_greedy_tokens_are_those_of_the_model_row_by_row(reader: ScoringModel, model) -> None:
@@ -123,7 +123,7 @@ def test_a_run_on_batches_of_its_own_has_no_text(own_home: Path) -> None:
     (path / text_run.manifest.NAME).unlink()
     text_run.manifest.write_manifest(path)
     with pytest.raises(ValueError, match="found no tokenizer, since the run was trained on custom"):
-        ScoringModel(str(own_home / text_run.RUN))
+        ScoringModel.of_run(str(own_home / text_run.RUN))
 
 
 # --- through lm-eval
@@ -175,10 +175,10 @@ def task_home(own_home: Path, reader: ScoringModel, monkeypatch: pytest.MonkeyPa
     return own_home
 
 
-def benchmark(home: Path, names: str, code: int = 0) -> dict | str:
+def benchmark(home: Path, names: str, code: int = 0, run: str = text_run.RUN) -> dict | str:
     """In a process of its own, since lm-eval warns, with the Hub off."""
     done = subprocess.run(
-        [sys.executable, "-m", "jaxlm", "benchmark", text_run.RUN, "--tasks", names]
+        [sys.executable, "-m", "jaxlm", "benchmark", run, "--tasks", names]
         + ["--include-path", "tasks", "--json"],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HOME": str(home), "HF_HOME": str(home / "hf")},
         capture_output=True,

@@ -26,8 +26,11 @@ from jaxlm.data.run_data import default_eval_tokens
 from jaxlm.tracking.throughput import flops_per_token
 
 PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (text_run.REPO / "docs").glob("*.md"))]
-# Models, programs and runs that no other page needs: most of the time of this file.
-SLOW_PAGES = {f"docs/{name}.md" for name in "checkpoints evals library sample tutorial".split()}
+# Those with runs, programs and processes of their own: most of the time of this file.
+SLOW_PAGES = {"README.md"} | {
+    f"docs/{name}.md"
+    for name in "checkpoints coming-from data evals interchange keep library sample tutorial".split()
+}
 WITH_LAUNCH = {"README.md", "docs/checkpoints.md", "docs/data.md", "docs/tutorial.md"}
 # Commands that no test runs as they stand here, and why.
 NOT_RUN = {

@@ -118,14 +118,14 @@ def test_the_comparison_sees_one_bit(out: Path, made, tmp_path: Path):
 
 
 def test_bfloat16_comes_back_as_it_was(made, tmp_path: Path):
-    export(str(made("qwen3") / "run"), str(tmp_path / "a"), dtype="bfloat16")
+    export(str(made("llama") / "run"), str(tmp_path / "a"), dtype="bfloat16")
     done = import_folder(str(tmp_path / "a"), str(tmp_path / "back"))
     assert done.dtypes == ["BF16"]
     export(f"{tmp_path}/back@0", str(tmp_path / "b"), dtype="bfloat16")
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert same(a, b) and {x.dtype for x in a.values()} == {np.dtype(ml_dtypes.bfloat16)}
     # It is float32 rounded, and nothing else.
-    whole = load_file(made("qwen3") / "out" / "model.safetensors")
+    whole = load_file(made("llama") / "out" / "model.safetensors")
     assert same({k: x.astype(ml_dtypes.bfloat16) for k, x in whole.items()}, a)
     assert not same({k: x.astype(np.float32) for k, x in a.items()}, whole)
 

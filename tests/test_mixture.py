@@ -192,7 +192,7 @@ def run(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
             eval_interval=4,
             optim=OptimConfig(learning_rate=1e-2, warmup_steps=0),
             branch_from=branch_from,
-            checkpoint={"save_interval": 2, "keep_latest": 9},
+            checkpoint={"save_interval": 4, "keep_latest": 9},
         )
 
         monkeypatch.setenv("JAXLM_RECORD_BATCHES", f"{tmp_path / to}.batches")

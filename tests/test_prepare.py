@@ -248,6 +248,7 @@ def test_a_tokenizer_neither_cuts_nor_pads_nor_draws_lots(corpus, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_dtype_follows_the_vocabulary(corpus, tmp_path):
     tokenizer = train_tokenizer(documents(), 300)
     tokenizer.save(str(tmp_path / "small.json"))
@@ -775,23 +776,23 @@ for n in range(1000):
 
 def test_a_kill_at_any_step_changes_no_byte(tmp_path, monkeypatch, lines):
     monkeypatch.setattr(prepare, "SHARD_TOKENS", 1200)
-    corpus = write(tmp_path / "corpus.jsonl", documents(40))
+    corpus = write(tmp_path / "corpus.jsonl", documents(24))
     run(config_of(corpus, tmp_path / "straight"))
     straight = contents(tmp_path / "straight")
     script = child(corpus, tmp_path, KILLS)
     script = script.replace("SHARD_TOKENS = 4500", "SHARD_TOKENS = 1200")
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "killed")], check=True)
     folders = sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name))
-    assert len(folders) > 30
+    assert len(folders) > 20
     unfinished = [not list(folder.rglob("manifest.json")) for folder in folders]
-    assert sum(unfinished) > 30
+    assert sum(unfinished) > 20
     lines.clear()
     for folder, killed in zip(folders, unfinished, strict=True):
         assert killed == (contents(folder) != straight)
         run(config_of(corpus, folder))
         assert contents(folder) == straight, folder
     # Most of them had shards to go on from.
-    assert sum("Going on with" in line and not line.endswith(" 0") for line in lines) > 25
+    assert sum("Going on with" in line and not line.endswith(" 0") for line in lines) > 15
     assert not any("over" in line for line in lines)
 
 

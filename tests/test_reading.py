@@ -45,7 +45,7 @@ READERS = {
     "load_model": lambda run: load_model(run)[1].step,
     "sample": lambda run: len(sample_run(run, ["a"], Sampling(1, temperature=0))) and NEXT,
     "eval": lambda run: score([run])[0].step,
-    "ScoringModel": lambda run: ScoringModel(run).step,
+    "ScoringModel": lambda run: ScoringModel.of_run(run).step,
     "export": lambda run: export(run, "out").step,
 }
 

@@ -210,7 +210,7 @@ def test_a_page_stays_small(tmp_path: Path):
             timed(step, steps=float(step)) | {"train/loss": 1 / 3 + math.sin(step * 1.7)}
             for step in range(1, 5_001)
         ]
-        for row in rows:
+        for row in rows[:: 1 if name == "run0" else 5]:
             row |= {"train/grad_norm": row["train/loss"], "train/tokens_per_s": row["step"] / 7}
             row |= {"eval/loss": row["train/loss"], "eval/best_loss": row["train/loss"]}
         write_rows(tmp_path / name, rows[:: 1 if name == "run0" else 5])

@@ -491,6 +491,7 @@ def test_the_run_folder_says_what_it_is(straight: Path) -> None:
     assert config["num_steps"] == 12 and config["checkpoint"]["save_interval"] == 4
 
 
+@pytest.mark.slow
 def test_a_run_that_overfits_ends_where_it_would_have_however_often_it_is_stopped(
     tmp_path: Path,
 ) -> None:

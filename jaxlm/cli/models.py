@@ -118,20 +118,15 @@ def benchmark(
     from jaxlm.extras import MODULES, needs
 
     needs(MODULES["lm-eval"], "jaxlm benchmark")
-    from jaxlm.evaluation.harness import run_tasks
+    from jaxlm.evaluation.harness import find_tasks, run_tasks
     from jaxlm.files.durable import expand
     from jaxlm.inference.reader import ScoringModel
 
     names = [name for name in tasks.split(",") if name]
     with notes(json):
-        model = ScoringModel(run, batch_size=batch_size)
-        found = run_tasks(
-            model,
-            names,
-            include_path=include_path and expand(include_path, "--include_path"),
-            num_fewshot=num_fewshot,
-            limit=limit,
-        )
+        manager = find_tasks(names, include_path and expand(include_path, "--include_path"))
+        model = ScoringModel.of_run(run, batch_size=batch_size)
+        found = run_tasks(model, names, manager, num_fewshot=num_fewshot, limit=limit)
     about = ("samples", "version")
     lines = [
         f"{name} ({values['samples']} documents): "

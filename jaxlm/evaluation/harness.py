@@ -1,7 +1,7 @@
 """Runs tasks of EleutherAI's lm-eval (the extra `lm-eval`) on a checkpoint."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from jaxlm.errors import InputError
-from jaxlm.inference.reader import Pair, ScoringModel
+from jaxlm.inference.reader import Likelihood, Pair, ScoringModel
 from jaxlm.terminal import prints_lines, progress
 
 _log = logging.getLogger(__name__)
@@ -26,11 +26,17 @@ _MAX_NEW_TOKENS = 256  # default of lm-eval's adapters
 
 
 class HarnessModel(TemplateLM):
-    """A `ScoringModel` with lm-eval's interface; the base class tokenizes text into pairs."""
+    """A `ScoringModel` with lm-eval's interface; the base class tokenizes text into pairs.
 
-    def __init__(self, model: ScoringModel):
+    Args:
+      model: the model.
+      look: called between batches and between generated tokens, and may raise to end the tasks.
+        Without it, a bar shows the progress.
+    """
+
+    def __init__(self, model: ScoringModel, look: Callable[[], None] | None = None):
         super().__init__()
-        self._scoring_model = model
+        self._scoring_model, self._look = model, look
 
     @property
     def eot_token_id(self) -> int:
@@ -48,7 +54,7 @@ class HarnessModel(TemplateLM):
         self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         pairs: list[Pair] = [(context, continuation) for _, context, continuation in requests]
-        return [tuple(found) for found in _with_progress(self._scoring_model, pairs)]
+        return [tuple(found) for found in self._likelihoods(pairs)]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -68,7 +74,7 @@ class HarnessModel(TemplateLM):
                 pairs.append(window)
                 owners.append(number)
         totals = [0.0] * len(requests)
-        for owner, found in zip(owners, _with_progress(self._scoring_model, pairs), strict=True):
+        for owner, found in zip(owners, self._likelihoods(pairs), strict=True):
             totals[owner] += found.logprob
         return totals
 
@@ -103,37 +109,30 @@ class HarnessModel(TemplateLM):
         found = self._scoring_model.continue_greedily(
             [self.tok_encode(context) or [self.eot_token_id] for context in contexts],
             options["max_gen_toks"],
-            lambda tokens: any(s and s in decode(tokens) for s in until),
+            lambda tokens: self._is_end(decode(tokens), until),
         )
         return [postprocess_generated_text(decode(tokens), until, None) for tokens in found]
 
+    def _is_end(self, text: str, until: Sequence[str]) -> bool:
+        if self._look:
+            self._look()
+        return any(stop and stop in text for stop in until)
 
-def _with_progress(model: ScoringModel, pairs: Sequence[Pair]) -> list[Any]:
-    with progress("Reading", len(pairs)) as advance:
-        return model.likelihoods(pairs, advance)
+    def _likelihoods(self, pairs: Sequence[Pair]) -> list[Likelihood]:
+        if look := self._look:
+            return self._scoring_model.likelihoods(pairs, lambda _: look())
+        with progress("Reading", len(pairs)) as advance:
+            return self._scoring_model.likelihoods(pairs, advance)
 
 
 @prints_lines
-def run_tasks(
-    model: ScoringModel,
-    tasks: Sequence[str],
-    *,
-    include_path: str | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-) -> dict[str, Any]:
-    """Results of lm-eval tasks.
+def find_tasks(tasks: Sequence[str], include_path: str | None = None) -> TaskManager:
+    """A manager that has these tasks.
 
     Args:
-      model: the model.
       tasks: names of tasks, groups or tags.
       include_path: a folder of YAML tasks. If it has all tasks, lm-eval's own are not indexed,
         which takes half a minute.
-      num_fewshot: examples in a prompt; None for the number in the task.
-      limit: maximum number of documents of each task.
-
-    Returns:
-      Task -> its metrics, `samples` (number of documents) and `version`.
 
     Raises:
       ValueError: there is no such task.
@@ -149,9 +148,35 @@ def run_tasks(
                 f"--tasks: found {task}, expected the name of a task of lm-eval or of one in "
                 f"--include_path ({near})"
             )
+    return manager
+
+
+@prints_lines
+def run_tasks(
+    model: ScoringModel,
+    tasks: Sequence[str],
+    manager: TaskManager,
+    *,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    look: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Results of lm-eval tasks.
+
+    Args:
+      model: the model.
+      tasks: names of tasks, groups or tags.
+      manager: has them.
+      num_fewshot: examples in a prompt; None for the number in the task.
+      limit: maximum number of documents of each task.
+      look: as in `HarnessModel`.
+
+    Returns:
+      Task -> its metrics, `samples` (number of documents) and `version`.
+    """
     evaluate: Any = lm_eval.simple_evaluate  # its annotations are wrong
     found = evaluate(
-        HarnessModel(model),
+        HarnessModel(model, look),
         tasks=list(tasks),
         task_manager=manager,
         num_fewshot=num_fewshot,

@@ -3,20 +3,24 @@
 Rows are padded to few distinct lengths, so that few programs are compiled.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from jaxlm.checkpoints.folder import TOKENIZER
-from jaxlm.config import MeshConfig
+from jaxlm.config import Config, MeshConfig
 from jaxlm.corpus.tokenizer import load_tokenizer
 from jaxlm.device.likelihood import make_token_scores
 from jaxlm.device.sharding import batch_sharding, make_mesh
+from jaxlm.device.state import Blueprint, Params
 from jaxlm.errors import InputError
 from jaxlm.inference.load import load_selected, log_selected
 from jaxlm.inference.sample import Sampling, pad_to_power_of_two, stream
@@ -36,30 +40,58 @@ class Likelihood(NamedTuple):
 
 
 class ScoringModel:
-    """The model and the tokenizer of a checkpoint.
+    """A model and its tokenizer, of a checkpoint or of a run in training.
 
     Attributes:
-      step: step of the checkpoint.
+      step: step of the weights.
       tokenizer: text to tokens and back.
       eos_id: the token that ends a document, and precedes the next one.
       seq_len: context length that the model was trained on (tokens).
     """
 
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        mesh: Mesh,
+        config: Config,
+        tokenizer_path: Path,
+        eos_id: int,
+        *,
+        batch_size: int,
+    ) -> None:
+        """A model without weights, for `at`.
+
+        Args:
+          blueprint: of the model.
+          mesh: of the weights.
+          config: of the run.
+          tokenizer_path: the tokenizer of the run.
+          eos_id: the token that ends a document.
+          batch_size: rows of a batch, rounded up to a multiple of the devices.
+        """
+        if batch_size < 1:
+            raise InputError(f"batch_size: found {batch_size}, expected at least 1")
+        self.step, self.eos_id, self.seq_len = 0, eos_id, config.seq_len
+        self.tokenizer: Tokenizer = load_tokenizer(tokenizer_path)
+        self._mesh, self._graphdef = mesh, blueprint.graphdef
+        self._batch_size = -(-batch_size // mesh.size) * mesh.size
+        mask = eos_id if config.model.document_mask else None
+        self._token_scores = make_token_scores(blueprint, mesh, mask)
+
+    @classmethod
     @prints_lines
-    def __init__(self, run: str, *, batch_size: int = 8) -> None:
+    def of_run(cls, run: str, *, batch_size: int = 8) -> "ScoringModel":
         """Restores the weights of a checkpoint on all devices.
 
         Args:
           run: `RUN@STEP`; best if STEP is left out.
-          batch_size: rows of a batch, rounded up to a multiple of the devices.
+          batch_size: as above.
 
         Raises:
           ValueError: there is no such checkpoint, it is damaged, or it has no tokenizer.
         """
-        if batch_size < 1:
-            raise InputError(f"batch_size: found {batch_size}, expected at least 1")
-        self._mesh = make_mesh(MeshConfig())
-        selected, blueprint, self._params = load_selected(run, self._mesh)
+        mesh = make_mesh(MeshConfig())
+        selected, blueprint, params = load_selected(run, mesh)
         log_selected(selected)
         config, eos_id = selected.metadata.run_config(), selected.metadata.eos_id
         if eos_id is None:
@@ -67,12 +99,16 @@ class ScoringModel:
                 f"{run}: found no tokenizer, since the run was trained on custom batches; expected "
                 "a run on text. jaxlm.load_model returns its model, for your own evaluation"
             )
-        self.step, self.eos_id, self.seq_len = selected.step, eos_id, config.seq_len
-        self.tokenizer: Tokenizer = load_tokenizer(selected.folder / TOKENIZER)
-        self._batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
-        mask = eos_id if config.model.document_mask else None
-        self._token_scores = make_token_scores(blueprint, self._mesh, mask)
-        self._model = nnx.merge(blueprint.graphdef, self._params)
+        path = selected.folder / TOKENIZER
+        model = cls(blueprint, mesh, config, path, eos_id, batch_size=batch_size)
+        return model.at(selected.step, params)
+
+    def at(self, step: int, params: Params) -> "ScoringModel":
+        """The same model with these weights; compiled programs are shared."""
+        found = copy.copy(self)
+        found.step, found._params = step, params
+        found._model = nnx.merge(self._graphdef, params)
+        return found
 
     def likelihoods(
         self, pairs: Sequence[Pair], advance: Callable[[int], None] = lambda _: None

@@ -139,8 +139,8 @@ class Console:
             lines.append(f"  Bits per byte: {bits:.4f}")
         for name, value in row.items():
             of, _, metric = name.removeprefix("eval/").rpartition("/")
-            if of and metric == "loss":
-                lines.append(f"  Loss of {of}: {value:.4f}")
+            if of and metric not in ("perplexity", "bits_per_byte"):
+                lines.append(f"  {metric.capitalize()} of {of}: {value:.4f}")
         lines.append(f"  {verdict}")
         self._print("\n".join(["", _RULE, *lines, _RULE, ""]))
 

@@ -227,7 +227,7 @@ class Loop:
         with self.clock.spent("eval"):
             row, failure = {}, None
             try:
-                row = self.parts.evaluate(state.weights, stops)
+                row = self.parts.evaluate(step, state.weights, stops)
             except Stopped:
                 _log.info(f"the eval of step {step} was cut short; the next start makes it")
                 return None, False

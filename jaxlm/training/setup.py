@@ -1,5 +1,6 @@
 """Mesh, model, compiled step and data of a run, from its config or a caller's own parts."""
 
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,6 +30,12 @@ from jaxlm.training.inputs import Inputs, TrainSet, find_inputs
 from jaxlm.training.preflight import check_prompt
 
 
+Tasks = Callable[[int, Params, Callable[[], bool]], dict[str, float]]
+"""(step, weights, stops) -> `eval/TASK/METRIC`; raises `Stopped` if `stops` returns True."""
+
+_OPEN_TASKS = "jaxlm.evaluation.tasks:open_tasks"
+
+
 class TrainSetup(NamedTuple):
     """The parts that the training loop runs."""
 
@@ -47,14 +54,20 @@ class TrainSetup(NamedTuple):
     inputs: Inputs
     held_out: dict[str, HeldOut]
     """Held-out sets on the mesh, by name."""
+    tasks: Tasks | None = None
+    """The tasks of `config.tasks`."""
 
     def put_batches(self, phases: Sequence[Phase]) -> Callable[[int], Batch]:
         """Index -> that batch of the mixture on the mesh."""
         return put_rows(self.config, self.mesh, self.inputs.rows_of(phases))
 
-    def evaluate(self, weights: Params, stops: Callable[[], bool]) -> dict[str, float]:
-        """The row of an eval; raises `Stopped` if `stops` returns True."""
-        return evaluate(self.eval_step, weights, self.held_out, self.inputs.best_by, stops)
+    def evaluate(self, step: int, weights: Params, stops: Callable[[], bool]) -> dict[str, float]:
+        """The row of the eval of a step; raises `Stopped` if `stops` returns True."""
+        row = evaluate(self.eval_step, weights, self.held_out, self.inputs.best_by, stops)
+        last = step == self.config.num_steps
+        if self.tasks and (last or step % self.config.tasks.interval == 0):
+            row |= self.tasks(step, weights, stops)
+        return row
 
     def eval_due(self, step: int) -> bool:
         """Whether a checkpoint of this step holds an eval."""
@@ -109,6 +122,15 @@ def set_up(
         eval_step=make_eval_step(blueprint, eval_of, mesh),
         inputs=inputs,
         held_out={name: hold_out(config, mesh, of) for name, of in inputs.held_out.items()},
+        tasks=_open_tasks(config, blueprint, mesh, inputs) if config.tasks.names else None,
+    )
+
+
+def _open_tasks(config: Config, blueprint: Blueprint, mesh: Mesh, inputs: Inputs) -> Tasks:
+    if inputs.tokenizer_path is None:
+        raise InputError("tasks.names: found tasks, expected none with custom batches: no tokenizer")
+    return pkgutil.resolve_name(_OPEN_TASKS)(
+        config, blueprint, mesh, inputs.tokenizer_path, inputs.eos_id
     )
 
 
