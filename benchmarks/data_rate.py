@@ -15,6 +15,7 @@ import numpy as np
 from jaxlm.config import MAIN
 from jaxlm.data.batches import TrainBatches
 from jaxlm.data.mixture import Mixture
+from jaxlm.data.packing import Windows
 from jaxlm.data.shards import TokenShards, map_tokens
 from jaxlm.launch import load_config
 
@@ -32,10 +33,9 @@ def main() -> None:
         tokens = TokenShards([map_tokens(path, np.uint16) for path in paths])
         for shares in ({MAIN: 1}, {"a": 7, "b": 2, "c": 1}):
             batches = TrainBatches(
-                dict.fromkeys(shares, tokens),
-                Mixture([{"step": 0, "shares": shares}], config.batch_size),
+                dict.fromkeys(shares, Windows(tokens, config.seq_len)),
+                Mixture([{"step": 0, "shares": shares, "stages": {}}], config.batch_size),
                 batch_size=config.batch_size,
-                seq_len=config.seq_len,
                 seed=0,
             )
             for rows in (slice(0, config.batch_size), slice(0, config.batch_size // 4)):

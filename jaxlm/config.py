@@ -261,8 +261,11 @@ class DataConfig(_Part, prefix="data."):
     """train (a byte-level BPE on this corpus), or a tokenizer.json: its path or name on the Hub."""
     eos_token: str | None = fixed(None)
     """The token that ends a document; found by its usual names if not given."""
-    max_tokens: int | None = fixed(None, least=1)
-    """Limit of training tokens to prepare; by default 1% more than num_steps needs, or 10 M."""
+    max_tokens: int | None = recorded(None, least=1)
+    """Limit of training tokens to prepare; by default 1% more than num_steps needs, or 10 M. More
+    steps or a higher limit add tokens to those of a run."""
+    packing: Literal["windows", "documents"] = fixed("windows")
+    """Rows are windows of consecutive tokens, or whole documents and padding (best-fit packing)."""
     eval_tokens: int | None = fixed(None, least=1)
     """Limit of held-out tokens of each source, in documents that are never trained on; by default
     so many that evals take a tenth of the run, and at most 2 M."""

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from jaxlm.data.batches import (
     EvalBatches,
     TrainBatches,
-    permute,
     prefetch,
     recorded,
-    windows_per_epoch,
 )
 from jaxlm.data.mixture import Mixture
+from jaxlm.data.order import Order, permute
+from jaxlm.data.packing import Windows
 from jaxlm.data.shards import TokenShards, map_tokens
 
 
@@ -30,10 +30,9 @@ def shards(folder, lengths, dtype="<u2"):
 
 
 def train_batches(tokens, batch_size=4, seq_len=10, seed=0):
-    mixture = Mixture([{"step": 0, "shares": {"main": 1}}], batch_size)
-    return TrainBatches(
-        {"main": tokens}, mixture, batch_size=batch_size, seq_len=seq_len, seed=seed
-    )
+    mixture = Mixture([{"step": 0, "shares": {"main": 1}, "stages": {}}], batch_size)
+    sources = {"main": Windows(tokens, seq_len)}
+    return TrainBatches(sources, mixture, batch_size=batch_size, seed=seed)
 
 
 def windows_of(batches, count, seq_len=10):
@@ -98,7 +97,7 @@ def test_permutation_is_64_bit_safe(size, seed, data):
 
 def test_golden_permutation():
     # Other values mean that a run begun earlier would go on with other data. To regenerate:
-    # python -c "from jaxlm.data.batches import *; print(permute(np.arange(20), 20, 0, 0).tolist(),
+    # python -c "from jaxlm.data.order import *; print(permute(np.arange(20), 20, 0, 0).tolist(),
     #     permute(np.array([0, 1, 10**12]), 2 * 10**12, 1, 7).tolist())"
     assert permute(np.arange(20), 20, seed=0, epoch=0).tolist() == GOLDEN_20
     large = permute(np.array([0, 1, 10**12]), 2 * 10**12, seed=1, epoch=7)
@@ -119,6 +118,35 @@ def test_permutation_mixes():
     assert abs(np.corrcoef(large[:-1], large[1:])[0, 1]) < 0.02
 
 
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4).map(lambda x: np.cumsum(x).tolist()),
+    rows=st.lists(st.integers(0, 100), min_size=3, max_size=3),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_source_that_grows_ends_its_pass_and_goes_on_with_what_is_new(sizes, rows, seed):
+    growth = [(0, 1), *zip(sorted(rows), range(2, len(sizes) + 1), strict=False)]
+    order = Order(sizes, growth, seed)
+    epoch, found = order.place(np.arange(400))
+    left, known, stage = set(), 0, 0
+    for row, (number, place) in enumerate(zip(epoch, found, strict=True)):
+        while stage < len(growth) and growth[stage][0] <= row:
+            stage += 1
+        size = sizes[growth[stage - 1][1] - 1]
+        if not left:  # a pass begins: what the run has not seen, else all
+            left = set(range(known, size)) or set(range(size))
+            known = size
+            if row:
+                assert number > epoch[row - 1]
+        left.remove(place)
+    before = Order(sizes[:1], [(0, 1)], seed).place(np.arange(400))
+    stop = min([row for row, _ in growth[1:]], default=400)
+    for one, other in zip(before, (epoch, found), strict=True):
+        np.testing.assert_array_equal(one[:stop], other[:stop])
+    parts = [order.place(np.arange(400)[part])[1] for part in (slice(0, 13), slice(13, 400))]
+    np.testing.assert_array_equal(np.concatenate(parts), found)
+
+
 # --- training batches
 
 
@@ -135,7 +163,7 @@ def test_an_epoch_holds_each_window_once(tmp_path_factory, lengths, seed):
     lengths[0] += 10
     tokens = shards(tmp_path_factory.mktemp("tokens"), lengths)
     batches = train_batches(tokens, batch_size=1, seed=seed)
-    size = windows_per_epoch(tokens, 10)
+    (size,) = Windows(tokens, 10).sizes
     for epoch in range(2):
         found = [batches(epoch * size + n)["inputs"][0, 0] // 10 for n in range(size)]
         assert is_permutation(np.array(found), size)
@@ -145,7 +173,7 @@ def test_no_token_is_lost(tmp_path):
     # Of 103 tokens, 0 is never a target, and 101 and 102 do not fill a window.
     tokens = shards(tmp_path, [60, 43])
     batches = train_batches(tokens, batch_size=5)
-    assert windows_per_epoch(tokens, 10) == 10
+    assert Windows(tokens, 10).sizes == [10]
     targets = np.concatenate([batches(n)["targets"].ravel() for n in range(2)])
     assert sorted(targets.tolist()) == list(range(1, 101))
 
@@ -223,7 +251,7 @@ def test_a_corpus_shorter_than_a_window(tmp_path):
     with pytest.raises(ValueError, match="10 training tokens.*takes 11.*lower seq_len"):
         train_batches(tokens)
     train_batches(tokens, seq_len=9)
-    assert windows_per_epoch(tokens, 9) == 1
+    assert Windows(tokens, 9).sizes == [1]
 
 
 # --- eval batches

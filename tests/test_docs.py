@@ -29,7 +29,8 @@ PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (text_run.REPO / "docs")
 # Those with runs, programs and processes of their own: most of the time of this file.
 SLOW_PAGES = {"README.md"} | {
     f"docs/{name}.md"
-    for name in "checkpoints coming-from data evals interchange keep library sample tutorial".split()
+    for name in ("checkpoints", "coming-from", "data", "evals", "interchange", "keep")
+    + ("library", "sample", "tutorial")
 }
 WITH_LAUNCH = {"README.md", "docs/checkpoints.md", "docs/data.md", "docs/tutorial.md"}
 # Commands that no test runs as they stand here, and why.

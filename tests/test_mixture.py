@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,15 @@ from tokenizers import Tokenizer
 from jaxlm.checkpoints.folder import scan_folder
 from jaxlm.config import Config, DataConfig, ModelConfig, OptimConfig
 from jaxlm.corpus.tokenizer import train_tokenizer
-from jaxlm.data.batches import TrainBatches, windows_per_epoch
+from jaxlm.data import dataset
+from jaxlm.data.batches import TrainBatches
 from jaxlm.data.mixture import Mixture, Phase, add_phase, spread
+from jaxlm.data.packing import Windows
 from jaxlm.data.run_data import load_data
 from jaxlm.data.shards import TokenShards, map_tokens
 from jaxlm.evaluation.documents import rows_of_batch
 from jaxlm.evaluation.score import score
+from jaxlm.files.strict import read_json
 from jaxlm.proof.attempt import compare_runs, untimed_rows
 from jaxlm.training.inputs import find_inputs
 from jaxlm.training.loop import Callback
@@ -38,7 +42,10 @@ BATCH = 4
 
 
 def phases_of(*shares: dict[str, int], steps: tuple[int, ...] = (0, 3, 11)) -> list[Phase]:
-    return [{"step": step, "shares": each} for step, each in zip(steps, shares, strict=False)]
+    return [
+        {"step": step, "shares": each, "stages": {}}
+        for step, each in zip(steps, shares, strict=False)
+    ]
 
 
 def sources_of(mixture: Mixture, count: int) -> list[tuple[str, int]]:
@@ -89,14 +96,18 @@ def test_golden_spread():
 
 
 def test_phases_are_appended_where_the_shares_change():
-    begun = add_phase([], 0, {"a": 1, "b": 1})
-    assert add_phase(begun, 7, {"b": 1, "a": 1}) == begun
-    assert add_phase(begun, 7, {"a": 1, "b": 1, "c": 0}) == begun
-    changed = add_phase(begun, 7, {"a": 3, "b": 1})
+    begun = add_phase([], 0, {"a": 1, "b": 1}, {})
+    assert add_phase(begun, 7, {"b": 1, "a": 1}, {}) == begun
+    assert add_phase(begun, 7, {"a": 1, "b": 1, "c": 0}, {}) == begun
+    changed = add_phase(begun, 7, {"a": 3, "b": 1}, {})
     assert changed == phases_of({"a": 1, "b": 1}, {"a": 3, "b": 1}, steps=(0, 7))
     # The run goes back to before the change, and on with the new shares or the old.
-    assert add_phase(changed, 5, {"a": 3, "b": 1})[-1]["step"] == 5
-    assert add_phase(changed, 5, {"a": 1, "b": 1}) == begun
+    assert add_phase(changed, 5, {"a": 3, "b": 1}, {})[-1]["step"] == 5
+    assert add_phase(changed, 5, {"a": 1, "b": 1}, {}) == begun
+    grown = add_phase(begun, 7, {"a": 1, "b": 1}, {"a": 2, "b": 1})
+    assert grown[1:] == [{"step": 7, "shares": {"a": 1, "b": 1}, "stages": {"a": 2}}]
+    assert add_phase(grown, 9, {"a": 1, "b": 1}, {"a": 2}) == grown
+    assert add_phase(grown, 9, {"b": 1}, {})[-1]["stages"] == {"a": 2}  # a may come back
 
 
 def test_a_far_row_takes_no_longer():
@@ -122,7 +133,8 @@ def windows_of(
     tokens: dict[str, TokenShards], phases: list[Phase], count: int
 ) -> dict[int, list[int]]:
     """Source number -> its windows of 10 tokens in the order of training."""
-    batches = TrainBatches(tokens, Mixture(phases, BATCH), batch_size=BATCH, seq_len=10, seed=1)
+    sources = {name: Windows(of, 10) for name, of in tokens.items()}
+    batches = TrainBatches(sources, Mixture(phases, BATCH), batch_size=BATCH, seed=1)
     starts = np.concatenate([batches(n)["inputs"][:, 0] for n in range(count)])
     return {n: (starts[starts // 1000 == n] % 1000 // 10).tolist() for n in range(3)}
 
@@ -131,7 +143,7 @@ def test_each_source_has_epochs_of_its_own_through_changes(tokens):
     phases = phases_of({"a": 7, "b": 3}, {"a": 1, "b": 2}, {"b": 1, "main": 4})
     found = windows_of(tokens, phases, 60)
     for number, name in enumerate(("a", "b", "main")):
-        size = windows_per_epoch(tokens[name], 10)
+        (size,) = Windows(tokens[name], 10).sizes
         epochs = [found[number][i : i + size] for i in range(0, len(found[number]), size)]
         assert all(sorted(epoch) == list(range(size)) for epoch in epochs[:-1])
         assert len(set(epochs[-1])) == len(epochs[-1])
@@ -146,7 +158,8 @@ def test_sources_of_equal_size_have_orders_of_their_own(tokens):
 
 def test_a_source_with_less_than_a_window_is_named(tokens):
     with pytest.raises(ValueError, match="corpus b: 51 training tokens.*takes 61"):
-        TrainBatches(tokens, Mixture(phases_of({"b": 1}), 1), batch_size=1, seq_len=60, seed=0)
+        sources = {"b": Windows(tokens["b"], 60)}
+        TrainBatches(sources, Mixture(phases_of({"b": 1}), 1), batch_size=1, seed=0)
 
 
 # --- runs
@@ -221,8 +234,8 @@ def test_a_run_killed_around_a_change_goes_on_to_the_same_bits(run, tmp_path):
     assert compare_runs(tmp_path / "whole", tmp_path / "cut") == []
     latest = scan_folder(tmp_path / "cut" / "checkpoints").sound[12]
     assert latest.phases == [
-        {"step": 0, "shares": {"code": 3, "web": 7}},
-        {"step": 6, "shares": {"code": 3, "new": 5, "web": 2}},
+        {"step": 0, "shares": {"code": 3, "web": 7}, "stages": {}},
+        {"step": 6, "shares": {"code": 3, "new": 5, "web": 2}, "stages": {}},
     ]
     assert latest.data.keys() == {"web", "code", "new"}
 
@@ -270,6 +283,87 @@ def test_the_tokenizer_of_several_sources_has_words_of_all(run, tmp_path):
     run("a", 1, web=1, code=0.01, data={"eval_tokens": 100})
     vocabulary = json.loads((tmp_path / "a/checkpoints/tokenizer.json").read_text())["model"]
     assert {"Ġnot", "Ġthen"} <= vocabulary["vocab"].keys()
+
+
+def test_rows_of_whole_documents(run, tmp_path, capsys):
+    packed = {"packing": "documents"}
+    config = run("whole", 8, web=3, code=1, data=packed)
+    assert re.search(
+        r"web: whole documents in rows, of which \d+\.\d+% is padding", capsys.readouterr().out
+    )
+    run("cut", 8, web=3, code=1, data=packed, kill=5)
+    run("cut", 8, web=3, code=1, data=packed)
+    assert compare_runs(tmp_path / "whole", tmp_path / "cut") == []
+    texts = [row.pieces for row in rows_of_batch(config.run_dir, 2)]
+    pieces = [piece for of_row in texts for piece in of_row]
+    assert all(piece.text.endswith("<|endoftext|>") or piece.num_tokens == 17 for piece in pieces)
+    with pytest.raises(ValueError, match="data.packing: was 'documents', is 'windows'"):
+        run("cut", 12, web=3, code=1)
+
+
+# --- a plan that outgrows its data
+
+
+def test_a_longer_plan_adds_tokens_to_those_of_the_run(run, texts, tmp_path):
+    before, after = ({"max_tokens": limit} for limit in (900, 1900))
+    run("whole", 4, web=1, code=1, data=before)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.copy(tmp_path / "whole.batches", tmp_path / "cut.batches")
+    config = run("whole", 12, web=1, code=1, data=after)
+    run("cut", 12, web=1, code=1, data=after, kill=6)
+    (texts / "cache").rename(texts / "gone")  # the tokens are made again, and are the same
+    run("cut", 12, web=1, code=1, data=after)
+    assert compare_runs(tmp_path / "whole", tmp_path / "cut") == []
+    sound = scan_folder(Path(config.checkpoint_dir)).sound
+    assert sound[4].data["web"]["limits"] == [450] and sound[12].data["web"]["limits"] == [450, 950]
+    assert sound[12].phases[1:] == [
+        {"step": 4, "shares": {"code": 1, "web": 1}, "stages": {"code": 2, "web": 2}}
+    ]
+    assert sound[12].eval_set == sound[4].eval_set
+    # One time through what it had, then through what is new.
+    _, data = load_data(
+        config, sound[12].recorded_data(tmp_path / "whole/checkpoints/tokenizer.json")
+    )
+    (first, count) = data.sources["web"].stages
+    assert (first, count) == (450, 950)
+    windows = [
+        row.window for step in range(1, 13) for row in rows_of_batch(config.run_dir, step)
+        if row.source == "web"
+    ]  # fmt: skip
+    known = (first - 1) // 16
+    assert len(windows) == 48 and sorted(windows[:known]) == list(range(known))
+    assert min(windows[known : (count - 1) // 16]) >= known
+    # In one piece it has the same tokens.
+    alone = replace(config, data=replace(config.data, sources={}, weights={}, max_tokens=950))
+    alone = replace(
+        alone,
+        data=replace(
+            alone.data,
+            source=config.data.sources["web"],
+            tokenizer=str(tmp_path / "whole/checkpoints/tokenizer.json"),
+            best_by=None,
+        ),
+    )
+    _, straight = load_data(alone)
+    tokens = [of.read(0, 950) for of in (straight.first.train, data.sources["web"].train)]
+    np.testing.assert_array_equal(*tokens)
+
+
+def test_a_plan_that_outgrows_a_source_that_is_gone(run, texts, tmp_path, capsys):
+    for change in ("gone", "changed"):
+        path = texts / f"{change}.jsonl"
+        path.write_text((texts / "web.jsonl").read_text())
+        source = {"sources": {"web": f"text:{path}"}}
+        run(change, 4, web=1, data={**source, "max_tokens": 450})
+        path.unlink() if change == "gone" else path.write_text("{}")
+        capsys.readouterr()
+        run(change, 8, web=1, data={**source, "max_tokens": 950})
+        said = capsys.readouterr().out
+        assert re.search(
+            "more than the 450 training tokens of .*, and no more can be prepared", said
+        )
+        latest = scan_folder(tmp_path / change / "checkpoints").sound[8]
+        assert latest.data["web"]["limits"] == [450] and len(latest.phases) == 1
 
 
 # --- the documents behind a batch
@@ -379,14 +473,13 @@ def test_a_branch_sees_the_batches_of_its_run(run, tmp_path):
 def test_damage_before_a_change_of_weights_is_told(run, tmp_path, capsys):
     run("a", 6, web=0.9, code=0.1)
     run("a", 12, web=0.1, code=0.9, kill=11)
-    for step in (4, 6, 8, 10):
-        if (path := tmp_path / "a" / "checkpoints" / str(step)).exists():
-            damage(path)
+    for step in (6, 8):
+        damage(tmp_path / "a" / "checkpoints" / str(step))
     capsys.readouterr()
     run("a", 12, web=0.1, code=0.9)
-    assert "changed from step 2 on: data.weights: was" in capsys.readouterr().out
+    assert "changed from step 4 on: data.weights: was" in capsys.readouterr().out
     phases = scan_folder(tmp_path / "a/checkpoints").sound[12].phases
-    assert [phase["step"] for phase in phases] == [0, 2]
+    assert [phase["step"] for phase in phases] == [0, 4]
 
 
 def test_a_source_of_weight_0_has_rows_once_it_has_a_weight(run, tmp_path):
@@ -410,6 +503,29 @@ def test_files_that_change_under_a_run_are_not_saved_as_its_data(run, texts, tmp
 
     with pytest.raises(RuntimeError, match="train-00000.bin has changed since this start"):
         run("a", 8, web=1, data=cache, callbacks=[rewrite])
+    assert max(scan_folder(tmp_path / "a/checkpoints").sound) == 4
+
+
+def test_a_bit_that_flips_on_the_disk_is_found_during_the_run(run, texts, tmp_path):
+    cache = {"cache_dir": str(tmp_path / "cache")}
+
+    def wait(step: int, row: dict[str, float]) -> None:
+        if step == 2:
+            for thread in threading.enumerate():
+                if thread.name == "verification":
+                    thread.join()
+
+    run("a", 4, web=1, data=cache, callbacks=[wait])
+    (path,) = (tmp_path / "cache").rglob("train-*.bin")
+    content = bytearray(path.read_bytes())
+    content[99] ^= 1
+    path.write_bytes(content)
+    # As for a bit that the file system knows nothing of.
+    manifest = read_json(path.parent / dataset.MANIFEST, dataset.Manifest)
+    stamps = [dataset._stamp(path.parent, record) for record in dataset.records_of(manifest)]
+    dataset.checked_path(path.parent).write_text(json.dumps(stamps))
+    with pytest.raises(RuntimeError, match="train-00000.bin has crc32c .*prepares the data again"):
+        run("a", 8, web=1, data=cache, callbacks=[wait])
     assert max(scan_folder(tmp_path / "a/checkpoints").sound) == 4
 
 

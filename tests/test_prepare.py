@@ -63,7 +63,7 @@ def config_of(corpus, folder, **kwargs):
 
 
 def run(config, vocab_size=300, max_tokens=10**6):
-    return prepared.find_or_make(config, vocab_size=vocab_size, max_tokens=max_tokens)
+    return prepared.find_or_make(config, vocab_size=vocab_size, limits=[max_tokens])
 
 
 def contents(folder):
@@ -663,8 +663,8 @@ def test_a_prepared_dataset_is_shown(tmp_path):
 
 
 def resume(config, before, dataset):
-    recorded = Prepared(fingerprint=dataset.fingerprint, source=before.source, max_tokens=10**6)
-    found = prepared.find_or_make(config, vocab_size=300, max_tokens=10**6, recorded=recorded)
+    recorded = Prepared(fingerprint=dataset.fingerprint, source=before.source, limits=[10**6])
+    found = prepared.find_or_make(config, vocab_size=300, limits=[10**6], recorded=recorded)
     return found.directory
 
 
@@ -745,7 +745,7 @@ for name, value in {SMALL!r}.items():
     setattr(encode, name, value)
 def run(folder={str(folder)!r}):
     config = DataConfig(source="text:{corpus}", cache_dir=folder)
-    find_or_make(config, vocab_size=300, max_tokens=10**6)
+    find_or_make(config, vocab_size=300, limits=[10**6])
 {body}
 run()
 """

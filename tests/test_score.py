@@ -249,7 +249,9 @@ def test_the_loss_of_each_document_is_that_of_its_tokens(
     ids = dataset.eval.read(0, dataset.eval.num_tokens).astype(int)
     windows = np.zeros((-(-(len(ids) - 1) // config.seq_len), config.seq_len), int)
     windows.ravel()[: len(ids) - 1] = ids[:-1]
-    logits = np.asarray(nnx.jit(lambda model, x: model(x))(model, windows), np.float64).reshape(windows.size, -1)
+    logits = np.asarray(nnx.jit(lambda model, x: model(x))(model, windows), np.float64).reshape(
+        windows.size, -1
+    )
     bits = [0.0]
     for row, target in zip(logits, ids[1:], strict=False):
         bits[-1] += (np.log(np.exp(row).sum()) - row[target]) / np.log(2)

@@ -56,7 +56,9 @@ def test_a_stop_in_the_tasks_costs_them_alone(own_home: Path, monkeypatch: pytes
 
 
 def test_the_interval_is_one_of_evals() -> None:
-    with pytest.raises(ValueError, match="tasks.interval: found 5000, expected a multiple of .*300"):
+    with pytest.raises(
+        ValueError, match="tasks.interval: found 5000, expected a multiple of .*300"
+    ):
         Config(tasks=TasksConfig("x"), eval_interval=300)
 
 

@@ -47,7 +47,7 @@ def link(pattern: object, tokenizer: Path, cache: Path, **options: Any) -> Datas
     config = DataConfig(
         source=f"tokens:{pattern}", tokenizer=str(tokenizer), cache_dir=str(cache), **options
     )
-    return link_tokens(config, vocab_size=300, max_tokens=1)
+    return link_tokens(config, vocab_size=300, limits=[1])
 
 
 def all_of(tokens: TokenShards) -> list[int]:
@@ -318,7 +318,7 @@ def test_files_that_do_not_fit_are_refused_by_name(name, tmp_path, tokenizer):
 def test_tokens_need_the_tokenizer_that_made_them(tmp_path, tokenizer):
     write_token_file(shards(documents()), tmp_path / "a", "nanogpt", EOS, 300)
     with pytest.raises(ValueError, match="found train, expected the tokenizer that made tokens:"):
-        link_tokens(DataConfig(source=f"tokens:{tmp_path}/a.bin"), vocab_size=300, max_tokens=1)
+        link_tokens(DataConfig(source=f"tokens:{tmp_path}/a.bin"), vocab_size=300, limits=[1])
     (tmp_path / "t.txt").write_text("to be " * 99)
     mixed = DataConfig(
         sources={"a": f"tokens:{tmp_path}/a.bin", "b": f"text:{tmp_path}/t.txt"},
@@ -333,7 +333,7 @@ def test_prepared_text_goes_out_and_comes_back(tmp_path, capsys):
     lines = [json.dumps({"text": f"to be {n} or not " * 9}) for n in range(80)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     config = DataConfig(source=f"text:{tmp_path}/a.jsonl", cache_dir=str(tmp_path))
-    dataset = prepared.find_or_make(config, vocab_size=300, max_tokens=10**6)
+    dataset = prepared.find_or_make(config, vocab_size=300, limits=[10**6])
     name, capsys_before = dataset.directory.name, capsys.readouterr()
     assert capsys_before.err == ""
     assert export(name, out=str(tmp_path / "out"), format="llm.c", cache_dir=str(tmp_path)) == 0

@@ -14,7 +14,7 @@ from jaxlm.files.durable import write_file
 from jaxlm.files.strict import jsonable, shown, validate
 from jaxlm.tracking.rows import Rows
 
-FORMAT = 5
+FORMAT = 6
 """Bump when the meaning of files or fingerprints changes."""
 
 

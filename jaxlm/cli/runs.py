@@ -44,13 +44,15 @@ def prepare(flags: Positional[tuple[str, ...]] = ()) -> int:
     from jaxlm.checkpoints.folder import list_steps, select
     from jaxlm.corpus.overview import overview
     from jaxlm.data.run_data import load_data
+    from jaxlm.training.inputs import rows_of_sources
 
     with notes(False):
         recorded = None
         if list_steps(Path(config.checkpoint_dir)):
             latest = select(f"{config.checkpoint_dir}@latest", contents=False)
             recorded = latest.recorded_data
-        _, data = load_data(config, recorded)
+        config, data = load_data(config, recorded, grows=True)
+        rows_of_sources(config, data)
     training = [dataset.train for dataset in data.sources.values()]
     for name, dataset in data.by_name.items():
         print("\n".join(overview(name, dataset, training)))

@@ -1,6 +1,7 @@
 """The cache of prepared data: its locks, listing and deletion."""
 
 import contextlib
+import glob
 import logging
 import re
 import shutil
@@ -15,7 +16,6 @@ from jaxlm.data.dataset import (
     Dataset,
     Record,
     Shard,
-    checked_path,
     open_dataset,
     verify_dataset,
 )
@@ -60,6 +60,10 @@ class Progress(TypedDict):
     eval: list[Shard]
     revision: str
     next_document: int
+    begun: int
+    """Tokens of document `next_document` that are taken: a limit cut it."""
+    stages: list[int]
+    """Training tokens after each limit so far."""
     parts: dict[str, list[int]]
     """Part of the corpus -> its training and held-out tokens."""
     numbers: dict[str, list[Record]]
@@ -134,11 +138,6 @@ def _describe(folder: Path) -> dict[str, Any]:
         "complete": complete,
         "last_used_s": (path if path.exists() else folder).stat().st_mtime,
     }
-
-
-def ends_path(folder: Path) -> Path:
-    """The index of a dataset's documents, beside it."""
-    return Path(f"{folder}.ends")
 
 
 def label(source: str) -> str:
@@ -232,9 +231,8 @@ def clear_caches(names: Sequence[str], cache_dir: str | None = None) -> list[str
                 # The manifest first: a kill then leaves unfinished data, not damaged data.
                 (folder / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(folder)
-                checked_path(folder).unlink(missing_ok=True)
-                ends_path(folder).unlink(missing_ok=True)
-                Path(f"{folder}.lock").unlink(missing_ok=True)
+                for beside in folder.parent.glob(f"{glob.escape(folder.name)}.*"):
+                    beside.unlink(missing_ok=True)
         except filelock.Timeout as error:
             raise InputError(
                 f"{folder.name}: another process is preparing it; wait, or stop that one first"

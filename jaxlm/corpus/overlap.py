@@ -121,7 +121,7 @@ def _documents(tokens: TokenShards, eos_id: int) -> Iterator[np.ndarray]:
 def warn_overlap(dataset: Dataset, datasets: Mapping[str, Prepared], config: Config) -> None:
     """Warns if the training data of a run holds documents of a dataset."""
     data, unknown = config.data, "what the run was trained on is not compared with these documents"
-    trained = [of for of in datasets.values() if of["max_tokens"]]
+    trained = [of for of in datasets.values() if of["limits"] != [0]]
     try:
         opened = [open_recorded(of, config.model.vocab_size, data.cache_dir) for of in trained]
     except (ValueError, OSError) as error:

@@ -11,7 +11,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,12 @@ from jaxlm.corpus.sources import open_source
 from jaxlm.corpus.splits import (
     Seen,
     Splits,
-    is_held_out,
     training_documents,
     write_json,
     write_manifest,
     write_record,
 )
-from jaxlm.data.dataset import check_vocabulary, find_shard_damage
+from jaxlm.data.dataset import MANIFEST, Dataset, check_vocabulary, find_shard_damage
 from jaxlm.errors import InputError
 from jaxlm.files.strict import read_json
 from jaxlm.terminal import can_draw, progress
@@ -41,7 +40,7 @@ from jaxlm.terminal import can_draw, progress
 _log = logging.getLogger(__name__)
 
 FORMAT = 1
-TOKENS_VERSION = 4
+TOKENS_VERSION = 5
 """Part of the cache key: bump when the same source yields other tokens."""
 SHARD_TOKENS = 2**25  # 64 MB of uint16; a kill loses the work on one shard at most
 
@@ -51,9 +50,12 @@ def make_dataset(
     source: Source,
     config: DataConfig,
     vocab_size: int,
-    max_tokens: int,
+    limits: Sequence[int],
 ) -> None:
-    """Prepares the missing part of a dataset, and publishes it; arguments as of `Make`."""
+    """Prepares the missing part of a dataset, and publishes it; arguments as of `Make`.
+
+    What is prepared for one limit is the beginning of what is prepared for the next.
+    """
     progress = _progress(folder, source)
     tokenizer_path = folder / "tokenizer.json"
     if not progress["tokenizer"]:
@@ -66,24 +68,26 @@ def make_dataset(
     # Special tokens in a document are encoded as text: they would act as control tokens.
     tokenizer.encode_special_tokens = True
     dtype = np.dtype("<u2" if num_ids <= 2**16 else "<u4")
-    limits = {"train": max_tokens, "eval": config.eval_limit}
-    splits = Splits(folder, progress, limits, tokenizer)
-    seen = Seen(source, progress["next_document"]) if config.drop_duplicates else None
+    splits, max_tokens = Splits(folder, progress, config.eval_limit, tokenizer), limits[-1]
     with _progress_bar(max_tokens or config.eval_limit) as show:
-        # After a kill before the manifest, the limit may be reached already: read nothing.
-        documents = chunks(source.documents(progress["next_document"]))
-        while not splits.full() and (chunk := next(documents, None)):
-            again = [seen is not None and seen.has(document) for document in chunk]
-            texts = ["" if old else of.text for of, old in zip(chunk, again, strict=True)]
-            all_ids = encode_documents(tokenizer, texts, eos_id, dtype)
-            for document, ids, old in zip(chunk, all_ids, again, strict=True):
-                held_out = not max_tokens or is_held_out(progress["next_document"])
-                splits.add(document, ids, held_out=held_out, is_duplicate=old)
-            show(splits.counts["train" if max_tokens else "eval"], source.share())
-            if splits.num_waiting() >= SHARD_TOKENS:
-                splits.write()
+        for limit in limits:
+            splits.begin_stage(limit)
+            seen = Seen(source, progress["next_document"]) if config.drop_duplicates else None
+            # After a kill before the manifest, the limit may be reached already: read nothing.
+            documents = chunks(source.documents(progress["next_document"]))
+            while not splits.full() and (chunk := next(documents, None)):
+                again = [seen is not None and seen.has(document) for document in chunk]
+                texts = ["" if old else of.text for of, old in zip(chunk, again, strict=True)]
+                all_ids = encode_documents(tokenizer, texts, eos_id, dtype)
+                for document, ids, old in zip(chunk, all_ids, again, strict=True):
+                    if splits.full():
+                        break
+                    splits.add(document, ids, is_duplicate=old)
+                show(splits.counts["train" if max_tokens else "eval"], source.share())
+                if splits.num_waiting() >= SHARD_TOKENS:
+                    splits.write()
+            splits.end_stage()
     _check_corpus(config, source, progress["next_document"], not max_tokens, **splits.counts)
-    splits.write()
     manifest = progress | {
         "vocab_size": num_ids,
         "eos_id": eos_id,
@@ -101,6 +105,27 @@ def make_dataset(
         )
 
 
+def begin_with(folder: Path, known: Dataset, source: Source) -> None:
+    """Lets a preparation begin with the tokens of a dataset, which are linked.
+
+    Raises:
+      ValueError: the source has changed since.
+    """
+    if (folder / PROGRESS).exists():
+        return
+    progress = read_json(known.directory / MANIFEST, Progress)
+    if progress["revision"] != source.revision:
+        raise InputError(f"data.source {source.name}: its text has changed since")
+    for name in known.stamps:
+        target = folder / name
+        target.unlink(missing_ok=True)  # left by a kill
+        try:
+            target.hardlink_to(known.directory / name)
+        except OSError:  # a file system without hard links
+            shutil.copy(known.directory / name, target)
+    write_json(folder / PROGRESS, {**progress})
+
+
 def _log_parts(parts: dict[str, list[int]]) -> None:
     total = sum(map(sum, parts.values()))
     for name, (train, held_out) in sorted(parts.items(), key=lambda part: -sum(part[1])):
@@ -112,8 +137,14 @@ def _log_parts(parts: dict[str, list[int]]) -> None:
 def _progress(folder: Path, source: Source) -> dict[str, Any]:
     """Progress of an interrupted preparation if all of it is sound; else that of a new one."""
     fresh = {"source": source.name, "revision": source.revision, "format": FORMAT}
-    fresh |= {"sizes": source.sizes, "next_document": 0, "parts": {}, "tokenizer": None}
-    fresh |= {"train": [], "eval": [], "numbers": {"train": [], "eval": []}, "eval_bytes": 0}
+    fresh |= {"sizes": source.sizes, "next_document": 0, "begun": 0, "stages": [], "parts": {}}
+    fresh |= {
+        "tokenizer": None,
+        "train": [],
+        "eval": [],
+        "numbers": {"train": [], "eval": []},
+        "eval_bytes": 0,
+    }
     fresh |= {"documents": dict.fromkeys(("train", "eval", "empty", "duplicate"), 0)}
     try:
         found = {**read_json(folder / PROGRESS, Progress)}
@@ -122,7 +153,7 @@ def _progress(folder: Path, source: Source) -> dict[str, Any]:
         problem = find_shard_damage(folder, filter(None, [found["tokenizer"], *shards, *numbers]))
         if found["revision"] != fresh["revision"]:
             problem = f"the source was {found['revision']}, is {fresh['revision']}"
-        counted = found["next_document"], found["eval_bytes"]
+        counted = found["next_document"], found["begun"], found["eval_bytes"], *found["stages"]
         if min([*counted, *(shard["num_tokens"] for shard in shards)]) < 0:
             problem = f"{PROGRESS} was altered"
         if problem is None:

@@ -9,7 +9,7 @@ from jaxlm.config import DataConfig
 from jaxlm.corpus import tokenizer as tokenizer_lib
 from jaxlm.corpus.cache import Origin, data_folder, label, make_once, open_recorded
 from jaxlm.corpus.files import Source, in_proportion
-from jaxlm.corpus.prepare import TOKENS_VERSION, make_dataset
+from jaxlm.corpus.prepare import TOKENS_VERSION, begin_with, make_dataset
 from jaxlm.corpus.sources import open_source
 from jaxlm.corpus.splits import training_documents
 from jaxlm.data.dataset import MANIFEST, Dataset, digest, open_dataset
@@ -28,8 +28,9 @@ def find_or_make(
     config: DataConfig,
     *,
     vocab_size: int,
-    max_tokens: int,
+    limits: Sequence[int],
     recorded: Prepared | None = None,
+    known: Dataset | None = None,
 ) -> Dataset:
     """The dataset of a source of text; `Make` in data/run_data.py describes the arguments.
 
@@ -39,12 +40,15 @@ def find_or_make(
         _compare_source(config, recorded["source"], found.directory)
         return found
     source = open_source(config)
-    recipe = _recipe(config, source, vocab_size, max_tokens)
+    recipe = _recipe(config, source, vocab_size, limits)
     folder = data_folder(config.cache_dir) / f"{label(source.name)}-{digest(recipe)}"
-    make_once(
-        folder,
-        lambda: make_dataset(folder, source, config, vocab_size, max_tokens),
-    )
+
+    def make() -> None:
+        if known:
+            begin_with(folder, known, source)
+        make_dataset(folder, source, config, vocab_size, limits)
+
+    make_once(folder, make)
     return open_dataset(folder, vocab_size)
 
 
@@ -66,7 +70,9 @@ def train_for_all(configs: Sequence[DataConfig], shares: Sequence[int], vocab_si
     return str(path)
 
 
-def _recipe(config: DataConfig, source: Source, vocab_size: int, max_tokens: int) -> dict[str, Any]:
+def _recipe(
+    config: DataConfig, source: Source, vocab_size: int, limits: Sequence[int]
+) -> dict[str, Any]:
     """Everything that determines the content, as far as it is known without a network."""
     tokenizer = config.tokenizer
     if tokenizer == "train":
@@ -76,7 +82,7 @@ def _recipe(config: DataConfig, source: Source, vocab_size: int, max_tokens: int
     fields = ("source", "split", "text_field", "eos_token", "eval_limit", "drop_duplicates")
     recipe = {name: getattr(config, name) for name in fields}
     recipe |= {"reading": TOKENS_VERSION, "key": source.key}
-    return recipe | {"tokenizer": tokenizer, "max_tokens": max_tokens}
+    return recipe | {"tokenizer": tokenizer, "limits": [*limits]}
 
 
 def _compare_source(config: DataConfig, before: str, folder: Path) -> None:

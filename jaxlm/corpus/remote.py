@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from jaxlm.config import DataConfig
 from jaxlm.corpus.files import Document, Source, document_of, files_revision
 from jaxlm.corpus.formats import text_of
-from jaxlm.data.batches import permute
+from jaxlm.data.order import permute
 from jaxlm.errors import MissingFileError, MissingPackageError, NoConnectionError
 from jaxlm.extras import needs
 from jaxlm.files.durable import expand

@@ -40,38 +40,46 @@ class Splits:
         self,
         folder: Path,
         progress: dict[str, Any],
-        limits: dict[str, int],
+        eval_tokens: int,
         tokenizer: Tokenizer,
     ):
+        self._limits = {"train": 0, "eval": eval_tokens}
         self.counts = {
-            split: sum(shard["num_tokens"] for shard in progress[split]) for split in limits
+            split: sum(shard["num_tokens"] for shard in progress[split]) for split in self._limits
         }
-        self._waiting: dict[str, list[np.ndarray]] = {split: [] for split in limits}
-        self._numbers: dict[str, list[int]] = {split: [] for split in limits}
-        self._folder, self._progress, self._limits = folder, progress, limits
-        self._tokenizer = tokenizer
+        self._waiting: dict[str, list[np.ndarray]] = {split: [] for split in self._limits}
+        self._numbers: dict[str, list[int]] = {split: [] for split in self._limits}
+        self._folder, self._progress, self._tokenizer = folder, progress, tokenizer
 
-    def add(
-        self, document: Document, ids: np.ndarray, *, held_out: bool, is_duplicate: bool
-    ) -> None:
+    def begin_stage(self, max_tokens: int) -> None:
+        """Takes up to `max_tokens` to train on, or holds out all documents if that is 0."""
+        self._limits["train"] = max_tokens
+
+    def add(self, document: Document, ids: np.ndarray, *, is_duplicate: bool) -> None:
         """Takes in the next document; one without ids is dropped.
 
-        A held-out document is trained on if the held-out split is full.
+        A held-out document is trained on if the held-out split is full. Of a training document
+        that is cut by the limit, the next stage takes the rest.
         """
-        progress, counts = self._progress, self.counts
+        progress, counts, number = self._progress, self.counts, self._progress["next_document"]
+        held_out = not self._limits["train"] or is_held_out(number)
         split = "eval" if held_out and counts["eval"] < self._limits["eval"] else "train"
-        kept = ids[: self._limits[split] - counts[split]]
-        progress["next_document"] += 1
-        documents = progress["documents"]
+        begun, progress["begun"] = progress["begun"], 0
+        left = self._limits[split] - counts[split]
+        kept = ids[begun : begun + left]
+        if split == "train" and begun + left < len(ids):
+            progress["begun"] = begun + left
+        else:
+            progress["next_document"] += 1
         if not len(ids):
-            documents["duplicate" if is_duplicate else "empty"] += 1
-        if not len(kept):
+            progress["documents"]["duplicate" if is_duplicate else "empty"] += 1
             return
         if split == "eval":
             progress["eval_bytes"] += self._num_bytes(document, kept, len(ids))
-        documents[split] += 1
         self._waiting[split].append(kept)
-        self._numbers[split].append(progress["next_document"] - 1)
+        if not begun:
+            self._numbers[split].append(number)
+            progress["documents"][split] += 1
         counts[split] += len(kept)
         counts_of_part = progress["parts"].setdefault(document.part, [0, 0])  # train, eval
         counts_of_part[split == "eval"] += len(kept)
@@ -93,6 +101,12 @@ class Splits:
     def num_waiting(self) -> int:
         """Number of tokens that are not on disk."""
         return sum(map(len, itertools.chain(*self._waiting.values())))
+
+    def end_stage(self) -> None:
+        """Writes what is waiting; the tokens so far are the beginning of any longer data."""
+        self.write()
+        self._progress["stages"] = sorted({*self._progress["stages"], self.counts["train"]})
+        write_json(self._folder / PROGRESS, self._progress)
 
     def write(self) -> None:
         """Writes the waiting tokens as a shard of each split, and the progress."""

@@ -47,18 +47,20 @@ def link_tokens(
     config: DataConfig,
     *,
     vocab_size: int,
-    max_tokens: int,
+    limits: Sequence[int],
     recorded: Prepared | None = None,
+    known: Dataset | None = None,
 ) -> Dataset:
     """The dataset of `tokens:GLOB`; `Make` in data/run_data.py describes the arguments.
 
     Of each file, the last documents that fit into its share are held out: one token of 20 in all,
-    and `data.eval_tokens` at most. All others are trained on, whatever `max_tokens` is.
+    and `data.eval_tokens` at most. All others are trained on, whatever the limits are.
 
     Raises:
       FileNotFoundError: no file matches.
       ValueError: a file is of no known format, or its ids are not those of the tokenizer.
     """
+    del known  # nothing is left to add
     if recorded and recorded["source"] == config.source:
         with contextlib.suppress(InputError):  # a file has moved or changed: see below
             if found := open_recorded(recorded, vocab_size, config.cache_dir):
@@ -71,14 +73,14 @@ def link_tokens(
         raise InputError(f"data.source {config.source}: found .idx alone, expected the .bin too")
     tokenizer = new_tokenizer(None, config, vocab_size)
     eos_id = tokenizer_lib.find_eos(tokenizer, config.eos_token)
-    recipe = [files_revision(map(str, paths)), config.eval_limit, max_tokens == 0, TOKENS_VERSION]
+    recipe = [files_revision(map(str, paths)), config.eval_limit, limits[-1] == 0, TOKENS_VERSION]
     recipe += [tokenizer_lib.content_hash(tokenizer), eos_id]
     folder = data_folder(config.cache_dir) / f"{label(config.source)}-{digest(recipe)}"
 
     def make() -> None:
         _log.info(f"Checking the tokens of {config.source}, once")
         files = [read_token_file(path, tokenizer_lib.num_ids(tokenizer)) for path in paths]
-        _link(folder, files, tokenizer, config, eos_id, all_held_out=max_tokens == 0)
+        _link(folder, files, tokenizer, config, eos_id, all_held_out=limits[-1] == 0)
 
     make_once(folder, make)
     return open_dataset(folder, vocab_size)
@@ -155,6 +157,7 @@ def _link(
         "numbers": {},
         "eval_bytes": _num_bytes(held_out, tokenizer, eos_id),
         "documents": documents,
+        "stages": [sum(record["num_tokens"] for record in splits["train"])],
         "vocab_size": num_ids,
         "eos_id": eos_id,
         "dtype": files[0].dtype.str,

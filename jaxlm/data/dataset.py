@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -48,6 +48,8 @@ class Manifest(TypedDict):
     """Split -> files with the numbers of its documents in the source (uint64), one a shard."""
     eval_bytes: int
     """Bytes of the text of the held-out tokens, but for the first, which no eval predicts."""
+    stages: list[int]
+    """Training tokens after each limit: the data of a run grows with its plan."""
     vocab_size: int
     eos_id: int
     dtype: Literal["|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8"]
@@ -63,10 +65,16 @@ class Dataset:
     source: str
     train: TokenShards
     eval: TokenShards
+    stages: list[int]
+    """Training tokens after each limit of the preparation."""
+    exhausted: bool
+    """Whether the source has no more text."""
     eval_bytes: int
     """Bytes of text that an eval of `eval` predicts."""
     fingerprint: str
     """Identity of the tokens: equal for equal tokens of any source."""
+    eval_fingerprint: str
+    """Identity of the held-out tokens, which stay as they are when the others grow."""
     stamps: Mapping[str, str]
     """Name of a file -> its size and time when it was opened."""
     tokenizer_path: Path
@@ -116,12 +124,22 @@ def open_dataset(folder: Path, vocab_size: int) -> Dataset:
         source=manifest["source"],
         train=train,
         eval=held_out,
+        stages=manifest["stages"],
+        exhausted=manifest["exhausted"],
         eval_bytes=manifest["eval_bytes"],
         fingerprint=manifest["fingerprint"],
+        eval_fingerprint=digest([manifest["tokenizer"], manifest["eval"], manifest["eval_bytes"]]),
         stamps={name: _file_stamp(folder / name) for name in names},
         tokenizer_path=tokenizer_path,
         eos_id=manifest["eos_id"],
     )
+
+
+def begins_with(dataset: Dataset, known: Dataset) -> bool:
+    """Whether a dataset has the tokens of another one, and only training tokens after them."""
+    more, less = (read_json(of.directory / MANIFEST, Manifest) for of in (dataset, known))
+    same = dataset.eval_fingerprint == known.eval_fingerprint
+    return same and more["train"][: len(less["train"])] == less["train"]
 
 
 def verify_dataset(folder: Path) -> None:
@@ -156,13 +174,14 @@ def _check(folder: Path, manifest: Manifest, *, read_all: bool = False) -> list[
         of["num_tokens"] > 0 <= of["offset"] <= of["num_bytes"] - of["num_tokens"] * itemsize
         for of in shards
     ]
+    total = sum(shard["num_tokens"] for shard in manifest["train"])
+    stages = manifest["stages"]
+    grows = stages == sorted({*stages}) and stages[-1:] == [total]
     if manifest["fingerprint"] != manifest_fingerprint(manifest) or not (
-        all(fit) and manifest["eval"]
+        all(fit) and manifest["eval"] and grows
     ):
         raise InputError(f"{MANIFEST} was altered")
-    # By name: a file of tokens may hold a part of both splits.
-    named = [manifest["tokenizer"], *shards, *itertools.chain(*manifest["numbers"].values())]
-    records = {record["name"]: record for record in named}.values()
+    records = records_of(manifest)
     known = list[str]()
     if not read_all:
         with contextlib.suppress(OSError, ValueError):
@@ -177,6 +196,13 @@ def _check(folder: Path, manifest: Manifest, *, read_all: bool = False) -> list[
         with contextlib.suppress(OSError):  # a read-only cache
             write_file(checked_path(folder), json.dumps([*stamps.values()]).encode())
     return [*stamps]
+
+
+def records_of(manifest: Manifest) -> list[Record]:
+    """The files of a dataset, each once: a file of tokens may hold a part of both splits."""
+    shards = [*manifest["train"], *manifest["eval"]]
+    named = [manifest["tokenizer"], *shards, *itertools.chain(*manifest["numbers"].values())]
+    return [*{record["name"]: record for record in named}.values()]
 
 
 def checked_path(folder: Path) -> Path:
@@ -206,12 +232,17 @@ def _glance(folder: Path, record: Record) -> str | None:
     return None
 
 
-def find_shard_damage(folder: Path, records: Iterable[Record]) -> str | None:
-    """The first difference between a file and its record, or None; reads every byte."""
+def find_shard_damage(
+    folder: Path, records: Iterable[Record], rest: Callable[[float], None] = lambda _: None
+) -> str | None:
+    """The first difference between a file and its record, or None; reads every byte.
+
+    `rest` is as in `crc32c`.
+    """
     for record in records:
         if problem := _glance(folder, record):
             return problem
-        crc = crc32c(folder / record["name"])
+        crc = crc32c(folder / record["name"], rest=rest)
         if crc != record["crc32c"]:
             return f"{record['name']} has crc32c {crc:08x}, expected {record['crc32c']:08x}"
     return None

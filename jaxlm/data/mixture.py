@@ -14,22 +14,30 @@ import numpy as np
 
 
 class Phase(TypedDict):
-    """The shares of a run from one step on, up to the next phase."""
+    """What the rows of a run are made of from one step on, up to the next phase."""
 
     step: int
     shares: dict[str, int]
     """Name of a source -> rows of it in a cycle, whose length is the sum."""
+    stages: dict[str, int]
+    """Name of a source that has grown -> stages of its tokens; else 1."""
 
 
-def add_phase(phases: Sequence[Phase], step: int, shares: Mapping[str, int]) -> list[Phase]:
-    """The phases up to a step, and these shares from there on, if the last phase has others.
+def add_phase(
+    phases: Sequence[Phase], step: int, shares: Mapping[str, int], stages: Mapping[str, int]
+) -> list[Phase]:
+    """The phases up to a step, and a new one from there on if shares or stages differ.
 
     Phases after the step are left out: the run has gone back to before them.
     """
     before = [phase for phase in phases if phase["step"] <= step]
-    if before and _used(before[-1]["shares"]) == _used(shares):
-        return before
-    return [*before, {"step": step, "shares": dict(shares)}]
+    grown = {name: count for name, count in stages.items() if count > 1}
+    if before:
+        last = before[-1]
+        grown = {**last["stages"], **grown}
+        if (_used(last["shares"]), last["stages"]) == (_used(shares), grown):
+            return before
+    return [*before, {"step": step, "shares": dict(shares), "stages": grown}]
 
 
 def _used(shares: Mapping[str, int]) -> dict[str, int]:
@@ -86,6 +94,7 @@ class Mixture:
         self.names = sorted({name for phase in phases for name in _used(phase["shares"])})
         self._first_rows = [phase["step"] * batch_size for phase in phases]
         self._cycles = [_Cycle(phase["shares"], self.names) for phase in phases]
+        self._stages = [phase["stages"] for phase in phases]
         self._before = [np.zeros(len(self.names), np.int64)]
         for cycle, size in zip(self._cycles, np.diff(self._first_rows).tolist(), strict=False):
             self._before.append(self._before[-1] + cycle.count(size))  # the last phase is open
@@ -97,6 +106,13 @@ class Mixture:
         number = bisect.bisect_right(self._first_rows, row) - 1
         counts = self._before[number] + self._cycles[number].count(row - self._first_rows[number])
         return int(counts[self.names.index(name)])
+
+    def growth(self, name: str) -> list[tuple[int, int]]:
+        """Row of a source from which on it has so many stages of its tokens, of each phase."""
+        return [
+            (self.rows_before(name, row), stages.get(name, 1))
+            for row, stages in zip(self._first_rows, self._stages, strict=True)
+        ]
 
     def split(self, rows: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """For each source: which of these rows are its own, bool [N], and their numbers in it."""

@@ -1,15 +1,18 @@
 """The datasets of a run: its training sources and held-out sets, each found or made now."""
 
 import dataclasses
+import logging
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypedDict
 
 from jaxlm.config import MAX_EVAL_TOKENS, Config, DataConfig
-from jaxlm.data.dataset import Dataset
+from jaxlm.data.dataset import Dataset, begins_with
 from jaxlm.data.mixture import Phase
-from jaxlm.errors import InputError
+from jaxlm.errors import InputError, JaxlmError
+
+_log = logging.getLogger(__name__)
 
 # Kind of source -> function that makes its dataset, imported when a run has such a source.
 _MAKERS: dict[str, str] = dict.fromkeys(
@@ -41,8 +44,15 @@ class Prepared(TypedDict):
     fingerprint: str
     source: str
     """`data.source` when the dataset was added."""
-    max_tokens: int
-    """Limit of training tokens; 0 for a held-out set, all documents of which are held out."""
+    limits: list[int]
+    """Limits of training tokens, one for each time that the plan outgrew them; [0] for a held-out
+    set, all documents of which are held out."""
+
+
+def has_grown(before: Prepared, now: Prepared) -> bool:
+    """Whether `load_data` has added tokens to a dataset."""
+    size = len(before["limits"])
+    return len(now["limits"]) > size and now["limits"][:size] == before["limits"]
 
 
 class Recorded(NamedTuple):
@@ -84,26 +94,36 @@ class Make(Protocol):
         config: DataConfig,
         *,
         vocab_size: int,
-        max_tokens: int,
+        limits: Sequence[int],
         recorded: Prepared | None = None,
+        known: Dataset | None = None,
     ) -> Dataset:
         """The dataset of `config.source`.
 
         Args:
           config: of the source alone.
           vocab_size: of the model; the size of a trained tokenizer, the limit of a given one.
-          max_tokens: limit of training tokens; 0 to hold out every document.
+          limits: limits of training tokens, ascending: the tokens of each are the first of the
+            next; [0] to hold out every document.
           recorded: of a run that has begun: the prepared data is found by its fingerprint, even if
             the source has moved or is gone.
+          known: the dataset of all limits but the last, whose tokens are taken over.
         """
         ...
 
 
-def load_data(config: Config, recorded: Recorded | None = None) -> tuple[Config, RunData]:
+def load_data(
+    config: Config, recorded: Recorded | None = None, *, grows: bool = False
+) -> tuple[Config, RunData]:
     """The config with the defaults of its data filled in, and the data of the run.
 
     Each source is prepared with the share of `max_tokens` that it has when it is added. All have
     one tokenizer: that of the run, if it has begun.
+
+    Args:
+      config: the run.
+      recorded: its data, if it has begun.
+      grows: whether sources of a run that has begun grow, if its plan needs more of them.
 
     Raises:
       ValueError: the corpus or the tokenizer does not fit, or a file of the cache is damaged.
@@ -111,12 +131,10 @@ def load_data(config: Config, recorded: Recorded | None = None) -> tuple[Config,
       OSError: the disk is full.
     """
     data, vocab_size = config.data, config.model.vocab_size
-    max_tokens = default_max_tokens(data, config.num_steps * config.tokens_per_step)
+    planned = config.num_steps * config.tokens_per_step
+    max_tokens = default_max_tokens(data, planned)
     data = dataclasses.replace(
-        data,
-        max_tokens=max_tokens,
-        eval_tokens=default_eval_tokens(config),
-        best_by="+".join(data.judges),
+        data, eval_tokens=default_eval_tokens(config), best_by="+".join(data.judges)
     )
     config = dataclasses.replace(config, data=data)
     tokenizer = data.tokenizer
@@ -130,26 +148,47 @@ def load_data(config: Config, recorded: Recorded | None = None) -> tuple[Config,
     found, prepared = dict[str, Dataset](), dict[str, Prepared]()
     for name, source in {**data.corpora, **data.held_out}.items():
         known = before.get(name)
-        limit = known["max_tokens"] if known else limits[name]
-        if (limit == 0) != (name in data.held_out):
+        own = known["limits"] if known else [limits[name]]
+        if (own == [0]) != (name in data.held_out):
             raise InputError(
-                f"data.held_out: found {name}, which was {'no' if limit else 'a'} held-out set up "
-                f"to step {recorded.step if recorded else 0}; take another name"
+                f"data.held_out: found {name}, which was {'a' if own == [0] else 'no'} held-out "
+                f"set up to step {recorded.step if recorded else 0}; take another name"
             )
-        found[name] = load_dataset(
-            config_of_source(data, source, tokenizer),
-            vocab_size=vocab_size,
-            max_tokens=limit,
-            recorded=known,
-        )
+        of_source = config_of_source(data, source, tokenizer)
+        dataset = load_dataset(of_source, vocab_size=vocab_size, limits=own, recorded=known)
+        share = data.shares.get(name, 0)
+        needed = share and _limit(name, data.shares, data.max_tokens or planned)
+        as_known = known and dataset.fingerprint == known["fingerprint"]
+        if grows and as_known and needed > own[-1] and not dataset.exhausted:
+            dataset, own = _grow(dataset, own, limits[name], of_source, vocab_size)
+        found[name] = dataset
         source = known["source"] if known else source
-        prepared[name] = Prepared(
-            fingerprint=found[name].fingerprint, source=source, max_tokens=limit
-        )
+        prepared[name] = Prepared(fingerprint=dataset.fingerprint, source=source, limits=own)
         tokenizer = str(found[name].tokenizer_path)
     _check_tokenizers(found)
     sources = {name: found[name] for name in data.corpora}
     return config, RunData(sources, {name: found[name] for name in data.held_out}, prepared)
+
+
+def _grow(
+    known: Dataset, before: list[int], limit: int, config: DataConfig, vocab_size: int
+) -> tuple[Dataset, list[int]]:
+    # The dataset with more tokens, and its limits; without the source, those before.
+    limits = [*before, limit]
+    try:
+        grown = load_dataset(config, vocab_size=vocab_size, limits=limits, known=known)
+        if not begins_with(grown, known):
+            raise InputError(f"{config.source} gives other tokens than it gave to the run")
+    except JaxlmError as error:
+        _log.warning(
+            f"the plan takes more than the {known.stages[-1]:,} training tokens of {known.source}, "
+            f"and no more can be prepared: {error}. The run goes through those again"
+        )
+        return known, before
+    if len(grown.stages) > len(known.stages):
+        added = grown.stages[-1] - known.stages[-1]
+        _log.info(f"{known.source}: {added:,} training tokens are added for the longer plan")
+    return grown, limits
 
 
 def _check_tokenizers(datasets: Mapping[str, Dataset]) -> None:

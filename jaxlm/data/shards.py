@@ -51,6 +51,14 @@ class TokenShards:
         for start in range(0, self.num_tokens, _CHUNK_TOKENS):
             yield self.read(start, min(start + _CHUNK_TOKENS + overlap, self.num_tokens))
 
+    def ends(self, eos_id: int) -> np.ndarray:
+        """Position after each EOS, by a scan of all tokens: int64, ascending."""
+        found, start = [np.empty(0, np.int64)], 0
+        for chunk in self.chunks():
+            found.append(np.flatnonzero(chunk == eos_id) + start + 1)
+            start += len(chunk)
+        return np.concatenate(found)
+
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Windows of `length` tokens from each of the B starts: int32 [B, length]."""
         tokens = np.empty((len(starts), length), np.int32)

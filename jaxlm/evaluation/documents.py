@@ -1,5 +1,6 @@
 """The documents behind a batch: their numbers, their text, and their place in the source."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -7,16 +8,14 @@ from tokenizers import Tokenizer
 
 from jaxlm.checkpoints.folder import select
 from jaxlm.checkpoints.names import split_step
-from jaxlm.corpus.cache import ends_path
 from jaxlm.corpus.tokenizer import load_tokenizer
 from jaxlm.data.dataset import MANIFEST, Dataset, Manifest
 from jaxlm.data.run_data import load_data
-from jaxlm.data.shards import TokenShards
 from jaxlm.errors import InputError
 from jaxlm.files.durable import write_file
 from jaxlm.files.strict import read_json
 from jaxlm.terminal import prints_lines
-from jaxlm.training.inputs import train_batches
+from jaxlm.training.inputs import rows_of_sources, train_batches
 
 
 class Piece(NamedTuple):
@@ -63,14 +62,15 @@ def rows_of_batch(run: str, step: int, row: int | None = None) -> list[Row]:
     if row is not None and not 0 <= row < config.batch_size:
         raise InputError(f"--row: found {row}, expected 0 to {config.batch_size - 1}")
     _, data = load_data(config, selected.recorded_data)
-    batches = train_batches(config, data, metadata.phases)
+    rows = rows_of_sources(config, data)
+    batches = train_batches(config, rows, metadata.phases)
     tokenizer = load_tokenizer(data.first.tokenizer_path)
     indexes = {name: _Index(dataset, tokenizer) for name, dataset in data.sources.items()}
     found = []
     for number in range(config.batch_size) if row is None else (row,):
         name, epoch, window = batches.locate(step - 1, number)
-        start = window * config.seq_len
-        pieces = indexes[name].pieces(start, start + config.seq_len)
+        ranges = rows[name].ranges(window)
+        pieces = [piece for at in ranges for piece in indexes[name].pieces(*at)]
         found.append(Row(name, epoch, window, pieces))
     return found
 
@@ -125,16 +125,8 @@ def document_ends(dataset: Dataset) -> np.ndarray:
 
     The file is made once, beside the dataset, by a scan of all tokens.
     """
-    path = ends_path(dataset.directory)
+    path = Path(f"{dataset.directory}.ends")
     if not path.exists():
-        write_file(path, _scan(dataset.train, dataset.eos_id).tobytes())
+        write_file(path, dataset.train.ends(dataset.eos_id).astype("<i8").tobytes())
     size = path.stat().st_size
     return np.memmap(path, "<i8", "r") if size else np.empty(0, np.int64)
-
-
-def _scan(tokens: TokenShards, eos_id: int) -> np.ndarray:
-    found, start = [np.empty(0, np.int64)], 0
-    for chunk in tokens.chunks():
-        found.append(np.flatnonzero(chunk == eos_id) + start + 1)
-        start += len(chunk)
-    return np.concatenate(found).astype("<i8")

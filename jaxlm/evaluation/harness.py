@@ -54,7 +54,7 @@ class HarnessModel(TemplateLM):
         self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         pairs: list[Pair] = [(context, continuation) for _, context, continuation in requests]
-        return [tuple(found) for found in self._likelihoods(pairs)]
+        return [(found.logprob, found.is_greedy) for found in self._likelihoods(pairs)]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False

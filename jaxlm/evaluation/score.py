@@ -164,10 +164,10 @@ class Scorer:
         assert self._source
         tokenizer = str(selected.folder / TOKENIZER)
         data = config_of_source(config.data, self._source, tokenizer)
-        max_tokens = default_max_tokens(data, config.num_steps * config.tokens_per_step)
+        limits = [default_max_tokens(data, config.num_steps * config.tokens_per_step)]
         if self._all:
-            data, max_tokens = dataclasses.replace(data, eval_tokens=_NO_LIMIT), 0
-        dataset = load_dataset(data, vocab_size=config.model.vocab_size, max_tokens=max_tokens)
+            data, limits = dataclasses.replace(data, eval_tokens=_NO_LIMIT), [0]
+        dataset = load_dataset(data, vocab_size=config.model.vocab_size, limits=limits)
         warn_overlap(dataset, selected.metadata.data, config)
         return [dataset]
 

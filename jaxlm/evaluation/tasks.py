@@ -69,7 +69,7 @@ def open_tasks(
 
 @contextlib.contextmanager
 def own_random_state() -> Iterator[None]:
-    """Restores the process's generators, which a caller's own batches may use: lm-eval seeds them."""
+    """Restores the generators of the process, which lm-eval seeds and own batches may use."""
     states = random.getstate(), np.random.get_state()
     try:
         yield

@@ -5,7 +5,8 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import google_crc32c
@@ -89,8 +90,15 @@ def read_file(path: Path, max_bytes: int) -> bytes:
         return path.read_bytes()
 
 
-def crc32c(path: Path, chunk_bytes: int = 1 << 22) -> int:
+def crc32c(
+    path: Path, chunk_bytes: int = 1 << 22, rest: Callable[[float], None] = lambda _: None
+) -> int:
     """The checksum of a file's content, read in chunks.
+
+    Args:
+      path: the file.
+      chunk_bytes: size of a chunk.
+      rest: called after each chunk with the seconds that it took.
 
     Raises:
       OSError: the file cannot be read.
@@ -98,8 +106,11 @@ def crc32c(path: Path, chunk_bytes: int = 1 << 22) -> int:
     """
     checksum = google_crc32c.Checksum()
     with reading(path), path.open("rb", buffering=0) as file:
+        started_s = time.monotonic()
         while chunk := file.read(chunk_bytes):
             checksum.update(chunk)
+            rest(time.monotonic() - started_s)
+            started_s = time.monotonic()
     return int.from_bytes(checksum.digest(), "big")
 
 

@@ -49,6 +49,9 @@ class ScoringModel:
       seq_len: context length that the model was trained on (tokens).
     """
 
+    _params: Params
+    _model: nnx.Module
+
     def __init__(
         self,
         blueprint: Blueprint,

@@ -9,10 +9,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from jaxlm.config import MAIN, Config
-from jaxlm.data.batches import EvalBatches, Rows, TrainBatches, recorded, windows_per_epoch
+from jaxlm.data.batches import EvalBatches, Rows, TrainBatches, recorded
 from jaxlm.data.dataset import Dataset, find_change
 from jaxlm.data.mixture import Mixture, Phase, add_phase
+from jaxlm.data.packing import RowReader, open_rows
 from jaxlm.data.run_data import Prepared, Recorded, RunData, load_data
+from jaxlm.data.verification import Verification
 from jaxlm.errors import RunError
 from jaxlm.training.evaluate import EvalSet
 
@@ -42,6 +44,8 @@ class Inputs(NamedTuple):
     """Names of the held-out sets that decide the best, together."""
     shares: dict[str, int] = {}  # never changed in place
     """Shares of the sources from now on; empty with a caller's own batches."""
+    stages: dict[str, int] = {}  # never changed in place
+    """Stages of their tokens from now on."""
     planned: Sequence[Phase] = ()
     """The mixture, unless damage takes this start back behind `step`."""
     step: int = 0
@@ -77,12 +81,23 @@ class Inputs(NamedTuple):
         """The tokenizer of the tokens."""
         return self.datasets[0].tokenizer_path if self.datasets else None
 
-    def check_unchanged(self) -> None:
-        """Refuses to go on if a file of the data has changed since the start.
+    def verifying(self) -> Verification:
+        """Reads all data in the background; for `check_unchanged`."""
+        return Verification([dataset.directory for dataset in self.datasets])
+
+    def check_unchanged(self, verification: Verification) -> None:
+        """Refuses to go on if a file of the data is damaged, or has changed since the start.
 
         Raises:
           RuntimeError: names the file.
         """
+        if damage := verification.damage:
+            raise RunError(
+                f"data: {damage}, though its size and time are those of the file that was "
+                "prepared; steps of this run may have read it, and those since the latest "
+                "checkpoint are not saved. Look at the disk and the memory of this machine; the "
+                "same command prepares the data again after `jaxlm cache clear`"
+            )
         for dataset in self.datasets:
             if path := find_change(dataset):
                 raise RunError(
@@ -93,7 +108,7 @@ class Inputs(NamedTuple):
 
     def phases(self, before: Sequence[Phase], step: int) -> list[Phase]:
         """The mixture of a run that goes on from a step."""
-        return add_phase(before, step, self.shares) if self.shares else []
+        return add_phase(before, step, self.shares, self.stages) if self.shares else []
 
 
 def find_inputs(
@@ -116,22 +131,25 @@ def find_inputs(
     if batches is not None:
         own = recorded(batches, record_to)
         fingerprint = str(getattr(batches, "fingerprint", ""))
-        own_data = Prepared(fingerprint=fingerprint, source="", max_tokens=0)
+        own_data = Prepared(fingerprint=fingerprint, source="", limits=[])
         return config, Inputs(
             lambda _: own,
             sets,
             best_by=[*sets][:1],
             data={MAIN: own_data} if fingerprint else {},
         )
-    config, data = load_data(config, recorded_data)
+    config, data = load_data(config, recorded_data, grows=True)
     before, step = (recorded_data.phases, recorded_data.step) if recorded_data else ([], 0)
-    planned = add_phase(before, step, config.data.shares)
-    _log_sources(config, data, planned)
+    stages = {name: len(of.stages) for name, of in data.sources.items()}
+    planned = add_phase(before, step, config.data.shares, stages)
+    rows = rows_of_sources(config, data)
+    _log_sources(config, data, rows, planned)
     return config, Inputs(
-        lambda phases: recorded(train_batches(config, data, phases), record_to),
+        lambda phases: recorded(train_batches(config, rows, phases), record_to),
         sets or {n: held_out_batches(config, of) for n, of in data.by_name.items()},
         best_by=[*sets][:1] or config.data.judges,
         shares=config.data.shares,
+        stages=stages,
         planned=planned,
         step=step,
         data=data.prepared,
@@ -139,15 +157,18 @@ def find_inputs(
     )
 
 
-def train_batches(config: Config, data: RunData, phases: Sequence[Phase]) -> TrainBatches:
+def rows_of_sources(config: Config, data: RunData) -> dict[str, RowReader]:
+    """The rows of each training source."""
+    packing = config.data.packing
+    return {name: open_rows(of, config.seq_len, packing) for name, of in data.sources.items()}
+
+
+def train_batches(
+    config: Config, rows: Mapping[str, RowReader], phases: Sequence[Phase]
+) -> TrainBatches:
     """The training batches of a run whose mixture has these phases."""
-    return TrainBatches(
-        {name: dataset.train for name, dataset in data.sources.items()},
-        Mixture(phases, config.batch_size),
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        seed=config.seed,
-    )
+    mixture = Mixture(phases, config.batch_size)
+    return TrainBatches(rows, mixture, batch_size=config.batch_size, seed=config.seed)
 
 
 def held_out_batches(config: Config, dataset: Dataset) -> EvalBatches:
@@ -156,18 +177,19 @@ def held_out_batches(config: Config, dataset: Dataset) -> EvalBatches:
         dataset.eval,
         batch_size=config.micro_batch_size,
         seq_len=config.seq_len,
-        fingerprint=dataset.fingerprint,
+        fingerprint=dataset.eval_fingerprint,
         num_bytes=dataset.eval_bytes,
     )
 
 
-def _log_sources(config: Config, data: RunData, phases: Sequence[Phase]) -> None:
+def _log_sources(
+    config: Config, data: RunData, rows: Mapping[str, RowReader], phases: Sequence[Phase]
+) -> None:
     mixture, most_epochs = Mixture(phases, config.batch_size), 0.0
     shares = phases[-1]["shares"]
     for name, dataset in data.sources.items():
-        windows = windows_per_epoch(dataset.train, config.seq_len)
-        rows = mixture.rows_before(name, config.num_steps * config.batch_size)
-        epochs = rows / max(windows, 1)
+        taken = mixture.rows_before(name, config.num_steps * config.batch_size)
+        epochs = taken / max(rows[name].sizes[-1], 1)
         most_epochs = max(most_epochs, epochs)
         share = shares.get(name, 0) / sum(shares.values())
         title = f"{name} ({share:.4g} of the rows)" if len(data.sources) > 1 else "data"
@@ -175,6 +197,10 @@ def _log_sources(config: Config, data: RunData, phases: Sequence[Phase]) -> None
             f"{title}: {dataset.train.num_tokens:,} training tokens from {dataset.source}, "
             f"{dataset.eval.num_tokens:,} held out; the run goes through them {epochs:.2f} times"
         )
+        if config.data.packing == "documents":
+            _log.info(
+                f"{name}: whole documents in rows, of which {rows[name].padding:.2%} is padding"
+            )
     for name, dataset in data.held_out.items():
         _log.info(f"{name}: {dataset.eval.num_tokens:,} tokens from {dataset.source}, all held out")
     if most_epochs > 4 and not config.overfit_one_batch:

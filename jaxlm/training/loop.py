@@ -16,6 +16,7 @@ from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.cluster import all_fail
 from jaxlm.config import to_dict
 from jaxlm.data.batches import prefetch
+from jaxlm.data.verification import Verification
 from jaxlm.device.guard import Guard
 from jaxlm.device.loss import Batch
 from jaxlm.device.state import TrainState
@@ -71,6 +72,7 @@ class Loop:
     hooks: Sequence[Hook]
     start: Start
     clock: Clock
+    verification: Verification
 
     def __post_init__(self) -> None:
         self.config = self.parts.config
@@ -254,7 +256,7 @@ class Loop:
     ) -> None:
         """Starts to save this step, once every row up to it is on disk."""
         self.read_metrics()
-        self.parts.inputs.check_unchanged()
+        self.parts.inputs.check_unchanged(self.verification)
         with self.clock.spent("save"):
             self.checkpoints.wait()
             metadata = self.metadata(step, eval_loss, final="final" in why)

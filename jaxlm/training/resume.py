@@ -82,10 +82,10 @@ def plan_resume(config: Config, checkpoints: Checkpoints) -> ResumePlan:
     if latest is None:
         return ResumePlan(config, [], False)
     before = latest.run_config()
-    # Chosen at the first start: more steps reuse its tokens, not new data; best keeps its meaning.
+    # Chosen at the first start: best keeps its meaning.
     chosen = {
         name: getattr(before.data, name)
-        for name in ("max_tokens", "eval_tokens", "best_by")
+        for name in ("eval_tokens", "best_by")
         if getattr(config.data, name) is None
     }
     there = {**config.data.corpora, **config.data.held_out}

@@ -29,7 +29,6 @@ from jaxlm.training.first_look import check_given, look_at
 from jaxlm.training.inputs import Inputs, TrainSet, find_inputs
 from jaxlm.training.preflight import check_prompt
 
-
 Tasks = Callable[[int, Params, Callable[[], bool]], dict[str, float]]
 """(step, weights, stops) -> `eval/TASK/METRIC`; raises `Stopped` if `stops` returns True."""
 
@@ -128,7 +127,9 @@ def set_up(
 
 def _open_tasks(config: Config, blueprint: Blueprint, mesh: Mesh, inputs: Inputs) -> Tasks:
     if inputs.tokenizer_path is None:
-        raise InputError("tasks.names: found tasks, expected none with custom batches: no tokenizer")
+        raise InputError(
+            "tasks.names: found tasks, expected none with custom batches: no tokenizer"
+        )
     return pkgutil.resolve_name(_OPEN_TASKS)(
         config, blueprint, mesh, inputs.tokenizer_path, inputs.eos_id
     )

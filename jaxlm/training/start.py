@@ -18,7 +18,7 @@ from jaxlm.checkpoints.restore import check_layout, items_of, restore_state, res
 from jaxlm.cluster import agree
 from jaxlm.config import Config, changes, to_dict
 from jaxlm.data.mixture import Phase
-from jaxlm.data.run_data import Prepared
+from jaxlm.data.run_data import Prepared, has_grown
 from jaxlm.device.sharding import deterministic_options, make_mesh
 from jaxlm.device.state import Own, TrainState, blueprint_of
 from jaxlm.errors import InputError
@@ -178,7 +178,9 @@ def _check_data(parts: TrainSetup, metadata: Metadata) -> None:
     for name in sorted(before.keys() | now.keys()):
         was, found = (of[name]["fingerprint"] if name in of else "none" for of in (before, now))
         both = name in before and name in now
-        if (both and was != found) or bool(before) != bool(now):
+        if (both and was != found and not has_grown(before[name], now[name])) or bool(
+            before
+        ) != bool(now):
             source = f" ({of['source']})" if (of := before.get(name, {})).get("source") else ""
             raise InputError(
                 f"data: found fingerprint {found} for {name}, but step {metadata.step} was trained "

@@ -200,7 +200,15 @@ def _train_to_end(
             state, start = start_state(parts, checkpoints)
         metrics = stack.enter_context(open_run_folder(parts, checkpoints, start, watchers.trackers))
         loop = Loop(
-            parts, checkpoints, metrics, console, watchers.callbacks, watchers.hooks, start, clock
+            parts,
+            checkpoints,
+            metrics,
+            console,
+            watchers.callbacks,
+            watchers.hooks,
+            start,
+            clock,
+            stack.enter_context(parts.inputs.verifying()),
         )
         events.start(start.step, start.why, loop.environment)
         checkpoints.retain()
