@@ -19,6 +19,7 @@ MODULES = {
     "hf": "datasets",
     "tfds": "tensorflow_datasets",
     "text": "pyarrow",
+    "stores": "s3fs",
     "gcs": "google.cloud.storage",
     "lm-eval": "lm_eval",
     "report": "vl_convert",

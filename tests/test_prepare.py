@@ -509,7 +509,7 @@ def test_a_file_is_read_in_full_when_new_or_changed_and_by_cache_verify(
     folder = run(config_of(corpus, tmp_path)).directory
     read = []
 
-    def noted(path):
+    def noted(path, **_):
         read.append(path.name)
         return crc32c(path)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.config import DataConfig
-from jaxlm.corpus import files, formats, remote
+from jaxlm.corpus import files, formats, remote, stores
 from jaxlm.corpus.sources import open_source
 
 DOCUMENTS = [f"document {n}\r\nnaïve 日本語 🎯\n" * (n % 4) for n in range(50)]
@@ -147,7 +147,7 @@ def test_a_row_group_is_read_in_parts(tmp_path, monkeypatch):
             sizes.append(size)
             return super().read(size)
 
-    monkeypatch.setattr(files, "FileIO", Counted)
+    monkeypatch.setattr(stores, "FileIO", Counted)
     before = pa.total_allocated_bytes()
     found, most = source(f"text:{tmp_path}/a.parquet").documents(0), 0
     for text in texts:

@@ -1,7 +1,6 @@
 """Text from files on this machine: documents in a fixed order."""
 
 import dataclasses
-import glob
 import hashlib
 import heapq
 import importlib.metadata
@@ -10,14 +9,14 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxlm.config import DataConfig
 from jaxlm.corpus.formats import READERS, Block, blocks_of, kind_of, reader_of
+from jaxlm.corpus.stores import File, find_files, is_remote, opened
 from jaxlm.data.dataset import digest
-from jaxlm.errors import InputError, MissingFileError, MissingPackageError
+from jaxlm.errors import InputError, MissingPackageError
 from jaxlm.files.durable import expand
 
 _MAX_OPEN = 64
@@ -98,16 +97,16 @@ def text_files(config: DataConfig) -> Source:
       ValueError: a file's suffix is not one of text, or a folder holds files of other kinds.
     """
     pattern = config.source.partition(":")[2]
-    paths = find_files(config.source, READERS)
+    files = find_files(config.source, READERS)
+    paths, sizes, num_read = [file.path for file in files], [file.num_bytes for file in files], 0
     readers, parts = {path: reader_of(path) for path in paths}, _parts(paths)
     _check_folder(pattern, paths)
-    sizes, num_read = [os.path.getsize(path) for path in paths], 0
 
     def read(blocks: Iterable[Block]) -> Iterator[Document]:
         nonlocal num_read
         for block in blocks:
             left = block.num_bytes
-            with _open(block.path) as file:
+            with opened(block.path) as file:
                 for text in readers[block.path](file, config.text_field, block):
                     # Text may be longer than its bytes (compression) or shorter (other fields).
                     document = document_of(text, parts[block.path])
@@ -119,22 +118,15 @@ def text_files(config: DataConfig) -> Source:
     def documents(start: int) -> Iterator[Document]:
         nonlocal num_read
         num_read = 0
-        return itertools.islice(_interleaved(paths, read), start, None)
+        return itertools.islice(_interleaved(files, read), start, None)
 
     return Source(
         f"text:{pattern}",
-        files_revision(paths),
+        files_revision(files),
         documents,
         sizes=digest(sizes),
         share=lambda: num_read / max(sum(sizes), 1),
     )
-
-
-def _open(path: str) -> FileIO:
-    try:
-        return FileIO(path)
-    except FileNotFoundError as error:
-        raise MissingFileError(f"data.source: {path} is gone since it was listed") from error
 
 
 def _parts(paths: Sequence[str]) -> dict[str, str]:
@@ -147,7 +139,7 @@ def _parts(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _interleaved(
-    paths: Sequence[str], read: Callable[[Iterable[Block]], Iterator[Document]]
+    files: Sequence[File], read: Callable[[Iterable[Block]], Iterator[Document]]
 ) -> Iterator[Document]:
     """Documents of all files, so that the first ones are a sample of all.
 
@@ -155,10 +147,10 @@ def _interleaved(
     shuffled order. Above `_MAX_OPEN` files, several share a turn, with their blocks shuffled
     together. The order depends on the sorted names and the sizes, not on the folder.
     """
-    groups: list[list[tuple[int, int, Block]]] = [[] for _ in paths[:_MAX_OPEN]]
-    for number, path in enumerate(paths):
-        group = groups[_hash(number) % len(groups) if len(paths) > _MAX_OPEN else number]
-        group += [(_hash(number, block.start), number, block) for block in blocks_of(path)]
+    groups: list[list[tuple[int, int, Block]]] = [[] for _ in files[:_MAX_OPEN]]
+    for number, file in enumerate(files):
+        group = groups[_hash(number) % len(groups) if len(files) > _MAX_OPEN else number]
+        group += [(_hash(number, block.start), number, block) for block in blocks_of(file)]
     streams = []
     for group in groups:
         group.sort()
@@ -185,30 +177,11 @@ def _hash(*numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(numbers).encode()).digest()[:8])
 
 
-def find_files(source: str, suffixes: Iterable[str]) -> list[str]:
-    """The files of KIND:PATH, sorted; the path is that of a file or folder, or a pattern.
-
-    Raises:
-      FileNotFoundError: no file matches.
-    """
-    path = expand(source.partition(":")[2], "data.source")
-    below = ["**", "*"] if os.path.isdir(path) else []
-    found = glob.iglob(os.path.join(_literal(path), *below), recursive=True)
-    # Deduplicated: with two `**`, glob finds a file several times.
-    paths = sorted({os.path.abspath(path) for path in found if os.path.isfile(path)})
-    if not paths:
-        problem = "no file in that folder" if below else f"no file matches in {os.getcwd()}"
-        raise MissingFileError(
-            f"data.source {source}: {problem}; expected files such as "
-            f"{', '.join(suffixes)}. Check the path, and quote a pattern"
-        )
-    return paths
-
-
 def _check_folder(folder: str, paths: list[str]) -> None:
     # Refuse the whole folder: a file skipped silently would be missed much later.
     other = [os.path.splitext(path)[1] for path in paths if kind_of(path) not in READERS]
-    if os.path.isdir(expand(folder, "data.source")) and other:
+    is_folder = not is_remote(folder) and os.path.isdir(expand(folder, "data.source"))
+    if is_folder and other:
         ((suffix, _),) = Counter(other).most_common(1)
         raise InputError(
             f"data.source text:{folder}: a folder may hold {', '.join(READERS)} alone, and this "
@@ -217,16 +190,6 @@ def _check_folder(folder: str, paths: list[str]) -> None:
         )
 
 
-def _literal(path: str) -> str:
-    """The path as a glob pattern, with existing parts escaped: `[v1] set/*.jsonl`."""
-    head, tail = path, ""
-    while head and not os.path.exists(head):
-        head, slash, name = head.rpartition("/")
-        tail = f"{slash}{name}{tail}"
-    return glob.escape(head) + tail
-
-
-def files_revision(paths: Iterable[str]) -> str:
-    """A hash of the paths, sizes and modification times of files, which are not read."""
-    stats = [(path, os.stat(path)) for path in paths]
-    return digest([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
+def files_revision(files: Iterable[File]) -> str:
+    """A hash of the paths, sizes and stamps of files, which are not read."""
+    return digest([*files])

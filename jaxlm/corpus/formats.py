@@ -7,9 +7,10 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from io import BufferedReader, FileIO
-from typing import Any, NamedTuple
+from io import BufferedReader
+from typing import Any, BinaryIO, NamedTuple, cast
 
+from jaxlm.corpus.stores import File, opened
 from jaxlm.errors import InputError
 from jaxlm.extras import needs
 
@@ -26,7 +27,7 @@ class Block(NamedTuple):
     """Size in the file."""
 
 
-ReadTexts = Callable[[FileIO, str, Block], Iterator[str]]
+ReadTexts = Callable[[BinaryIO, str, Block], Iterator[str]]
 """An open file, the field that holds the text, and a block -> the documents of the block."""
 
 SECTION_CHARS = 20_000
@@ -74,17 +75,17 @@ def reader_of(path: str) -> ReadTexts:
     )
 
 
-def blocks_of(path: str) -> list[Block]:
+def blocks_of(file: File) -> list[Block]:
     """The blocks of a file, which together hold each of its documents once.
 
     Raises:
       ValueError: the file is damaged.
     """
-    size = os.path.getsize(path)
+    path, size, _ = file
     if os.path.splitext(path.lower())[1] in _COMPRESSED:  # can be read from its beginning alone
         return [Block(path, 0, None, size)]
     if kind_of(path) == ".parquet":
-        with FileIO(path) as file, _parquet(file) as table:
+        with opened(path) as stream, _parquet(stream, path) as table:
             count = table.num_row_groups
         return [Block(path, group, None, size // count) for group in range(count)]
     starts = range(0, size, BLOCK_BYTES)
@@ -92,9 +93,9 @@ def blocks_of(path: str) -> list[Block]:
     return [Block(path, start, stop, stop - start) for start, stop in ranges]
 
 
-def _lines(file: FileIO, block: Block) -> Iterator[tuple[int, bytes]]:
+def _lines(file: BinaryIO, block: Block) -> Iterator[tuple[int, bytes]]:
     # Offset and line, of the lines that begin in the block.
-    path, stream = str(file.name), file
+    path, stream = block.path, cast(Any, file)
     if codec := _COMPRESSED.get(os.path.splitext(path.lower())[1]):
         # Not fsspec, which takes a truncated .zst for a complete one.
         stream = needs("pyarrow", path).input_stream(file, compression=codec)
@@ -117,13 +118,13 @@ def _damaged(path: str, error: Exception) -> ValueError:
     return InputError(f"{path}: damaged or cut short ({error}); get it anew")
 
 
-def _read_sections(file: FileIO, field: str, block: Block) -> Iterator[str]:
+def _read_sections(file: BinaryIO, field: str, block: Block) -> Iterator[str]:
     del field  # all of the file is text
     lines = list(_lines(file, block))
     if not lines:
         return
     data = b"".join(line for _, line in lines)
-    text, start = _text(data, str(file.name), lines[0][0]), 0
+    text, start = _text(data, block.path, lines[0][0]), 0
     for blank in re.finditer(r"\n\s*\n", text):
         if blank.start() - start >= SECTION_CHARS and len(text) - blank.end() >= SECTION_CHARS:
             yield text[start : blank.start()]
@@ -131,8 +132,8 @@ def _read_sections(file: FileIO, field: str, block: Block) -> Iterator[str]:
     yield text[start:]
 
 
-def _read_jsonl(file: FileIO, field: str, block: Block) -> Iterator[str]:
-    path = str(file.name)
+def _read_jsonl(file: BinaryIO, field: str, block: Block) -> Iterator[str]:
+    path = block.path
     for number, (offset, line) in enumerate(_lines(file, block), 1):
         if text := _text(line, path, offset).strip():
             line_at = f"line {number}" if not block.start else f"line at byte {offset}"
@@ -144,9 +145,9 @@ def _read_jsonl(file: FileIO, field: str, block: Block) -> Iterator[str]:
             yield text_of(row, field, where)
 
 
-def _read_parquet(file: FileIO, field: str, block: Block) -> Iterator[str]:
-    path = str(file.name)
-    with _parquet(file) as table:
+def _read_parquet(file: BinaryIO, field: str, block: Block) -> Iterator[str]:
+    path = block.path
+    with _parquet(file, path) as table:
         names = [table.schema.column(index).path for index in range(len(table.schema))]
         if field not in names:
             raise _no_field(path, field, names)
@@ -159,8 +160,7 @@ def _read_parquet(file: FileIO, field: str, block: Block) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _parquet(file: FileIO) -> Iterator[Any]:
-    path = str(file.name)
+def _parquet(file: BinaryIO, path: str) -> Iterator[Any]:
     parquet = needs("pyarrow.parquet", path)
     # None of these names the file.
     damage = OSError, UnicodeDecodeError, needs("pyarrow", path).ArrowInvalid

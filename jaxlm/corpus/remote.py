@@ -23,6 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from jaxlm.config import DataConfig
 from jaxlm.corpus.files import Document, Source, document_of, files_revision
 from jaxlm.corpus.formats import text_of
+from jaxlm.corpus.stores import describe
 from jaxlm.data.order import permute
 from jaxlm.errors import MissingFileError, MissingPackageError, NoConnectionError
 from jaxlm.extras import needs
@@ -132,7 +133,8 @@ def download_tokenizer(name: str) -> Path:
 
 
 def _folder_revision(folder: str) -> str:
-    return files_revision(sorted(str(path) for path in Path(folder).rglob("*") if path.is_file()))
+    paths = sorted(str(path) for path in Path(folder).rglob("*") if path.is_file())
+    return files_revision(map(describe, paths))
 
 
 @contextlib.contextmanager

@@ -15,9 +15,10 @@ from jaxlm.config import DataConfig
 from jaxlm.corpus import tokenizer as tokenizer_lib
 from jaxlm.corpus.cache import data_folder, find_caches, label, make_once, open_recorded
 from jaxlm.corpus.encode import bytes_of_ids
-from jaxlm.corpus.files import files_revision, find_files
+from jaxlm.corpus.files import files_revision
 from jaxlm.corpus.prepare import FORMAT, TOKENS_VERSION, new_tokenizer
 from jaxlm.corpus.splits import HOLD_OUT_EVERY, write_manifest, write_record
+from jaxlm.corpus.stores import find_files, is_remote
 from jaxlm.corpus.token_files import (
     Kind,
     TokenFile,
@@ -67,13 +68,18 @@ def link_tokens(
                 return found
     if config.tokenizer == "train":
         refuse_text(config)
-    paths = [Path(path) for path in find_files(config.source, (".bin", ".npy"))]
-    paths = [path for path in paths if path.suffix != ".idx"]
+    if is_remote(config.source):
+        raise InputError(
+            f"data.source {config.source}: found files in a store, expected files on this machine, "
+            "which are mapped; copy them to its disk"
+        )
+    found = [f for f in find_files(config.source, (".bin", ".npy")) if not f.path.endswith(".idx")]
+    paths = [Path(file.path) for file in found]
     if not paths:
         raise InputError(f"data.source {config.source}: found .idx alone, expected the .bin too")
     tokenizer = new_tokenizer(None, config, vocab_size)
     eos_id = tokenizer_lib.find_eos(tokenizer, config.eos_token)
-    recipe = [files_revision(map(str, paths)), config.eval_limit, limits[-1] == 0, TOKENS_VERSION]
+    recipe = [files_revision(found), config.eval_limit, limits[-1] == 0, TOKENS_VERSION]
     recipe += [tokenizer_lib.content_hash(tokenizer), eos_id]
     folder = data_folder(config.cache_dir) / f"{label(config.source)}-{digest(recipe)}"
 
