@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from jaxlm import __main__ as cli
 from jaxlm.compilation_cache import enable_compilation_cache
 from jaxlm.config import DataConfig
-from jaxlm.corpus import cache, encode, formats, prepare, prepared, splits
+from jaxlm.corpus import cache, encode, formats, helpers, prepare, prepared, splits
 from jaxlm.corpus.cache import clear_caches, list_caches
 from jaxlm.corpus.overview import overview
 from jaxlm.corpus.splits import is_held_out
@@ -461,7 +461,7 @@ def test_a_refusal_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
         assert list_caches(str(tmp_path)) == []
     # What is of use to the same command is kept: after other errors, and from the first shard on.
     (tmp_path / "a.txt").write_text("\n\n".join(documents()))
-    monkeypatch.setattr(prepare, "encode_documents", Mock(side_effect=OSError("disk")))
+    monkeypatch.setattr(helpers, "encode_documents", Mock(side_effect=OSError("disk")))
     with pytest.raises(OSError, match="disk"):
         run(config)
     assert [entry["num_tokens"] for entry in list_caches(str(tmp_path))] == [0]
@@ -892,6 +892,55 @@ def test_two_at_once(corpus, tmp_path, killed, lines):
     assert [dataset.fingerprint for dataset in found] == [straight.fingerprint]
     assert any("Training a tokenizer" in line for line in lines) == killed
     assert other.returncode == (-signal.SIGKILL if killed else 0)
+
+
+WAITING_WRITER = """
+from jaxlm.corpus import helpers
+helpers._WAIT_S = 0.3
+original = helpers.Writer.encode
+def encode(self, first, texts):
+    found = original(self, first, texts)
+    if not first:
+        print("begun", flush=True)
+        sys.stdin.readline()
+    return found
+helpers.Writer.encode = encode
+"""
+
+
+@pytest.mark.parametrize("helper", ["sound", "killed", "damaged", "of another tokenizer"])
+def test_a_helper_changes_no_byte(corpus, tmp_path, monkeypatch, helper):
+    run(config_of(corpus, tmp_path / "straight"))
+    script = child(corpus, tmp_path / "both", WAITING_WRITER)
+    helped, original = [], helpers._write
+
+    def write_parts(path, found):
+        helped.append(path)
+        if helper == "sound":
+            original(path, found)
+        elif helper == "damaged":
+            original(path, found)
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+
+    monkeypatch.setattr(helpers, "_write", write_parts)
+    if helper == "of another tokenizer":
+        monkeypatch.setattr(helpers.tokenizer_lib, "content_hash", lambda _: "other")
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as writer:
+        assert "begun\n" in iter(writer.stdout.readline, "")
+        thread = threading.Thread(target=lambda: run(config_of(corpus, tmp_path / "both")))
+        thread.start()
+        if helper != "of another tokenizer":
+            deadline_s = time.monotonic() + 10
+            while not helped and time.monotonic() < deadline_s:
+                time.sleep(0.01)
+        writer.communicate("\n")
+        thread.join(30)
+    assert writer.returncode == 0 and bool(helped) == (helper != "of another tokenizer")
+    assert contents(tmp_path / "both") == contents(tmp_path / "straight")
 
 
 # --- what the user sees

@@ -128,7 +128,7 @@ def _describe(folder: Path) -> dict[str, Any]:
         about = read_json(path, _Listed)
     except (FileNotFoundError, ValueError):
         about = {}
-    files = [file for file in folder.iterdir() if file.suffix != ".tmp"]
+    files = [file for file in folder.iterdir() if file.suffix != ".tmp" and not file.is_dir()]
     shards = [*about.get("train", ()), *about.get("eval", ())]
     return {
         "name": folder.name,
@@ -146,16 +146,25 @@ def label(source: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", f"{kind}-{rest[-30:]}").strip("-")
 
 
-def make_once(folder: Path, make: Callable[[], None]) -> None:
-    """Makes a dataset that is not complete, while no other process does."""
+def make_once(
+    folder: Path,
+    make: Callable[[], None],
+    meanwhile: Callable[[], Iterator[None]] = lambda: iter(()),
+) -> None:
+    """Makes a dataset that is not complete, while no other process does.
+
+    If another process does, goes through `meanwhile` until that one ends.
+    """
     if not (folder / MANIFEST).exists():
-        with lock_data(folder):
+        with lock_data(folder, meanwhile):
             if not (folder / MANIFEST).exists():
                 with started(folder):
                     make()
 
 
-def lock_data(folder: Path) -> contextlib.AbstractContextManager[object]:
+def lock_data(
+    folder: Path, meanwhile: Callable[[], Iterator[None]]
+) -> contextlib.AbstractContextManager[object]:
     """The lock beside a dataset, which ends with the process however that ends.
 
     Raises:
@@ -172,7 +181,10 @@ def lock_data(folder: Path) -> contextlib.AbstractContextManager[object]:
     try:
         return lock.acquire(timeout=0)
     except filelock.Timeout:
-        _log.info(f"Another process is preparing {folder.name}: waiting for it")
+        _log.info(f"Another process is preparing {folder.name}: helping it, or waiting for it")
+        for _ in meanwhile():
+            with contextlib.suppress(filelock.Timeout):
+                return lock.acquire(timeout=0)
         return lock.acquire()
 
 

@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlm.config import DataConfig
 from jaxlm.corpus import tokenizer as tokenizer_lib
 from jaxlm.corpus.cache import PROGRESS, Progress
-from jaxlm.corpus.encode import chunks, encode_documents
-from jaxlm.corpus.files import Source
+from jaxlm.corpus.encode import chunks
+from jaxlm.corpus.files import Document, Source
+from jaxlm.corpus.helpers import Writer
 from jaxlm.corpus.sources import open_source
 from jaxlm.corpus.splits import (
     Seen,
@@ -67,22 +67,24 @@ def make_dataset(
     eos_id = tokenizer_lib.find_eos(tokenizer, config.eos_token)
     # Special tokens in a document are encoded as text: they would act as control tokens.
     tokenizer.encode_special_tokens = True
-    dtype = np.dtype("<u2" if num_ids <= 2**16 else "<u4")
+    dtype = tokenizer_lib.dtype_of(tokenizer)
     splits, max_tokens = Splits(folder, progress, config.eval_limit, tokenizer), limits[-1]
-    with _progress_bar(max_tokens or config.eval_limit) as show:
+    with (
+        _progress_bar(max_tokens or config.eval_limit) as show,
+        contextlib.closing(
+            Writer(folder, tokenizer, eos_id, dtype, progress["revision"])
+        ) as writer,
+    ):
         for limit in limits:
             splits.begin_stage(limit)
             seen = Seen(source, progress["next_document"]) if config.drop_duplicates else None
-            # After a kill before the manifest, the limit may be reached already: read nothing.
-            documents = chunks(source.documents(progress["next_document"]))
-            while not splits.full() and (chunk := next(documents, None)):
+            for chunk in _next_chunks(source, splits, writer, progress):
+                first = progress["next_document"]
                 again = [seen is not None and seen.has(document) for document in chunk]
-                texts = ["" if old else of.text for of, old in zip(chunk, again, strict=True)]
-                all_ids = encode_documents(tokenizer, texts, eos_id, dtype)
+                all_ids = writer.encode(first, [document.text for document in chunk])
                 for document, ids, old in zip(chunk, all_ids, again, strict=True):
-                    if splits.full():
-                        break
-                    splits.add(document, ids, is_duplicate=old)
+                    if not splits.full():
+                        splits.add(document, ids[:0] if old else ids, is_duplicate=old)
                 show(splits.counts["train" if max_tokens else "eval"], source.share())
                 if splits.num_waiting() >= SHARD_TOKENS:
                     splits.write()
@@ -103,6 +105,19 @@ def make_dataset(
         _log.info(
             f"{source.name}: data.{field} ended the preparation{share}; a higher limit takes more"
         )
+
+
+def _next_chunks(
+    source: Source, splits: Splits, writer: Writer, progress: dict[str, Any]
+) -> Iterator[list[Document]]:
+    # Those that follow the documents so far; none, and nothing read, if the limit is reached, as it
+    # may be after a kill before the manifest.
+    if not splits.full():
+        writer.begin(progress["next_document"])
+        for chunk in chunks(source.documents(progress["next_document"])):
+            yield chunk
+            if splits.full():
+                return
 
 
 def begin_with(folder: Path, known: Dataset, source: Source) -> None:

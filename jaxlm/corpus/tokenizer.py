@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Tokenizer
 
@@ -112,6 +113,11 @@ def local_tokenizer(name_or_path: str | Path) -> Path | None:
 def num_ids(tokenizer: Tokenizer) -> int:
     """Rows an embedding needs: the highest token id, plus one (ids may have gaps)."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def dtype_of(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest dtype of prepared tokens that holds every id."""
+    return np.dtype("<u2" if num_ids(tokenizer) <= 2**16 else "<u4")
 
 
 def find_eos(tokenizer: Tokenizer, eos_token: str | None) -> int:
