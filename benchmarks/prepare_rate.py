@@ -17,8 +17,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
-import numpy
+import jax
 
 WAYS = {
     "tokenizers alone": "tokenizers",
@@ -54,7 +56,7 @@ def write_text(folder: Path, limit: int) -> int:
     from jaxlm.corpus.tokenizer import train_tokenizer
 
     texts, size = list[str](), 0
-    for path in sorted(Path(numpy.__file__).parents[1].rglob("*.py")):
+    for path in sorted(Path(jax.__file__).parents[1].rglob("*.py")):
         if size < limit and (text := path.read_text("utf-8", "ignore").replace("\0", "")):
             texts.append(text)
             size += len(text.encode())
@@ -151,18 +153,18 @@ def by_datasets(out: Path) -> None:
 def by_datatrove(out: Path) -> None:
     """Its tokenizer step, a task a file."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from datatrove.executor import LocalPipelineExecutor
-    from datatrove.pipeline.readers import JsonlReader
-    from datatrove.pipeline.tokens import DocumentTokenizer
-
+    # By name, for a type checker without the package.
+    executor: Any = resolve_name("datatrove.executor:LocalPipelineExecutor")
+    reader: Any = resolve_name("datatrove.pipeline.readers:JsonlReader")
+    writer: Any = resolve_name("datatrove.pipeline.tokens:DocumentTokenizer")
     texts = out / "texts"
     texts.mkdir()
     for path in out.parent.glob("*.jsonl"):
         (texts / path.name).symlink_to(path)
-    LocalPipelineExecutor(
+    executor(
         pipeline=[
-            JsonlReader(str(texts)),
-            DocumentTokenizer(
+            reader(str(texts)),
+            writer(
                 str(out / "tokens"),
                 tokenizer_name_or_path=str(out.parent / "tokenizer.json"),
                 eos_token="<|endoftext|>",

@@ -10,7 +10,7 @@ from types import ModuleType
 
 from jaxlm.errors import MissingPackageError
 
-VERSION = "0.5.0"
+VERSION = "0.6.0"
 """The version in pyproject.toml, for a clone that is not installed."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 MODULES = {

@@ -45,6 +45,7 @@ NOT_RUN = {
     r"jaxlm checkpoints copy .*gs://": "needs a bucket: tests/test_bucket.py, with an emulator",
     r"jaxlm cache export": "names a hash of paths: tests/test_tokens.py",
     r"python launch.py .*tokens:data": "needs files of that name: tests/test_tokens.py",
+    r"python launch.py .*--tasks.names": "slow: tests/test_tasks.py runs it in a process",
     r"jaxlm prove-resume": "slow: tests/test_prove.py",
     r"python tests/chaos\.py": "takes 45 minutes: tests/test_chaos.py runs a short one",
     r'python -c "import conversion': "needs llama.cpp: run by tests/parity/test_llama_cpp.py",

@@ -20,6 +20,7 @@ _log = logging.getLogger(__name__)
 
 # Documents that are packed together: a plan takes memory in proportion.
 _GROUP_TOKENS = 2**25
+_READ_VALUES = 1 << 19
 
 Packing = Literal["windows", "documents"]
 
@@ -220,7 +221,10 @@ def _read_plan(path: Path) -> Plan | None:
         data = np.memmap(path, "<i8", "r")
     except (OSError, ValueError):  # of no whole number of values
         data = np.zeros(1, "<i8")
-    if len(data) < 5 or google_crc32c.value(data[:-1].tobytes()) != data[-1]:
+    checksum = google_crc32c.Checksum()
+    for start in range(0, len(data) - 1, _READ_VALUES):
+        checksum.update(data[:-1][start : start + _READ_VALUES].tobytes())
+    if len(data) < 5 or int.from_bytes(checksum.digest(), "big") != data[-1]:
         _log.warning(f"{path} is damaged; it is made again")
         return None
     stages, *counts = data[:3].tolist()
