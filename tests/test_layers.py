@@ -241,9 +241,12 @@ def names_in(tree: ast.AST) -> set[str]:
 def test_one_broad_except_at_the_border_to_the_trackers():
     # tokenizers raises bare Exceptions, which `corpus.tokenizer` turns into ValueErrors; a config
     # file is a person's own code, of which `launch` names the line; and the loop saves the step
-    # after whatever a caller's held-out set raises, and raises it again.
+    # after whatever a caller's held-out set raises, and raises it again. Libraries of
+    # stores have errors of their own, of which `corpus.stores` makes an OSError.
     found = {name: count for name, tree in MODULES.items() if (count := broad_excepts(tree))}
-    known = {"tracking.trackers": 1, "corpus.tokenizer": 1, "launch": 1, "training.loop": 1}
+    known = dict.fromkeys(
+        ("tracking.trackers", "corpus.stores", "corpus.tokenizer", "launch", "training.loop"), 1
+    )
     assert found == known
     for text in ("except:", "except Exception:", "except (OSError, BaseException) as e:"):
         assert broad_excepts(ast.parse(f"try:\n  pass\n{text}\n  pass")) == 1
@@ -280,7 +283,7 @@ def test_the_kernel_and_the_whole_are_small():
     kernel = closure("launch", MODULES)
     assert {"training.loop", "data.dataset"} <= kernel
     assert not kernel & {"report.page", "inference.sample", "cli.runs"}
-    assert sum(map(sizes.__getitem__, kernel)) <= 6020
-    assert sum(sizes.values()) + sum(code_lines(path.read_text()) for path in others) <= 12220
+    assert sum(map(sizes.__getitem__, kernel)) <= 6370
+    assert sum(sizes.values()) + sum(code_lines(path.read_text()) for path in others) <= 12880
     assert sizes["checkpoints.checkpoint"] <= 195
     assert code_lines('"""Doc."""\n\n# why\nx = 1  # here\ndef f():\n    """Doc."""\n') == 2

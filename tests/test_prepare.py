@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from jaxlm import __main__ as cli
 from jaxlm.compilation_cache import enable_compilation_cache
 from jaxlm.config import DataConfig
-from jaxlm.corpus import cache, encode, formats, helpers, prepare, prepared, splits
+from jaxlm.corpus import cache, encode, formats, parallel, prepare, prepared, splits
 from jaxlm.corpus.cache import clear_caches, list_caches
 from jaxlm.corpus.overview import overview
 from jaxlm.corpus.splits import is_held_out
@@ -461,7 +461,7 @@ def test_a_refusal_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
         assert list_caches(str(tmp_path)) == []
     # What is of use to the same command is kept: after other errors, and from the first shard on.
     (tmp_path / "a.txt").write_text("\n\n".join(documents()))
-    monkeypatch.setattr(helpers, "encode_documents", Mock(side_effect=OSError("disk")))
+    monkeypatch.setattr(parallel, "encode_documents", Mock(side_effect=OSError("disk")))
     with pytest.raises(OSError, match="disk"):
         run(config)
     assert [entry["num_tokens"] for entry in list_caches(str(tmp_path))] == [0]
@@ -895,16 +895,16 @@ def test_two_at_once(corpus, tmp_path, killed, lines):
 
 
 WAITING_WRITER = """
-from jaxlm.corpus import helpers
-helpers._WAIT_S = 0.3
-original = helpers.Writer.encode
+from jaxlm.corpus import parallel
+parallel._WAIT_S = 0.3
+original = parallel.Writer.encode
 def encode(self, first, texts):
     found = original(self, first, texts)
     if not first:
         print("begun", flush=True)
         sys.stdin.readline()
     return found
-helpers.Writer.encode = encode
+parallel.Writer.encode = encode
 """
 
 
@@ -912,7 +912,7 @@ helpers.Writer.encode = encode
 def test_a_helper_changes_no_byte(corpus, tmp_path, monkeypatch, helper):
     run(config_of(corpus, tmp_path / "straight"))
     script = child(corpus, tmp_path / "both", WAITING_WRITER)
-    helped, original = [], helpers._write
+    helped, original = [], parallel._write
 
     def write_parts(path, found):
         helped.append(path)
@@ -924,9 +924,9 @@ def test_a_helper_changes_no_byte(corpus, tmp_path, monkeypatch, helper):
             data[len(data) // 2] ^= 1
             path.write_bytes(data)
 
-    monkeypatch.setattr(helpers, "_write", write_parts)
+    monkeypatch.setattr(parallel, "_write", write_parts)
     if helper == "of another tokenizer":
-        monkeypatch.setattr(helpers.tokenizer_lib, "content_hash", lambda _: "other")
+        monkeypatch.setattr(parallel.tokenizer_lib, "content_hash", lambda _: "other")
     with subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as writer:

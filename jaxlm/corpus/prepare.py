@@ -22,7 +22,7 @@ from jaxlm.corpus import tokenizer as tokenizer_lib
 from jaxlm.corpus.cache import PROGRESS, Progress
 from jaxlm.corpus.encode import chunks
 from jaxlm.corpus.files import Document, Source
-from jaxlm.corpus.helpers import Writer
+from jaxlm.corpus.parallel import Writer
 from jaxlm.corpus.sources import open_source
 from jaxlm.corpus.splits import (
     Seen,

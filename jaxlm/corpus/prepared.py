@@ -9,7 +9,7 @@ from jaxlm.config import DataConfig
 from jaxlm.corpus import tokenizer as tokenizer_lib
 from jaxlm.corpus.cache import Origin, data_folder, label, make_once, open_recorded
 from jaxlm.corpus.files import Source, in_proportion
-from jaxlm.corpus.helpers import help_writer
+from jaxlm.corpus.parallel import help_writer
 from jaxlm.corpus.prepare import TOKENS_VERSION, begin_with, make_dataset
 from jaxlm.corpus.sources import open_source
 from jaxlm.corpus.splits import training_documents

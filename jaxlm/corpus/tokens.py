@@ -150,18 +150,18 @@ def _link(
                 splits[split].append(record | {"offset": offset, "num_tokens": stop - start})
                 first, last = np.searchsorted(of.ends, [start, stop], side="right").tolist()
                 documents[split] += last - first
-    held_out = _shards(folder, splits["eval"], files[0].dtype)
     manifest = {
         "source": config.source,
         "format": FORMAT,
-        "revision": "",
-        "sizes": "",
+        **dict.fromkeys(("revision", "sizes"), ""),
         "tokenizer": write_record(
             folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode()
         ),
         **splits,
         "numbers": {},
-        "eval_bytes": _num_bytes(held_out, tokenizer, eos_id),
+        "eval_bytes": _num_bytes(
+            _shards(folder, splits["eval"], files[0].dtype), tokenizer, eos_id
+        ),
         "documents": documents,
         "stages": [sum(record["num_tokens"] for record in splits["train"])],
         "vocab_size": num_ids,
@@ -170,8 +170,8 @@ def _link(
         "exhausted": True,
     }
     write_manifest(folder, manifest)
-    num_documents = sum(len(of.ends) for of in checked)
-    _log.info(f"{total:,} tokens in {num_documents:,} documents, in {len(files)} file(s)")
+    ends = sum(len(of.ends) for of in checked)
+    _log.info(f"{total:,} tokens in {ends:,} documents, in {len(files)} file(s)")
 
 
 def _hold_out(

@@ -155,11 +155,7 @@ class Loop:
         return self.start.tokens_seen + (step - self.start.step) * self.config.tokens_per_step
 
     def read_metrics(self) -> None:
-        """Fetches the metrics of the unread step, and logs them if due.
-
-        Raises:
-          RuntimeError: too many steps in a row were not applied.
-        """
+        """Fetches the metrics of the unread step, logs them if due; raises as `report_skipped`."""
         if self.unread is None:
             return
         (step, on_device), self.unread = self.unread, None
