@@ -150,13 +150,13 @@ def _link(
                 splits[split].append(record | {"offset": offset, "num_tokens": stop - start})
                 first, last = np.searchsorted(of.ends, [start, stop], side="right").tolist()
                 documents[split] += last - first
+    record = write_record(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     manifest = {
         "source": config.source,
         "format": FORMAT,
-        **dict.fromkeys(("revision", "sizes"), ""),
-        "tokenizer": write_record(
-            folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode()
-        ),
+        "revision": "",
+        "sizes": "",
+        "tokenizer": record,
         **splits,
         "numbers": {},
         "eval_bytes": _num_bytes(
