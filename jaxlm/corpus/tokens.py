@@ -121,20 +121,8 @@ def _link(
     all_held_out: bool,
 ) -> None:
     num_ids = tokenizer_lib.num_ids(tokenizer)
-    if empty := [str(file.path) for file in files if not file.num_tokens]:
-        raise InputError(f"data.source tokens: {empty[0]}: found no tokens; leave it out")
-    if len(kinds := sorted({str(file.dtype) for file in files})) > 1:
-        found = ", ".join(kinds)
-        raise InputError(f"data.source {config.source}: found dtypes {found}, expected one")
     total = sum(file.num_tokens for file in files)
-    with progress("Checking tokens", total) as advance:
-        checked = [_check(file, eos_id, num_ids, advance) for file in files]
-    lacking = [str(of.file.path) for of in checked if not len(of.ends)]
-    if lacking and not all_held_out:
-        raise InputError(
-            f"data.source tokens: {lacking[0]}: found no id {eos_id}, expected one at the end of "
-            "each document; name the token that ends them with --data.eos_token"
-        )
+    checked = _check_all(files, config, eos_id, num_ids, all_held_out)
     held_out_of = _hold_out(checked, total, config, all_held_out)
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
     documents = {"train": 0, "eval": 0}
@@ -150,6 +138,7 @@ def _link(
                 splits[split].append(record | {"offset": offset, "num_tokens": stop - start})
                 first, last = np.searchsorted(of.ends, [start, stop], side="right").tolist()
                 documents[split] += last - first
+    held_out = _shards(folder, splits["eval"], files[0].dtype)
     record = write_record(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     manifest = {
         "source": config.source,
@@ -159,9 +148,7 @@ def _link(
         "tokenizer": record,
         **splits,
         "numbers": {},
-        "eval_bytes": _num_bytes(
-            _shards(folder, splits["eval"], files[0].dtype), tokenizer, eos_id
-        ),
+        "eval_bytes": _num_bytes(held_out, tokenizer, eos_id),
         "documents": documents,
         "stages": [sum(record["num_tokens"] for record in splits["train"])],
         "vocab_size": num_ids,
@@ -172,6 +159,29 @@ def _link(
     write_manifest(folder, manifest)
     ends = sum(len(of.ends) for of in checked)
     _log.info(f"{total:,} tokens in {ends:,} documents, in {len(files)} file(s)")
+
+
+def _check_all(
+    files: Sequence[TokenFile],
+    config: DataConfig,
+    eos_id: int,
+    num_ids: int,
+    all_held_out: bool,
+) -> list[_Checked]:
+    if empty := [str(file.path) for file in files if not file.num_tokens]:
+        raise InputError(f"data.source tokens: {empty[0]}: found no tokens; leave it out")
+    if len(kinds := sorted({str(file.dtype) for file in files})) > 1:
+        found = ", ".join(kinds)
+        raise InputError(f"data.source {config.source}: found dtypes {found}, expected one")
+    with progress("Checking tokens", sum(file.num_tokens for file in files)) as advance:
+        checked = [_check(file, eos_id, num_ids, advance) for file in files]
+    lacking = [str(of.file.path) for of in checked if not len(of.ends)]
+    if lacking and not all_held_out:
+        raise InputError(
+            f"data.source tokens: {lacking[0]}: found no id {eos_id}, expected one at the end of "
+            "each document; name the token that ends them with --data.eos_token"
+        )
+    return checked
 
 
 def _hold_out(
