@@ -79,7 +79,7 @@ def export(
       jaxlm cache export embedded-eb4bcf8e9a60d2c1 --out tokens
       jaxlm cache export embedded-eb4bcf8e9a60d2c1 --out tokens --format megatron
     """
-    from jaxlm.corpus.tokens import export_dataset
+    from jaxlm.corpus.token_files import export_dataset
 
     found = export_dataset(dataset, out, format, cache_dir)
     for path, num_tokens in found.items():

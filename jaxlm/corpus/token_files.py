@@ -1,5 +1,6 @@
 """Files of token ids: nanoGPT and llm.c (.bin), Megatron-LM (.bin with .idx), NumPy (.npy)."""
 
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable
@@ -8,8 +9,12 @@ from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
+from jaxlm.corpus.cache import data_folder, find_caches
+from jaxlm.data.dataset import MANIFEST, Manifest, open_dataset
 from jaxlm.data.shards import TokenShards, map_tokens
 from jaxlm.errors import InputError
+from jaxlm.files.publish import check_free, published
+from jaxlm.files.strict import read_json
 
 Kind = Literal["nanogpt", "llm.c", "megatron", "npy"]
 
@@ -187,3 +192,27 @@ def _write_ids(
         ends += (start + 1 + np.flatnonzero(chunk == eos_id)).tolist() if eos_id is not None else []
         start += len(chunk)
     return ends
+
+
+def export_dataset(
+    name: str, out: str, kind: Kind, cache_dir: str | None = None
+) -> dict[Path, int]:
+    """Writes prepared tokens to a new folder, as `train` and `val`, with the tokenizer.
+
+    Returns:
+      Path of each file of tokens -> number of tokens in it.
+
+    Raises:
+      ValueError: there is no such dataset, or `out` exists.
+    """
+    (found,) = find_caches([name], cache_dir)
+    directory = data_folder(cache_dir) / found
+    vocab_size = read_json(directory / MANIFEST, Manifest)["vocab_size"]
+    dataset = open_dataset(directory, vocab_size)
+    target, written = check_free(out), dict[Path, int]()
+    with published(target) as folder:
+        shutil.copy(dataset.tokenizer_path, folder / "tokenizer.json")
+        for split, tokens in {"train": dataset.train, "val": dataset.eval}.items():
+            path = write_token_file(tokens, folder / split, kind, dataset.eos_id, vocab_size)
+            written[target / path.name] = tokens.num_tokens
+    return written

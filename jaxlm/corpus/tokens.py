@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -13,26 +12,22 @@ from tokenizers import Tokenizer
 
 from jaxlm.config import DataConfig
 from jaxlm.corpus import tokenizer as tokenizer_lib
-from jaxlm.corpus.cache import data_folder, find_caches, label, make_once, open_recorded
+from jaxlm.corpus.cache import data_folder, label, make_once, open_recorded
 from jaxlm.corpus.encode import bytes_of_ids
 from jaxlm.corpus.files import files_revision
 from jaxlm.corpus.prepare import FORMAT, TOKENS_VERSION, new_tokenizer
 from jaxlm.corpus.splits import HOLD_OUT_EVERY, write_manifest, write_record
 from jaxlm.corpus.stores import find_files, is_remote
 from jaxlm.corpus.token_files import (
-    Kind,
     TokenFile,
     map_file,
     read_token_file,
-    write_token_file,
 )
-from jaxlm.data.dataset import MANIFEST, Dataset, Manifest, digest, open_dataset
+from jaxlm.data.dataset import Dataset, digest, open_dataset
 from jaxlm.data.run_data import Prepared
 from jaxlm.data.shards import TokenShards, map_tokens
 from jaxlm.errors import InputError
 from jaxlm.files.durable import crc32c
-from jaxlm.files.publish import check_free, published
-from jaxlm.files.strict import read_json
 from jaxlm.terminal import prints_lines, progress
 
 _log = logging.getLogger(__name__)
@@ -281,27 +276,3 @@ def _num_bytes(tokens: TokenShards, tokenizer: Tokenizer, eos_id: int) -> int:
     documents = np.split(ids, np.flatnonzero(ids == eos_id) + 1)
     texts = tokenizer.decode_batch([document.tolist() for document in documents if len(document)])
     return sum(len(text.encode()) for text in texts)
-
-
-def export_dataset(
-    name: str, out: str, kind: Kind, cache_dir: str | None = None
-) -> dict[Path, int]:
-    """Writes prepared tokens to a new folder, as `train` and `val`, with the tokenizer.
-
-    Returns:
-      Path of each file of tokens -> number of tokens in it.
-
-    Raises:
-      ValueError: there is no such dataset, or `out` exists.
-    """
-    (found,) = find_caches([name], cache_dir)
-    directory = data_folder(cache_dir) / found
-    vocab_size = read_json(directory / MANIFEST, Manifest)["vocab_size"]
-    dataset = open_dataset(directory, vocab_size)
-    target, written = check_free(out), dict[Path, int]()
-    with published(target) as folder:
-        shutil.copy(dataset.tokenizer_path, folder / "tokenizer.json")
-        for split, tokens in {"train": dataset.train, "val": dataset.eval}.items():
-            path = write_token_file(tokens, folder / split, kind, dataset.eos_id, vocab_size)
-            written[target / path.name] = tokens.num_tokens
-    return written
