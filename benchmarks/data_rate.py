@@ -15,11 +15,12 @@ import numpy as np
 from jaxlm.config import MAIN
 from jaxlm.data.batches import TrainBatches
 from jaxlm.data.mixture import Mixture
-from jaxlm.data.packing import Windows
+from jaxlm.data.packing import Packed, Windows, make_plan
 from jaxlm.data.shards import TokenShards, map_tokens
 from jaxlm.launch import load_config
 
 NUM_SHARDS, SHARD_TOKENS, BATCHES, TURNS = 4, 50_000_000, 100, 5
+EOS, DOCUMENT_TOKENS = 0, 600
 
 
 def main() -> None:
@@ -29,25 +30,37 @@ def main() -> None:
         paths = [Path(folder, f"{number}.bin") for number in range(NUM_SHARDS)]
         draw = np.random.default_rng(0)
         for path in paths:
-            draw.integers(0, config.model.vocab_size, SHARD_TOKENS, np.uint16).tofile(path)
+            shard = draw.integers(1, config.model.vocab_size, SHARD_TOKENS, np.uint16)
+            shard[draw.integers(0, SHARD_TOKENS, SHARD_TOKENS // DOCUMENT_TOKENS)] = EOS
+            shard.tofile(path)
         tokens = TokenShards([map_tokens(path, np.uint16) for path in paths])
-        for shares in ({MAIN: 1}, {"a": 7, "b": 2, "c": 1}):
+        windows = Windows(tokens, config.seq_len)
+        started = time.perf_counter()
+        plan = make_plan(tokens.ends(EOS), [tokens.num_tokens], config.seq_len)
+        packed = Packed(tokens, config.seq_len, plan, EOS)
+        seconds = time.perf_counter() - started
+        print(f"planned in {seconds:.1f} s, {packed.padding:.3%} padding")
+        for what, rows, shares in (
+            ("one source", windows, {MAIN: 1}),
+            ("three sources", windows, {"a": 7, "b": 2, "c": 1}),
+            ("whole documents", packed, {MAIN: 1}),
+        ):
             batches = TrainBatches(
-                dict.fromkeys(shares, Windows(tokens, config.seq_len)),
+                dict.fromkeys(shares, rows),
                 Mixture([{"step": 0, "shares": shares, "stages": {}}], config.batch_size),
                 batch_size=config.batch_size,
                 seed=0,
             )
-            for rows in (slice(0, config.batch_size), slice(0, config.batch_size // 4)):
+            for part in (slice(0, config.batch_size), slice(0, config.batch_size // 4)):
                 rates = []
                 for turn in range(TURNS):
                     started = time.perf_counter()
                     for index in range(BATCHES):
-                        batches(turn * BATCHES + index, rows)
+                        batches(turn * BATCHES + index, part)
                     seconds = time.perf_counter() - started
-                    rates.append(BATCHES * rows.stop * config.seq_len / seconds / 1e6)
-                what = f"{len(shares)} source(s), {rows.stop} rows:"
-                print(what, ", ".join(f"{rate:.0f}" for rate in rates), "M tokens/s")
+                    rates.append(BATCHES * part.stop * config.seq_len / seconds / 1e6)
+                found = ", ".join(f"{rate:.0f}" for rate in rates)
+                print(f"{what}, {part.stop} rows: {found} M tokens/s")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from jaxlm.checkpoints import folder
 from jaxlm.evaluation.evals import checkpoint_id
 from jaxlm.launch import run_main
 from jaxlm.report.charts import COLOURS, Curve, draw_curves, smooth, thin
+from jaxlm.report.curves import find_curves
 from jaxlm.report.history import goodput, read_history, split_by_start
 from jaxlm.report.page import make_report
 from jaxlm.tracking import clock
@@ -219,6 +220,14 @@ def test_a_page_stays_small(tmp_path: Path):
     page = make_report([read_history(str(tmp_path / name)) for name in names])
     assert len(page.encode()) < 2_000_000
     assert len({row["r"] for row in specs(page)[0]["data"]["values"]}) == len(COLOURS)
+
+
+def test_named_sets_and_tasks_have_charts_after_the_loss(tmp_path: Path):
+    names = ("loss", "perplexity", "bits_per_byte", "web/loss", "web/perplexity", "web/accuracy")
+    row = {"step": 4} | {f"eval/{name}": 1.5 for name in (*names, "words/acc")}
+    write_rows(tmp_path / "run", [row])
+    titles = [title for title, _, _ in find_curves([read_history(str(tmp_path / "run"))])]
+    assert titles == ["eval/loss", "eval/web/loss", "eval/web/accuracy", "eval/words/acc"]
 
 
 def test_settings_that_differ_are_marked(tmp_path: Path):

@@ -72,8 +72,7 @@ class Order:
             elif size != ranges[-1][2]:
                 first, low, high = begun[-1]
                 end = first - (first - row) // (high - low) * (high - low)
-                known = max(high for _, _, high in begun)
-                ranges = [*begun, (end, known, size), (end + size - known, 0, size)]
+                ranges = [*begun, (end, high, size), (end + size - high, 0, size)]
         self._first, self._low, high = np.array(ranges).T
         self._size, self._seed = high - self._low, seed
         passes = np.diff(self._first) // self._size[:-1]

@@ -18,6 +18,7 @@ CHARTS: dict[str, dict[str, Any]] = {
 }
 """Metric -> arguments of `draw_curves`, in page order; a metric without values is left out."""
 _MAX_SOURCES = 8
+_OF_NAMED = re.compile(r"eval/.+/(?!(?:loss|perplexity|bits_per_byte)$)[^/]+")
 Points = list[tuple[int, float]]
 """(step, value)."""
 
@@ -37,7 +38,8 @@ def find_curves(histories: Sequence[History]) -> list[tuple[str, list[Points], d
 
 
 def _metrics(histories: Sequence[History]) -> dict[str, dict[str, Any]]:
-    # `CHARTS`, with a loss for each named held-out set; bits per byte where tokenizers differ.
+    # `CHARTS`, with the losses and other metrics of named held-out sets and tasks; bits per byte where
+    # tokenizers differ.
     charts, found = {}, {name for history in histories for row in history.rows for name in row}
     differ = len({history.tokenizer for history in histories}) > 1
     for metric, options in CHARTS.items():
@@ -46,6 +48,8 @@ def _metrics(histories: Sequence[History]) -> dict[str, dict[str, Any]]:
         if metric == "eval/loss":
             named = sorted(name for name in found if re.fullmatch(r"eval/.+/loss", name))
             charts |= dict.fromkeys(named[:_MAX_SOURCES], options)
+            others = sorted(name for name in found if _OF_NAMED.fullmatch(name))[:_MAX_SOURCES]
+            charts |= {n: {"unit": n.rpartition("/")[2], "points": True} for n in others}
     return charts
 
 
