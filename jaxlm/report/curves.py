@@ -38,7 +38,7 @@ def find_curves(histories: Sequence[History]) -> list[tuple[str, list[Points], d
 
 
 def _metrics(histories: Sequence[History]) -> dict[str, dict[str, Any]]:
-    # `CHARTS`, with the losses and other metrics of named held-out sets and tasks; bits per byte where
+    # `CHARTS`, with losses and other metrics of named held-out sets and tasks; bits per byte where
     # tokenizers differ.
     charts, found = {}, {name for history in histories for row in history.rows for name in row}
     differ = len({history.tokenizer for history in histories}) > 1
