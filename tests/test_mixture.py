@@ -350,17 +350,20 @@ def test_a_longer_plan_adds_tokens_to_those_of_the_run(run, texts, tmp_path):
 
 
 def test_a_plan_that_outgrows_a_source_that_is_gone(run, texts, tmp_path, capsys):
-    for change in ("gone", "changed"):
+    for change, why in {"gone": "no file matches", "changed": "has changed since"}.items():
         path = texts / f"{change}.jsonl"
         path.write_text((texts / "web.jsonl").read_text())
         source = {"sources": {"web": f"text:{path}"}}
         run(change, 4, web=1, data={**source, "max_tokens": 450})
-        path.unlink() if change == "gone" else path.write_text("{}")
+        if change == "gone":
+            path.unlink()
+        else:
+            path.write_text((texts / "code.jsonl").read_text())
         capsys.readouterr()
         run(change, 8, web=1, data={**source, "max_tokens": 950})
         said = capsys.readouterr().out
         assert re.search(
-            "more than the 450 training tokens of .*, and no more can be prepared", said
+            f"more than the 450 training tokens of .*, and no more can be prepared: .*{why}", said
         )
         latest = scan_folder(tmp_path / change / "checkpoints").sound[8]
         assert latest.data["web"]["limits"] == [450] and len(latest.phases) == 1
@@ -524,7 +527,7 @@ def test_a_bit_that_flips_on_the_disk_is_found_during_the_run(run, texts, tmp_pa
     manifest = read_json(path.parent / dataset.MANIFEST, dataset.Manifest)
     stamps = [dataset._stamp(path.parent, record) for record in dataset.records_of(manifest)]
     dataset.checked_path(path.parent).write_text(json.dumps(stamps))
-    with pytest.raises(RuntimeError, match="train-00000.bin has crc32c .*prepares the data again"):
+    with pytest.raises(RuntimeError, match="train-00000.bin has crc32c .*prepares it again"):
         run("a", 8, web=1, data=cache, callbacks=[wait])
     assert max(scan_folder(tmp_path / "a/checkpoints").sound) == 4
 

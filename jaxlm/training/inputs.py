@@ -91,13 +91,6 @@ class Inputs(NamedTuple):
         Raises:
           RuntimeError: names the file.
         """
-        if damage := verification.damage:
-            raise RunError(
-                f"data: {damage}, though its size and time are those of the file that was "
-                "prepared; steps of this run may have read it, and those since the latest "
-                "checkpoint are not saved. Look at the disk and the memory of this machine; the "
-                "same command prepares the data again after `jaxlm cache clear`"
-            )
         for dataset in self.datasets:
             if path := find_change(dataset):
                 raise RunError(
@@ -105,6 +98,12 @@ class Inputs(NamedTuple):
                     "checkpoint may have read other tokens, and are not saved; bring the file "
                     "back, and the same command repeats them"
                 )
+        if damage := verification.damage:
+            raise RunError(
+                f"data: {damage}; steps of this run may have read it, and those since the latest "
+                "checkpoint are not saved. Look at the disk and the memory of this machine, delete "
+                "this data with `jaxlm cache clear`, and the same command prepares it again"
+            )
 
     def phases(self, before: Sequence[Phase], step: int) -> list[Phase]:
         """The mixture of a run that goes on from a step."""
