@@ -106,7 +106,10 @@ _MAX_TIMEOUT_S = 86_400
 _MAX_CYCLE = 2**16
 """Limit of the sum of integer shares: a table of this many rows is made at each start."""
 _KINDS = ("text", "tokens", "tfds", "tfds_dir", "hf")
-_SOURCES = "embedded, text:GLOB, tokens:GLOB, tfds:NAME, tfds_dir:PATH or hf:REPO[:CONFIG]"
+_SOURCES = (
+    "embedded, text:GLOB (text:s3://… too), tokens:GLOB, tfds:NAME, tfds_dir:PATH or "
+    "hf:REPO[:CONFIG]"
+)
 MAX_EVAL_TOKENS = 2_000_000
 MAIN = "main"
 """Name of the only source of a run."""
@@ -540,7 +543,13 @@ class Config(_Part):
             self.tasks.names is None or self.tasks.interval % self.eval_interval == 0,
             "tasks.interval",
             self.tasks.interval,
-            f"a multiple of eval_interval ({self.eval_interval})",
+            f"a multiple of eval_interval; set --tasks.interval {10 * self.eval_interval}",
+        )
+        _check(
+            self.tasks.include_path is None or self.tasks.names is not None,
+            "tasks.include_path",
+            self.tasks.include_path,
+            "None without tasks.names; add --tasks.names",
         )
         self._check(
             self.branch_from is None or self.init_from is None,

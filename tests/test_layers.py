@@ -242,10 +242,13 @@ def test_one_broad_except_at_the_border_to_the_trackers():
     # tokenizers raises bare Exceptions, which `corpus.tokenizer` turns into ValueErrors; a config
     # file is a person's own code, of which `launch` names the line; and the loop saves the step
     # after whatever a caller's held-out set raises, and raises it again. Libraries of
-    # stores have errors of their own, of which `corpus.stores` makes an OSError.
+    # stores have errors of their own, of which `corpus.stores` makes an OSError; tasks of lm-eval
+    # hold code.
     found = {name: count for name, tree in MODULES.items() if (count := broad_excepts(tree))}
     known = dict.fromkeys(
-        ("tracking.trackers", "corpus.stores", "corpus.tokenizer", "launch", "training.loop"), 1
+        ("tracking.trackers", "corpus.stores", "corpus.tokenizer", "evaluation.harness", "launch")
+        + ("training.loop",),
+        1,
     )
     assert found == known
     for text in ("except:", "except Exception:", "except (OSError, BaseException) as e:"):
@@ -283,7 +286,7 @@ def test_the_kernel_and_the_whole_are_small():
     kernel = closure("launch", MODULES)
     assert {"training.loop", "data.dataset"} <= kernel
     assert not kernel & {"report.page", "inference.sample", "cli.runs"}
-    assert sum(map(sizes.__getitem__, kernel)) <= 6370
-    assert sum(sizes.values()) + sum(code_lines(path.read_text()) for path in others) <= 12880
+    assert sum(map(sizes.__getitem__, kernel)) <= 6440
+    assert sum(sizes.values()) + sum(code_lines(path.read_text()) for path in others) <= 13020
     assert sizes["checkpoints.checkpoint"] <= 195
     assert code_lines('"""Doc."""\n\n# why\nx = 1  # here\ndef f():\n    """Doc."""\n') == 2

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from jaxlm.checkpoints.folder import scan_folder
 from jaxlm.config import Config, DataConfig, ModelConfig, OptimConfig
 from jaxlm.corpus.tokenizer import train_tokenizer
-from jaxlm.data import dataset
+from jaxlm.data import dataset, run_data
 from jaxlm.data.batches import TrainBatches
 from jaxlm.data.mixture import Mixture, Phase, add_phase, spread
 from jaxlm.data.packing import Windows
@@ -31,6 +31,7 @@ from jaxlm.evaluation.documents import rows_of_batch
 from jaxlm.evaluation.score import score
 from jaxlm.files.strict import read_json
 from jaxlm.proof.attempt import compare_runs, untimed_rows
+from jaxlm.report.diff import diff_checkpoints
 from jaxlm.training.inputs import find_inputs
 from jaxlm.training.loop import Callback
 from jaxlm.training.train import train
@@ -185,6 +186,8 @@ def run(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
         kill: int = 0,
         data: dict[str, Any] | None = None,
         branch_from: str | None = None,
+        learning_rate: float = 1e-2,
+        resume: Any = "auto",
         callbacks: Sequence[Callback] = (),
         **weights: float,
     ) -> Config:
@@ -203,8 +206,9 @@ def run(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
             data=replace(own, **(data or {})),
             num_steps=num_steps,
             eval_interval=4,
-            optim=OptimConfig(learning_rate=1e-2, warmup_steps=0),
+            optim=OptimConfig(learning_rate=learning_rate, warmup_steps=0),
             branch_from=branch_from,
+            resume=resume,
             checkpoint={"save_interval": 4, "keep_latest": 9},
         )
 
@@ -289,7 +293,8 @@ def test_rows_of_whole_documents(run, tmp_path, capsys):
     packed = {"packing": "documents"}
     config = run("whole", 8, web=3, code=1, data=packed)
     assert re.search(
-        r"web: whole documents in rows, of which \d+\.\d+% is padding", capsys.readouterr().out
+        r"web: [\d,]+ rows of whole documents, \d+\.\d+% of them padding",
+        capsys.readouterr().out,
     )
     run("cut", 8, web=3, code=1, data=packed, kill=5)
     run("cut", 8, web=3, code=1, data=packed)
@@ -305,7 +310,8 @@ def test_rows_of_whole_documents(run, tmp_path, capsys):
 
 
 def test_a_longer_plan_adds_tokens_to_those_of_the_run(run, texts, tmp_path):
-    before, after = ({"max_tokens": limit} for limit in (900, 1900))
+    # The held-out set is not full when the first limit is reached.
+    before, after = ({"max_tokens": limit, "eval_tokens": 5000} for limit in (900, 1900))
     run("whole", 4, web=1, code=1, data=before)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.copy(tmp_path / "whole.batches", tmp_path / "cut.batches")
@@ -349,24 +355,76 @@ def test_a_longer_plan_adds_tokens_to_those_of_the_run(run, texts, tmp_path):
     np.testing.assert_array_equal(*tokens)
 
 
-def test_a_plan_that_outgrows_a_source_that_is_gone(run, texts, tmp_path, capsys):
+def test_a_plan_that_outgrows_a_source_that_is_gone(run, texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_data, "default_max_tokens", lambda config, n: config.max_tokens or n)
     for change, why in {"gone": "no file matches", "changed": "has changed since"}.items():
         path = texts / f"{change}.jsonl"
         path.write_text((texts / "web.jsonl").read_text())
         source = {"sources": {"web": f"text:{path}"}}
-        run(change, 4, web=1, data={**source, "max_tokens": 450})
+        run(change, 4, web=1, data=source)
         if change == "gone":
             path.unlink()
         else:
             path.write_text((texts / "code.jsonl").read_text())
+        with pytest.raises(ValueError, match=f"takes 950 .* 512 are prepared, .*{why}"):
+            run(change, 8, web=1, data={**source, "max_tokens": 950})
         capsys.readouterr()
-        run(change, 8, web=1, data={**source, "max_tokens": 950})
+        run(change, 8, web=1, data=source)
         said = capsys.readouterr().out
-        assert re.search(
-            f"more than the 450 training tokens of .*, and no more can be prepared: .*{why}", said
-        )
+        assert re.search(f"takes 1,024 .*, 512 are prepared, .*{why}.* repeats those", said)
         latest = scan_folder(tmp_path / change / "checkpoints").sound[8]
-        assert latest.data["web"]["limits"] == [450] and len(latest.phases) == 1
+        assert latest.data["web"]["limits"] == [512] and len(latest.phases) == 1
+    assert not [path for path in (texts / "cache/data").glob("*/progress.json")]
+
+
+def test_a_start_that_goes_back_takes_the_data_of_where_it_goes_back_to(run, tmp_path):
+    bounded = {"cache_dir": str(tmp_path / "cache")}
+    run("a", 4, web=1, data={**bounded, "max_tokens": 450})
+    config = run("a", 8, web=1, data={**bounded, "max_tokens": 950})
+    damage(Path(config.checkpoint_dir) / "8")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    kept = {**bounded, "max_tokens": 450}
+    run("a", 12, web=1, data=kept)
+    run("b", 12, web=1, data=kept, kill=7)
+    run("b", 12, web=1, data=kept)
+    assert diff_checkpoints(f"{tmp_path}/a@12", f"{tmp_path}/b@12") == []
+    latest = scan_folder(tmp_path / "a/checkpoints").sound[12]
+    assert latest.data["web"]["limits"] == [450] and len(latest.phases) == 1
+
+
+def test_resume_best_takes_the_data_of_the_best(run, tmp_path):
+    bounded = {"cache_dir": str(tmp_path / "cache"), "eval_tokens": 60}
+    run("a", 4, web=1, data={**bounded, "max_tokens": 450})
+    run("a", 8, web=1, data={**bounded, "max_tokens": 950}, learning_rate=3.0)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    kept = {**bounded, "max_tokens": 450}
+    run("a", 12, web=1, data=kept, resume="best")
+    run("b", 12, web=1, data=kept, resume="best", kill=6)
+    run("b", 12, web=1, data=kept, resume="best")
+    assert diff_checkpoints(f"{tmp_path}/a@12", f"{tmp_path}/b@12") == []
+    assert scan_folder(tmp_path / "a/checkpoints").sound[12].data["web"]["limits"] == [450]
+
+
+def test_a_branch_after_a_growth_may_train_on_other_text(run, tmp_path):
+    bounded = {"cache_dir": str(tmp_path / "cache")}
+    run("a", 4, web=1, data={**bounded, "max_tokens": 450})
+    run("a", 8, web=1, data={**bounded, "max_tokens": 950})
+    other = {"sources": {"web": f"text:{tmp_path}/other.jsonl"}, **bounded}
+    lines = (json.dumps({"text": f"more of {n} " * 9}) for n in range(60))
+    (tmp_path / "other.jsonl").write_text("\n".join(lines))
+    run("b", 12, web=1, data=other, branch_from=f"{tmp_path}/a@8")
+    phases = scan_folder(tmp_path / "b/checkpoints").sound[12].phases
+    assert [phase["stages"] for phase in phases] == [{}, {}]
+
+
+def test_a_branch_keeps_the_held_out_set_of_its_run_without_the_cache(run, tmp_path):
+    data = {"cache_dir": str(tmp_path / "cache"), "eval_tokens": None}
+    run("a", 4, web=1, data=data)
+    run("b", 40, web=1, data=data, branch_from=f"{tmp_path}/a@4", kill=9)
+    shutil.rmtree(tmp_path / "cache")
+    run("b", 12, web=1, data=data)
+    sound = [scan_folder(tmp_path / name / "checkpoints").sound for name in "ab"]
+    assert sound[0][4].eval_set == sound[1][12].eval_set
 
 
 # --- the documents behind a batch

@@ -111,7 +111,7 @@ def test_batches_of_packed_rows_have_a_mask() -> None:
 
 
 class _Dataset:
-    source, eos_id = "text:x", EOS
+    source, eos_id, fingerprint = "text:x", EOS, "1"
 
     def __init__(self, folder: Path, lengths: list[int]):
         self.directory, self.stages = folder, [sum(lengths)]
@@ -132,6 +132,10 @@ def test_a_plan_is_made_once_and_a_damaged_one_again(tmp_path: Path, lines: list
         path.write_bytes(sound[:place] + bytes([sound[place] ^ 4]) + sound[place + 1 :])
         packing.open_rows(dataset, 10, "documents")
         assert path.read_bytes() == sound
+    dataset.fingerprint = "2"  # the plan of other data, with a checksum that fits
+    packing.open_rows(dataset, 10, "documents")
+    assert path.read_bytes() != sound
+    dataset.fingerprint = "1"
     path.write_bytes(sound[:11])
     packing.open_rows(dataset, 10, "documents")
     assert path.read_bytes() == sound and "is damaged; it is made again" in lines[-2]

@@ -60,6 +60,12 @@ def test_the_documents_are_those_of_the_files(texts: Path, memory: Any, monkeypa
         assert documents(f"memory://bucket/texts/{pattern}") == documents(f"{texts}/{pattern}")
 
 
+def test_names_with_signs_of_a_pattern_are_found(memory: Any) -> None:
+    memory.pipe("/bucket/[v1] set/[a].txt", b"here it is")
+    for path in ("[v1] set", "[v1] set/[a].txt", "[v1] set/*.txt"):
+        assert documents(f"memory://bucket/{path}") == ["here it is"]
+
+
 def test_an_object_that_changes_is_another_corpus(memory: Any) -> None:
     before = revision("memory://bucket/texts")
     assert revision("memory://bucket/texts") == before
@@ -76,7 +82,7 @@ def test_what_cannot_be_read_is_named(memory: Any, monkeypatch: pytest.MonkeyPat
         find_or_make_tokens()
     found = open_source(DataConfig(source="text:memory://bucket/texts/a.jsonl")).documents(0)
     memory.rm("/bucket/texts/a.jsonl")
-    with pytest.raises(FileNotFoundError, match="a.jsonl is gone"):
+    with pytest.raises(FileNotFoundError, match="a.jsonl: no such object"):
         next(found)
     monkeypatch.setattr(memory, "glob", lambda *_, **__: 1 / 0)
     with pytest.raises(OSError, match="cannot be read .ZeroDivisionError.*the credentials"):

@@ -16,8 +16,8 @@ import text_run
 from test_benchmark import model, reader, task_home  # noqa: F401  (fixtures)
 
 from jaxlm.checkpoints.folder import read_metadata
-from jaxlm.config import Config, TasksConfig
-from jaxlm.evaluation.tasks import own_random_state
+from jaxlm.config import Config, DataConfig, TasksConfig
+from jaxlm.evaluation.tasks import open_tasks
 from jaxlm.proof.attempt import untimed_rows
 from jaxlm.training import setup
 from jaxlm.training.evaluate import Stopped
@@ -56,13 +56,18 @@ def test_a_stop_in_the_tasks_costs_them_alone(own_home: Path, monkeypatch: pytes
 
 
 def test_the_interval_is_one_of_evals() -> None:
+    with pytest.raises(ValueError, match="tasks.include_path: .* None without tasks.names"):
+        Config(tasks=TasksConfig(include_path="x"))
     with pytest.raises(
-        ValueError, match="tasks.interval: found 5000, expected a multiple of .*300"
+        ValueError,
+        match="found 5000, expected a multiple of eval_interval; set --tasks.interval 3000",
     ):
         Config(tasks=TasksConfig("x"), eval_interval=300)
 
 
+@pytest.mark.slow
 def test_the_generators_of_the_caller_go_on() -> None:
+    own_random_state = pytest.importorskip("jaxlm.evaluation.harness").own_random_state
     random.seed(1), np.random.seed(1)
     expected = random.random(), np.random.rand()
     random.seed(1), np.random.seed(1)
@@ -92,3 +97,25 @@ def test_the_rows_are_what_benchmark_says_of_the_checkpoints(task_home: Path) ->
     assert rows[4]["eval/rolling/word_perplexity"] == found["rolling"]["word_perplexity,none"]
     assert rows[8]["eval/rolling/word_perplexity"] != rows[4]["eval/rolling/word_perplexity"]
     assert "Word_perplexity of rolling" in done.stdout
+
+
+@pytest.mark.slow
+def test_what_cannot_be_run_is_refused_before_the_first_step(task_home: Path) -> None:  # noqa: F811
+    harness = pytest.importorskip("jaxlm.evaluation.harness")
+    (task_home / "tasks/gone.yaml").write_text(
+        "task: gone\ndataset_path: json\ndataset_kwargs: {data_files: {test: nofile.jsonl}}\n"
+    )
+    for names, folder, message in (
+        (["words"], "nothere", "include_path: found nothere, expected a folder"),
+        (["choise"], "tasks", "did you mean choice"),
+        (["gone"], "tasks", "gone cannot be loaded .FileNotFoundError: .*nofile.jsonl"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            harness.load_tasks(names, folder)
+    config = Config(
+        data=DataConfig(held_out={"choice": "text:x"}),
+        tasks=TasksConfig("choice", interval=500, include_path="tasks"),
+    )
+    parts: Any = None
+    with pytest.raises(ValueError, match="found choice, the name of a held-out set too"):
+        open_tasks(config, parts, parts, parts, 0)

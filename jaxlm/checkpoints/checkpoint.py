@@ -115,6 +115,14 @@ class Checkpoints(HeldFolder):
         minutes = self._config.save_interval_min
         return minutes is not None and since_s >= 60 * minutes
 
+    def find_sound(self, *, best: bool = False) -> Metadata | None:
+        """The latest (or best) step that a restore will take; damaged ones are set aside."""
+        while (found := self.best if best else self.latest) and self._config.verify == "full":
+            if not (damage := self.damage(found.step)):
+                break
+            self.set_aside(found.step, damage)
+        return self._steps[found.step] if found else None
+
     def restore_latest(self, abstract: TrainState) -> Restored | None:
         """The newest sound state, verified; None in a folder that never held one.
 
@@ -123,24 +131,21 @@ class Checkpoints(HeldFolder):
           ValueError: the checkpoint is of another model.
         """
         restored, self.state_bytes = None, num_bytes(items_of(abstract))
-        while restored is None and (latest := self.latest):
+        while restored is None and (latest := self.find_sound()):
             restored = self._restore(latest, abstract)
         if restored is None and (aside := list_corrupt(self.folder)):
             raise CheckpointError(
                 f"{self.folder} holds no sound checkpoint, only {', '.join(aside)}; bring "
                 "back a copy of one, or start a new run with --run_dir"
             )
-        while self._config.verify == "full" and (best := self.best):
-            if not (damage := self.damage(best.step)):
-                break
-            self.set_aside(best.step, damage)
+        self.find_sound(best=True)
         return restored
 
     def restore_best(self, abstract: TrainState) -> Restored | None:
         """The best sound state, verified; None if there is none."""
         restored = None
-        while restored is None and (best := self.best):
-            restored = self._restore(self._steps[best.step], abstract)
+        while restored is None and (best := self.find_sound(best=True)):
+            restored = self._restore(best, abstract)
         return restored
 
     def save(
@@ -238,8 +243,6 @@ class Checkpoints(HeldFolder):
 
     def _restore(self, metadata: Metadata, abstract: TrainState) -> Restored | None:
         path, verify = self.folder / str(metadata.step), self._config.verify == "full"
-        if verify and (damage := self.damage(metadata.step)):
-            return self.set_aside(metadata.step, damage)
         try:
             return restore_state(path, metadata, abstract, verify=verify), metadata
         except DamagedArrays as error:

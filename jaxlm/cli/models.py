@@ -118,15 +118,15 @@ def benchmark(
     from jaxlm.extras import MODULES, needs
 
     needs(MODULES["lm-eval"], "jaxlm benchmark")
-    from jaxlm.evaluation.harness import find_tasks, run_tasks
+    from jaxlm.evaluation.harness import load_tasks, run_tasks
     from jaxlm.files.durable import expand
     from jaxlm.inference.reader import ScoringModel
 
-    names = [name for name in tasks.split(",") if name]
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
     with notes(json):
-        manager = find_tasks(names, include_path and expand(include_path, "--include_path"))
+        loaded = load_tasks(names, include_path and expand(include_path, "--include_path"))
         model = ScoringModel.of_run(run, batch_size=batch_size)
-        found = run_tasks(model, names, manager, num_fewshot=num_fewshot, limit=limit)
+        found = run_tasks(model, loaded, num_fewshot=num_fewshot, limit=limit)
     about = ("samples", "version")
     lines = [
         f"{name} ({values['samples']} documents): "

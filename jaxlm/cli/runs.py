@@ -78,7 +78,7 @@ def batch(run: RunAtStep, *, step: int, row: int | None = None, json: bool = Fal
     lines, values = [], []
     for number, found in enumerate(rows, row or 0):
         lines.append(
-            f"row {number}: source {found.source}, epoch {found.epoch}, window {found.window}"
+            f"row {number}: row {found.window} of source {found.source}, pass {found.epoch}"
         )
         pieces = [piece._asdict() for piece in found.pieces]
         values.append({"row": number, **found._asdict(), "pieces": pieces})

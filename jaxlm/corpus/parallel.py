@@ -62,7 +62,7 @@ class Writer:
         self._begin, self._patient = 0, True
         self._identity = tokenizer_lib.content_hash(tokenizer)
         shutil.rmtree(self._parts, ignore_errors=True)  # of a writer that was killed
-        self._parts.mkdir()
+        self._parts.mkdir(exist_ok=True)  # a helper may still write to it
 
     def begin(self, document: int) -> None:
         """Chunks are counted from this document on."""

@@ -69,6 +69,7 @@ def make_dataset(
     tokenizer.encode_special_tokens = True
     dtype = tokenizer_lib.dtype_of(tokenizer)
     splits, max_tokens = Splits(folder, progress, config.eval_limit, tokenizer), limits[-1]
+    share = 0.0
     with (
         _progress_bar(max_tokens or config.eval_limit) as show,
         contextlib.closing(
@@ -85,7 +86,8 @@ def make_dataset(
                 for document, ids, old in zip(chunk, all_ids, again, strict=True):
                     if not splits.full():
                         splits.add(document, ids[:0] if old else ids, is_duplicate=old)
-                show(splits.counts["train" if max_tokens else "eval"], source.share())
+                share = _share(source, share, first, progress["next_document"], len(chunk))
+                show(splits.counts["train" if max_tokens else "eval"], share)
                 if splits.num_waiting() >= SHARD_TOKENS:
                     splits.write()
             splits.end_stage()
@@ -101,9 +103,10 @@ def make_dataset(
     _log_parts(progress["parts"])
     if not manifest["exhausted"]:
         field = "max_tokens" if max_tokens else "eval_tokens"
-        share = f" after {source.share():.0%} of its bytes" if source.share() else ""
+        of_bytes = f", some {share:.1%} of its bytes" if share else ""
         _log.info(
-            f"{source.name}: data.{field} ended the preparation{share}; a higher limit takes more"
+            f"{source.name}: data.{field} ended the preparation after "
+            f"{progress['next_document']:,} documents{of_bytes}; a higher limit takes more"
         )
 
 
@@ -120,17 +123,33 @@ def _next_chunks(
                 return
 
 
+def _share(source: Source, before: float, first: int, now: int, count: int) -> float:
+    # Share of the source up to document `now`; the chunk from document `first` is read to its end.
+    if not before:  # the documents before the first chunk were read with it
+        before = source.share() * first / (first + count)
+    return before + (source.share() - before) * (now - first) / count
+
+
 def begin_with(folder: Path, known: Dataset, source: Source) -> None:
-    """Lets a preparation begin with the tokens of a dataset, which are linked.
+    """Hard-links the files of a dataset as the beginning of a new preparation.
+
+    If the files of the source have moved or were written again, nothing is linked: only the tokens
+    can show whether their text is the same.
 
     Raises:
-      ValueError: the source has changed since.
+      ValueError: the files have other sizes.
     """
     if (folder / PROGRESS).exists():
         return
-    progress = read_json(known.directory / MANIFEST, Progress)
+    progress = {**read_json(known.directory / MANIFEST, Progress)}
     if progress["revision"] != source.revision:
-        raise InputError(f"data.source {source.name}: its text has changed since")
+        if progress["sizes"] != source.sizes or not source.sizes:
+            raise InputError(f"data.source {source.name}: its text has changed since")
+        _log.info(
+            f"{source.name}: its files have moved or were written again, so they are prepared from "
+            "the beginning and compared"
+        )
+        return
     for name in known.stamps:
         target = folder / name
         target.unlink(missing_ok=True)  # left by a kill
@@ -138,7 +157,7 @@ def begin_with(folder: Path, known: Dataset, source: Source) -> None:
             target.hardlink_to(known.directory / name)
         except OSError:  # a file system without hard links
             shutil.copy(known.directory / name, target)
-    write_json(folder / PROGRESS, {**progress})
+    write_json(folder / PROGRESS, progress)
 
 
 def _log_parts(parts: dict[str, list[int]]) -> None:
@@ -172,15 +191,15 @@ def _progress(folder: Path, source: Source) -> dict[str, Any]:
         if min([*counted, *(shard["num_tokens"] for shard in shards)]) < 0:
             problem = f"{PROGRESS} was altered"
         if problem is None:
-            _log.info(f"Going on with the preparation, from document {found['next_document']:,}")
+            _log.info(f"{source.name}: reading on from document {found['next_document']:,}")
             return found
     except FileNotFoundError:
         return fresh
     except ValueError as error:
         problem = str(error)
     _log.info(f"Starting the preparation over: {problem}")
-    shutil.rmtree(folder)
-    folder.mkdir()
+    shutil.rmtree(folder, ignore_errors=True)  # a helper may write to it
+    folder.mkdir(exist_ok=True)
     return fresh
 
 

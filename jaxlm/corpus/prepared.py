@@ -7,13 +7,20 @@ from typing import Any
 
 from jaxlm.config import DataConfig
 from jaxlm.corpus import tokenizer as tokenizer_lib
-from jaxlm.corpus.cache import Origin, data_folder, label, make_once, open_recorded
+from jaxlm.corpus.cache import (
+    Origin,
+    clear_caches,
+    data_folder,
+    label,
+    make_once,
+    open_recorded,
+)
 from jaxlm.corpus.files import Source, in_proportion
 from jaxlm.corpus.parallel import help_writer
 from jaxlm.corpus.prepare import TOKENS_VERSION, begin_with, make_dataset
 from jaxlm.corpus.sources import open_source
 from jaxlm.corpus.splits import training_documents
-from jaxlm.data.dataset import MANIFEST, Dataset, digest, open_dataset
+from jaxlm.data.dataset import MANIFEST, Dataset, begins_with, digest, open_dataset
 from jaxlm.data.run_data import Prepared
 from jaxlm.errors import InputError, JaxlmError
 from jaxlm.files.cache import cache_root
@@ -50,7 +57,11 @@ def find_or_make(
         make_dataset(folder, source, config, vocab_size, limits)
 
     make_once(folder, make, lambda: help_writer(folder, source, config.eos_token))
-    return open_dataset(folder, vocab_size)
+    found = open_dataset(folder, vocab_size)
+    if known and not begins_with(found, known):
+        clear_caches([folder.name], config.cache_dir)
+        raise InputError(f"data.source {source.name}: its text has changed since")
+    return found
 
 
 @prints_lines

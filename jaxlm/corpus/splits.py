@@ -52,14 +52,19 @@ class Splits:
         self._folder, self._progress, self._tokenizer = folder, progress, tokenizer
 
     def begin_stage(self, max_tokens: int) -> None:
-        """Takes up to `max_tokens` to train on, or holds out all documents if that is 0."""
+        """Takes up to `max_tokens` to train on, or holds out all documents if that is 0.
+
+        Stages after the first hold out nothing: best keeps its meaning.
+        """
         self._limits["train"] = max_tokens
+        if self._progress["stages"]:
+            self._limits["eval"] = self.counts["eval"]
 
     def add(self, document: Document, ids: np.ndarray, *, is_duplicate: bool) -> None:
         """Takes in the next document; one without ids is dropped.
 
-        A held-out document is trained on if the held-out split is full. Of a training document
-        that is cut by the limit, the next stage takes the rest.
+        A held-out document is trained on if the held-out split is full. If the limit cuts a
+        training document, its rest goes to the next stage.
         """
         progress, counts, number = self._progress, self.counts, self._progress["next_document"]
         held_out = not self._limits["train"] or is_held_out(number)

@@ -2,8 +2,9 @@
 
 import contextlib
 import glob
+import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import FileIO
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -51,7 +52,7 @@ def find_files(source: str, suffixes: Iterable[str]) -> list[File]:
 def _on_disk(pattern: str) -> tuple[list[File], str]:
     path = expand(pattern, "data.source")
     below = ["**", "*"] if os.path.isdir(path) else []
-    names = glob.iglob(os.path.join(_literal(path), *below), recursive=True)
+    names = glob.iglob(os.path.join(_literal(path, os.path.exists), *below), recursive=True)
     # Deduplicated: with two `**`, glob finds a file several times.
     paths = {os.path.abspath(name) for name in names if os.path.isfile(name)}
     problem = "no file in that folder" if below else f"no file matches in {os.getcwd()}"
@@ -61,9 +62,9 @@ def _on_disk(pattern: str) -> tuple[list[File], str]:
 def _in_store(pattern: str) -> tuple[list[File], str]:
     with _reading(pattern):
         system, path = _system_of(pattern)
-        if system.isdir(path):
-            path = f"{path.rstrip('/')}/**"
-        entries = system.glob(path, detail=True)
+        below = "/**" if system.isdir(path) else ""
+        literal = _literal(path.rstrip("/"), system.exists)
+        entries = system.glob(literal + below, detail=True)
         scheme = pattern.partition("://")[0]
         files = [
             File(f"{scheme}://{name.removeprefix('/')}", about["size"], _stamp(about))
@@ -80,6 +81,8 @@ def _system_of(path: str) -> tuple[Any, str]:
     scheme = path.partition("://")[0]
     if scheme in _STORES:
         needs(MODULES["stores"], f"data.source {path}")
+        for name in ("gcsfs", "s3fs", "aiobotocore", "asyncio"):  # The error below says it all.
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     elif scheme != "memory":  # fsspec's own, for tests
         raise InputError(f"data.source: found {path}, expected s3:// or gs://, or a local path")
     return fsspec.core.url_to_fs(path)
@@ -126,20 +129,19 @@ def _reading(path: str) -> Iterator[None]:
     except (JaxlmError, GeneratorExit):
         raise
     except FileNotFoundError as error:
-        raise MissingFileError(
-            f"data.source: {path} is gone, or there is no such bucket"
-        ) from error
+        raise MissingFileError(f"data.source: {path}: no such object or bucket") from error
     except Exception as error:
         raise FileError(
             f"data.source: {path} cannot be read ({type(error).__name__}: {error}); look at its "
-            "name, the credentials and the network. The same command goes on from the last shard"
+            "name, at the credentials (of AWS: `aws configure`; of Google: `gcloud auth "
+            "application-default login`) and at the network"
         ) from error
 
 
-def _literal(path: str) -> str:
+def _literal(path: str, exists: Callable[[str], bool]) -> str:
     """The path as a glob pattern, with existing parts escaped: `[v1] set/*.jsonl`."""
     head, tail = path, ""
-    while head and not os.path.exists(head):
+    while head and not exists(head):
         head, slash, name = head.rpartition("/")
         tail = f"{slash}{name}{tail}"
     return glob.escape(head) + tail

@@ -57,17 +57,17 @@ def link_tokens(
       ValueError: a file is of no known format, or its ids are not those of the tokenizer.
     """
     del known  # nothing is left to add
+    if is_remote(config.source):
+        raise InputError(
+            f"data.source {config.source}: found files in a store, expected files on this machine, "
+            "which are mapped; copy them to its disk"
+        )
     if recorded and recorded["source"] == config.source:
         with contextlib.suppress(InputError):  # a file has moved or changed: see below
             if found := open_recorded(recorded, vocab_size, config.cache_dir):
                 return found
     if config.tokenizer == "train":
         refuse_text(config)
-    if is_remote(config.source):
-        raise InputError(
-            f"data.source {config.source}: found files in a store, expected files on this machine, "
-            "which are mapped; copy them to its disk"
-        )
     found = [f for f in find_files(config.source, (".bin", ".npy")) if not f.path.endswith(".idx")]
     paths = [Path(file.path) for file in found]
     if not paths:

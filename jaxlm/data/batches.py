@@ -75,6 +75,11 @@ class TrainBatches:
         batch = {"inputs": tokens_BT[:, :-1], "targets": tokens_BT[:, 1:]}
         return batch if mask_BT is None else {**batch, "loss_mask": mask_BT}
 
+    def times(self, name: str, num_steps: int) -> list[float]:
+        """How often so many steps go through what each stage has added to a source."""
+        taken = self._mixture.rows_before(name, num_steps * self._batch_size)
+        return self._orders[name].times(self._sources[name].sizes, taken)
+
     def locate(self, index: int, row: int) -> tuple[str, int, int]:
         """Source, pass and row of the source of a row of batch `index`."""
         ((name, (_, rows)),) = self._mixture.split(

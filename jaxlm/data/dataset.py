@@ -103,8 +103,9 @@ def open_dataset(folder: Path, vocab_size: int) -> Dataset:
         names = _check(folder, manifest)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(
-            f"prepared data in {folder} is damaged: {error}. Delete it with "
-            f"`jaxlm cache clear {folder.name} --delete`; the next run then prepares it anew"
+            f"prepared data in {folder} is damaged: {error}. Delete it with `jaxlm cache clear "
+            f"{folder.name} --delete --cache_dir {folder.parents[1]}`; the next run then prepares "
+            "it anew"
         ) from error
     tokenizer_path = folder / manifest["tokenizer"]["name"]
     check_vocabulary(str(tokenizer_path), manifest["vocab_size"], vocab_size)

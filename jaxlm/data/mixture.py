@@ -7,7 +7,7 @@ exact share but for less than one row.
 
 import bisect
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -38,6 +38,14 @@ def add_phase(
         if (_used(last["shares"]), last["stages"]) == (_used(shares), grown):
             return before
     return [*before, {"step": step, "shares": dict(shares), "stages": grown}]
+
+
+def keep_stages(phases: Sequence[Phase], names: Collection[str]) -> list[Phase]:
+    """The phases without the stages of other sources than these, whose tokens are others now."""
+    return [
+        {**phase, "stages": {n: k for n, k in phase["stages"].items() if n in names}}
+        for phase in phases
+    ]
 
 
 def _used(shares: Mapping[str, int]) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """The order of a source's rows in a run: shuffled passes, each of which holds each row once."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -77,6 +78,16 @@ class Order:
         self._size, self._seed = high - self._low, seed
         passes = np.diff(self._first) // self._size[:-1]
         self._epoch = np.concatenate([[0], np.cumsum(passes)])
+
+    def times(self, sizes: Sequence[int], num_rows: int) -> list[float]:
+        """How often the first rows of the run go through the rows that each stage has added."""
+        ends = np.append(self._first[1:], np.iinfo(np.int64).max)
+        counts = np.clip(num_rows, self._first, ends) - self._first
+        high = self._low + self._size
+        inside = [
+            (self._low <= start) & (stop <= high) for start, stop in itertools.pairwise([0, *sizes])
+        ]
+        return [float((counts / self._size)[here].sum()) for here in inside]
 
     def place(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Pass, and row of the source, of rows of the run in this source: each int64 [N]."""

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 import google_crc32c
 import numpy as np
 
-from jaxlm.data.dataset import Dataset
+from jaxlm.data.dataset import Dataset, digest
 from jaxlm.data.shards import TokenShards
 from jaxlm.files.durable import write_file
 
@@ -20,7 +20,6 @@ _log = logging.getLogger(__name__)
 
 # Documents that are packed together: a plan takes memory in proportion.
 _GROUP_TOKENS = 2**25
-_READ_VALUES = 1 << 19
 
 Packing = Literal["windows", "documents"]
 
@@ -119,12 +118,13 @@ def open_rows(dataset: Dataset, seq_len: int, packing: Packing) -> RowReader:
     if packing == "windows":
         return Windows(dataset.train, seq_len, dataset.stages)
     path = Path(f"{dataset.directory}.packed-{seq_len}")
-    plan = _read_plan(path)
+    identity = int(digest([dataset.fingerprint, seq_len])[:15], 16)
+    plan = _read_plan(path, identity)
     if plan is None:
         _log.info(f"Packing the documents of {dataset.source} into rows of {seq_len} tokens, once")
         plan = make_plan(dataset.train.ends(dataset.eos_id), dataset.stages, seq_len)
-        with contextlib.suppress(OSError):  # a read-only cache
-            write_file(path, _to_bytes(plan))
+        with contextlib.suppress(OSError):  # a read-only cache or a full disk: made again each time
+            write_file(path, _to_bytes(plan, identity))
     return Packed(dataset.train, seq_len, plan, dataset.eos_id)
 
 
@@ -207,26 +207,22 @@ def best_fit(lengths: np.ndarray, room: int) -> np.ndarray:
     return row_of
 
 
-def _to_bytes(plan: Plan) -> bytes:
-    sizes = [len(plan.sizes), len(plan.first), len(plan.start), *plan.sizes]
+def _to_bytes(plan: Plan, identity: int) -> bytes:
+    sizes = [identity, len(plan.sizes), len(plan.first), len(plan.start), *plan.sizes]
     data = np.concatenate([np.array(sizes), *plan[:3]]).astype("<i8").tobytes()
     return data + np.array(google_crc32c.value(data), "<i8").tobytes()
 
 
-def _read_plan(path: Path) -> Plan | None:
-    # None if there is none, or one that is not as it was written.
+def _read_plan(path: Path, identity: int) -> Plan | None:
+    # None if the plan is missing, damaged or of other data. In memory: a run may outlive the file.
     if not path.exists():
         return None
-    try:
-        data = np.memmap(path, "<i8", "r")
-    except (OSError, ValueError):  # of no whole number of values
-        data = np.zeros(1, "<i8")
-    checksum = google_crc32c.Checksum()
-    for start in range(0, len(data) - 1, _READ_VALUES):
-        checksum.update(data[:-1][start : start + _READ_VALUES].tobytes())
-    if len(data) < 5 or int.from_bytes(checksum.digest(), "big") != data[-1]:
+    content = path.read_bytes()
+    data = np.frombuffer(content[: len(content) // 8 * 8], "<i8")
+    sound = len(data) > 5 and google_crc32c.value(content[:-8]) == data[-1]
+    if not sound or data[0] != identity:
         _log.warning(f"{path} is damaged; it is made again")
         return None
-    stages, *counts = data[:3].tolist()
-    parts = np.split(data[3:-1], np.cumsum([stages, *counts]))
+    stages, *counts = data[1:4].tolist()
+    parts = np.split(data[4:-1], np.cumsum([stages, *counts]))
     return Plan(parts[1], parts[2], parts[3], parts[0].tolist())

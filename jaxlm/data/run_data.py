@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypedDict
 
 from jaxlm.config import MAX_EVAL_TOKENS, Config, DataConfig
-from jaxlm.data.dataset import Dataset, begins_with
+from jaxlm.data.dataset import Dataset
 from jaxlm.data.mixture import Phase
 from jaxlm.errors import InputError, JaxlmError
 
@@ -47,6 +47,8 @@ class Prepared(TypedDict):
     limits: list[int]
     """Limits of training tokens, one for each time that the plan outgrew them; [0] for a held-out
     set, all documents of which are held out."""
+    eval_tokens: int
+    """Limit of held-out tokens."""
 
 
 def has_grown(before: Prepared, now: Prepared) -> bool:
@@ -155,35 +157,58 @@ def load_data(
                 f"set up to step {recorded.step if recorded else 0}; take another name"
             )
         of_source = config_of_source(data, source, tokenizer)
+        if known:
+            of_source = dataclasses.replace(of_source, eval_tokens=known["eval_tokens"])
         dataset = load_dataset(of_source, vocab_size=vocab_size, limits=own, recorded=known)
-        share = data.shares.get(name, 0)
-        needed = share and _limit(name, data.shares, data.max_tokens or planned)
-        as_known = known and dataset.fingerprint == known["fingerprint"]
-        if grows and as_known and needed > own[-1] and not dataset.exhausted:
-            dataset, own = _grow(dataset, own, limits[name], of_source, vocab_size)
+        if grows and known and dataset.fingerprint == known["fingerprint"]:
+            needed = _needed(name, data, planned)
+            if needed > own[-1] and not dataset.exhausted:
+                dataset, own = _grow(dataset, own, limits[name], needed, of_source, vocab_size)
+            elif data.max_tokens and 0 < needed < own[-1]:
+                _log.info(
+                    f"data.max_tokens: {name} keeps its {own[-1]:,}, which a run never lowers"
+                )
         found[name] = dataset
-        source = known["source"] if known else source
-        prepared[name] = Prepared(fingerprint=dataset.fingerprint, source=source, limits=own)
+        prepared[name] = Prepared(
+            fingerprint=dataset.fingerprint,
+            source=known["source"] if known else source,
+            limits=own,
+            eval_tokens=of_source.eval_limit,
+        )
         tokenizer = str(found[name].tokenizer_path)
     _check_tokenizers(found)
     sources = {name: found[name] for name in data.corpora}
     return config, RunData(sources, {name: found[name] for name in data.held_out}, prepared)
 
 
+def _needed(name: str, data: DataConfig, planned: int) -> int:
+    # Training tokens of a dataset that the plan takes; none of a source without a share now.
+    if not data.shares.get(name):
+        return 0
+    return _limit(name, data.shares, data.max_tokens or planned)
+
+
 def _grow(
-    known: Dataset, before: list[int], limit: int, config: DataConfig, vocab_size: int
+    known: Dataset,
+    before: list[int],
+    limit: int,
+    needed: int,
+    config: DataConfig,
+    vocab_size: int,
 ) -> tuple[Dataset, list[int]]:
-    # The dataset with more tokens, and its limits; without the source, those before.
+    # The dataset with more tokens, and its limits. Without the source, those before: a longer plan
+    # then repeats its tokens; a higher data.max_tokens is refused, since it asks for more.
     limits = [*before, limit]
     try:
         grown = load_dataset(config, vocab_size=vocab_size, limits=limits, known=known)
-        if not begins_with(grown, known):
-            raise InputError(f"{config.source} gives other tokens than it gave to the run")
     except JaxlmError as error:
-        _log.warning(
-            f"the plan takes more than the {known.stages[-1]:,} training tokens of {known.source}, "
-            f"and no more can be prepared: {error}. The run goes through those again"
+        text = (
+            f"{known.source}: the plan takes {needed:,} training tokens, {known.stages[-1]:,} are "
+            f"prepared, and no more can be added ({error})"
         )
+        if config.max_tokens:
+            raise InputError(f"{text}; bring the text back, or data.max_tokens") from error
+        _log.warning(f"{text}. The run repeats those that it has")
         return known, before
     if len(grown.stages) > len(known.stages):
         added = grown.stages[-1] - known.stages[-1]

@@ -1,11 +1,15 @@
 """Runs tasks of EleutherAI's lm-eval (the extra `lm-eval`) on a checkpoint."""
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import lm_eval
+import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
@@ -126,8 +130,8 @@ class HarnessModel(TemplateLM):
 
 
 @prints_lines
-def find_tasks(tasks: Sequence[str], include_path: str | None = None) -> TaskManager:
-    """A manager that has these tasks.
+def load_tasks(tasks: Sequence[str], include_path: str | None = None) -> dict[str, Any]:
+    """The tasks, with their documents.
 
     Args:
       tasks: names of tasks, groups or tags.
@@ -135,27 +139,37 @@ def find_tasks(tasks: Sequence[str], include_path: str | None = None) -> TaskMan
         which takes half a minute.
 
     Raises:
-      ValueError: there is no such task.
+      ValueError: there is no such task or folder, or a task cannot be loaded.
     """
+    if include_path and not os.path.isdir(include_path):
+        raise InputError(f"include_path: found {include_path}, expected a folder of YAML tasks")
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if missing := [task for task in tasks if task not in manager.all_tasks]:
         _log.info(f"looking for {', '.join(missing)} among the tasks of lm-eval")
         manager = TaskManager(include_path=include_path)
     for task in tasks:
         if task not in manager.all_tasks:
-            near = ", ".join(get_close_matches(task, manager.all_tasks)) or "no name like it"
+            near = " or ".join(get_close_matches(task, manager.all_tasks))
             raise InputError(
-                f"--tasks: found {task}, expected the name of a task of lm-eval or of one in "
-                f"--include_path ({near})"
+                f"tasks: found {task}, expected the name of a task of lm-eval"
+                + (f" or of one in {include_path}" if include_path else "")
+                + (f"; did you mean {near}?" if near else "")
             )
-    return manager
+    try:
+        with own_random_state():
+            loaded: Any = manager.load(list(tasks))
+        return loaded
+    except Exception as error:
+        raise InputError(
+            f"tasks: {', '.join(tasks)} cannot be loaded ({type(error).__name__}: {error}); look "
+            "at the YAML, and at the files that it names"
+        ) from error
 
 
 @prints_lines
 def run_tasks(
     model: ScoringModel,
-    tasks: Sequence[str],
-    manager: TaskManager,
+    loaded: dict[str, Any],
     *,
     num_fewshot: int | None = None,
     limit: int | None = None,
@@ -165,8 +179,7 @@ def run_tasks(
 
     Args:
       model: the model.
-      tasks: names of tasks, groups or tags.
-      manager: has them.
+      loaded: the tasks, from `load_tasks`.
       num_fewshot: examples in a prompt; None for the number in the task.
       limit: maximum number of documents of each task.
       look: as in `HarnessModel`.
@@ -174,16 +187,21 @@ def run_tasks(
     Returns:
       Task -> its metrics, `samples` (number of documents) and `version`.
     """
-    evaluate: Any = lm_eval.simple_evaluate  # its annotations are wrong
-    found = evaluate(
-        HarnessModel(model, look),
-        tasks=list(tasks),
-        task_manager=manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        bootstrap_iters=0,  # bootstrapping forks, which is unsafe with JAX
-        log_samples=False,
-    )
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        wanted = own if num_fewshot is None or own == 0 else num_fewshot
+        task.set_config(key="num_fewshot", value=wanted or 0)
+        task.set_fewshot_seed(seed=1234)  # lm-eval's default
+    # Not simple_evaluate, which starts git and seeds the process. Its annotations are wrong.
+    evaluate: Any = lm_eval.evaluate
+    with own_random_state():
+        found = evaluate(
+            lm=HarnessModel(model, look),
+            task_dict=loaded,
+            limit=limit,
+            bootstrap_iters=0,  # bootstrapping forks, which is unsafe with JAX
+            log_samples=False,
+        )
     return {
         name: {
             **{key: value for key, value in metrics.items() if isinstance(value, float)},
@@ -192,3 +210,16 @@ def run_tasks(
         }
         for name, metrics in found["results"].items()
     }
+
+
+@contextlib.contextmanager
+def own_random_state() -> Iterator[None]:
+    """Restores the generators of the process, which a task may use, and a caller's own batches."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(1234)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

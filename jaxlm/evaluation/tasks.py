@@ -1,12 +1,13 @@
 """Tasks of lm-eval during a run: their results are in the rows of its evals."""
 
 import contextlib
-import random
+import io
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.config import Config
@@ -17,6 +18,8 @@ from jaxlm.inference.reader import ScoringModel
 from jaxlm.training.evaluate import Stopped
 from jaxlm.training.setup import Tasks
 
+_log = logging.getLogger(__name__)
+
 
 def open_tasks(
     config: Config, blueprint: Blueprint, mesh: Mesh, tokenizer_path: Path, eos_id: int
@@ -25,20 +28,32 @@ def open_tasks(
 
     Raises:
       ImportError: lm-eval is not installed.
-      ValueError: there is no such task, or the run has several processes.
+      ValueError: there is no such task, one has the name of a held-out set, or the run has several
+        processes.
     """
     needs(MODULES["lm-eval"], "tasks.names")
-    from jaxlm.evaluation.harness import find_tasks, run_tasks
+    from jaxlm.evaluation.harness import load_tasks, run_tasks
 
-    if jax.process_count() > 1:
+    if (count := jax.process_count()) > 1:
         raise InputError(
-            "tasks.names: found tasks in a run of several processes, expected one; run them on its "
+            f"tasks.names: found a run of {count} processes, expected one; run the tasks on its "
             "checkpoints with `jaxlm benchmark`"
         )
-    names = [name for name in (config.tasks.names or "").split(",") if name]
-    manager = find_tasks(names, config.tasks.include_path)
-    with own_random_state():
-        manager.load(names)
+    names = [name.strip() for name in (config.tasks.names or "").split(",") if name.strip()]
+    with _quiet():
+        loaded = load_tasks(names, config.tasks.include_path)
+    sets = {*config.data.corpora, *config.data.held_out}
+    if both := sorted(sets & {*loaded["tasks"], *loaded.get("groups", ())}):
+        raise InputError(
+            f"tasks.names: found {', '.join(both)}, the name of a held-out set too, expected "
+            "different ones; rename the held-out set or the task"
+        )
+    limit, every = config.tasks.limit, config.tasks.interval
+    sizes = [min(len(task.eval_docs), limit or sys.maxsize) for task in loaded["tasks"].values()]
+    _log.info(
+        f"tasks: {', '.join(names)} ({sum(sizes):,} documents) every {every:,} steps, and at the "
+        "last step"
+    )
     model = ScoringModel(
         blueprint,
         mesh,
@@ -53,12 +68,10 @@ def open_tasks(
             if stops():
                 raise Stopped
 
-        with own_random_state():
-            found = run_tasks(
-                model.at(step, weights), names, manager, limit=config.tasks.limit, look=look
-            )
+        with _quiet():
+            found = run_tasks(model.at(step, weights), loaded, limit=limit, look=look)
         return {
-            f"eval/{task}/{metric.replace(',none', '').replace(',', '_')}": value
+            f"eval/{task}/{metric.replace(',none', '').replace(',', '_')}": float(value)
             for task, metrics in found.items()
             for metric, value in metrics.items()
             if isinstance(value, float)
@@ -68,11 +81,7 @@ def open_tasks(
 
 
 @contextlib.contextmanager
-def own_random_state() -> Iterator[None]:
-    """Restores the generators of the process, which lm-eval seeds and own batches may use."""
-    states = random.getstate(), np.random.get_state()
-    try:
+def _quiet() -> Iterator[None]:
+    # lm-eval draws a bar for each stage of its work.
+    with contextlib.redirect_stderr(io.StringIO()):
         yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -117,6 +118,7 @@ def _proof_flags(config: Config, steps: int) -> list[str]:
         "data.max_tokens": default_max_tokens(config.data, num_tokens),  # as in the real run
         "save_interval": steps // 4,
         "eval_interval": steps // 3,
+        "tasks.interval": steps // 3,
         "log_interval": 1,
         "stop_after_worse_evals": None,
         "branch_from": None,
@@ -189,7 +191,7 @@ def _kill_and_resume(
 
 def _last_log_line(run_dir: Path) -> str:
     lines = Path(f"{run_dir}.log").read_text(errors="replace").split("\n")
-    return next((line for line in reversed(lines) if line.strip()), "no output")
+    return next((line for line in reversed(lines) if re.search(r"\w", line)), "no output")
 
 
 def _sha256(values: Any) -> str:

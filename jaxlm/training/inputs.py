@@ -130,7 +130,7 @@ def find_inputs(
     if batches is not None:
         own = recorded(batches, record_to)
         fingerprint = str(getattr(batches, "fingerprint", ""))
-        own_data = Prepared(fingerprint=fingerprint, source="", limits=[])
+        own_data = Prepared(fingerprint=fingerprint, source="", limits=[], eval_tokens=0)
         return config, Inputs(
             lambda _: own,
             sets,
@@ -142,7 +142,7 @@ def find_inputs(
     stages = {name: len(of.stages) for name, of in data.sources.items()}
     planned = add_phase(before, step, config.data.shares, stages)
     rows = rows_of_sources(config, data)
-    _log_sources(config, data, rows, planned)
+    _log_sources(config, data, rows, train_batches(config, rows, planned), planned[-1]["shares"])
     return config, Inputs(
         lambda phases: recorded(train_batches(config, rows, phases), record_to),
         sets or {n: held_out_batches(config, of) for n, of in data.by_name.items()},
@@ -159,7 +159,12 @@ def find_inputs(
 def rows_of_sources(config: Config, data: RunData) -> dict[str, RowReader]:
     """The rows of each training source."""
     packing = config.data.packing
-    return {name: open_rows(of, config.seq_len, packing) for name, of in data.sources.items()}
+    rows = {name: open_rows(of, config.seq_len, packing) for name, of in data.sources.items()}
+    for name, of in rows.items() if packing == "documents" else ():
+        _log.info(
+            f"{name}: {of.sizes[-1]:,} rows of whole documents, {of.padding:.2%} of them padding"
+        )
+    return rows
 
 
 def train_batches(
@@ -182,24 +187,29 @@ def held_out_batches(config: Config, dataset: Dataset) -> EvalBatches:
 
 
 def _log_sources(
-    config: Config, data: RunData, rows: Mapping[str, RowReader], phases: Sequence[Phase]
+    config: Config,
+    data: RunData,
+    rows: Mapping[str, RowReader],
+    batches: TrainBatches,
+    shares: Mapping[str, int],
 ) -> None:
-    mixture, most_epochs = Mixture(phases, config.batch_size), 0.0
-    shares = phases[-1]["shares"]
+    most_epochs = 0.0
     for name, dataset in data.sources.items():
-        taken = mixture.rows_before(name, config.num_steps * config.batch_size)
-        epochs = taken / max(rows[name].sizes[-1], 1)
-        most_epochs = max(most_epochs, epochs)
+        times = batches.times(name, config.num_steps)
+        most_epochs = max(most_epochs, *times)
         share = shares.get(name, 0) / sum(shares.values())
         title = f"{name} ({share:.4g} of the rows)" if len(data.sources) > 1 else "data"
+        # A source that has grown: what each stage has added.
+        added = np.diff([0, *dataset.stages]).tolist()
+        parts = [f"the {'added' if k else 'first'} {n:,}" for k, n in enumerate(added)]
+        through = ", ".join(
+            f"{part if len(times) > 1 else 'them'} {count:.2f} times"
+            for part, count in zip(parts, times, strict=True)
+        )
         _log.info(
             f"{title}: {dataset.train.num_tokens:,} training tokens from {dataset.source}, "
-            f"{dataset.eval.num_tokens:,} held out; the run goes through them {epochs:.2f} times"
+            f"{dataset.eval.num_tokens:,} held out; the run goes through {through}"
         )
-        if config.data.packing == "documents":
-            _log.info(
-                f"{name}: whole documents in rows, of which {rows[name].padding:.2%} is padding"
-            )
     for name, dataset in data.held_out.items():
         _log.info(f"{name}: {dataset.eval.num_tokens:,} tokens from {dataset.source}, all held out")
     if most_epochs > 4 and not config.overfit_one_batch:

@@ -17,7 +17,7 @@ from jaxlm.checkpoints.names import split_step
 from jaxlm.checkpoints.restore import check_layout, items_of, restore_state, restore_weights
 from jaxlm.cluster import agree
 from jaxlm.config import Config, changes, to_dict
-from jaxlm.data.mixture import Phase
+from jaxlm.data.mixture import Phase, keep_stages
 from jaxlm.data.run_data import Prepared, has_grown
 from jaxlm.device.sharding import deterministic_options, make_mesh
 from jaxlm.device.state import Own, TrainState, blueprint_of
@@ -172,15 +172,18 @@ def _resumed(
     )
 
 
+def _goes_on(before: Prepared, now: Prepared) -> bool:
+    # Whether a dataset has the tokens that it had, and perhaps more.
+    return before["fingerprint"] == now["fingerprint"] or has_grown(before, now)
+
+
 def _check_data(parts: TrainSetup, metadata: Metadata) -> None:
     inputs = parts.inputs
     before, now, eval_set = metadata.data, inputs.data, inputs.eval_set
     for name in sorted(before.keys() | now.keys()):
         was, found = (of[name]["fingerprint"] if name in of else "none" for of in (before, now))
-        both = name in before and name in now
-        if (both and was != found and not has_grown(before[name], now[name])) or bool(
-            before
-        ) != bool(now):
+        goes_on = name not in before or name not in now or _goes_on(before[name], now[name])
+        if not goes_on or bool(before) != bool(now):
             source = f" ({of['source']})" if (of := before.get(name, {})).get("source") else ""
             raise InputError(
                 f"data: found fingerprint {found} for {name}, but step {metadata.step} was trained "
@@ -201,6 +204,8 @@ def _branch(parts: TrainSetup, source: str) -> tuple[TrainState, Start]:
     metadata, path = selected.metadata, selected.path
     state = restore_state(path, metadata, parts.blueprint.abstract)
     _log.info(f"Branching from step {selected.step} of {selected.folder}")
+    now = parts.inputs.data
+    same = {n for n, of in metadata.data.items() if n in now and _goes_on(of, now[n])}
     _log_best(metadata)
     return state, Start(
         step=selected.step,
@@ -208,7 +213,7 @@ def _branch(parts: TrainSetup, source: str) -> tuple[TrainState, Start]:
         skipped_steps=int(state.guard.skipped_steps),
         owes_eval=parts.eval_due(selected.step),
         why=f"branched from {path}",
-        phases=parts.inputs.phases(metadata.phases, selected.step),
+        phases=parts.inputs.phases(keep_stages(metadata.phases, same), selected.step),
         data=metadata.data,
         lineage=[*metadata.lineage, {"step": selected.step, "branched_from": str(path)}],
     )

@@ -1,6 +1,7 @@
 """A run from its config to its end: folders, resume and messages."""
 
 import contextlib
+import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from jaxlm.checkpoints.folder import TOKENIZER, select
 from jaxlm.checkpoints.metadata import Metadata
 from jaxlm.cluster import check_equal
 from jaxlm.config import Config
+from jaxlm.data.mixture import keep_stages
 from jaxlm.data.run_data import Recorded
 from jaxlm.device.loss import Loss
 from jaxlm.device.state import ModelFactory, Own
@@ -31,7 +33,7 @@ from jaxlm.training.at_end import AtEnd, Complete, find_tools
 from jaxlm.training.evaluate import EvalSet
 from jaxlm.training.inputs import TrainSet
 from jaxlm.training.loop import Callback, Hook, Loop, Result
-from jaxlm.training.resume import ResumePlan, check_folders, plan_resume
+from jaxlm.training.resume import ResumePlan, check_folders, goes_back, plan_resume
 from jaxlm.training.setup import TrainSetup, set_up
 from jaxlm.training.signals import stop_requests
 from jaxlm.training.start import (
@@ -158,17 +160,29 @@ def _leave_complete(plan: ResumePlan, latest: Metadata, checkpoints: Checkpoints
 
 
 def _recorded(config: Config, checkpoints: Checkpoints) -> Recorded | None:
-    # The data of the run, or of the run that it branches from.
-    if latest := checkpoints.latest:
-        return latest.recorded_data(checkpoints.folder / TOKENIZER)
+    # The data of the checkpoint that the start goes on from, or of the run that it branches from.
+    if checkpoints.latest:
+        return _of_own(config, checkpoints)
     if not config.branch_from:
         return None
     if not (found := select(config.branch_from, contents=False).recorded_data):
         return None
-    # A branch may train on other text under the same name.
+    # A branch may train on other text under the same name, of which no stage is known.
     corpora = {**config.data.corpora, **config.data.held_out}
     same = {n: of for n, of in found.datasets.items() if corpora.get(n) == of["source"]}
-    return found._replace(datasets=same)
+    return found._replace(datasets=same, phases=keep_stages(found.phases, same))
+
+
+def _of_own(config: Config, checkpoints: Checkpoints) -> Recorded | None:
+    tokenizer, latest, best = checkpoints.folder / TOKENIZER, checkpoints.latest, checkpoints.best
+    if latest and best and goes_back(config, latest, best):
+        found = checkpoints.find_sound(best=True)
+    elif len({json.dumps(of.data, sort_keys=True) for of in checkpoints.steps.values()}) > 1:
+        # Only then it matters which one is restored: else the restore alone reads the files.
+        found = checkpoints.find_sound()
+    else:
+        found = latest
+    return found.recorded_data(tokenizer) if found else None
 
 
 @contextlib.contextmanager
