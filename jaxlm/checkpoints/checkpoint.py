@@ -117,11 +117,10 @@ class Checkpoints(HeldFolder):
 
     def find_sound(self, *, best: bool = False) -> Metadata | None:
         """The latest (or best) step that a restore will take; damaged ones are set aside."""
-        while (found := self.best if best else self.latest) and self._config.verify == "full":
-            if not (damage := self.damage(found.step)):
-                break
-            self.set_aside(found.step, damage)
-        return self._steps[found.step] if found else None
+        full = self._config.verify == "full"
+        while (of := self.best if best else self.latest) and full and (bad := self.damage(of.step)):
+            self.set_aside(of.step, bad)
+        return self._steps[of.step] if of else None
 
     def restore_latest(self, abstract: TrainState) -> Restored | None:
         """The newest sound state, verified; None in a folder that never held one.

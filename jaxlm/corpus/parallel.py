@@ -1,8 +1,8 @@
 """Several processes prepare one dataset: one of them writes it, the others tokenize for it.
 
 The writer holds the lock of the dataset. In the folder `parts` of the dataset, `position.json` says
-where the writer is, `N.claim` that a process tokenizes the chunk whose first document is N, and
-`N.ids` holds the tokens of a helper. The processes may be on several hosts with a shared disk.
+where the writer is. `N.claim` marks the chunk whose first document is N as taken by a process, and
+`N.ids` holds its tokens, of a helper. The processes may be on several hosts with a shared disk.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ PARTS = "parts"
 _MAX_AHEAD = 32
 """Chunks that may wait for the writer."""
 _WAIT_S = 60.0
-"""Time that the writer waits for a helper, which may have died, before it tokenizes a chunk."""
+"""Time that the writer waits, once, for a helper that may have died; then it tokenizes the chunk."""
 _POLL_S = 0.02
 
 
 class _Position(TypedDict):
     begin: int
-    """Document from which on the writer counts its chunks."""
+    """First document of the first chunk of this writer."""
     at: int
     """First document of its chunk."""
     tokenizer: str
@@ -95,7 +95,7 @@ def help_writer(folder: Path, source: Source, eos_token: str | None) -> Iterator
     """Tokenizes chunks for the writer of a dataset, as long as one is at work.
 
     Yields:
-      None after each chunk, and while there is nothing to do; without an end.
+      None after each chunk, and while there is nothing to do; never returns.
     """
     parts = folder / PARTS
     while True:
@@ -117,7 +117,7 @@ def _help(
         return
     eos_id, dtype = tokenizer_lib.find_eos(tokenizer, eos_token), tokenizer_lib.dtype_of(tokenizer)
     for chunk in chunks(source.documents(first)):
-        while (now := _position(parts)) and len([*parts.glob("*.ids")]) > _MAX_AHEAD:
+        while (now := _position(parts)) and len([*parts.glob("*.ids")]) >= _MAX_AHEAD:
             yield _idle()
         if now is None or now["begin"] != position["begin"]:
             return
@@ -134,13 +134,13 @@ def _idle() -> None:
 
 
 def _position(parts: Path) -> _Position | None:
-    with contextlib.suppress(OSError, ValueError):  # none yet, or no more
+    with contextlib.suppress(OSError, ValueError):  # not written yet, or removed already
         return read_json(parts / "position.json", _Position)
     return None
 
 
 def _claim(path: Path) -> bool:
-    # Whether this process is the first that wants the chunk.
+    # Whether this process got the claim.
     try:
         path.with_suffix(".claim").touch(exist_ok=False)
     except OSError:  # it is there, or the writer has ended
@@ -156,7 +156,7 @@ def _write(path: Path, documents: list[np.ndarray]) -> None:
 
 
 def _read(path: Path, count: int, dtype: np.dtype) -> list[np.ndarray] | None:
-    # None without the tokens of just these documents.
+    # None if the file is missing, damaged or of other documents.
     try:
         data = path.read_bytes()
     except OSError:

@@ -1,4 +1,4 @@
-"""Text -> token shards: resumable at any instant, published at once, checked at each use.
+"""Text -> token shards: resumable at any instant, published atomically, checked when opened.
 
 A dataset is a folder of the cache, named after its source and a hash of everything that determines
 its content. It holds `tokenizer.json`, the shards and, written last, `manifest.json`: a folder
@@ -54,7 +54,7 @@ def make_dataset(
 ) -> None:
     """Prepares the missing part of a dataset, and publishes it; arguments as of `Make`.
 
-    What is prepared for one limit is the beginning of what is prepared for the next.
+    The tokens of each limit are the first of the next; all held-out tokens are of the first limit.
     """
     progress = _progress(folder, source)
     tokenizer_path = folder / "tokenizer.json"
@@ -113,8 +113,8 @@ def make_dataset(
 def _next_chunks(
     source: Source, splits: Splits, writer: Writer, progress: dict[str, Any]
 ) -> Iterator[list[Document]]:
-    # Those that follow the documents so far; none, and nothing read, if the limit is reached, as it
-    # may be after a kill before the manifest.
+    # The remaining chunks. Reads nothing if the limit is reached: a kill may come between the last
+    # shard and the manifest.
     if not splits.full():
         writer.begin(progress["next_document"])
         for chunk in chunks(source.documents(progress["next_document"])):

@@ -61,7 +61,7 @@ class Splits:
             self._limits["eval"] = self.counts["eval"]
 
     def add(self, document: Document, ids: np.ndarray, *, is_duplicate: bool) -> None:
-        """Takes in the next document; one without ids is dropped.
+        """Adds the next document; one without ids is dropped.
 
         A held-out document is trained on if the held-out split is full. If the limit cuts a
         training document, its rest goes to the next stage.
@@ -108,7 +108,7 @@ class Splits:
         return sum(map(len, itertools.chain(*self._waiting.values())))
 
     def end_stage(self) -> None:
-        """Writes what is waiting; the tokens so far are the beginning of any longer data."""
+        """Writes what is waiting; a longer preparation begins with these tokens."""
         self.write()
         self._progress["stages"] = sorted({*self._progress["stages"], self.counts["train"]})
         write_json(self._folder / PROGRESS, self._progress)

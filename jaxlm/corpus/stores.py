@@ -23,11 +23,11 @@ class File(NamedTuple):
     path: str
     num_bytes: int
     stamp: str
-    """What changes with its content: the time of its last change, or the ETag of an object."""
+    """Changes with the content: the time of the last change, or the ETag of an object."""
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is one of a store."""
+    """Whether a path is in an object store."""
     return "://" in path
 
 
@@ -105,7 +105,7 @@ def opened(path: str) -> Iterator[BinaryIO]:
 
     Raises:
       FileNotFoundError: the file is gone.
-      OSError: the store does not give it.
+      OSError: the object cannot be read.
     """
     if not is_remote(path):
         try:
@@ -123,7 +123,7 @@ def opened(path: str) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def _reading(path: str) -> Iterator[None]:
-    # The libraries of stores raise errors of all kinds.
+    # s3fs and gcsfs raise errors of many types.
     try:
         yield
     except (JaxlmError, GeneratorExit):

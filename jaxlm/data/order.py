@@ -57,20 +57,23 @@ class Order:
     """
 
     def __init__(self, sizes: Sequence[int], growth: Sequence[tuple[int, int]], seed: int):
-        """Makes no row.
+        """Computes the passes; no row is made.
 
         Args:
-          sizes: number of rows of the source in each stage of its growth.
-          growth: (first row of the run in this source, stages from there on), from row 0 on.
+          sizes: number of rows that the source has after each stage of its growth.
+          growth: (row of the run, numbered within this source; stages that it has from there on),
+            from row 0 on.
           seed: of the source.
         """
-        ranges = list[tuple[int, int, int]]()  # first row of the run, then a range of the source
+        # First row of the run, and the rows of the source that it passes through from there on.
+        ranges = list[tuple[int, int, int]]()
         for row, stages in growth:
             size = sizes[stages - 1]
-            begun = [of for of in ranges if of[0] < row]
+            begun = [one for one in ranges if one[0] < row]
             if not begun:
                 ranges = [(0, 0, size)]
             elif size != ranges[-1][2]:
+                # Finish the pass, then the new rows once, then all.
                 first, low, high = begun[-1]
                 end = first - (first - row) // (high - low) * (high - low)
                 ranges = [*begun, (end, high, size), (end + size - high, 0, size)]
@@ -91,12 +94,12 @@ class Order:
 
     def place(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Pass, and row of the source, of rows of the run in this source: each int64 [N]."""
-        of = np.searchsorted(self._first, rows, side="right") - 1
-        epoch, place = np.divmod(rows - self._first[of], self._size[of])
-        epoch, found = epoch + self._epoch[of], np.empty_like(place)
+        part = np.searchsorted(self._first, rows, side="right") - 1
+        epoch, place = np.divmod(rows - self._first[part], self._size[part])
+        epoch, found = epoch + self._epoch[part], np.empty_like(place)
         for value in np.unique(epoch):
             here = epoch == value
-            part = of[here][0]
-            shuffled = permute(place[here], int(self._size[part]), self._seed, int(value))
-            found[here] = self._low[part] + shuffled
+            of_pass = part[here][0]
+            shuffled = permute(place[here], int(self._size[of_pass]), self._seed, int(value))
+            found[here] = self._low[of_pass] + shuffled
         return epoch, found

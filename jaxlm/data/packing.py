@@ -18,7 +18,7 @@ from jaxlm.files.durable import write_file
 
 _log = logging.getLogger(__name__)
 
-# Documents that are packed together: a plan takes memory in proportion.
+# Tokens that are packed as one group; the memory for a plan grows with it.
 _GROUP_TOKENS = 2**25
 
 Packing = Literal["windows", "documents"]
@@ -32,7 +32,7 @@ class RowReader(Protocol):
     sizes: list[int]
     """Rows of each stage of the data; the last is the number of all."""
     padding: float
-    """Share of the targets that are no tokens (0 to 1)."""
+    """Share of the targets that are padding (0 to 1)."""
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Tokens int32 [B, T+1] of these rows, and the mask float32 [B, T] of their targets."""
@@ -55,7 +55,7 @@ class Windows:
         self.sizes = [max(count - 1, 0) // seq_len for count in counts]
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """As in `RowReader`; all targets are tokens."""
+        """As in `RowReader`; no target is padding."""
         return self._tokens.windows(rows * self.seq_len, self.seq_len + 1), None
 
     def ranges(self, row: int) -> list[tuple[int, int]]:
@@ -71,7 +71,7 @@ class Plan(NamedTuple):
     start: np.ndarray
     """Position of each piece's first token: int64 [P]."""
     length: np.ndarray
-    """Tokens of each piece: int64 [P]; negative for one that goes on with its document."""
+    """Tokens of each piece: int64 [P]; negative if it continues a document of another row."""
     sizes: list[int]
     """Rows after each stage."""
 
@@ -80,15 +80,15 @@ class Packed:
     """Rows of whole documents, one after the other, then padding.
 
     A document of more than T + 1 tokens has full rows of its own, and its last piece is packed.
-    Each token is a target once, but for the first of each row.
+    Each token is a target once, except for the first of a document that begins a row.
     """
 
     def __init__(self, tokens: TokenShards, seq_len: int, plan: Plan, eos_id: int):
         self._tokens, self._plan, self._eos_id = tokens, plan, eos_id
         self.seq_len, self.num_tokens, self.sizes = seq_len, tokens.num_tokens, plan.sizes
-        # No targets: the first token of a row, and that of a piece that goes on with its document.
-        goes_on, num_rows = plan.length < 0, plan.sizes[-1]
-        inside = goes_on.sum() - goes_on[plan.first[:-1]].sum()
+        # No targets: the first token of a row, and that of a piece that continues a document.
+        continues, num_rows = plan.length < 0, plan.sizes[-1]
+        inside = continues.sum() - continues[plan.first[:-1]].sum()
         targets = int(np.abs(plan.length).sum() - num_rows - inside)
         self.padding = 1 - targets / (num_rows * seq_len)
 
@@ -114,7 +114,7 @@ class Packed:
 
 
 def open_rows(dataset: Dataset, seq_len: int, packing: Packing) -> RowReader:
-    """The rows of a dataset's training tokens; a plan of packing is made once, beside it."""
+    """The rows of a dataset's training tokens; a plan of packing is kept beside the dataset."""
     if packing == "windows":
         return Windows(dataset.train, seq_len, dataset.stages)
     path = Path(f"{dataset.directory}.packed-{seq_len}")
@@ -131,7 +131,7 @@ def open_rows(dataset: Dataset, seq_len: int, packing: Packing) -> RowReader:
 def make_plan(ends: np.ndarray, stages: list[int], seq_len: int) -> Plan:
     """Packs documents, each stage by itself, in groups of some millions of tokens.
 
-    A document that a stage cuts is a document of each. Changing what this returns changes the
+    A document that is cut between two stages is a document in each. Changing what this returns changes the
     batches of runs: bump `jaxlm.checkpoints.metadata.FORMAT`.
 
     Args:
@@ -189,7 +189,7 @@ def best_fit(lengths: np.ndarray, room: int) -> np.ndarray:
       int64 [P]; rows are numbered from 0 without a gap.
     """
     rows_with: list[list[int]] = [[] for _ in range(room + 1)]
-    rooms = list[int]()  # those that some row has, ascending
+    rooms = list[int]()  # what is left in the rows, each number once, ascending
     row_of, num_rows = np.empty(len(lengths), np.int64), 0
     order = np.argsort(-lengths, kind="stable")
     for item, length in zip(order.tolist(), lengths[order].tolist(), strict=True):

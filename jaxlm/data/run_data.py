@@ -1,4 +1,4 @@
-"""The datasets of a run: its training sources and held-out sets, each found or made now."""
+"""The datasets of a run: its training sources and held-out sets, each opened from the cache or prepared."""
 
 import dataclasses
 import logging
@@ -75,7 +75,7 @@ class RunData(NamedTuple):
     held_out: dict[str, Dataset]
     """More held-out sets by name."""
     prepared: dict[str, Prepared]
-    """All of them, as a checkpoint records them."""
+    """Records of all datasets, for the checkpoint."""
 
     @property
     def by_name(self) -> dict[str, Dataset]:
@@ -125,7 +125,7 @@ def load_data(
     Args:
       config: the run.
       recorded: its data, if it has begun.
-      grows: whether sources of a run that has begun grow, if its plan needs more of them.
+      grows: prepare more tokens for a run that has begun, if its plan needs more.
 
     Raises:
       ValueError: the corpus or the tokenizer does not fit, or a file of the cache is damaged.

@@ -12,20 +12,20 @@ _PAUSE = 19.0
 """Seconds of rest for each second of reading: a twentieth of a core."""
 
 
-class _Ended(Exception):
+class _Stopped(Exception):
     pass
 
 
 class Verification:
     """A thread, while in context, that compares the files of datasets with their checksums.
 
-    A start reads only files that are new or changed by size or time; this finds what changed else.
+    A start reads only files that are new or changed in size or time; this finds other changes too.
 
     Args:
       folders: of the datasets.
 
     Attributes:
-      damage: the first damaged file, and how it differs; None so far.
+      damage: the first damaged file, and how it differs; None until one is found.
     """
 
     def __init__(self, folders: Sequence[Path]):
@@ -48,13 +48,13 @@ class Verification:
             for folder in self._folders:
                 records = records_of(read_json(folder / MANIFEST, Manifest))
                 if damage := find_shard_damage(folder, records, self._rest):
-                    self.damage = f"{folder / damage}"
+                    self.damage = f"{folder}/{damage}"
                     return
-        except _Ended:
+        except _Stopped:
             pass
-        except (OSError, ValueError) as error:  # a file that is gone: the loop reports it too
+        except (OSError, ValueError) as error:  # of a file that is gone, which the loop reports too
             self.damage = str(error)
 
     def _rest(self, busy_s: float) -> None:
         if self._ended.wait(_PAUSE * busy_s):
-            raise _Ended
+            raise _Stopped
