@@ -27,7 +27,7 @@ PARTS = "parts"
 _MAX_AHEAD = 32
 """Chunks that may wait for the writer."""
 _WAIT_S = 60.0
-"""Time that the writer waits, once, for a helper that may have died; then it tokenizes the chunk."""
+"""Time that the writer waits, once, for a helper that may have died."""
 _POLL_S = 0.02
 
 

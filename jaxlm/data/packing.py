@@ -131,8 +131,8 @@ def open_rows(dataset: Dataset, seq_len: int, packing: Packing) -> RowReader:
 def make_plan(ends: np.ndarray, stages: list[int], seq_len: int) -> Plan:
     """Packs documents, each stage by itself, in groups of some millions of tokens.
 
-    A document that is cut between two stages is a document in each. Changing what this returns changes the
-    batches of runs: bump `jaxlm.checkpoints.metadata.FORMAT`.
+    A document that is cut between two stages is a document in each. Changing what this returns
+    changes the batches of runs: bump `jaxlm.checkpoints.metadata.FORMAT`.
 
     Args:
       ends: position after the last token of each document, int64, ascending.

@@ -1,4 +1,4 @@
-"""The datasets of a run: its training sources and held-out sets, each opened from the cache or prepared."""
+"""The datasets of a run, its sources and held-out sets: opened from the cache, or prepared."""
 
 import dataclasses
 import logging
