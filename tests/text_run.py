@@ -111,7 +111,7 @@ def save_model(run: Path, model: ModelConfig) -> Any:
         num_worse_evals=0,
         final=True,
         config=to_dict(config),
-        data={"main": {"fingerprint": "abc", "source": "text:x", "limits": [9]}},
+        data={"main": {"fingerprint": "abc", "source": "text:x", "limits": [9], "eval_tokens": 9}},
         phases=[{"step": 0, "shares": {"main": 1}, "stages": {}}],
         eval_set="eval",
         bytes_per_token=None,

@@ -72,7 +72,7 @@ def _checkpoint_readers(home: Path) -> dict[str, Reader]:
     config |= {"optim": {"clip_norm": None}, "data": {"eos_token": "x"}, "num_steps": 1200}
     metadata = Metadata(
         3, 384, 2.5, 2.5, 3, 0, True, config,
-        {"main": {"fingerprint": "abc", "source": "x", "limits": [9]}},
+        {"main": {"fingerprint": "abc", "source": "x", "limits": [9], "eval_tokens": 9}},
         [{"step": 0, "shares": {"main": 1}, "stages": {}}], "main abc", 4.5, 1,
         {"cores": 2, "versions": {"jax": "0"}},
         "0a1b2c3d", [{"step": 1, "changed": ["a: was 1, is 2"]}],
