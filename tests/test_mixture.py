@@ -392,6 +392,7 @@ def test_a_start_that_goes_back_takes_the_data_of_where_it_goes_back_to(run, tmp
     assert latest.data["web"]["limits"] == [450] and len(latest.phases) == 1
 
 
+@pytest.mark.slow
 def test_resume_best_takes_the_data_of_the_best(run, tmp_path):
     bounded = {"cache_dir": str(tmp_path / "cache"), "eval_tokens": 60}
     run("a", 4, web=1, data={**bounded, "max_tokens": 450})
@@ -417,6 +418,7 @@ def test_a_branch_after_a_growth_may_train_on_other_text(run, tmp_path):
     assert [phase["stages"] for phase in phases] == [{}, {}]
 
 
+@pytest.mark.slow
 def test_a_branch_keeps_the_held_out_set_of_its_run_without_the_cache(run, tmp_path):
     data = {"cache_dir": str(tmp_path / "cache"), "eval_tokens": None}
     run("a", 4, web=1, data=data)
