@@ -110,7 +110,10 @@ def _help(
     folder: Path, source: Source, eos_token: str | None, position: _Position
 ) -> Iterator[None]:
     parts, first = folder / PARTS, position["begin"]
-    tokenizer = tokenizer_lib.load_tokenizer(folder / "tokenizer.json")
+    try:
+        tokenizer = tokenizer_lib.load_tokenizer(folder / "tokenizer.json")
+    except (OSError, ValueError):  # the writer has failed and removed it
+        return
     tokenizer.encode_special_tokens = True
     found = tokenizer_lib.content_hash(tokenizer), source.revision
     if found != (position["tokenizer"], position["revision"]):
