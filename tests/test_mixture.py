@@ -18,6 +18,7 @@ from text_run import damage
 from tiny_run import tiny_config
 from tokenizers import Tokenizer
 
+from jaxlm.checkpoints import held
 from jaxlm.checkpoints.folder import scan_folder
 from jaxlm.config import Config, DataConfig, ModelConfig, OptimConfig
 from jaxlm.corpus.tokenizer import train_tokenizer
@@ -311,7 +312,7 @@ def test_rows_of_whole_documents(run, tmp_path, capsys):
 
 def test_a_longer_plan_adds_tokens_to_those_of_the_run(run, texts, tmp_path):
     # The held-out set is not full when the first limit is reached.
-    before, after = ({"max_tokens": limit, "eval_tokens": 5000} for limit in (900, 1900))
+    before, after = ({"max_tokens": limit, "eval_tokens": 5000} for limit in (900, 2900))
     run("whole", 4, web=1, code=1, data=before)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.copy(tmp_path / "whole.batches", tmp_path / "cut.batches")
@@ -321,7 +322,10 @@ def test_a_longer_plan_adds_tokens_to_those_of_the_run(run, texts, tmp_path):
     run("cut", 12, web=1, code=1, data=after)
     assert compare_runs(tmp_path / "whole", tmp_path / "cut") == []
     sound = scan_folder(Path(config.checkpoint_dir)).sound
-    assert sound[4].data["web"]["limits"] == [450] and sound[12].data["web"]["limits"] == [450, 950]
+    assert sound[4].data["web"]["limits"] == [450] and sound[12].data["web"]["limits"] == [
+        450,
+        1450,
+    ]
     assert sound[12].phases[1:] == [
         {"step": 4, "shares": {"code": 1, "web": 1}, "stages": {"code": 2, "web": 2}}
     ]
@@ -331,7 +335,7 @@ def test_a_longer_plan_adds_tokens_to_those_of_the_run(run, texts, tmp_path):
         config, sound[12].recorded_data(tmp_path / "whole/checkpoints/tokenizer.json")
     )
     (first, count) = data.sources["web"].stages
-    assert (first, count) == (450, 950)
+    assert (first, count) == (450, 1450)
     windows = [
         row.window for step in range(1, 13) for row in rows_of_batch(config.run_dir, step)
         if row.source == "web"
@@ -339,19 +343,15 @@ def test_a_longer_plan_adds_tokens_to_those_of_the_run(run, texts, tmp_path):
     known = (first - 1) // 16
     assert len(windows) == 48 and sorted(windows[:known]) == list(range(known))
     assert min(windows[known : (count - 1) // 16]) >= known
-    # In one piece it has the same tokens.
-    alone = replace(config, data=replace(config.data, sources={}, weights={}, max_tokens=950))
-    alone = replace(
-        alone,
-        data=replace(
-            alone.data,
-            source=config.data.sources["web"],
-            tokenizer=str(tmp_path / "whole/checkpoints/tokenizer.json"),
-            best_by=None,
-        ),
+    # In one piece it has the same tokens, with as many held out.
+    alone = DataConfig(
+        source=config.data.sources["web"],
+        tokenizer=str(tmp_path / "whole/checkpoints/tokenizer.json"),
+        eval_tokens=data.sources["web"].eval.num_tokens,
+        cache_dir=config.data.cache_dir,
     )
-    _, straight = load_data(alone)
-    tokens = [of.read(0, 950) for of in (straight.first.train, data.sources["web"].train)]
+    straight = run_data.load_dataset(alone, vocab_size=300, limits=[count])
+    tokens = [of.read(0, count) for of in (straight.train, data.sources["web"].train)]
     np.testing.assert_array_equal(*tokens)
 
 
@@ -372,12 +372,16 @@ def test_a_plan_that_outgrows_a_source_that_is_gone(run, texts, tmp_path, capsys
         run(change, 8, web=1, data=source)
         said = capsys.readouterr().out
         assert re.search(f"takes 1,024 .*, 512 are prepared, .*{why}.* repeats those", said)
+        assert "from the beginning" not in said
         latest = scan_folder(tmp_path / change / "checkpoints").sound[8]
         assert latest.data["web"]["limits"] == [512] and len(latest.phases) == 1
     assert not [path for path in (texts / "cache/data").glob("*/progress.json")]
 
 
-def test_a_start_that_goes_back_takes_the_data_of_where_it_goes_back_to(run, tmp_path):
+def test_a_start_that_goes_back_takes_the_data_of_where_it_goes_back_to(run, tmp_path, monkeypatch):
+    # As if the arrays were large: the first look at a folder skips them.
+    look = held.agree_on_scan
+    monkeypatch.setattr(held, "agree_on_scan", lambda folder, check: look(folder, check=False))
     bounded = {"cache_dir": str(tmp_path / "cache")}
     run("a", 4, web=1, data={**bounded, "max_tokens": 450})
     config = run("a", 8, web=1, data={**bounded, "max_tokens": 950})
@@ -420,8 +424,9 @@ def test_a_branch_after_a_growth_may_train_on_other_text(run, tmp_path):
 
 @pytest.mark.slow
 def test_a_branch_keeps_the_held_out_set_of_its_run_without_the_cache(run, tmp_path):
-    data = {"cache_dir": str(tmp_path / "cache"), "eval_tokens": None}
+    data = {"cache_dir": str(tmp_path / "cache"), "eval_tokens": 60}
     run("a", 4, web=1, data=data)
+    data["eval_tokens"] = 200
     run("b", 40, web=1, data=data, branch_from=f"{tmp_path}/a@4", kill=9)
     shutil.rmtree(tmp_path / "cache")
     run("b", 12, web=1, data=data)
