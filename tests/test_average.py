@@ -63,6 +63,7 @@ def test_the_mean_of_the_weights_and_what_opens_it(run: Path, capsys: pytest.Cap
     assert verify_step(folder, 12) != []
 
 
+@pytest.mark.slow
 def test_the_command(run: Path, capsys: pytest.CaptureFixture):
     args = ["checkpoints", "average", str(run), "--steps", "8", "4", "--out", "mean", "--json"]
     assert cli.command(args) == 0
@@ -75,6 +76,7 @@ def test_the_command(run: Path, capsys: pytest.CaptureFixture):
         cli.command(["checkpoints", "average", str(run), "--steps"])
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_whole_state_only(run: Path, capsys: pytest.CaptureFixture):
     average(str(run), out="mean")
     for beginning, num_steps, code in (("--branch_from", 16, 1), ("--init_from", 4, 0)):

@@ -371,6 +371,7 @@ def test_sample_refuses_what_does_not_fit(at_home: Path, capsys: pytest.CaptureF
     assert "top_p: found 2.0" in refusal(capsys, "sample", text_run.RUN, "--top_p", "2")
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_a_sample_that_changes_nothing_else(own_home: Path):
     flags = "--num_steps 4 --optim.learning_rate 1e-2 --run_dir runs/"
     code, said = text_run.launched(own_home, f"{flags}a --sample_prompt 'the rain'")

@@ -387,6 +387,7 @@ def test_a_prompt_that_is_too_long_is_found_before_the_first_step(own_home: Path
     assert list_steps(own_home / "runs/b/checkpoints") == []
 
 
+@pytest.mark.slow
 def test_a_gpu_without_deterministic_kernels_is_told_at_a_resume(own_home: Path, monkeypatch):
     monkeypatch.setattr(start, "deterministic_options", lambda mesh: {"of_a_gpu": True})
     told = "bits may differ from an uninterrupted run: deterministic is off"

@@ -355,6 +355,7 @@ def test_a_longer_plan_adds_tokens_to_those_of_the_run(run, texts, tmp_path):
     np.testing.assert_array_equal(*tokens)
 
 
+@pytest.mark.slow
 def test_a_plan_that_outgrows_a_source_that_is_gone(run, texts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_data, "default_max_tokens", lambda config, n: config.max_tokens or n)
     for change, why in {"gone": "no file matches", "changed": "has changed since"}.items():

@@ -331,6 +331,7 @@ def test_a_first_mistake_is_one_line_that_names_it(tmp_path: Path, mistake: str)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_an_optimizer_may_hold_less_than_a_param_for_each(tmp_path: Path) -> None:
     tx = optax.adafactor(0.1, min_dim_size_to_factor=8)
     train_table(tiny_config(tmp_path / "a", **SHORT), optimizer=tx)
@@ -414,6 +415,7 @@ def test_a_loss_in_chunks_drops_out_too(tmp_path: Path) -> None:
         train_table(config, model=HiddenWithoutRngs)
 
 
+@pytest.mark.slow
 def test_an_optimizer_without_a_state_resumes(tmp_path: Path) -> None:
     train_table(tiny_config(tmp_path / "a", **SHORT), optimizer=optax.sgd(0.1))
     stop_at_each_step(tmp_path / "b", optimizer=optax.sgd(0.1))

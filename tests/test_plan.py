@@ -453,7 +453,7 @@ def needs(extra: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not there, reason=f"needs the extra {extra}: {NEEDS[extra][0]}")
 
 
-@pytest.mark.parametrize("extra", NEEDS)
+@pytest.mark.parametrize("extra", ["tpu", pytest.param("cuda-plan", marks=pytest.mark.slow)])
 def test_no_compiler_is_one_error(extra: str, no_jax_plugin, capsys: pytest.CaptureFixture):
     args = [*ARGS[:-1], NEEDS[extra][1]]
     assert run_main(lambda: cli.command(args)) == 1

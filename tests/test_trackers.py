@@ -421,6 +421,7 @@ def test_a_folder_that_cannot_be_written_does_not_stop_the_run(tmp_path, lines):
 SHOWN = "--run_dir runs/shown --sample_prompt 'the <b>' --tracking.wandb online"
 
 
+@pytest.mark.slow
 @needs_tensorboard
 def test_the_sample_and_the_report_of_a_finished_run_are_shown(own_home, monkeypatch):
     server = Server(monkeypatch)
