@@ -453,6 +453,11 @@ class TasksConfig(_Part, prefix="tasks."):
     include_path: str | None = folder(None)
     """A folder with your own tasks (YAML)."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ok = self.include_path is None or self.names is not None
+        self._check(ok, "include_path", "None without tasks.names; add --tasks.names")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrackingConfig(_Part, prefix="tracking."):
@@ -544,12 +549,6 @@ class Config(_Part):
             "tasks.interval",
             self.tasks.interval,
             f"a multiple of eval_interval; set --tasks.interval {10 * self.eval_interval}",
-        )
-        _check(
-            self.tasks.include_path is None or self.tasks.names is not None,
-            "tasks.include_path",
-            self.tasks.include_path,
-            "None without tasks.names; add --tasks.names",
         )
         self._check(
             self.branch_from is None or self.init_from is None,

@@ -106,9 +106,9 @@ def test_what_cannot_be_run_is_refused_before_the_first_step(task_home: Path) ->
         "task: gone\ndataset_path: json\ndataset_kwargs: {data_files: {test: nofile.jsonl}}\n"
     )
     for names, folder, message in (
-        (["words"], "nothere", "include_path: found nothere, expected a folder"),
-        (["choise"], "tasks", "did you mean choice"),
-        (["gone"], "tasks", "gone cannot be loaded .FileNotFoundError: .*nofile.jsonl"),
+        ("words", "nothere", "include_path: found nothere, expected a folder"),
+        ("choise", "tasks", "did you mean choice"),
+        ("gone", "tasks", "gone cannot be loaded .FileNotFoundError: .*nofile.jsonl"),
     ):
         with pytest.raises(ValueError, match=message):
             harness.load_tasks(names, folder)

@@ -122,9 +122,8 @@ def benchmark(
     from jaxlm.files.durable import expand
     from jaxlm.inference.reader import ScoringModel
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
     with notes(json):
-        loaded = load_tasks(names, include_path and expand(include_path, "--include_path"))
+        loaded = load_tasks(tasks, include_path and expand(include_path, "--include_path"))
         model = ScoringModel.of_run(run, batch_size=batch_size)
         found = run_tasks(model, loaded, num_fewshot=num_fewshot, limit=limit)
     about = ("samples", "version")

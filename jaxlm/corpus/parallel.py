@@ -111,10 +111,9 @@ def _help(
 ) -> Iterator[None]:
     parts, first = folder / PARTS, position["begin"]
     try:
-        tokenizer = tokenizer_lib.load_tokenizer(folder / "tokenizer.json")
+        tokenizer = tokenizer_lib.load_encoder(folder / "tokenizer.json")
     except (OSError, ValueError):  # the writer has failed and removed it
         return
-    tokenizer.encode_special_tokens = True
     found = tokenizer_lib.content_hash(tokenizer), source.revision
     if found != (position["tokenizer"], position["revision"]):
         return

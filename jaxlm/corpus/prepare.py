@@ -62,11 +62,9 @@ def make_dataset(
         new = new_tokenizer(source, config, vocab_size)
         progress["tokenizer"] = write_record(tokenizer_path, new.to_str(pretty=True).encode())
         write_json(folder / PROGRESS, progress)
-    tokenizer = tokenizer_lib.load_tokenizer(tokenizer_path)
+    tokenizer = tokenizer_lib.load_encoder(tokenizer_path)
     num_ids = tokenizer_lib.num_ids(tokenizer)
     eos_id = tokenizer_lib.find_eos(tokenizer, config.eos_token)
-    # Special tokens in a document are encoded as text: they would act as control tokens.
-    tokenizer.encode_special_tokens = True
     dtype = tokenizer_lib.dtype_of(tokenizer)
     splits, max_tokens = Splits(folder, progress, config.eval_limit, tokenizer), limits[-1]
     share = 0.0
@@ -130,7 +128,7 @@ def _share(source: Source, before: float, first: int, now: int, count: int) -> f
     return before + (source.share() - before) * (now - first) / count
 
 
-def begin_with(folder: Path, known: Dataset, source: Source) -> None:
+def take_over(folder: Path, known: Dataset, source: Source) -> None:
     """Hard-links the files of a dataset as the beginning of a new preparation.
 
     If the files of the source have moved or were written again, nothing is linked: only the tokens

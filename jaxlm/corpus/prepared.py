@@ -17,7 +17,7 @@ from jaxlm.corpus.cache import (
 )
 from jaxlm.corpus.files import Source, in_proportion
 from jaxlm.corpus.parallel import help_writer
-from jaxlm.corpus.prepare import TOKENS_VERSION, begin_with, make_dataset
+from jaxlm.corpus.prepare import TOKENS_VERSION, make_dataset, take_over
 from jaxlm.corpus.sources import open_source
 from jaxlm.corpus.splits import training_documents
 from jaxlm.data.dataset import MANIFEST, Dataset, begins_with, digest, open_dataset
@@ -53,7 +53,7 @@ def find_or_make(
 
     def make() -> None:
         if known:
-            begin_with(folder, known, source)
+            take_over(folder, known, source)
         make_dataset(folder, source, config, vocab_size, limits)
 
     make_once(folder, make, lambda: help_writer(folder, source, config.eos_token))

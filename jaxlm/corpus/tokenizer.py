@@ -110,6 +110,16 @@ def local_tokenizer(name_or_path: str | Path) -> Path | None:
     )
 
 
+def load_encoder(path: Path) -> Tokenizer:
+    """A prepared dataset's tokenizer: special tokens in a document are encoded as text.
+
+    Otherwise they would act as control tokens.
+    """
+    tokenizer = load_tokenizer(path)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
 def num_ids(tokenizer: Tokenizer) -> int:
     """Rows an embedding needs: the highest token id, plus one (ids may have gaps)."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1

@@ -130,11 +130,11 @@ class HarnessModel(TemplateLM):
 
 
 @prints_lines
-def load_tasks(tasks: Sequence[str], include_path: str | None = None) -> dict[str, Any]:
+def load_tasks(names: str, include_path: str | None = None) -> dict[str, Any]:
     """The tasks, with their documents.
 
     Args:
-      tasks: names of tasks, groups or tags.
+      names: of tasks, groups or tags, separated by commas.
       include_path: a folder of YAML tasks. If it has all tasks, lm-eval's own are not indexed,
         which takes half a minute.
 
@@ -143,6 +143,7 @@ def load_tasks(tasks: Sequence[str], include_path: str | None = None) -> dict[st
     """
     if include_path and not os.path.isdir(include_path):
         raise InputError(f"include_path: found {include_path}, expected a folder of YAML tasks")
+    tasks = [name.strip() for name in names.split(",") if name.strip()]
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if missing := [task for task in tasks if task not in manager.all_tasks]:
         _log.info(f"looking for {', '.join(missing)} among the tasks of lm-eval")
@@ -157,7 +158,7 @@ def load_tasks(tasks: Sequence[str], include_path: str | None = None) -> dict[st
             )
     try:
         with own_random_state():
-            loaded: Any = manager.load(list(tasks))
+            loaded: Any = manager.load(tasks)
         return loaded
     except Exception as error:
         raise InputError(

@@ -39,7 +39,7 @@ def open_tasks(
             f"tasks.names: found a run of {count} processes, expected one; run the tasks on its "
             "checkpoints with `jaxlm benchmark`"
         )
-    names = [name.strip() for name in (config.tasks.names or "").split(",") if name.strip()]
+    names = config.tasks.names or ""
     with _quiet():
         loaded = load_tasks(names, config.tasks.include_path)
     sets = {*config.data.corpora, *config.data.held_out}
@@ -51,8 +51,7 @@ def open_tasks(
     limit, every = config.tasks.limit, config.tasks.interval
     sizes = [min(len(task.eval_docs), limit or sys.maxsize) for task in loaded["tasks"].values()]
     _log.info(
-        f"tasks: {', '.join(names)} ({sum(sizes):,} documents) every {every:,} steps, and at the "
-        "last step"
+        f"tasks: {names} ({sum(sizes):,} documents) every {every:,} steps, and at the last step"
     )
     model = ScoringModel(
         blueprint,

@@ -142,7 +142,7 @@ def find_inputs(
     stages = {name: len(of.stages) for name, of in data.sources.items()}
     planned = add_phase(before, step, config.data.shares, stages)
     rows = rows_of_sources(config, data)
-    _log_sources(config, data, rows, train_batches(config, rows, planned), planned[-1]["shares"])
+    _log_sources(config, data, train_batches(config, rows, planned), planned[-1]["shares"])
     return config, Inputs(
         lambda phases: recorded(train_batches(config, rows, phases), record_to),
         sets or {n: held_out_batches(config, of) for n, of in data.by_name.items()},
@@ -189,7 +189,6 @@ def held_out_batches(config: Config, dataset: Dataset) -> EvalBatches:
 def _log_sources(
     config: Config,
     data: RunData,
-    rows: Mapping[str, RowReader],
     batches: TrainBatches,
     shares: Mapping[str, int],
 ) -> None:
