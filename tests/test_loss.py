@@ -28,6 +28,14 @@ def test_cross_entropy_is_that_of_optax_in_value_and_gradient():
     assert not np.allclose(cross_entropy(LOGITS, shifted), reference(LOGITS, TARGETS), rtol=1e-2)
 
 
+def test_the_gradient_needs_no_scatter():
+    ours, reference = (
+        jax.jit(jax.grad(lambda x, of=of: of(x, TARGETS).sum())).lower(LOGITS).as_text()
+        for of in (cross_entropy, optax.softmax_cross_entropy_with_integer_labels)
+    )
+    assert "scatter" not in ours and "scatter" in reference
+
+
 def sums_with_z(logits: jax.Array) -> Any:
     return next_token_loss(z_loss=0.1)(lambda *_: logits, BATCH)[0]
 

@@ -110,8 +110,31 @@ def _token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Arr
     # Cross-entropy and log-normalizer, log(sum exp logits), of each token.
     logits_BTV = logits_BTV.astype(jnp.float32)
     log_normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return log_normalizer_BT - target_BT, log_normalizer_BT
+    return log_normalizer_BT - _pick(logits_BTV, targets_BT), log_normalizer_BT
+
+
+@jax.custom_vjp
+def _pick(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    # JAX's gradient is a scatter, which XLA does not fuse with the softmax: on a GPU, the gradient
+    # of all logits would be written and read once more.
+    return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+
+
+def _pick_forward(
+    logits_BTV: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _pick(logits_BTV, targets_BT), (logits_BTV, targets_BT)
+
+
+def _pick_backward(
+    saved: tuple[jax.Array, jax.Array], grad_BT: jax.Array
+) -> tuple[jax.Array, None]:
+    logits_BTV, targets_BT = saved
+    picked_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])[None, None, :]
+    return jnp.where(picked_BTV, grad_BT[..., None], 0), None
+
+
+_pick.defvjp(_pick_forward, _pick_backward)
 
 
 def _in_chunks(

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
 from jaxlm.device.attention import Attention, cached_attention, for_platform, reference_attention
+from jaxlm.device.embedding import Lookup, lookup_for, plain_lookup
 from jaxlm.device.kv_cache import KVCache, Past, join
 from jaxlm.device.sharding import constrain, delay_all_gather
 
@@ -30,9 +31,10 @@ def compute_dtype(config: ModelConfig, platform: str) -> jnp.dtype:
 
 
 def model_factory(config: ModelConfig, platform: str) -> Callable[[nnx.Rngs], "Transformer"]:
-    """Rngs -> the decoder of the config, with the attention and dtype of the platform."""
+    """Rngs -> the decoder of the config, with attention, lookup and dtype of the platform."""
+    attention, lookup = for_platform(platform), lookup_for(platform)
     dtype = compute_dtype(config, platform)
-    return partial(Transformer, config, attention=for_platform(platform), dtype=dtype)
+    return partial(Transformer, config, attention=attention, lookup=lookup, dtype=dtype)
 
 
 def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], dims: tuple[str | None, ...], std: float):
@@ -219,6 +221,7 @@ class Transformer(nnx.Module):
       config: the shape.
       rngs: the stream `params` initialises the weights.
       attention: see `jaxlm.device.attention`.
+      lookup: of the embedding's rows, see `jaxlm.device.embedding`.
       dtype: of the activations; params are float32.
     """
 
@@ -228,6 +231,7 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
         *,
         attention: Attention = reference_attention,
+        lookup: Lookup = plain_lookup,
         dtype: jnp.dtype | type = jnp.float32,
     ):
         V, D = config.vocab_size, config.d_model
@@ -237,6 +241,7 @@ class Transformer(nnx.Module):
         if not config.tie_embeddings:
             self.head_DV = _zeros((D, V), ("model", "vocab"))
         self.config = config
+        self.lookup = lookup
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
@@ -271,7 +276,7 @@ class Transformer(nnx.Module):
         Returns:
           [B, T, D], in the dtype of the activations.
         """
-        x_BTD = self.embedding_VD[...].astype(self.dtype)[tokens_BT]
+        x_BTD = self.lookup(self.embedding_VD[...], tokens_BT, self.dtype)
         x_BTD = constrain(x_BTD, "batch", None, None)
         apply = _REMAT[self.config.remat](Block.__call__)
         pasts: list[Past | None] = [None] * len(self.layers)
