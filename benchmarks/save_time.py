@@ -26,6 +26,7 @@ from jaxlm.config import CheckpointConfig, Config, MeshConfig, to_dict
 from jaxlm.device.fingerprint import fingerprint_async
 from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import Blueprint, TrainState, blueprint_of, num_bytes
+from jaxlm.huge_pages import use_huge_pages
 from jaxlm.launch import load_config
 
 TURNS = 5
@@ -155,6 +156,7 @@ def time_restore(
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     if len(sys.argv) > 1:
         main(Path(sys.argv[1]))
     else:

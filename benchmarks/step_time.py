@@ -1,13 +1,15 @@
 """Times our training step beside PyTorch's, in turn, on this machine's CPU; and its peak memory.
 
-    uv run python benchmarks/step_time.py [5m | 10m | 180m]
+    uv run python benchmarks/step_time.py [5m | 10m | 180m] [NANOGPT]
 
-Needs torch and transformers (the `parity` group). Each turn is a process of its own; what counts
-is the ratio of the medians, turn by turn, since a shared machine drifts.
+Needs torch and transformers (the `parity` group); NANOGPT is a checkout of nanoGPT, whose model.py
+is then a peer too. Each turn is a process of its own; what counts is the ratio of the medians, turn
+by turn, since a shared machine drifts.
 """
 
 import json
 import resource
+import runpy
 import statistics
 import subprocess
 import sys
@@ -17,13 +19,16 @@ from functools import partial
 
 import numpy as np
 
+from jaxlm.huge_pages import use_huge_pages
+
 # Layers, heads, width, MLP, time, batch, vocabulary; steps to time.
 SHAPES = {
     "5m": (4, 4, 256, 704, 256, 8, 4096, 20),
-    "10m": (6, 6, 384, 1024, 256, 16, 256, 6),
+    "10m": (6, 6, 384, 1024, 256, 16, 512, 6),
     "180m": (20, 6, 768, 2048, 1024, 2, 49152, 2),
 }
 SHAPE = sys.argv[1] if len(sys.argv) > 1 else "10m"
+NANOGPT = sys.argv[2] if len(sys.argv) > 2 else ""
 LAYERS, HEADS, WIDTH, FF, SEQ_LEN, BATCH, VOCAB, STEPS = SHAPES[SHAPE]
 WARMUP, TURNS = 2, 3
 
@@ -151,6 +156,29 @@ def torch_model(kind: str, compiled: bool = False) -> Callable[[], None]:
     return run
 
 
+def nanogpt(compiled: bool = False) -> Callable[[], None]:
+    """One step of nanoGPT, as its train.py does it: AdamW of its groups, clipping."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    names = runpy.run_path(f"{NANOGPT}/model.py")
+    config = names["GPTConfig"](
+        block_size=SEQ_LEN, vocab_size=VOCAB, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH
+    )
+    model = names["GPT"](config)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    model = torch.compile(model) if compiled else model
+    tokens = torch.randint(0, VOCAB, (BATCH, SEQ_LEN + 1))
+
+    def run() -> None:
+        _, loss = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
 PEERS = {
     "jaxlm": ours,
     "its products alone": products,
@@ -159,10 +187,15 @@ PEERS = {
     "torch.compile GPT-2": lambda: torch_model("gpt2", compiled=True),
     "torch.compile Llama": lambda: torch_model("llama", compiled=True),
 }
+if NANOGPT:
+    PEERS["PyTorch eager nanoGPT"] = nanogpt
+    PEERS["torch.compile nanoGPT"] = lambda: nanogpt(compiled=True)
 
 
 def time_steps(name: str) -> None:
     """Prints the step times of one peer (s) and its peak memory (GB) as JSON."""
+    if name == "jaxlm":
+        use_huge_pages()  # as launch.py does
     run = PEERS[name]()
     times = []
     for _ in range(WARMUP + STEPS):
@@ -180,7 +213,10 @@ def main() -> None:
     for _ in range(TURNS):
         for name, found in medians.items():
             output = subprocess.run(
-                [sys.executable, __file__, SHAPE, name], check=True, capture_output=True, text=True
+                [sys.executable, __file__, SHAPE, NANOGPT, name],
+                check=True,
+                capture_output=True,
+                text=True,
             ).stdout
             times, peak_gb = json.loads(output.splitlines()[-1])
             found.append(statistics.median(times))
@@ -196,4 +232,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    time_steps(sys.argv[2]) if len(sys.argv) > 2 else main()
+    time_steps(sys.argv[3]) if len(sys.argv) > 3 else main()

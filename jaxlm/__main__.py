@@ -15,6 +15,7 @@ try:
     from jaxlm.cli.completion import script
     from jaxlm.config import Config, leaves
     from jaxlm.extras import version
+    from jaxlm.huge_pages import use_huge_pages
     from jaxlm.launch import leave, run_main, with_examples
 except KeyboardInterrupt:  # an interrupted import would print a traceback
     raise SystemExit(130) from None
@@ -124,6 +125,8 @@ def command(args: Sequence[str]) -> int:
 
 def main() -> None:
     """The entry point: exits with the command's code, or 1 and a message."""
+    if sys.argv[1:2] == ["train"]:
+        use_huge_pages()
 
     def run() -> int:
         try:

@@ -425,3 +425,26 @@ def test_out_of_memory_ends_with_advice(home: Path, monkeypatch: pytest.MonkeyPa
         fail("RESOURCE_EXHAUSTED: 9 GB\nframes")
     with pytest.raises(jax.errors.JaxRuntimeError):
         fail("INTERNAL: something else")
+
+
+@pytest.mark.parametrize("given", ["", "glibc.malloc.check=0", "glibc.malloc.hugetlb=0"])
+def test_the_launcher_asks_for_huge_pages_and_stays_the_same_program(tmp_path: Path, given: str):
+    config = tmp_path / "says.py"
+    config.write_text(
+        "import os, sys\nprint(os.getpid(), sys.argv[1:], sys.flags.utf8_mode)\n"
+        "sys.exit(os.environ.get('GLIBC_TUNABLES', ''))"
+    )
+    command = [sys.executable, "-X", "utf8", text_run.REPO / "launch.py", "--config", str(config)]
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {"GLIBC_TUNABLES": given},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    said, tunables = process.communicate()
+    assert said.split(maxsplit=1) == [str(process.pid), f"{['--config', str(config)]} 1\n"]
+    mode = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    can_ask = mode.exists() and "[madvise]" in mode.read_text() and "hugetlb" not in given
+    expected = [given, "glibc.malloc.hugetlb=1"] if can_ask else [given]
+    assert tunables.strip() == ":".join(filter(None, expected))

@@ -30,7 +30,7 @@ LAYERS = [
     {"data", "device"},
     {"config"},
     {"cluster", "extras", "files"},
-    {"errors", "insides", "terminal"},
+    {"errors", "huge_pages", "insides", "terminal"},
 ]
 PURE = {
     "itertools",
@@ -286,7 +286,7 @@ def test_the_kernel_and_the_whole_are_small():
     kernel = closure("launch", MODULES)
     assert {"training.loop", "data.dataset"} <= kernel
     assert not kernel & {"report.page", "inference.sample", "cli.runs"}
-    assert sum(map(sizes.__getitem__, kernel)) <= 6490
-    assert sum(sizes.values()) + sum(code_lines(path.read_text()) for path in others) <= 13060
+    assert sum(map(sizes.__getitem__, kernel)) <= 6515
+    assert sum(sizes.values()) + sum(code_lines(path.read_text()) for path in others) <= 13100
     assert sizes["checkpoints.checkpoint"] <= 195
     assert code_lines('"""Doc."""\n\n# why\nx = 1  # here\ndef f():\n    """Doc."""\n') == 2

@@ -115,13 +115,6 @@ class Checkpoints(HeldFolder):
         minutes = self._config.save_interval_min
         return minutes is not None and since_s >= 60 * minutes
 
-    def find_sound(self, *, best: bool = False) -> Metadata | None:
-        """The latest (or best) step that a restore will take; damaged ones are set aside."""
-        full = self._config.verify == "full"
-        while (of := self.best if best else self.latest) and full and (bad := self.damage(of.step)):
-            self.set_aside(of.step, bad)
-        return self._steps[of.step] if of else None
-
     def restore_latest(self, abstract: TrainState) -> Restored | None:
         """The newest sound state, verified; None in a folder that never held one.
 
@@ -130,7 +123,7 @@ class Checkpoints(HeldFolder):
           ValueError: the checkpoint is of another model.
         """
         restored, self.state_bytes = None, num_bytes(items_of(abstract))
-        while restored is None and (latest := self.find_sound()):
+        while restored is None and (latest := self.latest):
             restored = self._restore(latest, abstract)
         if restored is None and (aside := list_corrupt(self.folder)):
             raise CheckpointError(
@@ -143,8 +136,8 @@ class Checkpoints(HeldFolder):
     def restore_best(self, abstract: TrainState) -> Restored | None:
         """The best sound state, verified; None if there is none."""
         restored = None
-        while restored is None and (best := self.find_sound(best=True)):
-            restored = self._restore(best, abstract)
+        while restored is None and (best := self.best):
+            restored = self._restore(self._steps[best.step], abstract)
         return restored
 
     def save(
@@ -241,16 +234,23 @@ class Checkpoints(HeldFolder):
         manifest.write_manifest(partial)
 
     def _restore(self, metadata: Metadata, abstract: TrainState) -> Restored | None:
-        path, verify = self.folder / str(metadata.step), self._config.verify == "full"
+        step, verify = metadata.step, self._config.verify == "full"
+        # The fingerprints prove each array that is restored, so its files need no reading of their
+        # own. It is needed where an array is left out, and where processes must agree on damage.
+        leaves_out = metadata.weights_item == "ema_params" and abstract.ema_params is None
+        if (jax.process_count() > 1 or leaves_out) and not self.is_sound(step):
+            return None
         try:
-            return restore_state(path, metadata, abstract, verify=verify), metadata
+            state = restore_state(self.folder / str(step), metadata, abstract, verify=verify)
         except DamagedArrays as error:
             if jax.process_count() > 1:  # Other processes may have read the step correctly.
                 raise CheckpointError(
                     f"{error}; look at the disk and the memory of this machine, then start all "
                     "processes again"
                 ) from error
-            return self.set_aside(metadata.step, [str(error)])
+            return self.set_aside(step, self.damage(step) or [str(error)])
+        self.proven.add(step)
+        return state, metadata
 
     def _save_failed(self, error: Exception) -> None:
         assert self._saving is not None

@@ -54,6 +54,7 @@ class HeldFolder:
       events: as above.
       run_id: the same in all checkpoints of the run.
       state_bytes: size of a checkpoint, for the disk budget; 0 until it is known.
+      proven: steps that were verified in full since the start.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, *, events: Events | None = None):
@@ -61,6 +62,7 @@ class HeldFolder:
         self.events = events or Events(None)
         self.run_id = ""
         self.state_bytes = 0
+        self.proven: set[int] = set()
         self._config = config
         self._steps: dict[int, Metadata] = {}
         self._purger = Purger(self.folder, config.keep_weights_every)
@@ -129,6 +131,21 @@ class HeldFolder:
     def damage(self, step: int) -> list[str]:
         """A line for each damaged file of a step; the processes share the reading."""
         return find_damage_together(self.folder / str(step))
+
+    def is_sound(self, step: int) -> bool:
+        """Whether all of a step is sound; reads it once, and sets a damaged one aside."""
+        if self._config.verify == "full" and step not in self.proven:
+            if damage := self.damage(step):
+                self.set_aside(step, damage)
+                return False
+            self.proven.add(step)
+        return True
+
+    def find_sound(self, *, best: bool = False) -> Metadata | None:
+        """The latest (or best) step that a restore will take; damaged ones are set aside."""
+        while (of := self.best if best else self.latest) and not self.is_sound(of.step):
+            pass
+        return self._steps[of.step] if of else None
 
     def add(self, metadata: Metadata, why: str) -> bool:
         """Adds a committed step, and deletes the checkpoints that retention drops.

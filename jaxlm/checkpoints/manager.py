@@ -11,6 +11,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from jaxlm.checkpoints.restore import ITEMS, without_empty
 from jaxlm.cluster import barrier
+from jaxlm.insides import skip_orbax_byte_counts
 
 LEAST_PART = 4 * 2**20
 """Smallest part of a replicated array that one device writes (bytes)."""
@@ -30,6 +31,7 @@ def open_manager(
       before_commit: called in the saving thread of the primary process, after the arrays are
         written and before the rename.
     """
+    skip_orbax_byte_counts()
     options = ocp.CheckpointManagerOptions(
         best_fn=lambda metrics: metrics["eval_loss"],
         best_mode="min",
