@@ -5,9 +5,15 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from inspect import signature
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
+from jaxlm.huge_pages import use_huge_pages
+
 try:
+    if Path(sys.argv[0]).name in ("jaxlm", "__main__.py") and sys.argv[1:2] == ["train"]:
+        use_huge_pages()  # before the slow imports: it may start Python again
+
     import tyro
     from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional
 
@@ -15,7 +21,6 @@ try:
     from jaxlm.cli.completion import script
     from jaxlm.config import Config, leaves
     from jaxlm.extras import version
-    from jaxlm.huge_pages import use_huge_pages
     from jaxlm.launch import leave, run_main, with_examples
 except KeyboardInterrupt:  # an interrupted import would print a traceback
     raise SystemExit(130) from None
@@ -125,8 +130,6 @@ def command(args: Sequence[str]) -> int:
 
 def main() -> None:
     """The entry point: exits with the command's code, or 1 and a message."""
-    if sys.argv[1:2] == ["train"]:
-        use_huge_pages()
 
     def run() -> int:
         try:

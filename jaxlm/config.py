@@ -420,7 +420,7 @@ class CheckpointConfig(_Part, prefix="checkpoint."):
     save_timeout_s: int = free(300, least=1, most=_MAX_TIMEOUT_S)
     """With several processes: time limit of a save; then all stop with an error (seconds)."""
     verify: Literal["full", "fast", "off"] = free("full")
-    """At restore: full checks every file and array, fast sizes and small files, off nothing."""
+    """At restore: full checks every array and all other files, fast not the arrays, off nothing."""
     disk_budget_gb: float | None = free(None, above=0, most=_MAX_DISK_GB)
     """Size limit of the checkpoints (10^9 bytes); milestones of `keep_every` are thinned to fit."""
     on_low_disk: Literal["warn", "refuse"] = free("warn")

@@ -33,6 +33,7 @@ from jaxlm.device.sharding import make_mesh
 from jaxlm.device.state import make_blueprint
 from jaxlm.inference.load import load_model
 from jaxlm.terminal import log_to
+from jaxlm.training.resume import plan_resume
 from jaxlm.training.train import train
 
 STEPS, BEST, LATEST = [3, 6, 9, 12], 9, 12
@@ -252,6 +253,36 @@ def test_large_files_are_read_once_and_no_flip_in_them_is_silent(
     assert num_told >= kinds.count("arrays, as each process wrote them") > 0
 
 
+def test_large_metadata_is_read_and_a_complete_run_in_full(
+    folder: Path, pristine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "_SMALL_BYTES", 1 << 10)
+    metadata = folder / str(LATEST) / KINDS["metadata"]
+    assert metadata.stat().st_size > 1 << 10
+    change_last_digit(metadata, "tokens_seen")
+    had, reports = trained_on(folder)
+    assert had == saved(pristine, step=9)
+    assert "meta/metadata: content differs (checksum)" in reports[0]
+
+    # Of a complete run nothing is restored, and its last bytes in `d` belong to no array.
+    run_dir = folder.parent
+    shutil.rmtree(folder), shutil.copytree(pristine, folder)
+    shutil.copy(pristine.parent / "jaxlm.json", run_dir)
+    path = largest_of("arrays, as each process wrote them", folder / str(LATEST))
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep_latest=9), on_commit=lambda *_: None)
+    with checkpoints:
+        assert not plan_resume(config_of(run_dir, optim=RUINOUS), checkpoints).complete
+    assert list_corrupt(folder) == [f"{LATEST}.corrupt"]
+
+
+def change_last_digit(metadata: Path, name: str) -> None:
+    content = bytearray(metadata.read_bytes())
+    (number,) = re.finditer(rf'"{name}": \d+'.encode(), content)
+    content[number.end() - 1] ^= 1
+    metadata.write_bytes(content)
+
+
 def test_with_verification_off_flips_are_silent(folder: Path, pristine: Path) -> None:
     """The negative control of the two above: Orbax itself sees few of them."""
     files = (folder / str(LATEST)).glob(KINDS["arrays, as each process wrote them"])
@@ -263,10 +294,7 @@ def test_with_verification_off_flips_are_silent(folder: Path, pristine: Path) ->
             aside.rename(folder / str(LATEST))
     assert silent >= 2
 
-    metadata = folder / str(LATEST) / KINDS["metadata"]
-    content = bytearray(metadata.read_bytes())
-    content[re.search(rb'"tokens_seen": \d+', content).end() - 1] ^= 1
-    metadata.write_bytes(content)
+    change_last_digit(folder / str(LATEST) / KINDS["metadata"], "tokens_seen")
     had, reports = trained_on(folder, verify="off")
     assert not reports and had != saved(pristine)
 

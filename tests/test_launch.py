@@ -14,7 +14,7 @@ import text_run
 from test_config import INVALID
 
 from jaxlm import __main__ as cli
-from jaxlm import launch
+from jaxlm import huge_pages, launch
 from jaxlm.checkpoints.folder import list_steps, select
 from jaxlm.config import Config, leaves, to_dict
 from jaxlm.extras import version
@@ -448,3 +448,21 @@ def test_the_launcher_asks_for_huge_pages_and_stays_the_same_program(tmp_path: P
     can_ask = mode.exists() and "[madvise]" in mode.read_text() and "hugetlb" not in given
     expected = [given, "glibc.malloc.hugetlb=1"] if can_ask else [given]
     assert tunables.strip() == ":".join(filter(None, expected))
+
+
+def test_a_program_on_stdin_starts_once():
+    program = (text_run.REPO / "launch.py").read_text()
+    command = [sys.executable, "-", "--version"]
+    said = subprocess.run(command, input=program, cwd=text_run.REPO, capture_output=True, text=True)
+    assert said.stdout.startswith("jaxlm "), said.stderr
+
+
+def test_a_program_that_loses_its_environment_starts_again_once(monkeypatch: pytest.MonkeyPatch):
+    started = []
+    monkeypatch.setattr(os, "execv", lambda *command: started.append(command))
+    monkeypatch.setattr(huge_pages, "_on_request", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["launch.py"])
+    for _ in range(3):
+        monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+        huge_pages.use_huge_pages()
+    assert started == [(os.readlink("/proc/self/exe"), sys.orig_argv)]

@@ -28,6 +28,17 @@ def test_cross_entropy_is_that_of_optax_in_value_and_gradient():
     assert not np.allclose(cross_entropy(LOGITS, shifted), reference(LOGITS, TARGETS), rtol=1e-2)
 
 
+def test_the_cross_entropy_has_second_derivatives():
+    logits_1TV, targets_1T = jnp.arange(6.0).reshape(1, 2, 3), jnp.array([[2, 0]])
+
+    def loss(logits_1TV: jax.Array) -> jax.Array:
+        return cross_entropy(logits_1TV, targets_1T)
+
+    p = jax.nn.softmax(logits_1TV[0, 0])
+    found = jax.hessian(loss)(logits_1TV)[0, 0, 0, 0, :, 0, 0]
+    np.testing.assert_allclose(found, jnp.diag(p) - jnp.outer(p, p), rtol=1e-5, atol=1e-7)
+
+
 def test_the_gradient_needs_no_scatter():
     ours, reference = (
         jax.jit(jax.grad(lambda x, of=of: of(x, TARGETS).sum())).lower(LOGITS).as_text()

@@ -235,8 +235,8 @@ class Checkpoints(HeldFolder):
 
     def _restore(self, metadata: Metadata, abstract: TrainState) -> Restored | None:
         step, verify = metadata.step, self._config.verify == "full"
-        # The fingerprints prove each array that is restored, so its files need no reading of their
-        # own. It is needed where an array is left out, and where processes must agree on damage.
+        # The fingerprints prove each array that is restored. The checksums of their files are read
+        # where an array is left out, and where several processes must agree on damage.
         leaves_out = metadata.weights_item == "ema_params" and abstract.ema_params is None
         if (jax.process_count() > 1 or leaves_out) and not self.is_sound(step):
             return None
@@ -249,7 +249,8 @@ class Checkpoints(HeldFolder):
                     "processes again"
                 ) from error
             return self.set_aside(step, self.damage(step) or [str(error)])
-        self.proven.add(step)
+        if verify:
+            self.proven.add(step)
         return state, metadata
 
     def _save_failed(self, error: Exception) -> None:

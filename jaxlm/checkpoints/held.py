@@ -54,7 +54,7 @@ class HeldFolder:
       events: as above.
       run_id: the same in all checkpoints of the run.
       state_bytes: size of a checkpoint, for the disk budget; 0 until it is known.
-      proven: steps that were verified in full since the start.
+      proven: steps whose files or arrays were all verified since the start.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, *, events: Events | None = None):
@@ -133,7 +133,7 @@ class HeldFolder:
         return find_damage_together(self.folder / str(step))
 
     def is_sound(self, step: int) -> bool:
-        """Whether all of a step is sound; reads it once, and sets a damaged one aside."""
+        """Whether a step is sound; reads its files unless it is proven, sets damage aside."""
         if self._config.verify == "full" and step not in self.proven:
             if damage := self.damage(step):
                 self.set_aside(step, damage)
@@ -142,7 +142,7 @@ class HeldFolder:
         return True
 
     def find_sound(self, *, best: bool = False) -> Metadata | None:
-        """The latest (or best) step that a restore will take; damaged ones are set aside."""
+        """The latest (or best) step whose files are sound; damaged ones are set aside."""
         while (of := self.best if best else self.latest) and not self.is_sound(of.step):
             pass
         return self._steps[of.step] if of else None
@@ -154,6 +154,7 @@ class HeldFolder:
           Whether the step is the best.
         """
         self._steps[metadata.step] = metadata
+        self.proven.discard(metadata.step)
         self.retain({str(metadata.step): why})
         best = find_best({step: found.eval_loss for step, found in self._steps.items()})
         if is_best := best is not None and best.step == metadata.step:
@@ -238,6 +239,7 @@ class HeldFolder:
         self._write_down(dict.fromkeys(names, why))
         for step in steps:
             self._steps.pop(step, None)
+            self.proven.discard(step)
         return names
 
     def _write_down(self, why: dict[str, str]) -> None:

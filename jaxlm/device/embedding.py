@@ -34,7 +34,8 @@ def sorted_lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -
     """`plain_lookup`, with a gradient added up in float32 and in a fixed order.
 
     XLA:GPU adds up the gradient of `plain_lookup` by atomics, in any order; with deterministic
-    kernels it sorts all B * T * D numbers first. Here only the B * T tokens are sorted.
+    kernels it sorts all B * T * D numbers first. Here only the B * T tokens are sorted. Like any
+    `custom_vjp`, it has no forward mode (`jax.jvp`).
     """
     return plain_lookup(table_VD, tokens_BT, dtype)
 

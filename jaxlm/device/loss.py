@@ -113,28 +113,19 @@ def _token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Arr
     return log_normalizer_BT - _pick(logits_BTV, targets_BT), log_normalizer_BT
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _pick(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     # JAX's gradient is a scatter, which XLA does not fuse with the softmax: on a GPU, the gradient
     # of all logits would be written and read once more.
     return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
 
 
-def _pick_forward(
-    logits_BTV: jax.Array, targets_BT: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _pick(logits_BTV, targets_BT), (logits_BTV, targets_BT)
-
-
-def _pick_backward(
-    saved: tuple[jax.Array, jax.Array], grad_BT: jax.Array
-) -> tuple[jax.Array, None]:
-    logits_BTV, targets_BT = saved
-    picked_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])[None, None, :]
-    return jnp.where(picked_BTV, grad_BT[..., None], 0), None
-
-
-_pick.defvjp(_pick_forward, _pick_backward)
+@_pick.defjvp
+def _pick_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+    logits_BTV, targets_BT = primals
+    ids_BTV = jax.lax.broadcasted_iota(targets_BT.dtype, logits_BTV.shape, logits_BTV.ndim - 1)
+    picked_BTV = jnp.where(targets_BT[..., None] == ids_BTV, tangents[0], 0)
+    return _pick(logits_BTV, targets_BT), picked_BTV.sum(axis=-1)
 
 
 def _in_chunks(

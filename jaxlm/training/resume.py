@@ -103,7 +103,9 @@ def plan_resume(config: Config, checkpoints: Checkpoints) -> ResumePlan:
     if not complete or (best and goes_back(config, latest, best)):
         return ResumePlan(config, changed, False)
     to_verify = {each.step for each in (latest, best) if each}
-    return ResumePlan(config, changed, not any(map(checkpoints.damage, to_verify)))
+    # Not a generator: each damaged one is set aside, not only the first.
+    sound = [checkpoints.is_sound(step) for step in sorted(to_verify)]
+    return ResumePlan(config, changed, all(sound))
 
 
 def goes_back(config: Config, latest: Metadata, best: Best) -> bool:
