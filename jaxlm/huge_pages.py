@@ -35,8 +35,8 @@ def _on_request() -> bool:
 
 
 def _can_start_again() -> bool:
-    # A privileged process loses GLIBC_TUNABLES, and would start for ever. A program on stdin is
-    # read up already, and a debugger would lose its breakpoints.
+    # A privileged process loses GLIBC_TUNABLES, so a second variable ends the starts.
+    # Python has read a program on stdin to its end; a debugger would lose its breakpoints.
     started_again = os.environ.get(_STARTED_AGAIN) == str(os.getpid())
     from_stdin = not sys.argv[0] or sys.argv[0] == "-"
     return not (started_again or from_stdin or sys.gettrace())

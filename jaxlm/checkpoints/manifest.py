@@ -130,7 +130,9 @@ def _compare(folder: Path, name: str, entry: dict[str, int], contents: bool) -> 
             size = path.stat().st_size
         if size != entry.get("bytes"):
             return f"{size} bytes, expected {entry.get('bytes')}"
-        if (contents or not _holds_arrays(name, size)) and crc32c(path) != entry.get("crc32c"):
+        if (contents or not _is_large_array_file(name, size)) and crc32c(path) != entry.get(
+            "crc32c"
+        ):
             return "content differs (checksum)"
     except FileNotFoundError:
         return "missing"
@@ -141,7 +143,7 @@ def _compare(folder: Path, name: str, entry: dict[str, int], contents: bool) -> 
     return None
 
 
-def _holds_arrays(name: str, size: int) -> bool:
+def _is_large_array_file(name: str, size: int) -> bool:
     return size > _SMALL_BYTES and "/d/" in name
 
 
