@@ -94,6 +94,7 @@ def test_splash_equals_reference_in_value_and_gradient():
     assert close(value_and_grads(SPLASH, *inputs(*case)), by_reference(*case))
 
 
+@pytest.mark.slow
 def test_splash_on_a_mesh_is_splash_on_one_device():
     q, k, v, segments = (jnp.concatenate([x, x + 1]) for x in inputs(128, 4, 2, True))
     expected = value_and_grads(reference_attention, q, k, v, segments)

@@ -82,6 +82,7 @@ def test_there_and_back(store: Any, run: Path, capsys: pytest.CaptureFixture) ->
     assert is_like(Path("back"), run)
 
 
+@pytest.mark.slow
 def test_one_step_without_one_that_is_damaged(store: Any, run: Path) -> None:
     text_run.damage(run / "checkpoints" / "4")
     assert upload(f"{run}@best", URL).steps == [8]
@@ -149,6 +150,7 @@ def test_killed_at_any_instant_it_is_unfinished_and_then_whole(
         assert is_like(Path(f"back-{number}"), run)
 
 
+@pytest.mark.slow
 def test_what_a_trainer_deletes_meanwhile_is_in_the_copy(
     store: Any, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +167,7 @@ def test_what_a_trainer_deletes_meanwhile_is_in_the_copy(
     assert is_like(Path("back"), kept)
 
 
+@pytest.mark.slow
 def test_what_an_earlier_try_sent_and_is_gone_from_the_run_goes(
     store: Any, run: Path, dying: dict[str, int]
 ) -> None:

@@ -277,6 +277,7 @@ def test_verify_of_nothing_is_no_success(tmp_path: Path, capsys: pytest.CaptureF
     assert "found no checkpoint to verify" in said
 
 
+@pytest.mark.slow
 def test_verify_finds_the_recorded_loss_of_the_best(own_home: Path, out, monkeypatch):
     monkeypatch.chdir(own_home)
     loss = text_run.eval_losses(Path(text_run.RUN))[text_run.BEST]
@@ -321,6 +322,7 @@ def test_eval_of_two_tells_which_is_better(at_home: Path, out, capsys: pytest.Ca
     assert "found 1, expected two of them with --paired" in refusal(capsys, "eval", b, "--paired")
 
 
+@pytest.mark.slow
 def test_sample_streams_what_it_gives_as_json(
     at_home: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
@@ -383,6 +385,7 @@ def test_a_run_ends_with_a_sample_that_changes_nothing_else(own_home: Path):
     assert diff_checkpoints(f"{a}@4", f"{b}@4") == []
 
 
+@pytest.mark.slow
 def test_a_sample_that_cannot_be_had_costs_the_run_nothing(own_home: Path, monkeypatch):
     monkeypatch.setattr(
         "jaxlm.inference.sample.sample_run", Mock(side_effect=RuntimeError("out of memory"))

@@ -205,13 +205,13 @@ def count_flips(
 
 
 def test_no_flipped_bit_is_silent(folder: Path, pristine: Path) -> None:
-    per_file = {LATEST: 6, BEST: 3, 6: 2}
+    per_file = {LATEST: 4, BEST: 1, 6: 1}
     kinds, restored, silent = count_flips(folder, pristine, per_file, seed=0, look_first=True)
-    assert sum(kinds.values()) >= 400 and min(kinds.values()) >= 11, kinds
+    assert sum(kinds.values()) >= 200 and min(kinds.values()) >= 6, kinds
     assert silent == []
     # Those in what Orbax writes after the manifest, and that mean the same: the time of the commit,
     # and the path of the folder as it then was.
-    assert 3 < restored < 20
+    assert 0 < restored < 20
     assert not is_silent(folder, pristine)
 
 
@@ -283,6 +283,7 @@ def change_last_digit(metadata: Path, name: str) -> None:
     metadata.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_with_verification_off_flips_are_silent(folder: Path, pristine: Path) -> None:
     """The negative control of the two above: Orbax itself sees few of them."""
     path = largest_of("arrays, as each process wrote them", folder / str(LATEST))

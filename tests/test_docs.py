@@ -30,7 +30,7 @@ PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (text_run.REPO / "docs")
 SLOW_PAGES = {"README.md"} | {
     f"docs/{name}.md"
     for name in ("checkpoints", "coming-from", "data", "evals", "interchange", "keep")
-    + ("library", "sample", "tutorial")
+    + ("library", "report", "sample", "tracking", "trust", "tutorial")
 }
 WITH_LAUNCH = {"README.md", "docs/checkpoints.md", "docs/data.md", "docs/tutorial.md"}
 # Commands that no test runs as they stand here, and why.

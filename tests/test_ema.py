@@ -81,7 +81,7 @@ def test_the_state_has_it_beside_all_else():
     ]
 
 
-@pytest.mark.parametrize("shape", [ONE_DEVICE, (2, 2, 2)])
+@pytest.mark.parametrize("shape", [ONE_DEVICE, pytest.param((2, 2, 2), marks=pytest.mark.slow)])
 def test_it_is_the_recursion_on_any_mesh_and_split_as_the_params(shape):
     blueprint, mesh = averaged(shape), mesh_of(*shape)
     update = make_train_step(blueprint, next_token_loss(), mesh, ema_decay=0.25)
@@ -159,6 +159,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+@pytest.mark.slow
 def test_stopped_after_every_step_it_ends_with_the_same_bits(straight, tmp_path):
     steps = [one_step(config_of(tmp_path)) for _ in range(6)]
     assert steps == [1, 2, 3, 4, 5, 6]
@@ -303,6 +304,7 @@ def test_all_use_of_a_checkpoint_is_that_of_its_average(home, tmp_path, monkeypa
     assert load_model(str(made.folder))[1].step == 8
 
 
+@pytest.mark.slow
 def test_the_commands_take_it(home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
     code, told = cli("checkpoints", "verify", "runs/ema", "--eval")

@@ -125,6 +125,7 @@ def test_what_a_kill_kept_from_being_told_is_found_at_the_next_start(
     assert Counter(event["step"] for event in events_of(tmp_path, "save")) == committed
 
 
+@pytest.mark.slow
 def test_damage_and_what_is_done_by_hand(own_home: Path):
     run = own_home / text_run.RUN
     assert tells_the_disk(run) and "sample" not in {e["event"] for e in events_of(run)}
@@ -165,6 +166,7 @@ def test_a_run_from_before_there_were_events_is_found_as_it_is(own_home: Path):
     assert found == {4, 8, 12}
 
 
+@pytest.mark.slow
 def test_a_sample_is_an_event(own_home: Path):
     flags = "--num_steps 13 --optim.learning_rate 3 --sample_prompt 'an <b>end'"
     assert text_run.launched(own_home, flags)[0] == 0

@@ -39,6 +39,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_a_complete_run_gets_the_recorded_losses_once(home: Path) -> None:
     folder = home / text_run.RUN / "checkpoints"
     before = snapshot(folder)

@@ -84,11 +84,13 @@ def test_an_outlier_is_not_applied_and_written_down(spoilt_run: Path) -> None:
     assert told[8].startswith("its loss or gradient norm is an outlier (loss ")
 
 
+@pytest.mark.slow
 def test_without_a_limit_the_outlier_is_applied(tmp_path: Path) -> None:
     train_table(config_of(tmp_path, GuardConfig()), batches=SpoiltBatches(7, 8))
     assert changed(tmp_path, 7, 8) >= {"params", "opt_state"}
 
 
+@pytest.mark.slow
 def test_stopped_among_its_outliers_a_run_ends_with_the_same_bits(
     spoilt_run: Path, tmp_path: Path
 ) -> None:

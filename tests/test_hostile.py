@@ -413,6 +413,7 @@ class Bomb:
         return exec, ("open('exploded', 'w').close()",)
 
 
+@pytest.mark.slow
 def test_a_restore_executes_nothing(own_home: Path):
     """The control, in the same process: a restore that unpickles is seen."""
     run, bombs = own_home / text_run.RUN, own_home / "bombs"

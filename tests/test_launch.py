@@ -109,6 +109,7 @@ def test_the_config_of_a_run_goes_on_with_it(shared_home: Path, monkeypatch: pyt
     assert launch.load_config("tiny").run_dir == "tiny"  # from where it is looked at now
 
 
+@pytest.mark.slow
 def test_a_run_whose_text_has_moved_resumes(
     own_home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ):

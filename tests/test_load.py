@@ -81,6 +81,7 @@ def test_final_is_the_end_of_the_last_completed_plan(own_home: Path):
         load_model(f"{own_home / text_run.RUN}@final")
 
 
+@pytest.mark.slow
 def test_the_same_model_on_eight_devices_and_on_one(
     shared_home: Path, monkeypatch: pytest.MonkeyPatch
 ):

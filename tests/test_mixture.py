@@ -229,6 +229,7 @@ def run(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
     return start
 
 
+@pytest.mark.slow
 def test_a_run_killed_around_a_change_goes_on_to_the_same_bits(run, tmp_path):
     run("whole", 6, web=0.7, code=0.3)
     run("whole", 12, web=0.2, code=0.3, new=0.5)
@@ -379,6 +380,7 @@ def test_a_plan_that_outgrows_a_source_that_is_gone(run, texts, tmp_path, capsys
     assert not [path for path in (texts / "cache/data").glob("*/progress.json")]
 
 
+@pytest.mark.slow
 def test_a_start_that_goes_back_takes_the_data_of_where_it_goes_back_to(run, tmp_path, monkeypatch):
     # As if the arrays were large: the first look at a folder skips them.
     look = held.agree_on_scan
@@ -411,6 +413,7 @@ def test_resume_best_takes_the_data_of_the_best(run, tmp_path):
     assert scan_folder(tmp_path / "a/checkpoints").sound[12].data["web"]["limits"] == [450]
 
 
+@pytest.mark.slow
 def test_a_branch_after_a_growth_may_train_on_other_text(run, tmp_path):
     bounded = {"cache_dir": str(tmp_path / "cache")}
     run("a", 4, web=1, data={**bounded, "max_tokens": 450})
@@ -467,6 +470,7 @@ def test_the_documents_of_a_row_are_those_of_its_tokens(run, texts, tmp_path):
         rows_of_batch(config.run_dir, 5)
 
 
+@pytest.mark.slow
 def test_after_the_cache_is_cleared_the_same_tokens_are_made(run, texts, tmp_path):
     cache = {"cache_dir": str(tmp_path / "cache"), "max_tokens": 2000}
     run("a", 4, web=0.9, code=0.1, data=cache)
@@ -506,6 +510,7 @@ def test_a_name_stands_for_one_corpus(run, texts):
     run("a", 6, web=1, code=1)
 
 
+@pytest.mark.slow
 def test_a_run_has_one_tokenizer(run, texts, tmp_path):
     path = tmp_path / "tokenizer.json"
     train_tokenizer(["to be or not " * 9], 280).save(str(path))
@@ -522,6 +527,7 @@ def test_a_run_has_one_tokenizer(run, texts, tmp_path):
     assert (Path(config.checkpoint_dir) / "tokenizer.json").read_bytes() == own
 
 
+@pytest.mark.slow
 def test_a_branch_sees_the_batches_of_its_run(run, tmp_path):
     bounded = {"cache_dir": str(tmp_path / "cache"), "max_tokens": 2000}
     run("a", 6, web=1, code=1, data=bounded)
@@ -539,6 +545,7 @@ def test_a_branch_sees_the_batches_of_its_run(run, tmp_path):
     assert losses[0][8:] == losses[1]
 
 
+@pytest.mark.slow
 def test_damage_before_a_change_of_weights_is_told(run, tmp_path, capsys):
     run("a", 6, web=0.9, code=0.1)
     run("a", 12, web=0.1, code=0.9, kill=11)
@@ -551,6 +558,7 @@ def test_damage_before_a_change_of_weights_is_told(run, tmp_path, capsys):
     assert [phase["step"] for phase in phases] == [0, 4]
 
 
+@pytest.mark.slow
 def test_a_source_of_weight_0_has_rows_once_it_has_a_weight(run, tmp_path):
     run("a", 2, web=0, code=1)
     run("a", 4, web=1, code=0, new=0)

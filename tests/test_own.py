@@ -64,6 +64,7 @@ def stop_at_each_step(run: Path, **parts: Any) -> None:
     assert train_table(tiny_config(run, **SHORT), **parts).complete
 
 
+@pytest.mark.slow
 def test_metrics_of_a_loss_have_rows_and_change_no_bit(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "measured", **SHORT, num_microbatches=2)
     train_table(config, loss=with_accuracy)
@@ -136,6 +137,7 @@ def test_dropout_resumes_to_the_bit_and_evals_drop_nothing(tmp_path: Path) -> No
     np.testing.assert_array_equal(*twice)
 
 
+@pytest.mark.slow
 def test_each_microbatch_draws_its_own(tmp_path: Path) -> None:
     drawn: dict[int, float] = {}
 
@@ -175,6 +177,7 @@ def test_of_several_held_out_sets_the_first_decides(tmp_path: Path) -> None:
     assert result.best is not None and result.best.loss == rows[-1]["eval/loss"]
 
 
+@pytest.mark.slow
 def test_the_best_is_never_judged_by_another_held_out_set(tmp_path: Path) -> None:
     class Marked(TinyEvalSet):
         def __init__(self, fingerprint: str) -> None:
@@ -402,6 +405,7 @@ class HiddenWithoutRngs(Dropping):
         return self(tokens_BT), None
 
 
+@pytest.mark.slow
 def test_a_loss_in_chunks_drops_out_too(tmp_path: Path) -> None:
     for chunks in (1, 2):
         config = tiny_config(tmp_path / str(chunks), **SHORT, loss_chunks=chunks)
@@ -422,6 +426,7 @@ def test_an_optimizer_without_a_state_resumes(tmp_path: Path) -> None:
     assert diff_checkpoints(f"{tmp_path / 'a'}@4", f"{tmp_path / 'b'}@4") == []
 
 
+@pytest.mark.slow
 def test_frozen_params_keep_their_bits_in_the_moving_average(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, **SHORT)
     config = replace(config, optim=replace(config.optim, ema_decay=0.7))

@@ -19,6 +19,7 @@ def run_apart(code: str) -> str:
     return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_train_is_the_function():
     told = run_apart("""
 import importlib, sys

@@ -774,6 +774,7 @@ for n in range(1000):
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_step_changes_no_byte(tmp_path, monkeypatch, lines):
     monkeypatch.setattr(prepare, "SHARD_TOKENS", 1200)
     corpus = write(tmp_path / "corpus.jsonl", documents(24))

@@ -67,6 +67,7 @@ def test_equal_runs(pair: tuple[Path, Path]):
     assert compare_runs(*pair) == ["checkpoint 8: only in one of the two"]
 
 
+@pytest.mark.slow
 def test_every_kind_of_difference_is_found(pair: tuple[Path, Path]):
     whole, broken = pair
 

@@ -204,6 +204,7 @@ def test_nothing_from_disk_comes_alive(tmp_path: Path):
     assert "<" not in re.findall(r'id="specs">(.*?)</script>', page, re.S)[0]
 
 
+@pytest.mark.slow
 def test_a_page_stays_small(tmp_path: Path):
     names = [f"run{n}" for n in range(len(COLOURS))]
     for name in names:

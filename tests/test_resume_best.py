@@ -171,6 +171,7 @@ def test_a_checkpoint_of_another_version_is_no_reason_to_begin_anew(
     assert names_in(ruined / "checkpoints") == before
 
 
+@pytest.mark.slow
 def test_weights_of_a_future_that_was_given_up_are_not_taken_for_the_step(tmp_path: Path) -> None:
     # Milestones of steps 4, 8 and 10 are kept as weights alone.
     checkpoint = {"save_interval": 2, "keep_latest": 1, "keep_weights_every": 2}

@@ -95,6 +95,7 @@ def test_padding_that_is_seen_is_found(monkeypatch: pytest.MonkeyPatch):
     assert found.tolist() != greedy_by_hand(model_of(), PROMPTS[0], 20)
 
 
+@pytest.mark.slow
 def test_a_row_is_sampled_alone_as_in_a_batch_at_the_same_row():
     sampling = Sampling(max_tokens=20, seed=3)
     together = sample(model_of(), PROMPTS, sampling)
@@ -164,6 +165,7 @@ def test_tokens_follow_the_distribution(temperature: float, top_k: Any, top_p: A
     assert (expected.max() == 1) or (np.abs(other - expected) > 5 * np.sqrt(expected / rows)).any()
 
 
+@pytest.mark.slow
 def test_the_same_tokens_on_eight_devices():
     prompts = PROMPTS[:3]  # three rows are not for four groups of devices
     blueprint = blueprint_of((2, 2, 2), functools.partial(Transformer, ONE_LAYER))
@@ -195,6 +197,7 @@ def test_a_model_of_documents_does_not_see_those_before():
     assert across != alone.tolist()
 
 
+@pytest.mark.slow
 def test_bfloat16_gives_the_tokens_of_its_own_full_forward():
     model = transformer(ONE_LAYER, dtype="bfloat16")
     (found,) = sample(model, [[3, 1, 4]], GREEDY)

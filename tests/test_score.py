@@ -137,6 +137,7 @@ def like_tiny(name: str, **config: Any) -> str:
     return str(run)
 
 
+@pytest.mark.slow
 def test_pairs_without_common_batches_are_refused(
     own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +165,7 @@ def test_other_data_than_that_of_the_run_is_refused(
         score([text_run.RUN])
 
 
+@pytest.mark.slow
 def test_all_of_a_source_is_scored_and_what_was_trained_on_is_said(
     own_home: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str]
 ) -> None:

@@ -41,6 +41,7 @@ def open_own(*_: Any) -> setup.Tasks:
     return run
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_tasks_costs_them_alone(own_home: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(setup, "_OPEN_TASKS", "test_tasks:open_own")
     code, said = text_run.launched(own_home, f"{FLAGS} runs/whole")

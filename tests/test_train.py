@@ -401,6 +401,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+@pytest.mark.slow
 def test_narrow_and_empty_params_resume_with_the_same_bits(narrow: Path, tmp_path: Path) -> None:
     expected = read_metadata(narrow / "checkpoints", 4)
     dtypes = {name: entry[0] for name, entry in expected.fingerprints.items()}
@@ -419,6 +420,7 @@ def test_narrow_and_empty_params_resume_with_the_same_bits(narrow: Path, tmp_pat
     assert untimed_rows(tmp_path) == untimed_rows(narrow)
 
 
+@pytest.mark.slow
 def test_narrow_and_empty_weights_are_read_and_proven(narrow: Path) -> None:
     selected = select(f"{narrow}@4")
     assert find_changed_arrays(selected.path, selected.metadata) == []
@@ -469,6 +471,7 @@ def test_of_several_processes_one_wish_is_one_save(monkeypatch: pytest.MonkeyPat
     assert saves == [False, False, True, False, False, False, True, False, True]
 
 
+@pytest.mark.slow
 def test_overfitting_one_batch_does(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, overfit_one_batch=True, num_steps=60, log_interval=60)
     train_table(config, eval_batches=None)
@@ -551,6 +554,7 @@ def test_a_complete_run_whose_end_is_damaged_is_made_again(tmp_path: Path) -> No
     assert select(f"{tmp_path}@final").step == 12 and last.with_name("12.corrupt").exists()
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_gone_keeps_its_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
