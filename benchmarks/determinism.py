@@ -63,18 +63,17 @@ def kernels_of(text: str) -> Kernels:
     def visit(name: str, times: int) -> None:
         computation = program[name]
         for instr in computation.values():
-            groups = hlo._CALLED.findall(instr.text)
-            called = [name for group in groups for name in hlo._NAME.findall(group)]
-            if instr.op in hlo._CALLS:
+            called = hlo.called_by(instr)
+            if instr.op in hlo.CALLS:
                 trips = hlo.trip_count(instr, computation, program) if instr.op == "while" else 1
                 for other in called:
                     visit(other, times * (trips or 1))
-            elif instr.op not in hlo._FREE:
+            elif instr.op not in hlo.FREE:
                 inside = [
                     (each, program[name]) for name in called for each in program[name].values()
                 ]
                 kind = kind_of(instr, [each for each, _ in inside])
-                launches, moved = 1, hlo._traffic(instr, computation, program)
+                launches, moved = 1, hlo.traffic(instr, computation, program)
                 if kind == "sort":
                     launches, moved = sort_passes(instr.shape)
                 moved -= sum(map(float, re.findall(r", s8\[(\d+)\]", instr.shape)))  # workspace

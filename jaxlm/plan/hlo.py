@@ -18,10 +18,10 @@ _CALLED = re.compile(r"(?:calls|body|to_apply|branch_computations)=(\{[^}]*\}|%[
 _NAME = re.compile(r"%([\w.\-]+)")
 _TRIPS = r'known_trip_count":\{"n":"(\d+)"'
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_CALLS = ("while", "conditional", "call", "async-start")
+CALLS = ("while", "conditional", "call", "async-start")
 # Bookkeeping, which moves no bytes; called computations are counted separately.
-_FREE = (*_CALLS, "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "async-update")
-_FREE += ("async-done", "optimization-barrier", "after-all", "partition-id", "replica-id")
+FREE = (*CALLS, "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "async-update")
+FREE += ("async-done", "optimization-barrier", "after-all", "partition-id", "replica-id")
 _FREE_CALLS = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
 
 
@@ -76,9 +76,8 @@ def read_costs(text: str) -> Costs:
         computation = program[name]
         for instr in computation.values():
             flops += times * product_flops(instr, computation)
-            called = [n for group in _CALLED.findall(instr.text) for n in _NAME.findall(group)]
             if not fused:
-                memory_bytes += times * _traffic(instr, computation, program)
+                memory_bytes += times * traffic(instr, computation, program)
             kind = instr.op.removesuffix("-start")
             if kind in _KINDS:
                 # The TPU compiler repeats an asynchronous collective in each product that it
@@ -91,8 +90,8 @@ def read_costs(text: str) -> Costs:
                 found[key] = max(found.get(key, (kind, 0, 0.0)), (kind, times, times * sent))
             repeats = trip_count(instr, computation, program) if instr.op == "while" else 1
             num_unknown += repeats is None
-            for other in called:
-                visit(other, times * (repeats or 1), fused or instr.op not in _CALLS)
+            for other in called_by(instr):
+                visit(other, times * (repeats or 1), fused or instr.op not in CALLS)
 
     visit(entry, 1, False)
     collectives: dict[str, Collectives] = {}
@@ -188,13 +187,19 @@ def group_size(text: str) -> int:
     return 1
 
 
-def _traffic(instr: Instruction, computation: Computation, program: Program) -> float:
-    if instr.op in _FREE or _FREE_CALLS.search(instr.text):
+def called_by(instr: Instruction) -> list[str]:
+    """Names of the computations that an instruction calls."""
+    return [name for group in _CALLED.findall(instr.text) for name in _NAME.findall(group)]
+
+
+def traffic(instr: Instruction, computation: Computation, program: Program) -> float:
+    """Bytes of main memory that an instruction reads and writes; those of a call are its body's."""
+    if instr.op in FREE or _FREE_CALLS.search(instr.text):
         return 0
     if instr.op.endswith("-done"):
         return _size(instr.shape, memory_only=True)
     if instr.op == "fusion":
-        return _fusion_traffic(program[_CALLED.findall(instr.text)[0].strip("%")])
+        return _fusion_traffic(program[called_by(instr)[0]])
     read = [computation[name].shape for name in instr.operands]
     if instr.op in ("dynamic-slice", "gather"):
         read = [instr.shape, *read[1:]]
