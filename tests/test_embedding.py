@@ -42,8 +42,9 @@ def by_hand(table_VD, tokens_BT, grad_BTD):
     return total_VD
 
 
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
-    ("lookup", "case"), [(plain_lookup, CASES[1]), *((sorted_lookup, case) for case in CASES)]
+    "lookup", [pytest.param(plain_lookup, marks=pytest.mark.slow), sorted_lookup]
 )
 def test_both_give_the_rows_and_the_sum_of_their_gradients(lookup, case):
     given = inputs(*case)
